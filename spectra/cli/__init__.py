@@ -1,0 +1,7 @@
+"""The command line: parses, calls the library, prints. One file per command; no maths here."""
+
+from __future__ import annotations
+
+from spectra.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,54 @@
+"""The group of commands, and how an error reaches the user."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from spectra._version import __version__
+from spectra.errors import SpectraError
+
+# Command → the module that holds it; imported when it is called or its help is asked for.
+_COMMANDS = {
+    "svd": "spectra.cli.svd",
+    "similarity": "spectra.cli.similarity",
+    "inspect": "spectra.cli.inspect",
+    "plot": "spectra.cli.plot",
+}
+
+
+class _Commands(click.Group):
+    """Loads commands lazily and turns the library's errors into one line and exit status 1."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(_COMMANDS[name]).command
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SpectraError as problem:
+            raise click.ClickException(str(problem)) from None
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="spectra")
+def main() -> None:
+    """What did fine-tuning do to the weights?
+
+    Reads base and tuned models or adapters from files, forms the update ΔW, computes its singular
+    values and subspaces, and draws them.
+
+    \b
+      spectra inspect ckpt/                                       what is in it
+      spectra svd --base llama-7b --tuned ckpt/ --layer v_proj    singular values of the update
+      spectra similarity a/ b/ --top 30                           do two updates agree?
+      spectra plot results/                                       redraw stored results
+    """

@@ -1,0 +1,76 @@
+"""What reaches the terminal: short tables on stdout, notes on stderr, strict JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+_MOST_NAMES = 5
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """One strict JSON document on stdout: NaN and infinities become null."""
+    from spectra.tables import strict
+
+    click.echo(json.dumps(strict(document), indent=1, allow_nan=False, ensure_ascii=False))
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Aligned columns, text to the left and numbers to the right."""
+    cells = [[_text(value) for value in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
+    is_text = [all(isinstance(row[i], str) for row in rows) for i in range(len(header))]
+    for line in [list(header), *cells]:
+        aligned = [
+            cell.ljust(width) if text else cell.rjust(width)
+            for cell, width, text in zip(line, widths, is_text, strict=True)
+        ]
+        click.echo("  ".join(aligned).rstrip())
+
+
+def _text(value: Any) -> str:
+    if value is None or value != value:  # NaN
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def note(text: str) -> None:
+    """One line on stderr."""
+    click.echo(text, err=True)
+
+
+def coverage_notes(coverage: Any, shown: int = _MOST_NAMES) -> None:
+    """Warnings in full; what was not used as counts with a few names. `inspect` lists everything."""
+    for warning in coverage.warnings:
+        note(f"warning: {warning}")
+    for key, title in (
+        ("base_only", "only in the base"),
+        ("tuned_only", "only in the tuned model"),
+        ("shape_mismatch", "of another shape"),
+        ("unsupported", "not supported or unreadable"),
+        ("skipped", "skipped"),
+    ):
+        listed: dict[str, str] = getattr(coverage, key)
+        if not listed:
+            continue
+        reasons: dict[str, list[str]] = {}
+        for name, reason in listed.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in list(reasons.items())[:shown]:
+            names_shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+            note(f"{title}: {reason}: {names_shown}")
+        if len(reasons) > shown:
+            note(f"{title}: {len(reasons) - shown} more reasons; spectra inspect lists them")
+
+
+def progress(total: int, what: str) -> Any:
+    """A bar with ETA on a terminal's stderr; nothing in a pipe."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, unit="matrix", file=sys.stderr, disable=None, leave=False, dynamic_ncols=True)

@@ -1,0 +1,176 @@
+"""`spectra similarity`: do two updates use the same directions?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spectra.cli import report
+from spectra.cli.options import compute_options, executor_for, result_options, source_options
+
+if TYPE_CHECKING:
+    from spectra.comparison import NotCompared
+    from spectra.metrics.similarity import SubspaceSimilarity
+
+_MOST_LINES = 12
+
+
+@click.command("similarity")
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--base", metavar="BASE", help="The model both started from, where the formats need it.")
+@click.option(
+    "--top", type=click.IntRange(min=1), default=30, show_default=True, metavar="K", help="How many directions."
+)
+@click.option("--side", type=click.Choice(["left", "right", "both"]), default="left", show_default=True,
+              help="Left singular vectors (out), right ones (in), or both.")  # fmt: skip
+@source_options
+@compute_options
+@result_options
+def command(
+    a: str,
+    b: str,
+    base: str | None,
+    top: int,
+    side: str,
+    layers: tuple[str, ...],
+    heads: str | int,
+    scale: float | None,
+    split: bool,
+    device: str,
+    workers: int | None,
+    cluster: str | None,
+    memory: str | None,
+    out: str | None,
+    figures: bool,
+    as_json: bool,
+) -> None:
+    """Subspace similarity φ(i, j) of two updates, matrix by matrix, with its chance level.
+
+    A and B are tuned models, adapters, or directories that `spectra svd --top K --out` made.
+    """
+    from spectra.comparison import NotCompared
+
+    sides = ("left", "right") if side == "both" else (side,)
+    settings = {"heads": heads, "scale": scale, "split": split}
+    with executor_for(workers, cluster) as executor:
+        compute = {"device": device, "executor": executor, "memory_budget": memory}
+        inputs, found = _compare(a, b, base, layers, settings, top, sides, compute)
+        done: list[SubspaceSimilarity] = []
+        undone: list[NotCompared] = []
+        store = _store(out, inputs, top, sides)
+        for item in found:
+            if isinstance(item, NotCompared):
+                undone.append(item)
+                continue
+            done.append(item)
+            if store:
+                store.put_similarity(item)
+    if store:
+        store.finish()
+    written = _draw(out, done) if out and figures and done else []
+    if as_json:
+        report.print_json(_document(inputs, done, undone))
+    else:
+        _print(done)
+    _close(done, undone, out, written)
+
+
+def _compare(
+    a: str,
+    b: str,
+    base: str | None,
+    layers: tuple[str, ...],
+    settings: dict[str, Any],
+    top: int,
+    sides: tuple[Any, ...],
+    compute: dict[str, Any],
+) -> tuple[dict[str, Any], Iterator[SubspaceSimilarity | NotCompared]]:
+    """Both inputs, and the stream of their comparisons."""
+    from spectra import comparison, fingerprint
+    from spectra.sources import open_source
+    from spectra.store import load
+
+    stored = [Path(path, "run.json").is_file() for path in (a, b)]
+    inputs: dict[str, Any] = {"kind": "similarity", "a": str(a), "b": str(b), "base": base, "options": settings}
+    if all(stored):
+        runs = [load(path) for path in (a, b)]
+        runs = [run.select(layers) for run in runs] if layers else runs
+        return inputs, comparison.compare_stored(*runs, top=top, sides=sides)
+    if any(stored):
+        raise click.UsageError("one of A and B holds stored results and the other weights: give two of a kind")
+    sources = [open_source(path, base, **settings) for path in (a, b)]
+    sources = [source.select(layers) for source in sources] if layers else sources
+    for source in sources:
+        report.coverage_notes(source.coverage)
+    inputs["files"] = [fingerprint.of_files(source) for source in sources]
+    return inputs, comparison.compare(*sources, top=top, sides=sides, **compute)
+
+
+def _store(out: str | None, inputs: dict[str, Any], top: int, sides: tuple[str, ...]) -> Any:
+    if not out:
+        return None
+    from spectra.store import Store
+
+    store = Store(out)
+    store.begin(inputs, {"command": sys.argv, "top": top, "sides": sides})
+    return store
+
+
+def _draw(out: str, done: list[SubspaceSimilarity]) -> list[str]:
+    from spectra.cli.plot import draw_directories
+
+    return draw_directories([out], out)
+
+
+def _document(inputs: dict[str, Any], done: list[SubspaceSimilarity], undone: list[NotCompared]) -> dict[str, Any]:
+    from spectra import tables
+    from spectra._version import __version__
+
+    return {
+        "spectra": __version__,
+        **inputs,
+        "matrices": [
+            {**tables.similarity_row(item), "grid": item.grid, "principal_angles": item.angles} for item in done
+        ],
+        "not_compared": [{"name": item.name, "reason": item.reason} for item in undone],
+    }
+
+
+def _print(done: list[SubspaceSimilarity]) -> None:
+    from spectra.metrics.similarity import pool
+    from spectra.tables import similarity_row
+
+    header = ["matrix", "side", "k", "φ(k,k)", "chance", "φ(1,1)", "note"]
+    shown = done
+    if len(done) > _MOST_LINES:
+        header[0] = "role"
+        groups: dict[tuple[str, Any], list[SubspaceSimilarity]] = {}
+        for item in done:
+            groups.setdefault((item.role, item.side), []).append(item)
+        shown = [pool(items, role) for (role, _), items in groups.items()]
+    rows = [similarity_row(item) for item in shown]
+    keys = ("name", "side", "k_used", "phi", "chance", "phi_1_1", "note")
+    report.print_table(header, [[row[key] for key in keys] for row in rows])
+
+
+def _close(done: list[SubspaceSimilarity], undone: list[NotCompared], out: str | None, written: list[str]) -> None:
+    if out:
+        report.note(f"results: {out}/similarity.csv, {out}/run.json, {out}/similarity/")
+    for path in written:
+        report.note(f"figure: {path}")
+    only_one = [item for item in undone if item.reason.startswith("only in")]
+    failed = [item for item in undone if item not in only_one]
+    if only_one:
+        report.note(
+            f"{len(only_one)} matrices are in one update only, such as {only_one[0].name}: {only_one[0].reason}"
+        )
+    for item in failed:
+        report.note(f"not compared: {item.name}: {item.reason}")
+    if failed or not done:
+        report.note(f"{len(failed)} of {len(done) + len(failed)} matrices could not be compared")
+        sys.exit(1)

@@ -1,0 +1,4 @@
+"""From deltas to spectra: exact solvers, the plan, and the one streaming loop.
+
+Empty on purpose: `engine.plan` must not bring torch along.
+"""

@@ -1,0 +1,135 @@
+"""Pure: in which order to decompose, how many bytes each matrix takes, and which do not fit."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spectra.errors import SelectionError
+from spectra.types import WeightDelta
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_FRACTION_OF_FREE = 0.5
+
+
+@dataclass(frozen=True)
+class Task:
+    """One delta in the plan: its place in the input, what it costs and what it needs.
+
+    Attributes:
+        index: the delta's position in the input.
+        flops: a rough count of floating-point operations.
+        bytes: peak working memory, without the interpreter.
+    """
+
+    index: int
+    flops: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tasks in the order to start them, and the positions of deltas above the budget with what they need."""
+
+    tasks: tuple[Task, ...]
+    too_large: dict[int, int]
+    budget: int
+
+
+def plan(deltas: Sequence[WeightDelta], budget: int, top: int | None = None) -> Plan:
+    """Longest first, so that no worker is left with the largest matrix at the end; ties in input order.
+
+    Example:
+        >>> import torch
+        >>> small, large = (WeightDelta.from_tensor(str(n), torch.eye(n)) for n in (2, 4))
+        >>> [task.index for task in plan([small, large], budget=2**20).tasks]
+        [1, 0]
+    """
+    tasks = [Task(i, flops(delta, top), needed(delta, top)) for i, delta in enumerate(deltas)]
+    too_large = {task.index: task.bytes for task in tasks if task.bytes > budget}
+    fitting = [task for task in tasks if task.index not in too_large]
+    return Plan(tuple(sorted(fitting, key=lambda task: -task.flops)), too_large, budget)
+
+
+def flops(delta: WeightDelta, top: int | None) -> float:
+    """A rough operation count: QR and core SVD for factors, Gram and eigenvalues for a dense update."""
+    if delta.recipe is None or len(delta.shape) != 2:
+        return 0.0
+    short, long = sorted(delta.shape)
+    if delta.factored:
+        r = delta.max_rank
+        return 4.0 * (short + long) * r**2 * (2 if top else 1) + 20.0 * r**3
+    return short**2 * long + (9.0 if top else 4 / 3) * short**3
+
+
+def needed(delta: WeightDelta, top: int | None) -> int:
+    """Peak bytes while the delta is solved: float64 operands, the solver's work space and the result."""
+    if delta.recipe is None or len(delta.shape) != 2:
+        return 0
+    m, n = delta.shape
+    short = min(m, n)
+    k = min(top or 0, short)
+    if delta.factored:
+        return 8 * (4 * (m + n) * delta.max_rank + 8 * delta.max_rank**2 + k * (m + n)) + _base_bytes(delta)
+    return 8 * (3 * m * n + (5 if top else 3) * short**2 + k * (m + n)) + sum(
+        _width(r.dtype) * r.numel for r in _refs(delta)
+    )
+
+
+def _refs(delta: WeightDelta) -> Sequence:
+    return delta.recipe.refs if delta.recipe is not None else ()
+
+
+def _base_bytes(delta: WeightDelta) -> int:
+    full = delta.shape[0] * delta.shape[1]
+    return max((9 * ref.numel for ref in _refs(delta) if ref.numel == full), default=0)
+
+
+def _width(dtype: str) -> int:
+    from spectra.sources.tensors import DTYPES
+
+    return DTYPES[dtype][1] if dtype in DTYPES else 8
+
+
+def memory_budget(given: int | str | None) -> int:
+    """Bytes from a number, a text such as "4GiB", or half of what is free.
+
+    Raises:
+        SelectionError: the text is not a size.
+
+    Example:
+        >>> memory_budget("4GiB")
+        4294967296
+    """
+    if given is None:
+        return int(free_memory() * _FRACTION_OF_FREE)
+    if isinstance(given, int):
+        return given
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", given)
+    if not found or found[2].upper() not in _UNITS:
+        raise SelectionError(f"{given!r} is not a size; write it as 4GiB or 800MB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def free_memory() -> int:
+    """Bytes that can be had without swapping, by the kernel's own estimate where it gives one."""
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def readable_size(count: int) -> str:
+    """Bytes as people write them.
+
+    >>> readable_size(3 * 2**29)
+    '1.5 GiB'
+    """
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"

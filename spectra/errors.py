@@ -1,0 +1,46 @@
+"""What can go wrong, as one family: every message names the file or matrix and says what to do next."""
+
+from __future__ import annotations
+
+
+class SpectraError(Exception):
+    """Base of every error that a user can cause or mend; its text is the whole message."""
+
+
+class SourceError(SpectraError):
+    """An input cannot be read, or is not what it says it is."""
+
+
+class NotFoundError(SourceError):
+    """A path, hub id or alias leads nowhere; the message lists what was tried."""
+
+
+class UnsupportedFormatError(SourceError):
+    """The format is recognised and refused by name, or not recognised at all."""
+
+
+class BaseRequiredError(SourceError):
+    """The format's ΔW cannot be formed without the base weights."""
+
+
+class SelectionError(SpectraError):
+    """A layer pattern, head or K selects nothing; the message lists what exists."""
+
+
+class TruncatedSpectrumError(SpectraError):
+    """A metric needs the whole spectrum and was given its top only."""
+
+
+class StoreError(SpectraError):
+    """A results directory cannot be written, read, or belongs to other inputs."""
+
+
+class DeviceError(SpectraError):
+    """The device that was asked for is not there."""
+
+
+class MissingExtraError(SpectraError):
+    """An optional dependency is not installed; the message holds the install command."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs an optional dependency: pip install 'weight-spectra[{extra}]'")

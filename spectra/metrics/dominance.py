@@ -1,0 +1,100 @@
+"""How far a few directions dominate an update: shares, inequality and norms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from spectra.metrics.rank import values
+from spectra.types import Spectrum
+
+
+def top_k_share(spectrum: Spectrum, k: int) -> float:
+    r"""Σ_{i≤k} σ² / Σσ², the share of the update's energy in its top k directions.
+
+    Exact under truncation while k values are there, since the norm is of the whole ΔW.
+
+    Example:
+        >>> top_k_share(Spectrum("a", (2, 2), S=[3.0, 1.0]), 1)
+        0.9
+
+    Raises:
+        TruncatedSpectrumError: fewer than k values are there and the rest are not known to be zero.
+
+    Reference: Wang et al. 2023, §3 ("dominance of top singular vectors"), made a number.
+    """
+    if not spectrum.rank:
+        return math.nan
+    if len(spectrum.S) < k:
+        values(spectrum, f"top_{k}_share")
+    share = np.square(spectrum.S[:k] / spectrum.S[0]).sum() / ((spectrum.norm or 0.0) / spectrum.S[0]) ** 2
+    return float(min(share, 1.0))
+
+
+def top_value_share(spectrum: Spectrum) -> float:
+    r"""σ₁ / Σσ.
+
+    Example:
+        >>> top_value_share(Spectrum("a", (2, 2), S=[3.0, 1.0]))
+        0.75
+
+    Raises:
+        TruncatedSpectrumError: some values are missing.
+    """
+    S = values(spectrum, "top_value_share")
+    return float(S[0] / S.sum()) if S.any() else math.nan
+
+
+def gini(spectrum: Spectrum) -> float:
+    r"""Gini coefficient of the max_rank values σ: 0 if all are equal, towards 1 if one holds everything.
+
+    G = Σᵢ (2i − n − 1) σ₍ᵢ₎ / (n Σσ), σ₍ᵢ₎ ascending, n = max_rank; a LoRA of rank r is thus measured
+    among its r values, not among min(out, in).
+
+    Example:
+        >>> gini(Spectrum("a", (2, 2), S=[1.0, 0.0]))
+        0.5
+
+    Raises:
+        TruncatedSpectrumError: some values are missing.
+
+    Reference: Dixon et al. 1987, eq. 2.
+    """
+    S = np.sort(values(spectrum, "gini")[: spectrum.max_rank])
+    n = len(S)
+    if not S.any():
+        return math.nan
+    return float(((2 * np.arange(1, n + 1) - n - 1) * S).sum() / (n * S.sum()))
+
+
+def spectral_norm(spectrum: Spectrum) -> float:
+    """‖ΔW‖₂ = σ₁.
+
+    Example:
+        >>> spectral_norm(Spectrum("a", (2, 2), S=[4.0, 3.0]))
+        4.0
+    """
+    return float(spectrum.S[0]) if len(spectrum.S) else math.nan
+
+
+def frobenius_norm(spectrum: Spectrum) -> float:
+    """‖ΔW‖_F of the whole update.
+
+    Example:
+        >>> frobenius_norm(Spectrum("a", (2, 2), S=[4.0, 3.0]))
+        5.0
+    """
+    return math.nan if spectrum.norm is None else spectrum.norm
+
+
+def relative_norm(spectrum: Spectrum) -> float:
+    """‖ΔW‖_F / ‖W₀‖_F, or NaN where the base was not read.
+
+    Example:
+        >>> relative_norm(Spectrum("a", (2, 2), S=[4.0, 3.0], base_norm=10.0))
+        0.5
+    """
+    if spectrum.norm is None or not spectrum.base_norm:
+        return math.nan
+    return spectrum.norm / spectrum.base_norm

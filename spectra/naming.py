@@ -1,0 +1,158 @@
+"""Names of weights: layer index, module role across architectures, and --layer matching."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+
+from spectra.errors import SelectionError
+
+# The last path components of a module, and the role that LLaMA's names give it. First match wins.
+# Attention is told apart from the MLP by its parent where both use a word such as `dense`.
+_ROLE_PATTERNS: tuple[tuple[str, str], ...] = (
+    (
+        r"(?:^|\.)(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|qkv_proj|gate_up_proj)$",
+        r"\1",
+    ),
+    (r"(?:^|\.)(?:query|query_proj|q_lin|to_q|(?:SelfAttention|EncDecAttention)\.q)$", "q_proj"),
+    (r"(?:^|\.)(?:key|key_proj|k_lin|to_k|(?:SelfAttention|EncDecAttention)\.k)$", "k_proj"),
+    (r"(?:^|\.)(?:value|value_proj|v_lin|to_v|(?:SelfAttention|EncDecAttention)\.v)$", "v_proj"),
+    (
+        r"(?:^|\.)(?:out_proj|to_out\.0|(?:SelfAttention|EncDecAttention)\.o|attention\.out_lin)$",
+        "o_proj",
+    ),
+    (
+        r"(?:^|\.)(?:attn\.c_proj|attention\.output\.dense|(?:self_)?attention\.dense|self_attn\.dense)$",
+        "o_proj",
+    ),
+    (r"(?:^|\.)(?:c_attn|query_key_value|Wqkv)$", "qkv_proj"),
+    (
+        r"(?:^|\.)(?:mlp\.c_fc|dense_h_to_4h|intermediate\.dense|fc1|lin1|DenseReluDense\.wi)$",
+        "up_proj",
+    ),
+    (
+        r"(?:^|\.)(?:mlp\.c_proj|dense_4h_to_h|output\.dense|fc2|lin2|DenseReluDense\.wo)$",
+        "down_proj",
+    ),
+    (r"(?:^|\.)(?:w1|wi_0)$", "gate_proj"),
+    (r"(?:^|\.)(?:w3|wi_1)$", "up_proj"),
+    (r"(?:^|\.)w2$", "down_proj"),
+    (r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|tok_embeddings|embed_in)$", "embed_tokens"),
+    (r"(?:^|\.)(?:lm_head|embed_out)$", "lm_head"),
+)
+_ROLES = tuple((re.compile(pattern), role) for pattern, role in _ROLE_PATTERNS)
+_PART_ROLES = {
+    **{part: f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")},
+    **{f"{part}_proj": f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")},
+}
+_PARTS = re.compile(r"\[([^\]]*)\]")
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|block|encoder|decoder|resblocks)\.(\d+)(?=\.|$)")
+_ANY_NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+
+
+def split_parts(name: str) -> tuple[str, tuple[str, ...]]:
+    """The weight's own name and its `[part]` suffixes.
+
+    >>> split_parts("h.0.attn.c_attn.weight[v]")
+    ('h.0.attn.c_attn.weight', ('v',))
+    """
+    return _PARTS.sub("", name), tuple(_PARTS.findall(name))
+
+
+def module_of(name: str) -> str:
+    """The module that owns the weight: its name without `.weight` and without parts.
+
+    >>> module_of("model.layers.0.self_attn.v_proj.weight")
+    'model.layers.0.self_attn.v_proj'
+    """
+    return split_parts(name)[0].removesuffix(".weight")
+
+
+def layer_of(name: str) -> int | None:
+    """The index of the layer that holds the weight, or None outside the stack of layers.
+
+    >>> layer_of("model.layers.17.self_attn.v_proj.weight")
+    17
+    """
+    module = module_of(name)
+    found = _LAYER.search(module) or _ANY_NUMBER.search(module)
+    return int(found.group(1)) if found else None
+
+
+def role_of(name: str) -> str:
+    """What the weight does in its layer, in LLaMA's words where the architecture has such a part.
+
+    >>> role_of("encoder.layer.0.attention.self.value.weight")
+    'v_proj'
+    >>> role_of("transformer.h.3.attn.c_attn.weight[k]")
+    'k_proj'
+    >>> role_of("pooler.dense.weight")
+    'pooler.dense'
+    """
+    module = module_of(name)
+    for part in split_parts(name)[1]:
+        if part in _PART_ROLES:
+            return _PART_ROLES[part]
+    for pattern, role in _ROLES:
+        found = pattern.search(module)
+        if found:
+            return found.expand(role)
+    words = [word for word in module.split(".") if not word.isdigit()]
+    return ".".join(words[-2:]) if len(words) > 1 and words[-1] in {"dense", "linear", "proj"} else words[-1]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether `--layer pattern` means this weight.
+
+    A bare word is a path component, several of them joined by dots, the role, or the whole name;
+    a glob is matched against the same things; `re:…` is searched in the whole name.
+
+    >>> matches("v_proj", "encoder.layer.0.attention.self.value.weight")
+    True
+    >>> matches("layers.1.*", "model.layers.11.self_attn.v_proj.weight")
+    False
+    """
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], name) is not None
+    whole, parts = split_parts(name)
+    words = [*whole.split("."), *parts]
+    if pattern in (name, whole, role_of(name)):
+        return True
+    width = pattern.count(".") + 1
+    runs = [".".join(words[i : i + width]) for i in range(len(words) - width + 1)]
+    if not any(sign in pattern for sign in "*?["):
+        return pattern in runs
+    tails = [".".join(words[i:]) for i in range(len(words))] if width > 1 else runs
+    return any(fnmatch.fnmatchcase(text, pattern) for text in [name, role_of(name), *tails])
+
+
+def select(patterns: str | Sequence[str], names: Iterable[str]) -> list[str]:
+    """The names that any of the patterns means, in their order.
+
+    Raises:
+        SelectionError: a pattern is not a regular expression, or matches none of the names.
+    """
+    names = list(names)
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    chosen: set[str] = set()
+    for pattern in wanted:
+        try:
+            hits = [name for name in names if matches(pattern, name)]
+        except re.error as problem:
+            raise SelectionError(f"layer pattern {pattern!r} is not a regular expression: {problem}") from None
+        if not hits:
+            raise SelectionError(f"layer pattern {pattern!r} matches none of {_overview(names)}")
+        chosen.update(hits)
+    return [name for name in names if name in chosen]
+
+
+def _overview(names: list[str]) -> str:
+    if not names:
+        return "the 0 matrices that are there"
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[role_of(name)] = counts.get(role_of(name), 0) + 1
+    listed = ", ".join(f"{role} ({count})" for role, count in sorted(counts.items())[:20])
+    more = f" and {len(counts) - 20} more roles" if len(counts) > 20 else ""
+    return f"the {len(names)} matrices that are there; roles: {listed}{more}. Example name: {names[0]}"

@@ -1,0 +1,91 @@
+"""Heatmaps of the subspace similarity φ(i, j), with the chance level beside them."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from spectra.metrics.similarity import SubspaceSimilarity
+from spectra.plots.style import HEATMAP, new_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
+    from matplotlib.image import AxesImage
+
+_MOST_TICKS = 6
+_NOTE_WIDTH = 48
+
+
+def plot_similarity(
+    similarity: SubspaceSimilarity,
+    *,
+    title: str | None = None,
+    labels: tuple[str, str] = ("first update", "second update"),
+    colorbar: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
+    """Heatmap of φ(i, j) from 0 to 1, i of the first update downwards, j of the second to the right.
+
+    The title names the side and, where k was clamped or matrices were pooled, says so; the chance
+    level stands below the axes and on the colour bar.
+
+    Args:
+        similarity: what `subspace_similarity` or `pool` gives.
+        title: instead of the weight's name.
+        labels: what the two updates are.
+        colorbar: whether to add one.
+        ax: where to draw; None for a new figure.
+
+    Reference: Hu et al. 2021, Fig. 3; Wang et al. 2023, Fig. 4.
+    """
+    ax = new_axes(ax)
+    k = similarity.k_used
+    image: AxesImage = ax.imshow(
+        similarity.grid, vmin=0, vmax=1, cmap=HEATMAP, extent=(0.5, k + 0.5, k + 0.5, 0.5), interpolation="nearest"
+    )
+    ticks = tick_positions(k)
+    ax.set_xticks(ticks)
+    ax.set_yticks(ticks)
+    ax.grid(visible=False)
+    ax.set_xlabel(f"j: top directions of {labels[1]}")
+    ax.set_ylabel(f"i: top directions of {labels[0]}")
+    heading = title if title is not None else similarity.name
+    ax.set_title(f"{heading}\n{caption(similarity)}", fontsize=9)
+    if colorbar and ax.figure is not None:
+        add_colorbar(image, [similarity], ax)
+    return ax
+
+
+def caption(similarity: SubspaceSimilarity) -> str:
+    """The second line of a panel's title: side, φ at the corner and what chance would give."""
+    k = similarity.k_used
+    words = f"{similarity.side}, φ({k}, {k}) = {similarity.phi:.2f}, chance {similarity.chance[-1, -1]:.2f}"
+    return "\n".join([words, *textwrap.wrap(similarity.note, _NOTE_WIDTH)])
+
+
+def add_colorbar(image: AxesImage, similarities: Sequence[SubspaceSimilarity], ax: Axes | Sequence[Axes]) -> Colorbar:
+    """A colour bar from 0 to 1 with a mark where random subspaces would be at (k, k)."""
+    first = ax if not isinstance(ax, Sequence) else ax[0]
+    bar: Colorbar = first.figure.colorbar(image, ax=ax, label="φ(i, j)", shrink=0.9)
+    chances = [float(item.chance[-1, -1]) for item in similarities]
+    for chance in {min(chances), max(chances)}:
+        bar.ax.axhline(chance, color="white", linewidth=2.5)
+        bar.ax.axhline(chance, color="black", linewidth=1)
+    bar.ax.text(
+        -0.15, max(chances), "chance", va="center", ha="right", fontsize=8, transform=bar.ax.get_yaxis_transform()
+    )
+    return bar
+
+
+def tick_positions(k: int) -> list[int]:
+    """1 and round steps up to k.
+
+    >>> tick_positions(30)
+    [1, 10, 20, 30]
+    """
+    step = next(size for size in (1, 2, 5, 10, 20, 50, 100, 200, 500, 10**9) if k / size <= _MOST_TICKS)
+    if step == 5 and k % 10 == 0 and k >= 30:
+        step = 10
+    return sorted({1, *range(step, k + 1, step)})

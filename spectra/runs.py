@@ -1,0 +1,103 @@
+"""Computing into a results directory: what is stored is not computed again."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from spectra import fingerprint
+from spectra._version import __version__
+from spectra.engine.decompose import decompose_indexed
+from spectra.store import Store
+from spectra.types import Source, Spectrum
+
+
+def decompose_into(
+    out: str | Path | None,
+    source: Source,
+    settings: Mapping[str, Any],
+    *,
+    top: int | None = None,
+    device: str = "auto",
+    executor: Executor | None = None,
+    budget: int | str | None = None,
+) -> Iterator[Spectrum]:
+    """The spectra of a source, stored ones first, new ones as they finish and are stored.
+
+    A stored result counts if it comes from the same files, recipe and code version and holds at
+    least what is asked for. Where more vectors are stored than asked for, as many are computed.
+
+    Args:
+        out: the results directory, or None to store nothing.
+        source: what to decompose.
+        settings: the options that the source was opened with; part of the run's identity.
+        top: as for `decompose`.
+        device: as for `decompose`.
+        executor: as for `decompose`.
+        budget: as `memory_budget` for `decompose`.
+
+    Raises:
+        StoreError: the directory holds results of other inputs, or cannot be written to.
+    """
+    if out is None:
+        for _, spectrum in decompose_indexed(source.deltas, top=top, device=device, executor=executor, budget=budget):
+            yield spectrum
+        return
+    store = Store(out)
+    store.begin(_inputs(source, settings), _details(source, top, device))
+    missing: dict[int, list[int]] = {}
+    keys = [fingerprint.of_delta(delta) for delta in source]
+    for place, delta in enumerate(source):
+        if store.has(delta.name, keys[place], top, only_top=False):
+            yield store.get(delta.name)
+        else:
+            missing.setdefault(max(top or 0, _kept(store, delta.name)), []).append(place)
+    for k, places in missing.items():
+        deltas = [source.deltas[place] for place in places]
+        found = decompose_indexed(deltas, top=k or None, device=device, executor=executor, budget=budget)
+        for index, spectrum in found:
+            store.put(spectrum, keys[places[index]])
+            yield spectrum
+    store.finish()
+
+
+def _kept(store: Store, name: str) -> int:
+    from spectra.errors import StoreError
+
+    try:
+        return store.stored_k(name)
+    except StoreError:
+        return 0
+
+
+def _inputs(source: Source, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "kind": source.kind,
+        "tuned": str(Path(source.tuned).resolve()),
+        "base": str(Path(source.base).resolve()) if source.base else None,
+        "options": dict(settings),
+        "files": fingerprint.of_files(source),
+    }
+
+
+def _details(source: Source, top: int | None, device: str) -> dict[str, Any]:
+    import numpy
+    import torch
+
+    return {
+        "command": sys.argv,
+        "top": top,
+        "device": device,
+        "coverage": asdict(source.coverage),
+        "versions": {
+            "spectra": __version__,
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "python": platform.python_version(),
+        },
+    }

@@ -1,0 +1,88 @@
+"""Which tuned weight belongs to which base weight: exact names, after one prefix rule for the whole set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+from spectra.errors import SourceError
+
+Shape = tuple[int, ...]
+_WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "_fsdp_wrapped_module.")
+
+
+def align(tuned: Mapping[str, Shape], base: Mapping[str, Shape]) -> tuple[dict[str, str], str]:
+    """The base's name for each tuned name, and what had to be done for it in words ("" for nothing).
+
+    Wrapper prefixes that every name has are dropped. Then at most one leading path is added to or
+    dropped from the tuned names, the one that pairs most weights of equal shape, so that a bare
+    encoder meets a task model. A rule is for the whole set: no tensor is matched on its own.
+
+    Raises:
+        SourceError: no rule pairs anything, or two rules pair equally many.
+    """
+    bare = {name: unwrap(name) for name in tuned}
+    rules: dict[str, Callable[[str], str]] = {"": lambda name: name}
+    for prefix in sorted(_leading_paths(bare.values())):
+        rules[f"dropped the prefix {prefix!r} from the tuned names"] = partial(_dropped, prefix)
+    for prefix in sorted(_leading_paths(base)):
+        rules[f"added the prefix {prefix!r} to the tuned names"] = partial(_added, prefix)
+    canonical = {unwrap(name): name for name in base}
+    scores: dict[str, int] = {}
+    renamed: dict[str, dict[str, str]] = {}
+    for words, rule in rules.items():
+        names = {name: rule(short) for name, short in bare.items()}
+        if len(set(names.values())) < len(names):
+            continue
+        renamed[words] = {name: canonical.get(new, new) for name, new in names.items()}
+        scores[words] = sum(base.get(new) == tuned[name] for name, new in renamed[words].items())
+    best = max(scores.values(), default=0)
+    winners = [words for words, score in scores.items() if score == best]
+    if best == 0 and not set(canonical) & set(bare.values()):
+        raise SourceError(
+            f"no weight of the tuned model is in the base: tuned has {_example(tuned)}, "
+            f"base has {_example(base)}; is --base the model that was tuned?"
+        )
+    if "" not in winners and len(winners) > 1:
+        raise SourceError(f"the tuned names fit the base in {len(winners)} ways: {'; '.join(winners)}; rename one side")
+    chosen = "" if "" in winners else winners[0]
+    return renamed[chosen], chosen
+
+
+def _dropped(prefix: str, name: str) -> str:
+    return name.removeprefix(prefix)
+
+
+def _added(prefix: str, name: str) -> str:
+    return prefix + name
+
+
+def unwrap(name: str) -> str:
+    """The name without what data parallelism, torch.compile, FSDP or PEFT wrap around a module.
+
+    >>> unwrap("module._orig_mod.encoder.layer.0.weight")
+    'encoder.layer.0.weight'
+    """
+    for wrapper in _WRAPPERS:
+        if wrapper in ("_orig_mod.", "_fsdp_wrapped_module."):
+            name = name.replace("." + wrapper, ".")
+    while name.startswith(_WRAPPERS):
+        for wrapper in _WRAPPERS:
+            name = name.removeprefix(wrapper)
+    return name
+
+
+def _leading_paths(names: Iterable[str]) -> set[str]:
+    """First one and two path components, as prefixes, that are words rather than indices."""
+    found = set()
+    for name in names:
+        words = name.split(".")
+        for depth in (1, 2):
+            if len(words) > depth + 1 and not any(word.isdigit() for word in words[:depth]):
+                found.add(".".join(words[:depth]) + ".")
+    return found
+
+
+def _example(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    return f"{len(listed)} names such as {listed[len(listed) // 2]!r}" if listed else "no weights"
