@@ -72,8 +72,9 @@ def summarize(spectra: Iterable[Spectrum]) -> pd.DataFrame:
 
     Example:
         >>> table = summarize([Spectrum("layers.0.v_proj.weight", (2, 2), S=[4.0, 3.0])])
-        >>> table.loc[0, ["role", "norm", "max_rank"]].tolist()
-        ['v_proj', 5.0, 2]
+        >>> print(table[["role", "norm", "max_rank"]].to_string(index=False))
+          role  norm  max_rank
+        v_proj   5.0         2
     """
     import pandas as pd
 

@@ -16,7 +16,7 @@ def top_k_share(spectrum: Spectrum, k: int) -> float:
     Exact under truncation while k values are there, since the norm is of the whole ΔW.
 
     Example:
-        >>> top_k_share(Spectrum("a", (2, 2), S=[3.0, 1.0]), 1)
+        >>> round(top_k_share(Spectrum("a", (2, 2), S=[3.0, 1.0]), 1), 12)
         0.9
 
     Raises:

