@@ -13,11 +13,12 @@ BIN = $(VENV)/bin
 .PHONY: demo test lint data clean
 
 demo: $(VENV)/.installed $(DATA)/.fetched
-	$(BIN)/spectra svd --base $(BASE) --tuned $(TUNED) --layer 're:encoder.*weight' --top 30 --out $(DATA)/minilm
-	$(BIN)/python -m spectra.demo $(BASE) $(TUNED) $(DATA)/minilm
+	$(BIN)/spectra svd --base $(BASE) --tuned $(TUNED) --layer 'encoder.*' --top 30 --out $(DATA)/minilm
+	$(BIN)/python examples/minilm.py $(DATA)/minilm
 	@echo
-	@echo "figures: $(DATA)/minilm/histogram.png and $(DATA)/minilm/layers.png (and .pdf)"
-	@echo "table:   $(DATA)/minilm/summary.csv"
+	@echo "histogram: $(DATA)/minilm/histogram.png   singular values of the update, by role"
+	@echo "heatmap:   $(DATA)/minilm/query-key.png   do query and key change along the same directions?"
+	@echo "table:     $(DATA)/minilm/summary.csv     one row per matrix"
 
 test: $(VENV)/.dev $(DATA)/.fetched
 	$(BIN)/pytest

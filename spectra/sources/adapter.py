@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from spectra.errors import BaseRequiredError, SourceError
 from spectra.sources import architectures
@@ -12,7 +14,7 @@ from spectra.sources.checkpoint import as_matrix, subtract
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.pairing import align, unwrap
-from spectra.sources.recipes import Factors, Term
+from spectra.sources.recipes import Factors, Placed, Term, Update
 from spectra.sources.tensors import TensorRef
 
 Slots = dict[str, TensorRef]
@@ -48,6 +50,31 @@ def by_module(tensors: Iterable[str], pattern: str) -> tuple[dict[str, dict[str,
     return groups, rest
 
 
+def slot_pattern(names: str) -> str:
+    """`by_module`'s pattern for parameters of these names (regular expressions joined by |).
+
+    What a trainer may add to a parameter's name is allowed for: the adapter's name and `.weight`.
+    """
+    return rf"(?P<slot>{names})(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?:\.weight)?"
+
+
+def modules_of(ledger: Ledger, pattern: str) -> tuple[dict[str, Slots], list[str]]:
+    """module → slot → reference for the modules of a tuned file, and the names that belong to none.
+
+    A module with a tensor that cannot be read is refused, and so is any other unreadable tensor.
+    """
+    tuned = ledger.tuned
+    groups, rest = by_module(tuned.tensors, pattern)
+    broken, lost = by_module(tuned.broken, pattern)
+    for module, slots in broken.items():
+        groups.pop(module, None)
+        ledger.refuse(f"{module}.weight", (), "unreadable", tuned.broken[next(iter(slots.values()))])
+    for name in lost:
+        ledger.refuse(name, (), "unreadable", tuned.broken[name])
+    refs = {m: {slot: tuned.tensors[name] for slot, name in slots.items()} for m, slots in groups.items()}
+    return refs, rest
+
+
 @dataclass(frozen=True)
 class Target:
     """The base's weight that a module stands for: its name, and its reference where a base is given."""
@@ -56,13 +83,15 @@ class Target:
     ref: TensorRef | None = None
 
 
-def targets(ledger: Ledger, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Target]:
+def targets(ledger: Ledger, shapes: Mapping[str, tuple[int, int] | None]) -> dict[str, Target]:
     """module → the weight it adapts, for modules with an update of the given (out, in) shapes.
+
+    A shape of None is one that the file does not say: the base's is taken as it is.
 
     Without a base the name is the module's own. With one, names are aligned as for checkpoints; a
     module that the base lacks goes to `tuned_only`, one of another shape is refused.
     """
-    if ledger.base is None:
+    if ledger.base is None or not shapes:
         return {module: Target(f"{module}.weight") for module in shapes}
     base = ledger.base
     oriented = {name: as_matrix(architectures.oriented(base.config, name, ref)) for name, ref in base.tensors.items()}
@@ -75,12 +104,14 @@ def targets(ledger: Ledger, shapes: Mapping[str, tuple[int, int]]) -> dict[str, 
     found: dict[str, Target] = {}
     for module, shape in shapes.items():
         name = names[f"{module}.weight"]
-        if name in base.broken:
+        if name in base.broken and shape is None:
+            ledger.refuse(name, (), "unreadable", base.broken[name])
+        elif name in base.broken:
             ledger.warnings.append(f"{name}: the norm of the base weight is unknown: {base.broken[name]}")
             found[module] = Target(name)
         elif name not in oriented:
             ledger.tuned_only[f"{module}.weight"] = "not in the base"
-        elif oriented[name].shape != shape:
+        elif shape is not None and oriented[name].shape != shape:
             why = f"the update is {list(shape)}, the base weight {list(oriented[name].shape)}"
             ledger.refuse(name, shape, "shape_mismatch", why)
         else:
@@ -108,6 +139,75 @@ def add_factored(ledger: Ledger, target: Target, terms: Sequence[Term], *, split
         ledger.add(target.name, whole.shape, whole, whole.rank, note)
 
 
+def add_update(ledger: Ledger, target: Target, update: Update, *, split: bool, note: str = "") -> None:
+    """Enter any update of one weight, in its parts where the base says that it is fused."""
+    config = ledger.base.config if ledger.base else {}
+    base = target.ref if target.ref and target.ref.is_float else None
+    cuts = architectures.parts(config, target.name, update.shape[0]) if split else {}
+    for part, cut in cuts.items():
+        placed = Placed(update, cut, cut(base) if base else None)
+        rows = cut(_shadow(update.shape)).shape[0]
+        ledger.add(f"{target.name}[{part}]", (rows, update.shape[1]), placed, update.rank, note)
+    if not cuts:
+        recipe = update if base is None or base in update.refs else Placed(update, None, base)
+        ledger.add(target.name, update.shape, recipe, update.rank, note)
+
+
+def _shadow(shape: tuple[int, ...]) -> TensorRef:
+    return TensorRef("", "", "F64", shape, "", (0, 0))
+
+
+def add_modules(
+    ledger: Ledger,
+    modules: Mapping[str, Slots],
+    build: Callable[[str, Slots], Update | str],
+    *,
+    split: bool,
+    note: str = "",
+) -> None:
+    """Enter the updates of modules whose tensors say everything; `build` gives one, or the reason there is none."""
+    updates: dict[str, Update] = {}
+    for module, slots in modules.items():
+        update = build(module, slots)
+        if isinstance(update, str):
+            ledger.refuse(f"{module}.weight", (), "unsupported", update)
+        else:
+            updates[module] = update
+    for module, target in targets(ledger, {module: update.shape for module, update in updates.items()}).items():
+        add_update(ledger, target, updates[module], split=split, note=note)
+
+
+def add_modules_on_base(
+    ledger: Ledger,
+    modules: Mapping[str, Slots],
+    build: Callable[[str, Slots, TensorRef], Update | str],
+    *,
+    split: bool,
+    note: str = "",
+) -> None:
+    """The same for updates that take the base's weight, or its shape, to form: `build` gets its reference, too."""
+    for module, target in targets(ledger, dict.fromkeys(modules)).items():
+        if target.ref is None:
+            continue
+        if len(target.ref.shape) != 2 or not target.ref.is_float:
+            kind = f"{list(target.ref.shape)} of {target.ref.dtype}"
+            ledger.refuse(target.name, target.ref.shape, "unsupported", f"the base weight is {kind}, not a real matrix")
+            continue
+        update = build(module, modules[module], target.ref)
+        if isinstance(update, str):
+            ledger.refuse(target.name, target.ref.shape, "unsupported", update)
+        else:
+            add_update(ledger, target, update, split=split, note=note)
+
+
+def add_rest(ledger: Ledger, rest: Iterable[str], *, split: bool) -> None:
+    """What lies beside the adapter's own tensors: biases, which are no matrices, and weights that are saved whole."""
+    names = list(rest)
+    biases = [name for name in names if name.endswith(".bias")]
+    ledger.skipped.update(dict.fromkeys(map(unwrap, biases), "a bias, not a matrix"))
+    add_saved_weights(ledger, [name for name in names if name not in biases], split=split)
+
+
 def add_saved_weights(ledger: Ledger, stored: Iterable[str], *, split: bool) -> None:
     """Tensors that an adapter saves whole (`modules_to_save`): new values, so ΔW = saved − base."""
     for name in stored:
@@ -132,18 +232,73 @@ def add_saved_weights(ledger: Ledger, stored: Iterable[str], *, split: bool) -> 
             subtract(ledger, names[clean], saved, original, base.config, split)
 
 
+def unusable(slots: Slots, needed: Iterable[str]) -> str:
+    """Why the tensors of a module cannot be used: one is missing, or is not made of real numbers; "" if they can."""
+    for slot in needed:
+        if slot not in slots:
+            there = next(iter(slots.values()))
+            return f"{slot} is missing in {there.path}"
+        if not slots[slot].is_float:
+            return f"{slot} is stored as {slots[slot].dtype}, not as real numbers"
+    return ""
+
+
+def config_of(tuned: Folder, what: str) -> Mapping[str, Any]:
+    """The adapter's config.
+
+    Raises:
+        SourceError: there is none.
+    """
+    if tuned.adapter_config is None:
+        raise SourceError(
+            f"{tuned.path} has no adapter_config.json beside it, and {what} cannot be read without: put it back"
+        )
+    return tuned.adapter_config
+
+
+def real(config: Mapping[str, Any], key: str, where: object) -> float:
+    """A finite number of the config.
+
+    Raises:
+        SourceError: it is missing or something else.
+    """
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise SourceError(f"{where}: {key} = {value!r} is not a finite number; mend adapter_config.json")
+    return float(value)
+
+
+def count(config: Mapping[str, Any], key: str, where: object) -> int:
+    """A positive whole number of the config.
+
+    Raises:
+        SourceError: it is missing or something else.
+    """
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise SourceError(f"{where}: {key} = {value!r} is not a positive whole number; mend adapter_config.json")
+    return value
+
+
+def refuse_options(ledger: Ledger, heads: str | int, scale: float | None) -> None:
+    """Say that `heads=` and `scale=` mean nothing for an adapter with one head whose scale is known."""
+    refuse_heads(ledger, heads)
+    if scale is not None:
+        ledger.warnings.append("scale was ignored: the adapter's files say all there is to scale")
+
+
 def refuse_heads(ledger: Ledger, heads: str | int) -> None:
     """Say that `heads=` means nothing for an adapter with one head."""
     if heads != "mean":
         ledger.warnings.append(f"heads={heads!r} was ignored: the adapter has one head")
 
 
-def need_base(ledger: Ledger, what: str) -> Folder:
+def need_base(ledger: Ledger, what: str, because: str = "depends on the base weights") -> Folder:
     """The base, or an error that says that the format needs one.
 
     Raises:
         BaseRequiredError: there is none.
     """
     if ledger.base is None:
-        raise BaseRequiredError(f"{ledger.tuned.path}: ΔW of {what} depends on the base weights: pass --base")
+        raise BaseRequiredError(f"{ledger.tuned.path}: ΔW of {what} {because}: pass --base")
     return ledger.base

@@ -56,13 +56,22 @@ def resolve(name: str | Path) -> Path:
     if models and (Path(models).expanduser() / text).exists():
         return Path(models).expanduser() / text
     tried.append(f"{models}/{text}" if models else "$SPECTRA_MODELS (not set)")
-    if text.lower() in ALIASES:
-        tried.append(f"the built-in alias {text} = {ALIASES[text.lower()]}")
-        text = ALIASES[text.lower()]
+    if resolve_alias(text) != text:
+        tried.append(f"the built-in alias {text} = {resolve_alias(text)}")
+        text = resolve_alias(text)
     found = _HUB_ID.fullmatch(text)
     if found:
         return _from_hub(str(name), found["repo"], found["revision"] or "main", tried)
     raise _not_found(str(name), tried)
+
+
+def resolve_alias(name: str) -> str:
+    """The hub id that a built-in alias stands for, or the name itself.
+
+    >>> resolve_alias("llama-7b")
+    'huggyllama/llama-7b'
+    """
+    return ALIASES.get(name.lower(), name)
 
 
 def config_file() -> Path:

@@ -11,12 +11,13 @@ Shape = tuple[int, ...]
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "_fsdp_wrapped_module.")
 
 
-def align(tuned: Mapping[str, Shape], base: Mapping[str, Shape]) -> tuple[dict[str, str], str]:
+def align(tuned: Mapping[str, Shape | None], base: Mapping[str, Shape]) -> tuple[dict[str, str], str]:
     """The base's name for each tuned name, and what had to be done for it in words ("" for nothing).
 
     Wrapper prefixes that every name has are dropped. Then at most one leading path is added to or
     dropped from the tuned names, the one that pairs most weights of equal shape, so that a bare
     encoder meets a task model. A rule is for the whole set: no tensor is matched on its own.
+    A shape of None, where the tuned file does not say it, fits any weight of that name.
 
     Raises:
         SourceError: no rule pairs anything, or two rules pair equally many.
@@ -35,7 +36,7 @@ def align(tuned: Mapping[str, Shape], base: Mapping[str, Shape]) -> tuple[dict[s
         if len(set(names.values())) < len(names):
             continue
         renamed[words] = {name: canonical.get(new, new) for name, new in names.items()}
-        scores[words] = sum(base.get(new) == tuned[name] for name, new in renamed[words].items())
+        scores[words] = sum(_fits(tuned[name], base.get(new)) for name, new in renamed[words].items())
     best = max(scores.values(), default=0)
     winners = [words for words, score in scores.items() if score == best]
     if best == 0 and not set(canonical) & set(bare.values()):
@@ -47,6 +48,10 @@ def align(tuned: Mapping[str, Shape], base: Mapping[str, Shape]) -> tuple[dict[s
         raise SourceError(f"the tuned names fit the base in {len(winners)} ways: {'; '.join(winners)}; rename one side")
     chosen = "" if "" in winners else winners[0]
     return renamed[chosen], chosen
+
+
+def _fits(tuned: Shape | None, base: Shape | None) -> bool:
+    return base is not None if tuned is None else base == tuned
 
 
 def _dropped(prefix: str, name: str) -> str:

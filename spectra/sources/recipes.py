@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 from spectra.sources.tensors import TensorRef
-from spectra.types import Dense, Form, LowRank
+from spectra.types import Dense, Form, LowRank, Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,19 +84,21 @@ class Difference:
 
 @dataclass(frozen=True)
 class Term:
-    """scale · diag(row_scale) · (Σ lefts) · right, one summand of a factored update.
+    """scale · diag(row_scale) · (Σ lefts) · diag(inner_scale) · right, one summand of a factored update.
 
     Attributes:
         lefts: (out, r) each; several where heads that share `right` are added up.
         right: (r, in).
         scale: a number, α/r and the like.
         row_scale: (out,) or a single entry, or None.
+        inner_scale: (r,), or None.
     """
 
     lefts: tuple[TensorRef, ...]
     right: TensorRef
     scale: float = 1.0
     row_scale: TensorRef | None = None
+    inner_scale: TensorRef | None = None
 
     def read(self, device: str) -> tuple[Tensor, Tensor]:
         """The two factors in float64, all scales in the left one."""
@@ -104,6 +107,8 @@ class Term:
             left = left + ref.read_float64(device)
         if self.row_scale is not None:
             left = self.row_scale.read_float64(device).reshape(-1, 1) * left
+        if self.inner_scale is not None:
+            left = left * self.inner_scale.read_float64(device).reshape(1, -1)
         return self.scale * left, self.right.read_float64(device)
 
 
@@ -125,7 +130,7 @@ class Factors:
         found: list[TensorRef] = []
         for term in self.terms:
             found += [*term.lefts, term.right]
-            found += [term.row_scale] if term.row_scale is not None else []
+            found += [scale for scale in (term.row_scale, term.inner_scale) if scale is not None]
         return (*found, self.base) if self.base else tuple(found)
 
     @property
@@ -146,3 +151,57 @@ class Factors:
         left = pairs[0][0] if len(pairs) == 1 else torch.cat([pair[0] for pair in pairs], 1)
         right = pairs[0][1] if len(pairs) == 1 else torch.cat([pair[1] for pair in pairs], 0)
         return LowRank(left, right, float(self.base.read_float64(device).norm()) if self.base else None)
+
+
+class Update(Recipe, Protocol):
+    """A recipe that knows the size of its ΔW before it is read."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """What the rank of ΔW cannot exceed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An update at its place in the base: those of its rows that one part of a fused weight has, and the base's norm.
+
+    Attributes:
+        whole: the update of the whole weight.
+        cut: which rows, as `architectures.parts` gives them; None for all.
+        base: the base's weight, or its part; only its norm is read.
+    """
+
+    whole: Recipe
+    cut: Callable[[TensorRef], TensorRef] | None = None
+    base: TensorRef | None = None
+
+    @property
+    def factored(self) -> bool:
+        """As the whole update."""
+        return self.whole.factored
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Those of the whole update, and the base's weight."""
+        return (*self.whole.refs, self.base) if self.base else self.whole.refs
+
+    def read(self, device: str = "cpu") -> Form:
+        """Form the whole update, keep the part."""
+        form = self.whole.read(device)
+        norm = float(self.base.read_float64(device).norm()) if self.base else form.base_norm
+        if isinstance(form, LowRank):
+            return replace(form, left=self._part(form.left), base_norm=norm)
+        return replace(form, matrix=self._part(form.matrix), base_norm=norm)
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        if self.cut is None:
+            return tensor
+        # A cut is written for references; its views do the same to a tensor.
+        shadow = TensorRef("", "", "F64", tuple(tensor.shape), "", (0, 0))
+        return self.cut(shadow).view(tensor)

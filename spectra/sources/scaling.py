@@ -13,7 +13,7 @@ from spectra.errors import SourceError
 _PATTERN_SECONDS = 1.0  # patterns come from the file; one that backtracks forever must end
 
 
-def scaling(config: Mapping[str, Any], module: str, where: str) -> tuple[float, int]:
+def scaling(config: Mapping[str, Any], module: str, where: str, *, alpha_key: str = "lora_alpha") -> tuple[float, int]:
     r"""s and the configured rank of one module.
 
     s = α/r, or α/√r with `use_rslora`; `rank_pattern` and `alpha_pattern` replace r and α for the
@@ -23,6 +23,7 @@ def scaling(config: Mapping[str, Any], module: str, where: str) -> tuple[float, 
         config: the adapter's config.
         module: the module's path without `base_model.model.`.
         where: the file, for messages.
+        alpha_key: what the config calls α.
 
     Raises:
         SourceError: r or α is missing or not a positive, or finite, number; a pattern is unusable.
@@ -34,11 +35,11 @@ def scaling(config: Mapping[str, Any], module: str, where: str) -> tuple[float, 
     Reference: Hu et al. 2021, §4.1; Kalajdzievski 2023 (rsLoRA), eq. 4.
     """
     rank = _override(config, "rank_pattern", module, config.get("r"), where)
-    alpha = _override(config, "alpha_pattern", module, config.get("lora_alpha"), where)
+    alpha = _override(config, "alpha_pattern", module, config.get(alpha_key), where)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
         raise SourceError(f"{where}: r = {rank!r} for {module} is not a positive whole number; mend the config")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise SourceError(f"{where}: lora_alpha = {alpha!r} for {module} is not a finite number; mend the config")
+        raise SourceError(f"{where}: {alpha_key} = {alpha!r} for {module} is not a finite number; mend the config")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank), rank
 
 

@@ -112,10 +112,13 @@ class TensorRef:
 
         readers = {"safetensors": safetensors_file.read_tensor, "torch": torch_file.read_tensor}
         self.check_unchanged()
-        tensor = readers[self.container](self)
+        return self.view(readers[self.container](self)).to(device)
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """This reference's views, applied to a tensor that is already here."""
         for kind, arguments in self.views:
             tensor = _apply(tensor, kind, arguments)
-        return tensor.to(device)
+        return tensor
 
     def read_float64(self, device: str = "cpu") -> Tensor:
         """The tensor as float64, in which products of stored values are exact.

@@ -1,0 +1,7 @@
+"""`python -m spectra`."""
+
+from __future__ import annotations
+
+from spectra.cli import main
+
+main(prog_name="spectra")

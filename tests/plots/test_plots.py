@@ -1,0 +1,198 @@
+"""What the figures show, by their artists; and the conventions that every plot keeps."""
+
+from __future__ import annotations
+
+import inspect
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import spectra
+from spectra import plots
+from spectra.errors import SelectionError
+from spectra.plots.histogram import pool_values
+from spectra.plots.style import COLOURS, LINES, curves
+from spectra.types import Spectrum
+
+rng = np.random.default_rng(0)
+
+
+def spectrum(S, name="layers.0.v_proj.weight", **fields):
+    return Spectrum(name, (len(S), len(S)), S=np.sort(np.asarray(S, float))[::-1], **fields)
+
+
+def heights(ax):
+    """Label → heights and edges of the drawn curves."""
+    return {patch.get_label(): patch.get_data() for patch in lines(ax)}
+
+
+def lines(ax):
+    """The outlines of the drawn curves, without their fills."""
+    return [patch for patch in ax.patches if patch.get_label() and not patch.get_label().startswith("_")]
+
+
+@pytest.fixture
+def similarity():
+    vectors = np.linalg.qr(rng.standard_normal((20, 20)))[0]
+    a, b = (
+        Spectrum("layers.0.v_proj.weight", (20, 20), S=np.arange(20, 0, -1.0), U=u, Vh=u.T)
+        for u in (np.eye(20), vectors)
+    )
+    return spectra.subspace_similarity(a, b, top=12)
+
+
+def test_the_histogram_counts_every_resolved_value_once():
+    S = np.exp(-rng.normal(5, 1, 200))
+    ax = spectra.plot_histogram([spectrum(S[:100]), spectrum(S[100:], "layers.1.v_proj.weight")], stat="count")
+    ((values, edges, _),) = heights(ax).values()
+    assert values.sum() == 200
+    assert np.array_equal(values, np.histogram(-np.log(S), edges)[0])
+    assert len(edges) == 101
+    plt.close("all")
+
+
+def test_large_values_are_at_the_left_and_the_axis_says_natural_log():
+    ax = spectra.plot_histogram([spectrum([1.0, 0.5, 0.01])], bins=10)
+    low, high = ax.get_xlim()
+    assert low < -np.log(1.0) < -np.log(0.01) < high
+    assert "−ln σ" in ax.get_xlabel()
+    plt.close("all")
+
+
+def test_overlaid_curves_share_their_edges_and_differ_in_colour_and_line():
+    ax = spectra.plot_histogram({"a": [spectrum([1.0, 0.5])], "b": [spectrum([0.1, 0.001])], "c": [spectrum([0.3])]})
+    drawn = heights(ax)
+    edges = [data.edges for data in drawn.values()]
+    assert all(np.array_equal(edges[0], other) for other in edges)
+    assert all(values.sum() == pytest.approx(100) for values, _, _ in drawn.values())
+    assert len({str(patch.get_edgecolor()) for patch in lines(ax)}) == 3
+    assert len({str(patch.get_linestyle()) for patch in lines(ax)}) == 3
+    plt.close("all")
+
+
+def test_what_is_left_out_is_in_the_legend():
+    found = pool_values(
+        [
+            spectrum([1.0, 1e-9, 0.0], resolution=1e-7),
+            spectrum([0.0, 0.0], status="unchanged"),
+            Spectrum("x", (2, 2), "nonfinite"),
+            Spectrum("y", (9, 9), S=[1.0], norm=2.0),
+        ],
+        "mine",
+    )
+    assert len(found.x) == 2
+    assert (found.zero, found.unresolved, found.missing, found.truncated) == (3, 1, 1, True)
+    for words in ("mine: 2 values of 3 matrices", "3 zero", "1 unresolved", "1 matrices without", "top of the spectra"):
+        assert words in found.legend
+
+
+def test_the_rounding_edge_is_shaded_where_it_falls_into_the_picture():
+    S = np.exp(-np.linspace(2, 8, 50))
+    ax = spectra.plot_histogram([spectrum(S, noise_edge=np.exp(-5.0))])
+    (line,) = ax.lines
+    assert line.get_xdata()[0] == pytest.approx(5.0)
+    assert "rounding" in line.get_label()
+    bare = spectra.plot_histogram([spectrum(S, noise_edge=np.exp(-50.0))])
+    assert not bare.lines
+    plt.close("all")
+
+
+def test_the_close_up_is_the_left_end():
+    S = np.exp(-np.linspace(0, 10, 1000))
+    figure = spectra.histogram_figure({"full": [spectrum(S)]}, title="t", close_up=0.05)
+    whole, near = figure.axes
+    assert near.get_xlim()[1] == pytest.approx(0.5, abs=0.05)
+    assert whole.get_xlim()[1] > 10
+    assert near.get_ylabel() == "values per matrix"
+    with pytest.raises(SelectionError, match="not a share"):
+        spectra.plot_histogram([spectrum(S)], close_up=3.0)
+
+
+def test_nothing_to_draw_is_an_error():
+    with pytest.raises(SelectionError, match="no nonzero singular value"):
+        spectra.plot_histogram([spectrum([0.0], status="unchanged")])
+    with pytest.raises(SelectionError, match="stat='area'"):
+        spectra.plot_histogram([spectrum([1.0])], stat="area")
+    with pytest.raises(SelectionError, match="no similarity"):
+        spectra.similarity_figure([])
+
+
+def test_the_heatmap_is_the_grid_with_i_downwards(similarity):
+    ax = spectra.plot_similarity(similarity)
+    (image,) = ax.images
+    assert np.array_equal(image.get_array(), similarity.grid)
+    assert image.get_clim() == (0, 1)
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]
+    assert ax.get_xlabel().startswith("j")
+    assert "left, φ(12, 12)" in ax.get_title()
+    assert "chance 0.60" in ax.get_title()
+    bar = ax.images[0].colorbar
+    assert any(text.get_text() == "chance" for text in bar.ax.texts)
+    plt.close("all")
+
+
+def test_panels_share_one_scale(similarity):
+    figure = spectra.similarity_figure({"a": similarity, "b": similarity, "c": similarity, "d": similarity})
+    images = [image for ax in figure.axes for image in ax.images]
+    assert len(images) == 4
+    assert {image.get_clim() for image in images} == {(0, 1)}
+    assert sum("φ" in ax.get_ylabel() for ax in figure.axes) == 1
+
+
+def test_a_clamped_comparison_says_so_in_the_picture(similarity):
+    from dataclasses import replace
+
+    ax = spectra.plot_similarity(replace(similarity, note="k clamped from 30 to 12: the first update has 12 resolved"))
+    assert "k clamped from 30" in ax.get_title().replace("\n", " ")
+    plt.close("all")
+
+
+def test_figures_are_saved_as_png_and_vector_and_are_the_same_twice(tmp_path, similarity):
+    for name in ("one", "two"):
+        plots.save_figure(spectra.similarity_figure([similarity]), tmp_path / name, formats=("png", "pdf", "svg"))
+    for kind, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")):
+        content = (tmp_path / f"one.{kind}").read_bytes()
+        assert content.startswith(magic)
+        assert content == (tmp_path / f"two.{kind}").read_bytes()
+
+
+AXES_LEVEL = [getattr(plots, name) for name in plots.__all__ if name.startswith("plot_")]
+
+
+@pytest.mark.parametrize("plot", AXES_LEVEL)
+def test_every_plot_takes_data_first_the_rest_by_keyword_and_ax(plot):
+    parameters = list(inspect.signature(plot).parameters.values())
+    assert parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in parameters[1:])
+    assert inspect.signature(plot).parameters["ax"].default is None
+
+
+def test_plots_draw_where_they_are_told_and_return_it(similarity):
+    before = plt.get_fignums()
+    ax = Figure().subplots()
+    assert spectra.plot_histogram([spectrum([1.0, 0.5])], ax=ax) is ax
+    other = Figure().subplots()
+    assert spectra.plot_similarity(similarity, ax=other) is other
+    assert plt.get_fignums() == before
+    assert isinstance(spectra.plot_histogram([spectrum([1.0])]), Axes)
+    assert len(plt.get_fignums()) == len(before) + 1
+    plt.close("all")
+
+
+def test_no_global_setting_is_left_behind(similarity):
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    spectra.histogram_figure([spectrum([1.0, 0.5])])
+    spectra.similarity_figure([similarity])
+    assert dict(mpl.rcParams) == before
+
+
+def test_every_pair_of_curves_differs_without_colour():
+    styles = [next(pairs) for pairs in [curves()] for _ in range(len(LINES))]
+    assert len({str(line) for _, line in styles}) == len(LINES)
+    grey = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b in (tuple(bytes.fromhex(c[1:])) for c in COLOURS[:2])]
+    assert abs(grey[0] - grey[1]) > 20

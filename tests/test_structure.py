@@ -1,0 +1,148 @@
+"""The package's own shape: public names, imports, docstrings, sizes, and what the documents say."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import spectra
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted((ROOT / "spectra").rglob("*.py"))
+
+# What other projects rely on; a name that goes missing here breaks them.
+CONTRACT = {
+    "open_source": ["tuned", "base", "split", "heads", "scale"],
+    "decompose": ["source", "top", "only_top", "device", "executor", "memory_budget"],
+    "subspace_similarity": ["a", "b", "top", "side"],
+    "summarize": ["spectra"],
+    "save": ["spectra", "directory"],
+    "load": ["directory"],
+}
+ATTRIBUTES = {
+    "Source": ["kind", "deltas", "coverage", "select"],
+    "Coverage": ["base_only", "tuned_only", "shape_mismatch", "unsupported", "skipped", "warnings"],
+    "WeightDelta": ["name", "shape", "max_rank", "role", "layer", "read", "from_tensor", "from_factors"],
+    "Spectrum": ["name", "shape", "status", "S", "U", "Vh", "norm", "max_rank", "noise_edge"],
+    "SubspaceSimilarity": ["grid", "chance", "side", "k_used"],
+}
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_the_public_functions_keep_their_parameters(name):
+    parameters = list(inspect.signature(getattr(spectra, name)).parameters)
+    assert parameters[: len(CONTRACT[name])] == CONTRACT[name]
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_the_public_types_keep_their_attributes(name):
+    cls = getattr(spectra, name)
+    there = {*dir(cls), *getattr(cls, "__dataclass_fields__", ())}
+    assert set(ATTRIBUTES[name]) <= there
+
+
+def test_every_public_name_is_there_and_has_a_docstring():
+    assert set(spectra.__all__) == set(dir(spectra))
+    for name in spectra.__all__:
+        value = getattr(spectra, name)
+        if callable(value):
+            assert value.__doc__, name
+
+
+def test_import_loads_nothing_heavy():
+    code = "import sys, spectra, spectra.types, spectra.sources; print({'torch', 'pandas', 'matplotlib'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_every_module_imports():
+    for module in pkgutil.walk_packages(spectra.__path__, "spectra."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+
+
+def functions():
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield path, node
+
+
+def test_functions_do_one_thing():
+    """60 lines without the docstring is the sign to split."""
+    for path, node in functions():
+        body = node.body[1:] if ast.get_docstring(node) else node.body
+        if body:
+            assert body[-1].end_lineno - body[0].lineno < 60, f"{path.name}:{node.name}"
+
+
+def test_files_are_rooms_not_halls():
+    sizes = {path.name: len(path.read_text().splitlines()) for path in MODULES}
+    assert {name: size for name, size in sizes.items() if size > 450} == {}
+
+
+def test_every_parameter_is_annotated():
+    for path, node in functions():
+        for argument in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]:
+            assert argument.annotation or argument.arg in ("self", "cls"), f"{path.name}:{node.name}({argument.arg})"
+
+
+FORBIDDEN = {
+    r"except Exception": "swallows faults",
+    r"except:": "swallows faults",
+    r"plt\.show": "the library draws, the user shows",
+    r"trust_remote_code": "no code of a model runs",
+    r"weights_only=False": "pickles are not trusted",
+    r"allow_tf32\s*=\s*True": "float32 products would lose digits",
+}
+
+
+@pytest.mark.parametrize("pattern", FORBIDDEN)
+def test_what_must_not_exist(pattern):
+    found = [path.name for path in MODULES if re.search(pattern, path.read_text())]
+    assert not found, FORBIDDEN[pattern]
+
+
+def test_the_arrows_point_one_way():
+    result = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readme_leads_with_the_two_commands_and_they_exist():
+    first = README.split("```")[1]
+    assert "make demo" in first
+    assert "make test" in README
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    assert {"demo", "test", "lint"} <= set(targets)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_readmes_command_lines_parse():
+    """Every `spectra …` line of the README names a command and options that exist."""
+    from spectra.cli import main
+
+    lines = re.findall(r"^\s*(?:\$ )?spectra (\w+)(.*?)(?:#.*)?$", README, re.M)
+    assert len(lines) >= 5
+    for name, rest in lines:
+        command = main.get_command(None, name)
+        assert command, name
+        known = {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]}
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert option in known, f"spectra {name} {option}"
+
+
+def test_the_readme_names_every_public_function():
+    for name in ("open_source", "decompose", "summarize", "subspace_similarity", "plot_histogram", "plot_similarity"):
+        assert name in README
