@@ -59,17 +59,19 @@ def command(
     settings = {"heads": heads, "scale": scale, "split": split}
     with executor_for(workers, cluster) as executor:
         compute = {"device": device, "executor": executor, "memory_budget": memory}
-        inputs, found = _compare(a, b, base, layers, settings, top, sides, compute)
+        inputs, total, found = _compare(a, b, base, layers, settings, top, sides, compute)
         done: list[SubspaceSimilarity] = []
         undone: list[NotCompared] = []
         store = _store(out, inputs, top, sides)
-        for item in found:
-            if isinstance(item, NotCompared):
-                undone.append(item)
-                continue
-            done.append(item)
-            if store:
-                store.put_similarity(item)
+        with report.progress(total, "spectra similarity") as bar:
+            for item in found:
+                bar.update()
+                if isinstance(item, NotCompared):
+                    undone.append(item)
+                    continue
+                done.append(item)
+                if store:
+                    store.put_similarity(item)
     if store:
         store.finish()
     written = _draw(out, done) if out and figures and done else []
@@ -89,8 +91,8 @@ def _compare(
     top: int,
     sides: tuple[Any, ...],
     compute: dict[str, Any],
-) -> tuple[dict[str, Any], Iterator[SubspaceSimilarity | NotCompared]]:
-    """Both inputs, and the stream of their comparisons."""
+) -> tuple[dict[str, Any], int, Iterator[SubspaceSimilarity | NotCompared]]:
+    """What is compared, how many comparisons that makes, and their stream."""
     from spectra import comparison, fingerprint
     from spectra.sources import open_source
     from spectra.store import load
@@ -100,7 +102,8 @@ def _compare(
     if all(stored):
         runs = [load(path) for path in (a, b)]
         runs = [run.select(layers) for run in runs] if layers else runs
-        return inputs, comparison.compare_stored(*runs, top=top, sides=sides)
+        total = _count([set(run.names) for run in runs], sides)
+        return inputs, total, comparison.compare_stored(*runs, top=top, sides=sides)
     if any(stored):
         raise click.UsageError("one of A and B holds stored results and the other weights: give two of a kind")
     sources = [open_source(path, base, **settings) for path in (a, b)]
@@ -108,7 +111,13 @@ def _compare(
     for source in sources:
         report.coverage_notes(source.coverage)
     inputs["files"] = [fingerprint.of_files(source) for source in sources]
-    return inputs, comparison.compare(*sources, top=top, sides=sides, **compute)
+    total = _count([{delta.name for delta in source} for source in sources], sides)
+    return inputs, total, comparison.compare(*sources, top=top, sides=sides, **compute)
+
+
+def _count(names: list[set[str]], sides: tuple[Any, ...]) -> int:
+    a, b = names
+    return len(a & b) * len(sides) + len(a ^ b)
 
 
 def _store(out: str | None, inputs: dict[str, Any], top: int, sides: tuple[str, ...]) -> Any:
