@@ -98,7 +98,7 @@ def role_of(name: str) -> str:
         found = pattern.search(module)
         if found:
             return found.expand(role)
-    words = [word for word in module.split(".") if not word.isdigit()]
+    words = [word for word in module.split(".") if word and not word.isdigit()] or [module]
     return ".".join(words[-2:]) if len(words) > 1 and words[-1] in {"dense", "linear", "proj"} else words[-1]
 
 
