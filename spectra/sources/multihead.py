@@ -106,7 +106,7 @@ def _heads(slots: dict[str, TensorRef], count: object) -> _Heads | str:
     ups = _ups(slots, down.shape[0], count)
     if isinstance(ups, str):
         return ups
-    if not ups or any(up.shape != (ups[0].shape[0], down.shape[0]) for up in ups):
+    if not ups or any(len(up.shape) != 2 or up.shape != (ups[0].shape[0], down.shape[0]) for up in ups):
         return f"the heads {[list(up.shape) for up in ups]} do not fit A {list(down.shape)}"
     if not all(ref.is_float for ref in (down, *ups)):
         return "the factors are not stored as real numbers"

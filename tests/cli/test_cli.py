@@ -135,7 +135,7 @@ def test_json_has_null_where_there_is_no_number(llama):
 def test_similarity_stores_draws_and_prints_json(llama):
     write_checkpoint(llama / "other", nudged(llama_tensors(), seed=9))
     arguments = ["similarity", "ckpt", "other", "--base", "llama-7b", "--layer", "v_proj", "--top", 5, "--side", "both"]
-    out, err = run(*arguments, "--out", "sim")
+    _, err = run(*arguments, "--out", "sim")
     assert "figure: sim/similarity.png" in err
     rows = list(csv.DictReader((llama / "sim" / "similarity.csv").open()))
     assert {(row["side"], row["k_used"]) for row in rows} == {("left", "5"), ("right", "5")}

@@ -72,7 +72,7 @@ def test_ranks_and_shares_do_not_depend_on_the_scale(S, c):
 def test_soft_ranks_are_ordered_and_bounded(S):
     found = {name: metric(spectrum(S)) for name, metric in METRICS.items()}
     slack = 1 + 1e-9
-    assert 1 <= found["stable_rank"] * slack
+    assert found["stable_rank"] * slack >= 1
     assert found["participation_ratio"] <= found["energy_entropy_rank"] * slack
     assert found["energy_entropy_rank"] <= found["effective_rank"] * slack <= len(S) * slack * slack
     assert found["rank_90"] <= found["rank_95"] <= found["rank_99"] <= len(S)
@@ -95,15 +95,14 @@ def test_under_truncation_a_metric_is_exact_or_refuses():
     for name, metric in METRICS.items():
         try:
             found = metric(top)
-        except TruncatedSpectrumError as problem:
-            assert "decompose without only_top" in str(problem)
+        except TruncatedSpectrumError:
             continue
         if name == "relative_norm":
             continue  # no base here: NaN for both
         assert found == pytest.approx(metric(whole), rel=1e-12), name
     assert METRICS["stable_rank"](top) == METRICS["stable_rank"](whole)
     assert rank_at(top, 0.05) == rank_at(whole, 0.05)
-    with pytest.raises(TruncatedSpectrumError):
+    with pytest.raises(TruncatedSpectrumError, match="decompose without only_top"):
         rank_at(top, 0.9)
     with pytest.raises(TruncatedSpectrumError):
         top_k_share(top, 65)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,20 @@ def tiny_model(kind: str, seed: int = 0) -> torch.nn.Module:
     return model
 
 
+class Convolutions(torch.nn.Module):
+    """Convolutions in two and one dimensions, with groups and 1×1, and a linear layer, random float64."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.two = torch.nn.Conv2d(6, 8, (3, 2))
+        self.one = torch.nn.Conv1d(6, 8, 3)
+        self.point = torch.nn.Conv2d(6, 8, 1)
+        self.grouped = torch.nn.Conv2d(6, 8, 3, groups=2)
+        self.linear = torch.nn.Linear(6, 8)
+        self.double().eval()
+
+
 @dataclass
 class Oracle:
     """A saved base, a saved adapter, and what PEFT's merge does to each weight.
@@ -65,9 +80,19 @@ class Oracle:
     deltas: dict[str, torch.Tensor]
 
 
-def make_oracle(folder: Path, kind: str, config: peft.PeftConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> Oracle:
-    """Wrap a tiny model, give every adapter parameter random values, save it, merge it and subtract."""
-    model = tiny_model(kind, seed)
+def make_oracle(
+    folder: Path,
+    kind: str | torch.nn.Module,
+    config: peft.PeftConfig,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    prepare: Callable[[Any], None] | None = None,
+) -> Oracle:
+    """Wrap a tiny model, give every adapter parameter random values, save it, merge it and subtract.
+
+    `kind` may be a model itself; `prepare` may change the adapted model before it is saved.
+    """
+    model = tiny_model(kind, seed) if isinstance(kind, str) else kind
     conv1d = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
     base = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     save_model(folder / "base", model)
@@ -78,6 +103,8 @@ def make_oracle(folder: Path, kind: str, config: peft.PeftConfig, seed: int = 0,
             if parameter.requires_grad:
                 noise = torch.randn_like(parameter) * 0.3
                 parameter.copy_((parameter + noise if "modules_to_save" in name else noise).to(dtype))
+    if prepare:
+        prepare(adapted)
     adapted.save_pretrained(folder / "adapter")
     merged = adapted.merge_and_unload().state_dict()
     deltas = {}
@@ -98,7 +125,9 @@ def save_model(folder: Path, model: torch.nn.Module) -> Path:
             seen.add(tensor.data_ptr())
             tensors[name] = tensor.clone().contiguous()
     save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": model.config.model_type}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": getattr(getattr(model, "config", None), "model_type", "")})
+    )
     return folder
 
 
