@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import readme
 
 import spectra
 
@@ -141,6 +142,10 @@ def test_the_readmes_command_lines_parse():
         known = {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]}
         for option in re.findall(r"--[a-z-]+", rest):
             assert option in known, f"spectra {name} {option}"
+
+
+def test_the_readmes_table_of_formats_is_the_one_in_the_code():
+    assert readme.current() == readme.table(), "run `python -m support.readme` in tests/"
 
 
 def test_the_readme_names_every_public_function():

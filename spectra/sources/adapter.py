@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from spectra.errors import BaseRequiredError, SourceError
-from spectra.sources import architectures
+from spectra.naming import role_of
+from spectra.sources import architectures, renames
 from spectra.sources.checkpoint import as_matrix, subtract
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
@@ -75,6 +76,29 @@ def modules_of(ledger: Ledger, pattern: str) -> tuple[dict[str, Slots], list[str
     return refs, rest
 
 
+def shared_tensor(ledger: Ledger, rest: Iterable[str], name: str) -> tuple[TensorRef | None, list[str]]:
+    """The tensor that all modules of an adapter share, `base_model.<name>`, and the names that are left without it.
+
+    Copies that a trainer stored under modules as well are listed as such.
+
+    Raises:
+        SourceError: it is there and cannot be read.
+    """
+    pattern = re.compile(rf"(?:(?P<module>.+)\.)?{name}(?:\.[^.]+)?")
+    tuned, found, left = ledger.tuned, None, []
+    for key in [*rest, *tuned.broken]:
+        match = pattern.fullmatch(key)
+        if match is None:
+            left += [] if key in tuned.broken else [key]
+        elif match["module"] not in (None, "base_model"):
+            ledger.skipped[unwrap(key)] = f"a copy of the {name} that all modules share"
+        elif key in tuned.broken:
+            raise SourceError(f"{key} is shared by all modules and cannot be read: {tuned.broken[key]}")
+        else:
+            found = tuned.tensors[key]
+    return found, left
+
+
 @dataclass(frozen=True)
 class Target:
     """The base's weight that a module stands for: its name, and its reference where a base is given."""
@@ -91,37 +115,80 @@ def targets(ledger: Ledger, shapes: Mapping[str, tuple[int, int] | None]) -> dic
     Without a base the name is the module's own. With one, names are aligned as for checkpoints; a
     module that the base lacks goes to `tuned_only`, one of another shape is refused.
     """
+    found = weight_targets(ledger, {f"{module}.weight": shape for module, shape in shapes.items()})
+    return {name.removesuffix(".weight"): target for name, target in found.items()}
+
+
+def weight_targets(ledger: Ledger, shapes: Mapping[str, tuple[int, int] | None]) -> dict[str, Target]:
+    """The same for weights by their full names, which need not end in `.weight`."""
     if ledger.base is None or not shapes:
-        return {module: Target(f"{module}.weight") for module in shapes}
+        return {name: Target(name) for name in shapes}
     base = ledger.base
-    oriented = {name: as_matrix(architectures.oriented(base.config, name, ref)) for name, ref in base.tensors.items()}
-    names, rule = align(
-        {f"{module}.weight": shape for module, shape in shapes.items()},
-        {name: ref.shape for name, ref in oriented.items()} | dict.fromkeys(base.broken, ()),
-    )
-    if rule:
-        ledger.warnings.append(rule)
+    oriented = {
+        name: as_matrix(architectures.oriented(base.config_of(name), name, ref)) for name, ref in base.tensors.items()
+    }
+    names = align_file(ledger, shapes, {name: ref.shape for name, ref in oriented.items()})
     found: dict[str, Target] = {}
-    for module, shape in shapes.items():
-        name = names[f"{module}.weight"]
-        if name in base.broken and shape is None:
-            ledger.refuse(name, (), "unreadable", base.broken[name])
-        elif name in base.broken:
-            ledger.warnings.append(f"{name}: the norm of the base weight is unknown: {base.broken[name]}")
-            found[module] = Target(name)
-        elif name not in oriented:
-            ledger.tuned_only[f"{module}.weight"] = "not in the base"
+    for own, shape in shapes.items():
+        name = names[own]
+        if name not in oriented and name not in base.unusable:
+            tied = _tied_to(base, oriented, name)
+            if tied is None:
+                ledger.tuned_only[own] = "not in the base"
+                continue
+            oriented[name] = oriented[tied]
+        if name in base.unusable and shape is None:
+            ledger.refuse(name, (), "unreadable", base.unusable[name])
+        elif name in base.unusable:
+            ledger.warnings.append(f"{name}: the norm of the base weight is unknown: {base.unusable[name]}")
+            found[own] = Target(name)
         elif shape is not None and oriented[name].shape != shape:
             why = f"the update is {list(shape)}, the base weight {list(oriented[name].shape)}"
             ledger.refuse(name, shape, "shape_mismatch", why)
         else:
-            found[module] = Target(name, oriented[name])
+            found[own] = Target(name, oriented[name])
     return found
+
+
+def align_file(
+    ledger: Ledger, shapes: Mapping[str, tuple[int, ...] | None], base_shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """The base's names for the weights that an adapter changes, by one rule that all tensors of its file follow."""
+    assert ledger.base is not None
+    base = ledger.base
+    saved = {saved_name(name): ref.shape for name, ref in ledger.tuned.tensors.items()}
+    ledger.base_evidence.update(shapes)
+    wanted = {**saved, **ledger.base_evidence}
+    held = {**base_shapes, **dict.fromkeys(base.unusable, ())}
+    newest = {renames.current(base.config_of(name), name): name for name in held}
+    current = {name: renames.current(base.config, name) for name in wanted}
+    if len(newest) < len(held) or len(set(current.values())) < len(current):
+        newest, current = {name: name for name in held}, {name: name for name in wanted}
+    names, rule = align(
+        {current[name]: shape for name, shape in wanted.items()}, {name: held[old] for name, old in newest.items()}
+    )
+    if rule and rule not in ledger.warnings:
+        ledger.warnings.append(rule)
+    ledger.base_names.update({name: newest.get(names[new], names[new]) for name, new in current.items()})
+    return ledger.base_names
+
+
+def saved_name(stored: str) -> str:
+    """The weight's name in the model, for a tensor that an adapter saves whole."""
+    return re.sub(r"\.modules_to_save\.[^.]+\.", ".", unwrap(stored))
+
+
+def _tied_to(base: Folder, oriented: Mapping[str, TensorRef], name: str) -> str | None:
+    """The embedding whose weight an output layer shares: a base that does not hold the one has it in the other."""
+    if role_of(name) != "lm_head" or base.config.get("tie_word_embeddings") is False:
+        return None
+    embeddings = [other for other in oriented if role_of(other) == "embed_tokens"]
+    return embeddings[0] if len(embeddings) == 1 else None
 
 
 def add_factored(ledger: Ledger, target: Target, terms: Sequence[Term], *, split: bool, note: str = "") -> None:
     """Enter Σ terms as the update of one weight, in its parts where the base says that it is fused."""
-    config = ledger.base.config if ledger.base else {}
+    config = ledger.base.config_of(target.name) if ledger.base else {}
     whole = Factors(tuple(terms), target.ref if target.ref and target.ref.is_float else None)
     cuts = architectures.parts(config, target.name, whole.shape[0]) if split else {}
     for part, cut in cuts.items():
@@ -141,13 +208,13 @@ def add_factored(ledger: Ledger, target: Target, terms: Sequence[Term], *, split
 
 def add_update(ledger: Ledger, target: Target, update: Update, *, split: bool, note: str = "") -> None:
     """Enter any update of one weight, in its parts where the base says that it is fused."""
-    config = ledger.base.config if ledger.base else {}
+    config = ledger.base.config_of(target.name) if ledger.base else {}
     base = target.ref if target.ref and target.ref.is_float else None
     cuts = architectures.parts(config, target.name, update.shape[0]) if split else {}
     for part, cut in cuts.items():
-        placed = Placed(update, cut, cut(base) if base else None)
-        rows = cut(_shadow(update.shape)).shape[0]
-        ledger.add(f"{target.name}[{part}]", (rows, update.shape[1]), placed, update.rank, note)
+        rows = cut(_shadow((update.shape[0], 1)))
+        placed = Placed(update, rows, cut(base) if base else None)
+        ledger.add(f"{target.name}[{part}]", (rows.shape[0], update.shape[1]), placed, update.rank, note)
     if not cuts:
         recipe = update if base is None or base in update.refs else Placed(update, None, base)
         ledger.add(target.name, update.shape, recipe, update.rank, note)
@@ -189,7 +256,7 @@ def add_modules_on_base(
     for module, target in targets(ledger, dict.fromkeys(modules)).items():
         if target.ref is None:
             continue
-        if len(target.ref.shape) != 2 or not target.ref.is_float:
+        if len(target.ref.shape) != 2 or not target.ref.numel or not target.ref.is_float:
             kind = f"{list(target.ref.shape)} of {target.ref.dtype}"
             ledger.refuse(target.name, target.ref.shape, "unsupported", f"the base weight is {kind}, not a real matrix")
             continue
@@ -210,9 +277,9 @@ def add_rest(ledger: Ledger, rest: Iterable[str], *, split: bool) -> None:
 
 def add_saved_weights(ledger: Ledger, stored: Iterable[str], *, split: bool) -> None:
     """Tensors that an adapter saves whole (`modules_to_save`): new values, so ΔW = saved − base."""
-    for name in stored:
-        ref = ledger.tuned.tensors[name]
-        clean = re.sub(r"\.modules_to_save\.[^.]+\.", ".", unwrap(name))
+    for key in stored:
+        ref = ledger.tuned.tensors[key]
+        clean = saved_name(key)
         if len(ref.shape) < 2:
             ledger.skipped[clean] = "a vector, not a matrix"
         elif ".base_layer." in clean:
@@ -221,15 +288,17 @@ def add_saved_weights(ledger: Ledger, stored: Iterable[str], *, split: bool) -> 
             ledger.skipped[clean] = "saved whole, so ΔW needs the base weight: pass --base"
         else:
             base = ledger.base
-            names, _ = align({clean: ref.shape}, {key: value.shape for key, value in base.tensors.items()})
-            if names[clean] not in base.tensors:
+            shapes = {key: item.shape for key, item in base.tensors.items()}
+            name = (ledger.base_names or align_file(ledger, {}, shapes))[clean]
+            held = name if name in base.tensors else _tied_to(base, base.tensors, name)
+            if held is None:
                 ledger.tuned_only[clean] = "saved whole, and not in the base"
                 continue
+            config = base.config_of(held)
             saved, original = (
-                as_matrix(architectures.oriented(base.config, names[clean], item))
-                for item in (ref, base.tensors[names[clean]])
+                as_matrix(architectures.oriented(config, held, item)) for item in (ref, base.tensors[held])
             )
-            subtract(ledger, names[clean], saved, original, base.config, split)
+            subtract(ledger, name, saved, original, config, split)
 
 
 def unusable(slots: Slots, needed: Iterable[str]) -> str:
@@ -277,6 +346,18 @@ def count(config: Mapping[str, Any], key: str, where: object) -> int:
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise SourceError(f"{where}: {key} = {value!r} is not a positive whole number; mend adapter_config.json")
+    return value
+
+
+def flag(config: Mapping[str, Any], key: str, where: object) -> bool:
+    """A yes or no of the config.
+
+    Raises:
+        SourceError: it is missing or something else.
+    """
+    value = config.get(key)
+    if not isinstance(value, bool):
+        raise SourceError(f"{where}: {key} = {value!r} is neither true nor false; mend adapter_config.json")
     return value
 
 

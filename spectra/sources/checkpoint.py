@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from spectra.errors import BaseRequiredError
 from spectra.naming import role_of
-from spectra.sources import architectures
+from spectra.sources import architectures, mixtures, tied
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.pairing import align
 from spectra.sources.recipes import Difference
 from spectra.sources.tensors import TensorRef
+from spectra.sources.weights import Weight, as_matrix, stacks_experts, weights_of
 from spectra.types import Source
 
 KIND = "checkpoint"
 _VOCABULARY = ("embed_tokens", "lm_head")
+
+__all__ = ["KIND", "as_matrix", "matches", "open_checkpoint", "subtract"]
 
 
 def matches(folder: Folder) -> bool:
@@ -32,53 +35,146 @@ def open_checkpoint(
 
     Raises:
         BaseRequiredError: there is no base.
-        SourceError: the two share no weight.
+        SourceError: the two share no weight, or fit in several ways.
     """
     if base is None:
         raise BaseRequiredError(f"{tuned.path} holds full weights, so ΔW needs the model it started from: pass --base")
     ledger = Ledger(tuned, base)
     if scale is not None:
         ledger.warnings.append("scale was ignored: full weights carry no scale")
-    names, rule = align(_shapes(tuned), _shapes(base))
-    if rule:
-        ledger.warnings.append(rule)
-    stored = {new: old for old, new in names.items()}
-    config = tuned.config or base.config
-    for name in [*base.tensors, *base.broken]:
-        if name in stored:
-            _pair(ledger, name, stored[name], config, split)
-        else:
-            ledger.base_only[name] = "not in the tuned model"
-    for name, old in stored.items():
-        if name not in base.tensors and name not in base.broken:
-            ledger.tuned_only[old] = "not in the base"
+    if heads != "mean":
+        ledger.warnings.append(f"heads={heads!r} was ignored: full weights have no adapter heads")
+    pairs = _paired(ledger, tuned, base, split)
+    for key in pairs.base:
+        _base_weight(pairs, key)
+    for key in pairs.tuned:
+        if key not in pairs.base:
+            _tuned_weight(pairs, key)
     return ledger.source(KIND)
 
 
-def _shapes(folder: Folder) -> dict[str, tuple[int, ...]]:
-    return {name: ref.shape for name, ref in folder.tensors.items()} | dict.fromkeys(folder.broken, ())
+@dataclass
+class _Pairs:
+    """Both sides' weights under the same names, and what stands for what."""
+
+    ledger: Ledger
+    tuned_folder: Folder
+    base_folder: Folder
+    tuned: dict[str, Weight]
+    base: dict[str, Weight]
+    split: bool
+    stands_for: dict[str, list[str]] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+
+    def config_of(self, name: str) -> Mapping[str, Any]:
+        return self.base_folder.config_of(name) or self.tuned_folder.config_of(name)
 
 
-def _pair(ledger: Ledger, name: str, stored: str, config: Mapping[str, Any], split: bool) -> None:
-    """One name that both models have."""
-    assert ledger.base is not None
-    base, tuned = ledger.base.tensors.get(name), ledger.tuned.tensors.get(stored)
-    if base is None or tuned is None:
-        known = base or tuned
-        why = ledger.tuned.broken.get(stored) or ledger.base.broken[name]
-        ledger.refuse(name, known.shape if known else (), "unreadable", why)
+def _paired(ledger: Ledger, tuned: Folder, base: Folder, split: bool) -> _Pairs:
+    stacked = (stacks_experts(tuned, base), stacks_experts(base, tuned))
+    apart = split or stacked[0] != stacked[1]
+    if apart and not split and any(stacked):
+        ledger.warnings.append("experts are stacked on one side only, so gate and up are reported apart")
+    tuned_weights = weights_of(tuned, base, split_experts=apart)
+    base_weights = weights_of(base, tuned, split_experts=apart)
+    names, rule = align(_shapes(tuned_weights), _shapes(base_weights))
+    if rule:
+        ledger.warnings.append(rule)
+    pairs = _Pairs(
+        ledger, tuned, base, {names[key]: weight for key, weight in tuned_weights.items()}, base_weights, split
+    )
+    _note_tied(pairs)
+    return pairs
+
+
+def _shapes(weights: Mapping[str, Weight]) -> dict[str, tuple[int, ...]]:
+    return {key: weight.shape for key, weight in weights.items()}
+
+
+def _note_tied(pairs: _Pairs) -> None:
+    """Which names each weight stands for: those that are stored as it, and a head that neither file stores."""
+    for weights in (pairs.base, pairs.tuned):
+        key_of = {weight.name: key for key, weight in weights.items()}
+        for key, weight in weights.items():
+            other = (pairs.tuned if weights is pairs.base else pairs.base).get(key)
+            if weight.same_as and (other is None or other.same_as or other.name == weight.same_as):
+                listed = pairs.stands_for.setdefault(key_of.get(weight.same_as, weight.same_as), [])
+                listed += [weight.name] if weight.name not in listed else []
+    heads = [key for key in (*pairs.base, *pairs.tuned) if tied.is_head(key)]
+    embedding = _embedding(pairs.base)
+    if not heads and embedding and tied.ties(pairs.base_folder.config) and tied.ties(pairs.tuned_folder.config):
+        pairs.stands_for[embedding] = ["the output head"]
+
+
+def _embedding(weights: Mapping[str, Weight]) -> str | None:
+    return tied.embedding_in({key: weight.same_as for key, weight in weights.items() if weight.ref is not None})
+
+
+def _base_weight(pairs: _Pairs, key: str) -> None:
+    """Enter one name of the base."""
+    ledger, base, tuned = pairs.ledger, pairs.base[key], pairs.tuned.get(key)
+    stack = pairs.tuned.get(mixtures.stack_of(key) or "")
+    if tuned is not None and base.same_as and tuned.same_as:
+        ledger.skipped[base.name] = f"the same tensor as {base.same_as}, and reported as that"
+    elif tuned is not None:
+        _pair(pairs, key, base, tuned)
+    elif base.same_as:
+        ledger.skipped[base.name] = f"the same tensor as {base.same_as}, and reported as that"
+    elif stack is not None and stack.ref is None:
+        pairs.used.add(mixtures.stack_of(key) or "")
+        ledger.refuse(base.name, base.shape, stack.status, stack.why)
+    elif base.ref is None and any(mixtures.stack_of(other) == key for other in pairs.tuned):
+        ledger.refuse(base.name, (), base.status, base.why)
+    elif not _with_embedding(pairs, base.name, key, base, "tuned"):
+        ledger.base_only[base.name] = "not in the tuned model"
+
+
+def _tuned_weight(pairs: _Pairs, key: str) -> None:
+    """Enter one name that only the tuned model has."""
+    tuned = pairs.tuned[key]
+    if tuned.same_as:
+        pairs.ledger.skipped[tuned.name] = f"the same tensor as {tuned.same_as}, and reported as that"
+    elif key not in pairs.used and not _with_embedding(pairs, key, key, tuned, "base"):
+        pairs.ledger.tuned_only[tuned.name] = "not in the base"
+
+
+def _with_embedding(pairs: _Pairs, name: str, key: str, head: Weight, side: str) -> bool:
+    """Compare a head with the embedding that the other side ties it to; False if that is not what this is."""
+    folder, weights = (pairs.base_folder, pairs.base) if side == "base" else (pairs.tuned_folder, pairs.tuned)
+    embedding = _embedding(weights)
+    if not tied.is_head(key) or head.ref is None or embedding is None or not tied.ties(folder.config):
+        return False
+    other = weights[embedding]
+    if other.ref is None:
+        return False
+    tuned, base = (head.ref, other.ref) if side == "base" else (other.ref, head.ref)
+    note = f"the {side} model's head is tied to {other.name}: compared with that"
+    subtract(pairs.ledger, name, tuned, base, pairs.config_of(name), pairs.split, note)
+    return True
+
+
+def _pair(pairs: _Pairs, key: str, base: Weight, tuned: Weight) -> None:
+    """Enter one name that both models have."""
+    ledger = pairs.ledger
+    if base.ref is None or tuned.ref is None:
+        lost = base if base.ref is None else tuned
+        if lost.status == "unreadable" and (base.skip or tuned.skip):
+            ledger.skipped[base.name] = f"{base.skip or tuned.skip}; {lost.why}"
+        else:
+            ledger.refuse(base.name, base.shape or tuned.shape, lost.status, lost.why)
         return
-    why = _not_a_matrix(tuned, base)
-    if why:
-        ledger.skipped[name] = why
+    if base.skip and tuned.skip:
+        ledger.skipped[base.name] = base.skip
         return
-    coded = [ref for ref in (tuned, base) if not ref.is_float]
-    if coded:
-        why = f"stored as {coded[0].dtype} in {coded[0].path}: quantised weights are not decoded"
-        ledger.refuse(name, base.shape, "unsupported", why)
+    if base.skip or tuned.skip:
+        why = f"tuned is {list(tuned.shape)}, base is {list(base.shape)}"
+        ledger.refuse(base.name, base.shape, "shape_mismatch", why)
         return
-    tuned, base = (as_matrix(architectures.oriented(config, name, ref)) for ref in (tuned, base))
-    subtract(ledger, name, tuned, base, config, split)
+    notes = [f"also stands for {', '.join(pairs.stands_for[key])} (tied)"] if key in pairs.stands_for else []
+    for side, weight in (("base", base), ("tuned", tuned)):
+        if weight.same_as:
+            notes.append(f"in the {side} model it is the same tensor as {weight.same_as}")
+    subtract(ledger, base.name, tuned.ref, base.ref, pairs.config_of(base.name), pairs.split, "; ".join(notes))
 
 
 def subtract(
@@ -88,39 +184,26 @@ def subtract(
     base: TensorRef,
     config: Mapping[str, Any],
     split: bool,
+    note: str = "",
 ) -> None:
     """Enter tuned − base of two matrices in Linear orientation, in its parts where it is fused.
 
     Where the vocabulary was resized, the rows that both have are compared; any other difference in
     shape is refused.
     """
-    note = ""
     if tuned.shape != base.shape:
         why = f"tuned is {list(tuned.shape)}, base is {list(base.shape)}"
-        if role_of(name) not in _VOCABULARY or tuned.shape[1:] != base.shape[1:]:
+        by_token = role_of(name) in _VOCABULARY or tied.is_vocabulary(name)
+        rows = min(tuned.shape[0], base.shape[0])
+        if not by_token or tuned.shape[1:] != base.shape[1:] or not rows:
             ledger.refuse(name, base.shape, "shape_mismatch", why)
             return
-        rows = min(tuned.shape[0], base.shape[0])
-        note = f"the first {rows} rows, which both have: {why}"
-        ledger.shape_mismatch[name] = note
+        common = f"the first {rows} rows, which both have: {why}"
+        note = f"{note}; {common}" if note else common
+        ledger.shape_mismatch[name] = common
         tuned, base = tuned.rows(0, rows), base.rows(0, rows)
     cuts = architectures.parts(config, name, base.shape[0]) if split else {}
     for part, cut in cuts.items():
         ledger.add(f"{name}[{part}]", cut(base).shape, Difference(cut(tuned), cut(base)), note=note)
     if not cuts:
         ledger.add(name, base.shape, Difference(tuned, base), note=note)
-
-
-def _not_a_matrix(tuned: TensorRef, base: TensorRef) -> str:
-    if len(base.shape) < 2 and len(tuned.shape) < 2:
-        return "a vector, not a matrix"
-    if not base.numel or not tuned.numel:
-        return "empty"
-    if {base.dtype, tuned.dtype} <= {"I64", "BOOL"}:
-        return f"a buffer of {base.dtype}, not weights"
-    return ""
-
-
-def as_matrix(ref: TensorRef) -> TensorRef:
-    """A convolution (out, in, k, …) as (out, in·k·…)."""
-    return ref if len(ref.shape) <= 2 else ref.reshape(ref.shape[0], math.prod(ref.shape[1:]))

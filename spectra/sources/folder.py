@@ -1,32 +1,15 @@
-"""What lies at a path: which weight files to read, their tensors by name, and the configs beside them."""
+"""What lies at a path: the tensors of its weight files by name, unread, and the configs beside them."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from spectra.errors import NotFoundError, SourceError
-from spectra.sources import safetensors_file, torch_file
+from spectra.sources import gguf_file, gguf_names, quantised, safetensors_file, torch_file
 from spectra.sources.tensors import TensorRef
-
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_FULL_FILES = (
-    "model.safetensors.index.json", "model.safetensors",
-    "pytorch_model.bin.index.json", "pytorch_model.bin",
-)  # fmt: skip
-_NOT_WEIGHTS = (
-    "optimizer",
-    "scheduler",
-    "training_args",
-    "rng_state",
-    "scaler",
-    "global_step",
-    "tokenizer",
-)
-_MAX_JSON = 64 * 2**20
+from spectra.sources.weight_files import PIPELINE, WEIGHT_SUFFIXES, Choice, choose, inside, read_json
 
 
 @dataclass(frozen=True)
@@ -35,12 +18,15 @@ class Folder:
 
     Attributes:
         path: what was opened, a folder or one file.
-        tensors: name → reference.
+        tensors: name → reference; fp8 weights with their scales attached, GGUF under transformers' names.
         broken: name → why it cannot be read.
-        config: the model's `config.json`, or {}.
+        config: the model's `config.json`, or what a GGUF file's metadata amount to, or {}.
         adapter_config: the adapter's `adapter_config.json`, or None.
-        metadata: strings from the files' headers.
+        metadata: strings from the files' headers; where a tensor is stored once under two names, the
+            second name → the first.
         warnings: what was chosen where there was a choice.
+        packed: name → why its quantised codes are not decoded.
+        components: the config of each component of a diffusers pipeline; its names start with the component.
     """
 
     path: Path
@@ -50,11 +36,31 @@ class Folder:
     adapter_config: dict[str, Any] | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    packed: dict[str, str] = field(default_factory=dict)
+    components: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def is_adapter(self) -> bool:
         """Whether the files or the config beside them say that this is an adapter."""
         return self.adapter_config is not None
+
+    @property
+    def unusable(self) -> dict[str, str]:
+        """Every name that is there and gives no numbers: broken or packed → why."""
+        return self.broken | self.packed
+
+    @property
+    def same(self) -> dict[str, str]:
+        """Names that are stored once: second name → first name, which is the one to read."""
+        return {
+            name: first
+            for name, first in self.metadata.items()
+            if first in self.tensors and (name not in self.tensors or self.tensors[name].container == "torch")
+        }
+
+    def config_of(self, name: str) -> dict[str, Any]:
+        """The config that a weight belongs to: its component's in a pipeline, else the model's."""
+        return self.components.get(name.partition(".")[0], self.config)
 
 
 def open_folder(path: Path) -> Folder:
@@ -63,42 +69,127 @@ def open_folder(path: Path) -> Folder:
     Raises:
         NotFoundError: there are no weights.
         SourceError: an index, a config or the only weights file is broken.
+        MissingExtraError: a GGUF file is quantised and the `gguf` package is not installed.
     """
+    if path.is_dir() and (path / PIPELINE).is_file():
+        return _pipeline(path)
     if path.is_dir():
-        files, broken, warnings = _choose(path)
-        home = path
+        choice, home = choose(path), path
     else:
-        files, broken, warnings, home = [path], {}, [], path.parent
-    is_adapter = any(file.name.startswith("adapter_model") for file in files)
-    beside_model = path.is_dir() or path.name.startswith(("model", "pytorch_model"))
+        choice, home = Choice([path]), path.parent
+    read = _read_all(choice)
+    is_adapter = any(file.name.startswith("adapter_model") for file in choice.files)
+    beside_model = path.is_dir() or path.name.startswith(("model", "pytorch_model", "diffusion_pytorch_model"))
+    config = _beside(home, "config.json")
+    adapter_config = _beside(home, "adapter_config.json") if is_adapter or not beside_model else None
+    folder = replace(
+        read,
+        path=path,
+        config=read.config or config or {},
+        adapter_config=adapter_config,
+        warnings=(*choice.warnings, *read.warnings),
+    )
+    return folder if folder.is_adapter else _decoded(folder)
+
+
+def _beside(home: Path, name: str) -> dict[str, Any] | None:
+    """A config beside the weights, or None."""
+    return read_json(inside(home, home / name)) if (home / name).is_file() else None
+
+
+def _decoded(folder: Folder) -> Folder:
+    decoded = quantised.decode(folder.tensors, folder.config)
+    return replace(
+        folder,
+        tensors=decoded.tensors,
+        packed=decoded.packed,
+        warnings=(*folder.warnings, *decoded.warnings),
+    )
+
+
+def _read_all(choice: Choice) -> Folder:
+    """The headers of all files, merged; a broken shard costs its own tensors only."""
+    if choice.files[0].suffix == ".gguf":
+        return _gguf(choice.files)
     tensors: dict[str, TensorRef] = {}
+    broken: dict[str, str] = {}
     metadata: dict[str, str] = {}
-    for file in files:
+    warnings: list[str] = []
+    lost: dict[str, str] = {}
+    for file in choice.files:
         try:
-            found, lost, notes = read_header(file)
+            found, cut_off, notes = read_header(file)
         except SourceError as problem:
-            if len(files) == 1:
+            if len(choice.files) == 1:
                 raise
             warnings.append(str(problem))
+            lost[file.name] = str(problem)
             continue
         twice = sorted(set(found) & set(tensors))
         if twice:
             raise SourceError(f"{twice[0]} is in both {tensors[twice[0]].path} and {file}; name one of the files")
         tensors.update(found)
-        broken.update(lost)
+        broken.update(cut_off)
         metadata.update(notes)
+    for name, shard in choice.expected.items():
+        if name not in tensors and name not in broken:
+            why = lost.get(Path(shard).name) or f"{shard} does not hold it; download the model again"
+            broken[name] = choice.broken.get(name, why)
     broken = {name: why for name, why in broken.items() if name not in tensors}
-    adapter_config = home / "adapter_config.json"
-    return Folder(
-        path=path,
-        tensors=tensors,
-        broken=broken,
-        config=read_json(home / "config.json") if beside_model and (home / "config.json").is_file() else {},
-        adapter_config=read_json(adapter_config)
-        if adapter_config.is_file() and (is_adapter or not beside_model)
-        else None,
-        metadata=metadata,
-        warnings=tuple(warnings),
+    return Folder(choice.files[0], tensors, broken, metadata=metadata, warnings=tuple(warnings))
+
+
+def _gguf(files: list[Path]) -> Folder:
+    """One GGUF file, or the parts that llama.cpp split it into, of which the first has the metadata."""
+    whole = gguf_file.Header()
+    for file in files:
+        header = gguf_file.read_header(file)
+        twice = sorted(set(header.tensors) & set(whole.tensors))
+        if twice:
+            raise SourceError(f"{twice[0]} is in both {whole.tensors[twice[0]].path} and {file}; name one of the files")
+        whole = gguf_file.Header(
+            header.values | whole.values, whole.tensors | header.tensors, whole.broken | header.broken
+        )
+    named = gguf_names.named(whole, str(files[0]))
+    coded = sorted({ref.dtype for ref in named.tensors.values() if ref.dtype not in gguf_file.PLAIN})
+    said = f"{files[0]}: weights are quantised ({', '.join(coded)}), so ΔW includes what quantisation rounded away"
+    warnings = (*named.warnings, said) if coded else named.warnings
+    return Folder(files[0], named.tensors, named.broken, named.config, warnings=warnings)
+
+
+def _pipeline(path: Path) -> Folder:
+    """A diffusers pipeline: every component's tensors under the component's name."""
+    whole = Folder(path, {})
+    for component, entry in read_json(inside(path, path / PIPELINE)).items():
+        place = path / component
+        if not isinstance(entry, list) or "/" in component or component in ("", ".", "..") or not place.is_dir():
+            continue
+        try:
+            part = open_folder(inside(path, place))
+        except NotFoundError:
+            continue  # tokenizers, schedulers and feature extractors have no weights
+        except SourceError as problem:
+            whole = replace(whole, warnings=(*whole.warnings, f"{component} was left out: {problem}"))
+            continue
+        whole = _joined(whole, component, part)
+    if not whole.tensors:
+        raise NotFoundError(f"{path} is a diffusers pipeline without readable weights: {'; '.join(whole.warnings)}")
+    return whole
+
+
+def _joined(whole: Folder, component: str, part: Folder) -> Folder:
+    def prefixed(entries: dict[str, Any]) -> dict[str, Any]:
+        return {f"{component}.{name}": value for name, value in entries.items()}
+
+    same = {f"{component}.{name}": f"{component}.{first}" for name, first in part.same.items()}
+    return replace(
+        whole,
+        tensors=whole.tensors | prefixed(part.tensors),
+        broken=whole.broken | prefixed(part.broken),
+        packed=whole.packed | prefixed(part.packed),
+        metadata=whole.metadata | same,
+        components=whole.components | {component: part.config},
+        warnings=(*whole.warnings, *part.warnings),
     )
 
 
@@ -116,89 +207,3 @@ def read_header(path: Path) -> tuple[dict[str, TensorRef], dict[str, str], dict[
     if path.suffix in WEIGHT_SUFFIXES:
         return torch_file.read_header(path)
     raise SourceError(f"{path} is not a weights file: known suffixes are {', '.join(WEIGHT_SUFFIXES)}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        SourceError: it is not JSON, not an object, or absurdly large.
-    """
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise SourceError(f"{path} is larger than {_MAX_JSON} bytes; that is no config")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as problem:
-        raise SourceError(f"{path} is not readable JSON ({problem}); download or save it again") from None
-    if not isinstance(content, dict):
-        raise SourceError(f"{path} holds a JSON {type(content).__name__}, not an object")
-    return content
-
-
-def _choose(folder: Path) -> tuple[list[Path], dict[str, str], list[str]]:
-    """The weight files to read in a folder, tensors known to be lost, and what was passed over."""
-    adapters = [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
-    full = [folder / name for name in _FULL_FILES if (folder / name).is_file()]
-    full = full or sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.bin.index.json"))
-    chosen = (adapters or full or _lone_files(folder))[0:1]
-    if not chosen:
-        shards = _lone_files(folder, several=True)
-        return [_inside(folder, file) for file in shards], {}, []
-    passed_over = [file.name for file in [*adapters, *full] if file not in chosen]
-    warnings = []
-    if passed_over:
-        warnings.append(f"{folder}: took {chosen[0].name} and left out {', '.join(passed_over)}; name a file to choose")
-    if chosen[0].suffix == ".json":
-        files, broken = _shards(folder, chosen[0])
-        return files, broken, warnings
-    return [_inside(folder, chosen[0])], {}, warnings
-
-
-def _lone_files(folder: Path, several: bool = False) -> list[Path]:
-    """The one file of weights in the folder whatever its name; with `several`, the numbered shards of one model."""
-    found = [file for file in sorted(folder.iterdir()) if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
-    found = [file for file in found if not file.name.startswith(_NOT_WEIGHTS)]
-    safe = [file for file in found if file.suffix == ".safetensors"]
-    found = safe or found
-    if len(found) == 1 or not several:
-        return found if len(found) == 1 else []
-    if not found:
-        inner = [item.name for item in sorted(folder.iterdir()) if item.is_dir()][:8]
-        hint = f"; it has the folders {', '.join(inner)}: did you mean one of them?" if inner else ""
-        raise NotFoundError(f"{folder} holds no weights ({', '.join(WEIGHT_SUFFIXES)}){hint}")
-    if all("-of-" in file.name for file in found):
-        return found
-    raise SourceError(f"{folder} holds {len(found)} weight files: {', '.join(f.name for f in found[:8])}; name one")
-
-
-def _shards(folder: Path, index: Path) -> tuple[list[Path], dict[str, str]]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise SourceError(f"{index} has no weight_map of names to files; download it again")
-    files: list[Path] = []
-    broken: dict[str, str] = {}
-    for shard in sorted(set(weight_map.values())):
-        if Path(shard).is_absolute() or ".." in Path(shard).parts:
-            raise SourceError(f"{index} points outside its folder: {shard!r}; nothing was read")
-        file = folder / shard
-        if file.is_file():
-            files.append(_inside(folder, file))
-    for name, shard in weight_map.items():
-        missing = not (folder / shard).is_file()
-        broken[name] = (
-            f"{folder / shard} is missing; download it again" if missing else f"{folder / shard} does not hold it"
-        )
-    if not files:
-        raise NotFoundError(f"{index} names {len(set(weight_map.values()))} shards and none of them is there")
-    return files, broken
-
-
-def _inside(folder: Path, file: Path) -> Path:
-    """The file, unless a symlink takes it out of the folder. A hub cache's snapshots may link to its blobs."""
-    target = file.resolve()
-    allowed = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        allowed.append(folder.resolve().parent.parent / "blobs")
-    if not any(target.is_relative_to(root) for root in allowed):
-        raise SourceError(f"{file} is a link that leaves its folder ({target}); pass the target's own path")
-    return file

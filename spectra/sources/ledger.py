@@ -22,6 +22,8 @@ class Ledger:
     unsupported: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    base_names: dict[str, str] = field(default_factory=dict)  # tuned weight → base weight, one rule for the whole file
+    base_evidence: dict[str, tuple[int, ...] | None] = field(default_factory=dict)  # the shapes that led to it
 
     def add(
         self,

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from spectra.errors import SelectionError, SourceError
-from spectra.sources.adapter import Target, add_factored, add_saved_weights, by_module, targets
+from spectra.sources.adapter import Slots, Target, add_factored, add_rest, modules_of, targets
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.recipes import Term
@@ -56,21 +56,22 @@ def open_multihead(tuned: Folder, base: Folder | None, *, split: bool, heads: st
     if config is None and scale is None:
         raise SourceError(f"{tuned.path} has no adapter_config.json beside it, so α/r is unknown: pass --scale")
     ledger = Ledger(tuned, base)
-    groups, rest = by_module(tuned.tensors, _SLOTS)
+    groups, rest = modules_of(ledger, _SLOTS)
     count = (config or {}).get("lora_nums", (config or {}).get("num_heads"))
     modules: dict[str, _Heads] = {}
+    scales: dict[str, float] = {}
     for module, slots in groups.items():
-        found = _heads({slot: tuned.tensors[name] for slot, name in slots.items()}, count)
+        found = _heads(slots, count)
+        s, rank = (scale, None) if scale is not None else scaling(config or {}, module, str(tuned.path))
+        if not isinstance(found, str) and rank not in (None, found.down.shape[0]):
+            found = f"the config says r = {rank} for {module}, the factors have {found.down.shape[0]}"
         if isinstance(found, str):
             ledger.refuse(f"{module}.weight", (), "unsupported", f"{found} in {tuned.path}")
         else:
-            modules[module] = found
-    for name, why in tuned.broken.items():
-        ledger.refuse(name, (), "unreadable", why)
+            modules[module], scales[module] = found, s
     shapes = {module: (item.ups[0].shape[0], item.down.shape[1]) for module, item in modules.items()}
     for module, target in targets(ledger, shapes).items():
-        s = scale if scale is not None else scaling(config or {}, module, str(tuned.path))[0]
-        _add(ledger, target, modules[module], s, split, heads)
+        _add(ledger, target, modules[module], scales[module], split, heads)
     if scale is not None:
         ledger.warnings.append(f"s = {scale:g} as given, whatever the config says")
     if modules and all(item.offset is None for item in modules.values()):
@@ -78,7 +79,7 @@ def open_multihead(tuned: Folder, base: Folder | None, *, split: bool, heads: st
             "no offset is saved: if the heads started from random values (R-LoRA), "
             "ΔW is relative to the compensated base"
         )
-    add_saved_weights(ledger, rest, split=split)
+    add_rest(ledger, rest, split=split)
     return ledger.source(KIND)
 
 
@@ -98,7 +99,7 @@ def _add(ledger: Ledger, target: Target, found: _Heads, s: float, split: bool, h
         add_factored(ledger, part, terms, split=False, note=f"head {index} of {routed}")
 
 
-def _heads(slots: dict[str, TensorRef], count: object) -> _Heads | str:
+def _heads(slots: Slots, count: object) -> _Heads | str:
     """The tensors of one module with matching shapes, or what is wrong with them."""
     down = slots.get("lora_A") or slots.get("rlora_A")
     if down is None or len(down.shape) != 2:
@@ -115,10 +116,13 @@ def _heads(slots: dict[str, TensorRef], count: object) -> _Heads | str:
         return "one factor of the offset is missing"
     if "rlora_offset_A" not in slots:
         return _Heads(down, ups, routed)
-    return _Heads(down, ups, routed, (slots["rlora_offset_B"], slots["rlora_offset_A"]))
+    up0, down0 = slots["rlora_offset_B"], slots["rlora_offset_A"]
+    if not (up0.is_float and down0.is_float) or (up0.shape, down0.shape) != (ups[0].shape, down.shape):
+        return f"the offset's B {list(up0.shape)} and A {list(down0.shape)} do not fit the heads"
+    return _Heads(down, ups, routed, (up0, down0))
 
 
-def _ups(slots: dict[str, TensorRef], rank: int, count: object) -> tuple[TensorRef, ...] | str:
+def _ups(slots: Slots, rank: int, count: object) -> tuple[TensorRef, ...] | str:
     numbered = {int(slot[6:]): ref for slot, ref in slots.items() if re.fullmatch(r"lora_B\d+", slot)}
     if numbered:
         if sorted(numbered) != list(range(len(numbered))) or count not in (None, len(numbered)):

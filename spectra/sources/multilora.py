@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spectra.errors import SelectionError, SourceError
-from spectra.sources.adapter import Target, add_factored, add_saved_weights, by_module, targets
+from spectra.sources.adapter import Slots, Target, add_factored, add_rest, modules_of, targets
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.recipes import Term
@@ -52,21 +52,21 @@ def open_multilora(tuned: Folder, base: Folder | None, *, split: bool, heads: st
     ledger = Ledger(tuned, base)
     if config is not None and scale is not None:
         ledger.warnings.append("scale was ignored: adapter_config.json carries α and r")
-    groups, rest = by_module(tuned.tensors, _SLOTS)
-    stacks = {}
+    groups, rest = modules_of(ledger, _SLOTS)
+    stacks, scales = {}, {}
     for module, slots in groups.items():
-        stack = _stack({slot: tuned.tensors[name] for slot, name in slots.items()})
+        stack = _stack(slots, (config or {}).get("num_modules"))
+        s, rank = scaling(config, module, str(tuned.path)) if config is not None else (float(scale or 0.0), None)
+        if not isinstance(stack, str) and rank not in (None, stack.down.shape[1]):
+            stack = f"the config says r = {rank} for {module}, the factors have {stack.down.shape[1]}"
         if isinstance(stack, str):
             ledger.refuse(f"{module}.weight", (), "unsupported", f"{stack} in {tuned.path}")
         else:
-            stacks[module] = stack
-    for name, why in tuned.broken.items():
-        ledger.refuse(name, (), "unreadable", why)
+            stacks[module], scales[module] = stack, s
     shapes = {module: (stack.up.shape[1], stack.down.shape[2]) for module, stack in stacks.items()}
     for module, target in targets(ledger, shapes).items():
-        s = scaling(config, module, str(tuned.path))[0] if config is not None else float(scale or 0.0)
-        _add(ledger, target, stacks[module], s, split, heads)
-    add_saved_weights(ledger, rest, split=split)
+        _add(ledger, target, stacks[module], scales[module], split, heads)
+    add_rest(ledger, rest, split=split)
     return ledger.source(KIND)
 
 
@@ -83,7 +83,7 @@ def _add(ledger: Ledger, target: Target, stack: _Stack, scale: float, split: boo
         add_factored(ledger, part, [terms[index]], split=False, note=f"module {index} of {count} alone")
 
 
-def _stack(slots: dict[str, TensorRef]) -> _Stack | str:
+def _stack(slots: Slots, count: object) -> _Stack | str:
     """The three tensors of a module with matching shapes, or what is wrong with them."""
     missing = sorted({"A", "B", "scaling"} - set(slots))
     if missing:
@@ -91,6 +91,8 @@ def _stack(slots: dict[str, TensorRef]) -> _Stack | str:
     down, up, scales = slots["A"], slots["B"], slots["scaling"]
     if len(down.shape) != 3 or len(up.shape) != 3 or (up.shape[0], up.shape[2]) != down.shape[:2]:
         return f"A {list(down.shape)} and B {list(up.shape)} are not (n, r, in) and (n, out, r)"
+    if not down.shape[0] or not down.shape[1] or count not in (None, down.shape[0]):
+        return f"A {list(down.shape)} is no stack of {count if count is not None else 'modules'} of a rank above 0"
     if not all(ref.is_float for ref in slots.values()):
         return "the factors are not stored as real numbers"
     allowed = [(down.shape[0],), (down.shape[0], 1), (down.shape[0], up.shape[1])]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 
 from spectra.errors import SourceError
 
 Shape = tuple[int, ...]
-_WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "_fsdp_wrapped_module.")
+_INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPERS = ("module.", "_forward_module.", "base_model.model.", *_INNER_WRAPPERS)
+# Where a vision-language model keeps what is a model of its own elsewhere: prefixes that stand for each other.
+_NESTED = (("model.", "model.language_model."),)
 
 
 def align(tuned: Mapping[str, Shape | None], base: Mapping[str, Shape]) -> tuple[dict[str, str], str]:
@@ -22,13 +25,16 @@ def align(tuned: Mapping[str, Shape | None], base: Mapping[str, Shape]) -> tuple
     Raises:
         SourceError: no rule pairs anything, or two rules pair equally many.
     """
-    bare = {name: unwrap(name) for name in tuned}
+    bare, bare_base = unwrapped(tuned), unwrapped(base)
+    canonical = {short: name for name, short in bare_base.items()}
     rules: dict[str, Callable[[str], str]] = {"": lambda name: name}
     for prefix in sorted(_leading_paths(bare.values())):
         rules[f"dropped the prefix {prefix!r} from the tuned names"] = partial(_dropped, prefix)
-    for prefix in sorted(_leading_paths(base)):
-        rules[f"added the prefix {prefix!r} to the tuned names"] = partial(_added, prefix)
-    canonical = {unwrap(name): name for name in base}
+    for prefix in sorted(_leading_paths(bare_base.values())):
+        rules[f"added the prefix {prefix!r} to the tuned names"] = partial(_added, prefix, canonical)
+    for short, long in _NESTED:
+        rules[f"read the prefix {short!r} of the tuned names as {long!r}"] = partial(_exchanged, short, long)
+        rules[f"read the prefix {long!r} of the tuned names as {short!r}"] = partial(_exchanged, long, short)
     scores: dict[str, int] = {}
     renamed: dict[str, dict[str, str]] = {}
     for words, rule in rules.items():
@@ -58,8 +64,13 @@ def _dropped(prefix: str, name: str) -> str:
     return name.removeprefix(prefix)
 
 
-def _added(prefix: str, name: str) -> str:
-    return prefix + name
+def _exchanged(old: str, new: str, name: str) -> str:
+    return new + name.removeprefix(old) if name.startswith(old) else name
+
+
+def _added(prefix: str, base: Collection[str], name: str) -> str:
+    """With the prefix where the base has it so: a head beside a bare encoder keeps its name."""
+    return prefix + name if prefix + name in base else name
 
 
 def unwrap(name: str) -> str:
@@ -68,13 +79,19 @@ def unwrap(name: str) -> str:
     >>> unwrap("module._orig_mod.encoder.layer.0.weight")
     'encoder.layer.0.weight'
     """
-    for wrapper in _WRAPPERS:
-        if wrapper in ("_orig_mod.", "_fsdp_wrapped_module."):
-            name = name.replace("." + wrapper, ".")
+    for wrapper in _INNER_WRAPPERS:
+        name = name.replace("." + wrapper, ".")
     while name.startswith(_WRAPPERS):
         for wrapper in _WRAPPERS:
             name = name.removeprefix(wrapper)
     return name
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """name → the name without wrappers; all as they are where two would become one."""
+    names = list(names)
+    bare = {name: unwrap(name) for name in names}
+    return bare if len(set(bare.values())) == len(names) else {name: name for name in names}
 
 
 def _leading_paths(names: Iterable[str]) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,6 +11,8 @@ from spectra.types import Dense, Form, LowRank, Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_ROWS = 512  # of a block in which weights are subtracted
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,22 +71,28 @@ class Difference:
 
     def read(self, device: str = "cpu") -> Dense:
         """Subtract, and note what the stored weights tell about the difference."""
+        import torch
+
         from spectra.sources.rounding import rounding_edge
 
-        tuned = self.tuned.read_float64(device)
-        base = self.base.read_float64(device)
-        delta = tuned - base
+        tuned, base = self.tuned.read_real(device), self.base.read_real(device)
+        delta = tuned.to(torch.float64, copy=True)
+        squares, unmoved = 0.0, 0
+        for start in range(0, delta.shape[0], _ROWS):  # never both weights in float64: half of the memory
+            before, rows = base[start : start + _ROWS].to(torch.float64), delta[start : start + _ROWS]
+            squares += float(before.square().sum())
+            unmoved += rows.numel() - int(rows.sub_(before).count_nonzero())
         return Dense(
             matrix=delta,
-            base_norm=float(base.norm()),
+            base_norm=math.sqrt(squares),
             noise_edge=rounding_edge(tuned, self.tuned.dtype),
-            unchanged=float((delta == 0).double().mean()) if delta.numel() else None,
+            unchanged=unmoved / delta.numel() if delta.numel() else None,
         )
 
 
 @dataclass(frozen=True)
 class Term:
-    """scale · diag(row_scale) · (Σ lefts) · diag(inner_scale) · right, one summand of a factored update.
+    """scale · diag(row_scale) · (Σ lefts) · diag(inner_scale) · core · right, one summand of an update.
 
     Attributes:
         lefts: (out, r) each; several where heads that share `right` are added up.
@@ -92,6 +100,7 @@ class Term:
         scale: a number, α/r and the like.
         row_scale: (out,) or a single entry, or None.
         inner_scale: (r,), or None.
+        core: (r, r') between the factors, or (r, r', kh, kw) where a convolution is CP-decomposed; right is (r', in).
     """
 
     lefts: tuple[TensorRef, ...]
@@ -99,9 +108,24 @@ class Term:
     scale: float = 1.0
     row_scale: TensorRef | None = None
     inner_scale: TensorRef | None = None
+    core: TensorRef | None = None
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """All stored factors and scales."""
+        others = (self.row_scale, self.inner_scale, self.core)
+        return (*self.lefts, self.right, *(ref for ref in others if ref is not None))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        kernel = math.prod(self.core.shape[2:]) if self.core else 1
+        return (self.lefts[0].shape[0], self.right.shape[1] * kernel)
 
     def read(self, device: str) -> tuple[Tensor, Tensor]:
         """The two factors in float64, all scales in the left one."""
+        import torch
+
         left = self.lefts[0].read_float64(device)
         for ref in self.lefts[1:]:
             left = left + ref.read_float64(device)
@@ -109,7 +133,11 @@ class Term:
             left = self.row_scale.read_float64(device).reshape(-1, 1) * left
         if self.inner_scale is not None:
             left = left * self.inner_scale.read_float64(device).reshape(1, -1)
-        return self.scale * left, self.right.read_float64(device)
+        right = self.right.read_float64(device)
+        if self.core is not None:
+            core = self.core.read_float64(device)
+            right = torch.einsum("pq...,qj->pj...", core, right).reshape(core.shape[0], -1)
+        return self.scale * left, right
 
 
 @dataclass(frozen=True)
@@ -127,21 +155,18 @@ class Factors:
     @property
     def refs(self) -> tuple[TensorRef, ...]:
         """All stored factors and scales."""
-        found: list[TensorRef] = []
-        for term in self.terms:
-            found += [*term.lefts, term.right]
-            found += [scale for scale in (term.row_scale, term.inner_scale) if scale is not None]
-        return (*found, self.base) if self.base else tuple(found)
+        found = tuple(ref for term in self.terms for ref in term.refs)
+        return (*found, self.base) if self.base else found
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return (self.terms[0].lefts[0].shape[0], self.terms[0].right.shape[1])
+        return self.terms[0].shape
 
     @property
     def rank(self) -> int:
         """The sum of the factor widths, at most min(out, in)."""
-        return min(sum(term.right.shape[0] for term in self.terms), *self.shape)
+        return min(sum(term.lefts[0].shape[1] for term in self.terms), *self.shape)
 
     def read(self, device: str = "cpu") -> LowRank:
         """The factors in float64."""
@@ -173,12 +198,12 @@ class Placed:
 
     Attributes:
         whole: the update of the whole weight.
-        cut: which rows, as `architectures.parts` gives them; None for all.
+        rows: which rows, as the view of a column of the whole's row numbers; None for all.
         base: the base's weight, or its part; only its norm is read.
     """
 
     whole: Recipe
-    cut: Callable[[TensorRef], TensorRef] | None = None
+    rows: TensorRef | None = None
     base: TensorRef | None = None
 
     @property
@@ -200,8 +225,9 @@ class Placed:
         return replace(form, matrix=self._part(form.matrix), base_norm=norm)
 
     def _part(self, tensor: Tensor) -> Tensor:
-        if self.cut is None:
+        import torch
+
+        if self.rows is None:
             return tensor
-        # A cut is written for references; its views do the same to a tensor.
-        shadow = TensorRef("", "", "F64", tuple(tensor.shape), "", (0, 0))
-        return self.cut(shadow).view(tensor)
+        numbers = torch.arange(tensor.shape[0], device=tensor.device).reshape(-1, 1)
+        return tensor[self.rows.view(numbers).flatten()]

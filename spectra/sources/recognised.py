@@ -7,24 +7,77 @@ import re
 from spectra.sources.folder import Folder
 
 _BY_KEY: tuple[tuple[str, str], ...] = (
-    (r"\.lora_lambdas$|\.lora_B_w$", "MTL-LoRA (per-task mixtures)"),
-    (r"\.lora_A\d+(\.weight)?$", "LoRAMoE or ALoRA (several A)"),
-    (r"\.loraA\.", "MOELoRA"),
-    (r"experts\.\d+\.lora_A|moe_gate\.weight", "MixLoRA or MoLA (an adapter per expert)"),
-    (r"\.lora_AB(\.weight)?$", "MoSLoRA"),
-    (r"hada_w1_a", "LoHa"),
-    (r"lokr_w1", "LoKr"),
-    (r"lora_down\.weight|lora_up\.weight", "a kohya or diffusers LoRA"),
-    (r"\.qweight$|\.qzeros$", "GPTQ or AWQ quantised weights"),
-    (r"\.absmax$|\.quant_state", "bitsandbytes quantised weights"),
-    (r"_proj\.weight_scale_inv$", "fp8 weights with block scales"),
+    (r"\.oft_r(\.|$)", "an OFT of PEFT before 0.16, another parametrisation under the same peft_type"),
 )
 
 
 def name_of(folder: Folder) -> str | None:
-    """What the folder holds, if it is a format that is recognised and not supported."""
+    """What the tensors' names say that the folder holds, if it is a format that is recognised and not supported."""
     for pattern, title in _BY_KEY:
         if any(re.search(pattern, name) for name in folder.tensors):
             return title
+    return None
+
+
+_FACTORS = re.compile(r"(?:^|\.)(?:\w*lora_\w+|lora|hada_w\d_[ab]|lokr_w\d(?:_[ab])?|to_\w+_lora)(?:\.|$)")
+
+
+def has_factors(folder: Folder) -> bool:
+    """Whether tensors are called as factors of an adapter are: then they are no full weights, config or not."""
+    return any(_FACTORS.search(name) for name in folder.tensors)
+
+
+def declared_type(folder: Folder) -> str | None:
+    """The peft_type that the adapter's config claims."""
     declared = (folder.adapter_config or {}).get("peft_type")
-    return f"an adapter of peft_type {declared!r}" if declared and declared != "LORA" else None
+    return None if declared is None else str(declared)
+
+
+# What has no ΔW that the files determine: peft_type, the tensors' names where only it has such, what it is and why.
+_WITHOUT_UPDATE: tuple[tuple[str, str, str], ...] = (
+    ("PROMPT_TUNING", r"^prompt_embeddings$", "a soft prompt: it is put before the input and changes no weight"),
+    ("MULTITASK_PROMPT_TUNING", r"^prefix_task_(?:cols|rows)$", "soft prompts of several tasks: they change no weight"),
+    ("P_TUNING", "", "a soft prompt from a prompt encoder (P-tuning): it changes no weight"),
+    ("PREFIX_TUNING", "", "a prefix of keys and values for the attention: it changes no weight"),
+    ("CARTRIDGE", "", "a cartridge, a trained cache of keys and values: it changes no weight"),
+    ("CPT", "", "a context-aware prompt (CPT): it changes no weight"),
+    ("ADAPTION_PROMPT", r"\.adaption_(?:prompt|gate)$", "adaption prompts for the attention: they change no weight"),
+    ("LILY", r"\.lily_[AB](?:\.|$)", "Lily: a router mixes shared factors anew for every input, so no one ΔW exists"),
+    ("POLY", r"\.poly_lora_[AB](?:\.|$)", "Poly: each input's task mixes the skills, so no one ΔW exists"),
+    (
+        "XLORA",
+        r"internal_xlora_classifier|xlora_classifier",
+        "X-LoRA: a classifier mixes other adapters anew for every token, so no one ΔW exists; name one of them",
+    ),
+    ("BEFT", r"\.beft_bias(?:\.|$)", "BEFT: it changes biases only, and no matrix"),
+    (
+        "PSOFT",
+        r"\.psoft_R(?:\.|$)",
+        "PSOFT: it turns singular vectors of the base weight whose signs are in no file, as they depend on the machine "
+        "that computed them, so ΔW is not determined",
+    ),
+    (
+        "ADAMSS",
+        r"\.adamss_newB(?:\.|$)",
+        "AdaMSS: which rows its blocks belong to was found by k-means over a random SVD of the base weight and was not "
+        "saved, so ΔW is not determined",
+    ),
+    ("SHADOW", r"\.shadow_(?:backbone|projection|head|down|up)\.", "a shadow network beside the model: no ΔW exists"),
+)
+
+
+def without_update(folder: Folder) -> str | None:
+    """What the folder holds and why it has no ΔW, if the config or the tensors' names say so."""
+    declared = declared_type(folder)
+    for peft_type, _, why in _WITHOUT_UPDATE:
+        if declared == peft_type:
+            return why
+    for _, pattern, why in _WITHOUT_UPDATE:
+        if pattern and any(re.search(pattern, name) for name in folder.tensors):
+            return why
+    return None
+
+
+def refused() -> list[str]:
+    """The names of everything that is recognised and not read, for the README."""
+    return sorted({title for _, title in _BY_KEY} | {peft_type for peft_type, *_ in _WITHOUT_UPDATE}, key=str.lower)

@@ -57,12 +57,14 @@ def _parse(path: Path, size: int) -> tuple[dict[str, Any], int]:
         head = file.read(8)
         if head.startswith(b"version "):
             raise SourceError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
-        if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
-            raise SourceError(f"{path} is a pickle renamed to .safetensors and was not opened; name it .bin to read it")
         if len(head) < 8:
             raise SourceError(f"{path} is truncated: {size} bytes; {_DOWNLOAD_AGAIN}")
         (length,) = struct.unpack("<Q", head)
         if length > min(size - 8, MAX_HEADER):
+            if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):  # in a shorter header these bytes are a length
+                raise SourceError(
+                    f"{path} is a pickle renamed to .safetensors and was not opened; name it .bin to read it"
+                )
             raise SourceError(
                 f"{path} is truncated or not a safetensors file: its header claims {length} bytes, "
                 f"the file has {size}; {_DOWNLOAD_AGAIN}"

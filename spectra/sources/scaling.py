@@ -34,16 +34,35 @@ def scaling(config: Mapping[str, Any], module: str, where: str, *, alpha_key: st
 
     Reference: Hu et al. 2021, §4.1; Kalajdzievski 2023 (rsLoRA), eq. 4.
     """
-    rank = _override(config, "rank_pattern", module, config.get("r"), where)
-    alpha = _override(config, "alpha_pattern", module, config.get(alpha_key), where)
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
-        raise SourceError(f"{where}: r = {rank!r} for {module} is not a positive whole number; mend the config")
+    rank = rank_of(config, module, where)
+    alpha = override(config, "alpha_pattern", module, config.get(alpha_key), where)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise SourceError(f"{where}: {alpha_key} = {alpha!r} for {module} is not a finite number; mend the config")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank), rank
 
 
-def _override(config: Mapping[str, Any], key: str, module: str, default: Any, where: str) -> Any:
+def rank_of(config: Mapping[str, Any], module: str, where: str) -> int:
+    """The configured rank of one module, `rank_pattern` included.
+
+    Raises:
+        SourceError: it is missing or not a positive whole number; a pattern is unusable.
+    """
+    rank = override(config, "rank_pattern", module, config.get("r"), where)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+        raise SourceError(f"{where}: r = {rank!r} for {module} is not a positive whole number; mend the config")
+    return rank
+
+
+def override(config: Mapping[str, Any], key: str, module: str, default: Any, where: str) -> Any:
+    r"""A module's own value of an option, from the first pattern that its name ends with (`(.*\.)?(pattern)$`).
+
+    Raises:
+        SourceError: a pattern is unusable.
+
+    Example:
+        >>> override({"rank_pattern": {"v_proj": 2}}, "rank_pattern", "layers.0.v_proj", 8, "adapter_config.json")
+        2
+    """
     patterns = config.get(key) or {}
     if not isinstance(patterns, Mapping):
         raise SourceError(f"{where}: {key} is not an object of pattern: number; mend the config")

@@ -39,11 +39,14 @@ class TensorRef:
         name: the tensor's name in that file.
         dtype: its storage type in safetensors' words, such as "BF16".
         shape: its shape after the views.
-        container: which reader opens the file: "safetensors" or "torch".
+        container: which reader opens the file: "safetensors", "torch" or "gguf".
         stamp: the file's size and mtime (ns) when its header was read.
-        offset: where the data start (safetensors), in bytes.
-        stored: the shape in the file, before the views.
+        offset: where the data start (safetensors and GGUF), in bytes.
+        stored: the shape of what is read, before the views.
         views: what to do with it after reading, in order.
+        scale: what the stored codes are multiplied by where fp8 keeps it apart: a single entry, one
+            per row, or one per block.
+        block: the (rows, columns) that one entry of `scale` stands for; () without blocks.
     """
 
     path: str
@@ -55,6 +58,8 @@ class TensorRef:
     offset: int = 0
     stored: tuple[int, ...] = ()
     views: tuple[View, ...] = field(default=())
+    scale: TensorRef | None = None
+    block: tuple[int, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -62,9 +67,18 @@ class TensorRef:
         return math.prod(self.shape)
 
     @property
+    def nbytes(self) -> int:
+        """How many bytes the viewed entries take in the file; 0 for a type whose width is not known."""
+        if self.container == "gguf":
+            from spectra.sources import gguf_file
+
+            return gguf_file.stored_bytes(self.dtype, self.numel) or 0
+        return self.numel * DTYPES[self.dtype][1] if self.dtype in DTYPES else 0
+
+    @property
     def is_float(self) -> bool:
-        """Whether the entries are plain real numbers rather than codes of a quantised format."""
-        return self.dtype in REAL_FLOATS
+        """Whether reading gives real numbers: stored as such, or as codes that are decoded."""
+        return self.dtype in REAL_FLOATS or self.scale is not None or self.container == "gguf"
 
     @property
     def T(self) -> TensorRef:  # noqa: N802
@@ -75,15 +89,31 @@ class TensorRef:
         """Rows start … stop − 1."""
         if not 0 <= start <= stop <= self.shape[0]:
             raise SourceError(f"{self.name} in {self.path} has {self.shape[0]} rows, not {start}:{stop}")
-        return replace(
-            self,
-            shape=(stop - start, *self.shape[1:]),
-            views=(*self.views, ("rows", (start, stop))),
-        )
+        shape = (stop - start, *self.shape[1:])
+        skipped = self._bytes_of(start)
+        if skipped is not None:
+            return replace(self, shape=shape, stored=shape, offset=self.offset + skipped)
+        return replace(self, shape=shape, views=(*self.views, ("rows", (start, stop))))
 
     def item(self, index: int) -> TensorRef:
         """The index-th entry along the first axis, which goes away."""
+        skipped = self._bytes_of(index) if 0 <= index < self.shape[0] else None
+        if skipped is not None:
+            return replace(self, shape=self.shape[1:], stored=self.shape[1:], offset=self.offset + skipped)
         return replace(self, shape=self.shape[1:], views=(*self.views, ("item", (index,))))
+
+    def _bytes_of(self, rows: int) -> int | None:
+        """The bytes that the first rows fill, so that a part can be read alone; None where it cannot be."""
+        if self.views or self.scale is not None or self.shape != self.stored:
+            return None
+        numel = rows * math.prod(self.shape[1:])
+        if self.container == "safetensors" and self.dtype in DTYPES:
+            return numel * DTYPES[self.dtype][1]
+        if self.container == "gguf" and len(self.shape) > 1:
+            from spectra.sources import gguf_file
+
+            return gguf_file.stored_bytes(self.dtype, numel)
+        return None
 
     def reshape(self, *shape: int) -> TensorRef:
         """The same entries in row-major order under another shape."""
@@ -96,6 +126,13 @@ class TensorRef:
         shape = tuple(self.shape[axis] for axis in axes)
         return replace(self, shape=shape, views=(*self.views, ("permute", axes)))
 
+    def block_diagonal(self, blocks: int) -> TensorRef:
+        """Blocks that are stored one below the other, along the diagonal of a larger matrix."""
+        rows, columns = self.shape
+        if blocks < 1 or rows % blocks:
+            raise SourceError(f"the {rows} rows of {self.name} in {self.path} are not {blocks} blocks")
+        return replace(self, shape=(rows, columns * blocks), views=(*self.views, ("blocks", (blocks,))))
+
     def check_unchanged(self) -> None:
         """Raise if the file is gone or is not the one whose header was read."""
         now = file_stamp(Path(self.path))
@@ -103,16 +140,23 @@ class TensorRef:
             raise SourceError(f"{self.path} changed after it was opened; run the command again")
 
     def read(self, device: str = "cpu") -> Tensor:
-        """The tensor in its storage dtype.
+        """The tensor in its storage dtype, or decoded where it is stored as codes.
 
         Raises:
             SourceError: the file is gone, changed or broken, or its dtype is one that torch lacks.
         """
-        from spectra.sources import safetensors_file, torch_file
+        from spectra.sources import gguf_file, safetensors_file, torch_file
 
-        readers = {"safetensors": safetensors_file.read_tensor, "torch": torch_file.read_tensor}
+        readers = {
+            "safetensors": safetensors_file.read_tensor,
+            "torch": torch_file.read_tensor,
+            "gguf": gguf_file.read_tensor,
+        }
         self.check_unchanged()
-        return self.view(readers[self.container](self)).to(device)
+        tensor = readers[self.container](self)
+        if self.scale is not None:
+            tensor = _scaled(tensor, self.scale, self.block)
+        return self.view(tensor).to(device)
 
     def view(self, tensor: Tensor) -> Tensor:
         """This reference's views, applied to a tensor that is already here."""
@@ -128,9 +172,17 @@ class TensorRef:
         """
         import torch
 
+        return self.read_real(device).to(torch.float64)
+
+    def read_real(self, device: str = "cpu") -> Tensor:
+        """The tensor in its storage dtype, if that holds real numbers.
+
+        Raises:
+            SourceError: as for `read_float64`.
+        """
         if not self.is_float:
             raise SourceError(f"{self.name} in {self.path} is stored as {self.dtype}, not as real numbers")
-        return self.read(device).to(torch.float64)
+        return self.read(device)
 
 
 def file_stamp(path: Path) -> tuple[int, int]:
@@ -155,4 +207,25 @@ def _apply(tensor: Tensor, kind: str, arguments: tuple[int, ...]) -> Tensor:
         return tensor[arguments[0]]
     if kind == "reshape":
         return tensor.reshape(arguments)
+    if kind == "blocks":
+        return _block_diagonal(tensor, arguments[0])
     return tensor.permute(arguments)
+
+
+def _scaled(codes: Tensor, scale: TensorRef, block: tuple[int, ...]) -> Tensor:
+    """codes ∘ scale in float64, where the product of an fp8 code and its scale is exact."""
+    import torch
+
+    factors = scale.read_float64()
+    if block:
+        for axis, size in enumerate(block):
+            factors = factors.repeat_interleave(size, axis).narrow(axis, 0, codes.shape[axis])
+    elif factors.numel() > 1:
+        factors = factors.reshape(-1, *(1 for _ in codes.shape[1:]))
+    return codes.to(torch.float64) * (factors if block or factors.numel() > 1 else factors.reshape(()))
+
+
+def _block_diagonal(tensor: Tensor, blocks: int) -> Tensor:
+    import torch
+
+    return torch.block_diag(*tensor.chunk(blocks))  # type: ignore[no-untyped-call]

@@ -22,24 +22,43 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 def read_header(path: Path) -> tuple[dict[str, TensorRef], dict[str, str], dict[str, str]]:
     """The tensors that the file holds; same return as for safetensors.
 
+    A tensor that is the same storage as an earlier one is listed, and in the metadata the first name
+    is its value, as `safetensors.torch.save_model` writes it.
+
     Raises:
         SourceError: it is not a torch file, or holds something other than plain tensors.
     """
+    import torch
+
     stamp = file_stamp(path)
-    tensors = {}
+    tensors: dict[str, TensorRef] = {}
+    broken: dict[str, str] = {}
+    same: dict[str, str] = {}
+    first: dict[tuple[object, ...], str] = {}
     for name, tensor in _load(path, stamp).items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            broken[name] = f"it is a sparse, quantised or empty (meta) tensor in {path}; save it as a plain one"
+            continue
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            broken[name] = f"{path} stores fewer entries than its shape {list(tensor.shape)} has; save it again"
+            continue
         dtype = str(tensor.dtype).removeprefix("torch.")
         shape = tuple(tensor.shape)
         tensors[name] = TensorRef(
             str(path), name, DTYPE_OF_TORCH.get(dtype, dtype), shape, "torch", stamp, stored=shape
         )
-    return tensors, {}, {}
+        if tensor.numel():
+            place = (tensor.data_ptr(), tensor.dtype, shape, tensor.stride())
+            if place in first:
+                same[name] = first[place]
+            first.setdefault(place, name)
+    return tensors, broken, same
 
 
 def read_tensor(ref: TensorRef) -> Tensor:
     """The stored tensor, before its views."""
     load = _load_small if ref.stamp[0] <= SMALL_FILE else _load
-    return load(Path(ref.path), ref.stamp)[ref.name]
+    return load(Path(ref.path), ref.stamp)[ref.name].detach()
 
 
 def _load(path: Path, stamp: tuple[int, int]) -> dict[str, Tensor]:

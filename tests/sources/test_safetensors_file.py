@@ -107,6 +107,13 @@ def test_other_files_under_this_name_are_named(tmp_path):
         read_header(tmp_path / "s.safetensors")
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0480, int.from_bytes(b"PK", "little")])
+def test_a_header_whose_length_looks_like_the_start_of_a_pickle_is_read(tmp_path, length):
+    text = json.dumps({"a": entry()}).encode()
+    path = write(tmp_path / "x.safetensors", text + b" " * (length - len(text)), bytes(8))
+    assert torch.equal(read_header(path)[0]["a"].read(), torch.zeros(2))
+
+
 def test_a_truncated_file_loses_only_what_is_cut_off(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(4), "b": torch.ones(4)}, path)

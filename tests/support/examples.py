@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
+from dataclasses import replace
 from pathlib import Path
 
 import peft
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from support.checkpoints import llama_tensors, nudged, write_adapter, write_checkpoint
+from support.checkpoints import VOCABULARY, llama_tensors, nudged, write_adapter, write_checkpoint
 from support.peft_oracle import Oracle, make_oracle
 
 
-def _peft(model: str, config: Callable[[], peft.PeftConfig]) -> Callable[[Path], Oracle]:
-    return lambda folder: make_oracle(folder, model, config())
+def _peft(
+    config: type[peft.PeftConfig],
+    *,
+    prepare: Callable[[torch.nn.Module], object] | None = None,
+    tolerance: float = 1e-12,
+    **options: object,
+) -> Callable[[Path], Oracle]:
+    """A tiny LLaMA with a random adapter, against PEFT's merge."""
+
+    def build(folder: Path) -> Oracle:
+        return replace(make_oracle(folder, "llama", config(**options), prepare=prepare), tolerance=tolerance)
+
+    return build
 
 
 def _checkpoint(folder: Path) -> Oracle:
@@ -52,11 +66,115 @@ def _multihead(folder: Path) -> Oracle:
     return Oracle(base, adapter, {f"{name}.weight": 3 * heads.mean(0) @ tensors["lora_A.weight"].double()})
 
 
+def _mixture(folder: Path) -> Oracle:
+    """LoRAMoE: the mean over its routed experts."""
+    base = write_checkpoint(folder / "base", llama_tensors())
+    name = "model.layers.1.mlp.down_proj"
+    torch.manual_seed(0)
+    A, B = torch.randn(3, 2, 24), torch.randn(3, 16, 2)
+    tensors = {f"lora_A{i}.weight": A[i] for i in range(3)} | {f"lora_B{i}.weight": B[i] for i in range(3)}
+    tensors["lora_route.weight"] = torch.randn(3, 24)
+    adapter = write_adapter(
+        folder / "adapter",
+        {f"base_model.model.{name}.{key}": tensor for key, tensor in tensors.items()},
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "lora_nums": 3},
+    )
+    return Oracle(base, adapter, {f"{name}.weight": sum(B[i].double() @ A[i].double() for i in range(3))})
+
+
+def _ln_tuning(folder: Path) -> Oracle:
+    """Norms, which are vectors, and a head saved beside them: PEFT's own merge loses the head."""
+    base, head = llama_tensors(), torch.randn(VOCABULARY, 16)
+    tensors = {"base_model.model.lm_head.weight": head}
+    tensors |= {"base_model.model.model.norm.ln_tuning_layers.weight": torch.ones(16)}
+    adapter = write_adapter(folder / "adapter", tensors, {"peft_type": "LN_TUNING", "modules_to_save": ["lm_head"]})
+    delta = head.double() - base["lm_head.weight"].double()
+    return Oracle(write_checkpoint(folder / "base", base), adapter, {"lm_head.weight": delta})
+
+
+def _pipeline_lora(folder: Path, names: tuple[str, str], alpha: str | None) -> Oracle:
+    """A LoRA for the U-Net of a diffusers pipeline, in one file without a config."""
+    path = "down_blocks.0.attentions.0.to_q"
+    torch.manual_seed(0)
+    down, up = torch.randn(2, 5), torch.randn(6, 2)
+    tensors = {names[0]: down, names[1]: up} | ({alpha: torch.tensor(3.0)} if alpha else {})
+    base = folder / "base"
+    (base / "unet").mkdir(parents=True)
+    (base / "model_index.json").write_text(json.dumps({"_class_name": "X", "unet": ["diffusers", "UNet"]}))
+    (base / "unet" / "config.json").write_text("{}")
+    save_file({f"{path}.weight": torch.randn(6, 5)}, base / "unet" / "diffusion_pytorch_model.safetensors")
+    (folder / "adapter").mkdir()
+    save_file(tensors, folder / "adapter" / "pytorch_lora_weights.safetensors")
+    scale = 1.5 if alpha else 1.0
+    return Oracle(base, folder / "adapter", {f"unet.{path}.weight": scale * up.double() @ down.double()})
+
+
+def _kohya(folder: Path) -> Oracle:
+    flat = "lora_unet_down_blocks_0_attentions_0_to_q"
+    return _pipeline_lora(folder, (f"{flat}.lora_down.weight", f"{flat}.lora_up.weight"), f"{flat}.alpha")
+
+
+def _diffusers(folder: Path) -> Oracle:
+    dotted = "unet.down_blocks.0.attentions.0.to_q"
+    return _pipeline_lora(folder, (f"{dotted}.lora_A.weight", f"{dotted}.lora_B.weight"), None)
+
+
+_ON = ["q_proj", "v_proj", "down_proj"]
+_FLOAT32 = 1e-6  # where PEFT itself computes in float32
+
+
+def _restore_divisor(model: torch.nn.Module) -> None:
+    """AdaLoRA's divisor counts as trainable in PEFT, which never saves it."""
+    for name, parameter in model.named_parameters():
+        if "ranknum" in name:
+            torch.nn.init.constant_(parameter, model.peft_config["default"].init_r)
+
+
 EXAMPLES: dict[str, Callable[[Path], Oracle]] = {
     "checkpoint": _checkpoint,
-    "lora": _peft("llama", lambda: peft.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"])),
     "multilora": _multilora,
     "multihead": _multihead,
+    "mixture": _mixture,
+    "ln_tuning": _ln_tuning,
+    "kohya": _kohya,
+    "diffusers": _diffusers,
+    "lora": _peft(peft.LoraConfig, r=3, lora_alpha=7, target_modules=_ON),
+    "dora": _peft(peft.LoraConfig, r=3, lora_alpha=7, use_dora=True, target_modules=_ON),
+    "adalora": _peft(
+        peft.AdaLoraConfig, init_r=4, total_step=10, lora_alpha=12, target_modules=_ON, prepare=_restore_divisor
+    ),
+    "loha": _peft(peft.LoHaConfig, r=3, alpha=6, target_modules=_ON),
+    "lokr": _peft(peft.LoKrConfig, r=1, alpha=3, decompose_factor=2, target_modules=_ON),
+    "vera": _peft(peft.VeraConfig, r=3, target_modules=_ON, prepare=torch.nn.Module.double),
+    "pvera": _peft(peft.PveraConfig, r=3, target_modules=_ON, prepare=torch.nn.Module.double),
+    "ia3": _peft(peft.IA3Config, target_modules=_ON, feedforward_modules=["down_proj"]),
+    "fourierft": _peft(peft.FourierFTConfig, n_frequency=3, target_modules=_ON, tolerance=_FLOAT32),
+    "shira": _peft(peft.ShiraConfig, r=2, target_modules=_ON),
+    "c3a": _peft(peft.C3AConfig, block_size=4, target_modules=_ON, tolerance=_FLOAT32),
+    "vblora": _peft(
+        peft.VBLoRAConfig, r=2, num_vectors=8, vector_length=4, topk=2, vblora_dropout=0.0, target_modules=_ON
+    ),
+    "randlora": _peft(peft.RandLoraConfig, r=5, target_modules=_ON, prepare=torch.nn.Module.double),
+    "trainable_tokens": _peft(
+        peft.TrainableTokensConfig, token_indices=[5, 0, 39], target_modules=["embed_tokens"]
+    ),
+    "oft": _peft(peft.OFTConfig, oft_block_size=4, target_modules=_ON),
+    "boft": _peft(peft.BOFTConfig, boft_block_size=4, target_modules=_ON),
+    "hra": _peft(peft.HRAConfig, r=3, target_modules=_ON),
+    "miss": _peft(peft.MissConfig, r=4, target_modules=_ON),
+    "delora": _peft(peft.DeloraConfig, r=3, target_modules=_ON),
+    "hira": _peft(peft.HiraConfig, r=3, target_modules=_ON),
+    "road": _peft(peft.RoadConfig, variant="road_2", group_size=8, target_modules=_ON),
+    "gralora": _peft(peft.GraloraConfig, r=4, gralora_k=2, alpha=6, target_modules=_ON),
+    "deft": _peft(peft.DeftConfig, r=3, target_modules=_ON, tolerance=_FLOAT32),
+    "glora": _peft(peft.GloraConfig, r=3, target_modules=_ON),
+    "osf": _peft(peft.OSFConfig, effective_rank=6, target_modules=_ON, tolerance=10 * _FLOAT32),
+    "supertuning": _peft(peft.SupertuningConfig, sparsity=0.9, target_modules=_ON),
+    "peanut": _peft(peft.PeanutConfig, r=3, target_modules=_ON),
+    "waveft": _peft(peft.WaveFTConfig, n_frequency=40, scaling=3.0, target_modules=_ON),
+    "tinylora": _peft(peft.TinyLoraConfig, r=2, u=5, target_modules=_ON),
+    "frod": _peft(peft.FrodConfig, sparse_rate=0.1, progressbar=False, target_modules=_ON, tolerance=_FLOAT32),
+    "unilora": _peft(peft.UniLoraConfig, r=3, theta_d_length=50, save_indices=True, target_modules=_ON),
 }
 
 

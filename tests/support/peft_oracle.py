@@ -73,11 +73,14 @@ class Oracle:
         base: folder with the base's weights.
         adapter: folder with the adapter.
         deltas: weight name → merged − base in Linear orientation, for matrices that changed.
+        tolerance: how far ΔW may be off, relative to its norm; more than rounding only where the
+            oracle itself computes in float32.
     """
 
     base: Path
     adapter: Path
     deltas: dict[str, torch.Tensor]
+    tolerance: float = 1e-12
 
 
 def make_oracle(

@@ -1,0 +1,136 @@
+"""BOFT: W₀ turned by a product of block-diagonal rotations between butterfly permutations (Liu et al. 2023, §4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from spectra.sources.adapter import (
+    Slots,
+    add_modules_on_base,
+    add_rest,
+    modules_of,
+    need_base,
+    refuse_options,
+    slot_pattern,
+    unusable,
+)
+from spectra.sources.folder import Folder
+from spectra.sources.ledger import Ledger
+from spectra.sources.oft import CayleyMap, rotation_minus_identity, times_blocks
+from spectra.sources.tensors import TensorRef
+from spectra.types import Dense, Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KIND = "boft"
+_SLOTS = slot_pattern("boft_R|boft_s")
+
+
+@dataclass(frozen=True)
+class Butterfly:
+    """ΔW = diag(s) W₀ Qᵀ − W₀ with Q = Q_N ⋯ Q₁, Qᵢ = Pᵢ bd(Rᵢ) Pᵢᵀ, Rᵢ the Cayley maps of the blocks.
+
+    Attributes:
+        base: W₀ (out, in).
+        blocks: (N, n, b, b), whose antisymmetric parts are mapped.
+        scales: s (out,).
+    """
+
+    base: TensorRef
+    blocks: TensorRef
+    scales: TensorRef
+
+    @property
+    def factored(self) -> bool:
+        """False."""
+        return False
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """W₀, the blocks and the scales."""
+        return (self.base, self.blocks, self.scales)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return (self.base.shape[0], self.base.shape[1])
+
+    @property
+    def rank(self) -> int:
+        """Full: s scales every row."""
+        return min(self.shape)
+
+    def read(self, device: str = "cpu") -> Dense:
+        """Turn W₀ by one factor after the other; neither a Q nor a P is formed."""
+        base = self.base.read_float64(device)
+        blocks = self.blocks.read_float64(device)
+        factors, _, size, _ = blocks.shape
+        turned = base
+        for index in range(factors):
+            order = _butterfly_order(base.shape[1], size, index if factors > 1 else 0, device)
+            turn = rotation_minus_identity((blocks[index] - blocks[index].mT) / 2, CayleyMap())
+            moved = times_blocks(turned[:, order.argsort()], turn.mT)
+            turned = turned + moved[:, order]
+        scales = self.scales.read_float64(device).reshape(-1, 1)
+        return Dense(scales * (turned - base) + (scales - 1) * base, base_norm=float(base.norm()))
+
+
+def _butterfly_order(inputs: int, size: int, level: int, device: str) -> Tensor:
+    """Pᵢ as an order of the inputs: in groups of 2^level blocks, the even half blocks before the odd ones."""
+    import torch
+
+    order = torch.arange(inputs, device=device)
+    if level == 0:
+        return order
+    halves = order.reshape(-1, 2 ** (level + 1), size // 2)
+    return torch.cat((halves[:, 0::2], halves[:, 1::2]), 1).flatten()
+
+
+def matches(folder: Folder) -> bool:
+    """Tensors named boft_R."""
+    return any(".boft_R" in name for name in folder.tensors)
+
+
+def open_boft(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
+    """Read the blocks and scales of every module.
+
+    The number of factors is the tensor's: PEFT without its CUDA extension trains one whatever the config says.
+
+    Raises:
+        BaseRequiredError: there is no base.
+    """
+    ledger = Ledger(tuned, base)
+    need_base(ledger, "BOFT")
+    refuse_options(ledger, heads, scale)
+    modules, rest = modules_of(ledger, _SLOTS)
+    build = partial(_butterfly, tuned.adapter_config or {}, str(tuned.path))
+    add_modules_on_base(ledger, modules, build, split=split)
+    add_rest(ledger, rest, split=split)
+    return ledger.source(KIND)
+
+
+def _butterfly(config: Mapping[str, Any], where: str, module: str, slots: Slots, base: TensorRef) -> Butterfly | str:
+    """The factors of one module, or why there are none."""
+    why = unusable(slots, ("boft_R", "boft_s"))
+    if why:
+        return why
+    blocks, scales = slots["boft_R"], slots["boft_s"]
+    if len(blocks.shape) != 4 or blocks.shape[2] != blocks.shape[3] or not blocks.numel:
+        return f"boft_R {list(blocks.shape)} of {module} is not (factors, blocks, size, size)"
+    factors, number, size, _ = blocks.shape
+    if number * size != base.shape[1] or scales.shape not in ((base.shape[0], 1), (1, base.shape[0])):
+        return (
+            f"boft_R {list(blocks.shape)} and boft_s {list(scales.shape)} of {module} do not fit "
+            f"the base weight {list(base.shape)}"
+        )
+    if factors > 1 and (size % 2 or number % 2 ** (factors - 1)):
+        return f"boft_R {list(blocks.shape)} of {module}: {factors} butterfly factors do not pair its blocks"
+    for key, there in (("boft_block_size", size), ("boft_block_num", number)):
+        said = config.get(key)
+        if isinstance(said, int) and said > 0 and said != there:
+            return f"the config says {key} = {said} for {module}, the tensors in {where} have {there}"
+    return Butterfly(base, blocks, scales.reshape(base.shape[0]))

@@ -1,0 +1,81 @@
+"""DoRA: the direction of W + V with a trained magnitude per row or column (Liu et al. 2024, eq. 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from spectra.sources.recipes import Update
+from spectra.sources.tensors import TensorRef
+from spectra.types import Dense
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Axis = Literal["rows", "columns"]
+
+
+@dataclass(frozen=True)
+class Dora:
+    """ΔW = m ∘ (W + V) / ‖W + V‖ − W, of full rank although V is not.
+
+    Attributes:
+        update: V, what the factors give.
+        magnitude: m, one entry per row or per column in any shape. With fewer entries than columns, as
+            for a convolution (out, in·kh·kw), an entry is for that many columns that lie side by side.
+        base: W, (out, in).
+        axis: "rows" for a magnitude per output; "columns" per input, as for embeddings (vocabulary, dim).
+    """
+
+    update: Update
+    magnitude: TensorRef
+    base: TensorRef
+    axis: Axis = "rows"
+
+    @property
+    def factored(self) -> bool:
+        """False."""
+        return False
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Those of V, the magnitude and the base's weight."""
+        own = (self.magnitude, self.base)
+        return (*(ref for ref in self.update.refs if ref != self.base), *own)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.update.shape
+
+    @property
+    def rank(self) -> int:
+        """Full."""
+        return min(self.shape)
+
+    def read(self, device: str = "cpu") -> Dense:
+        """Add, normalise, rescale and subtract in float64."""
+        base = self.base.read_float64(device)
+        moved = base + self.update.read(device).to_dense()
+        magnitude = self.magnitude.read_float64(device).reshape(-1)
+        scaled = _rescaled(moved, magnitude) if self.axis == "rows" else _rescaled_columns(moved, magnitude)
+        return Dense(scaled - base, base_norm=float(base.norm()))
+
+
+def _rescaled(matrix: Tensor, magnitude: Tensor) -> Tensor:
+    return (magnitude / matrix.norm(dim=1))[:, None] * matrix
+
+
+def _rescaled_columns(matrix: Tensor, magnitude: Tensor) -> Tensor:
+    grouped = matrix.reshape(matrix.shape[0], magnitude.numel(), -1)
+    norm = grouped.square().sum(dim=(0, 2)).sqrt()
+    return ((magnitude / norm)[:, None] * grouped).reshape(matrix.shape)
+
+
+def misfit(magnitude: TensorRef, shape: tuple[int, int], axis: Axis) -> str:
+    """Why a magnitude cannot belong to a weight (out, in), or ""."""
+    if not magnitude.is_float:
+        return f"the DoRA magnitude is stored as {magnitude.dtype}, not as real numbers"
+    entries = shape[0] if axis == "rows" else shape[1]
+    fits = magnitude.numel == entries or (axis == "columns" and magnitude.numel and entries % magnitude.numel == 0)
+    return "" if fits else f"the DoRA magnitude {list(magnitude.shape)} does not fit the update {list(shape)}"

@@ -1,0 +1,139 @@
+"""FourierFT: ΔW = s·Re(F⁻¹ S), S sparse: n trained coefficients at positions that a seed gives.
+
+Reference: Gao et al. 2024, eq. 2–4.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from spectra.errors import SourceError
+from spectra.sources.adapter import (
+    Slots,
+    add_modules_on_base,
+    add_rest,
+    config_of,
+    modules_of,
+    need_base,
+    real,
+    refuse_options,
+    slot_pattern,
+    unusable,
+)
+from spectra.sources.folder import Folder
+from spectra.sources.ledger import Ledger
+from spectra.sources.scaling import override
+from spectra.sources.tensors import TensorRef
+from spectra.types import Dense, LowRank, Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KIND = "fourierft"
+_SLOTS = slot_pattern("fourierft_spectrum")
+
+
+@dataclass(frozen=True)
+class SparseSpectrum:
+    r"""ΔW[p, q] = s/(mn) · Σ_j c_j cos(2π(u_j p/m + v_j q/n)), the real part of an inverse 2-D Fourier transform.
+
+    cos(a + b) = cos a cos b − sin a sin b makes every coefficient two columns and two rows, so ΔW has
+    rank ≤ 2n. Where 2n is not below min(m, n) the transform is formed.
+
+    Attributes:
+        coefficients: c (count,), real.
+        shape: (m, n).
+        seed: what the positions (u_j, v_j) are drawn with.
+        scale: s.
+    """
+
+    coefficients: TensorRef
+    shape: tuple[int, int]
+    seed: int
+    scale: float
+
+    @property
+    def factored(self) -> bool:
+        """Whether factors are smaller than the matrix."""
+        return 2 * self.coefficients.numel < min(self.shape)
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """The coefficients."""
+        return (self.coefficients,)
+
+    @property
+    def rank(self) -> int:
+        """Two per coefficient, at most min(m, n)."""
+        return min(2 * self.coefficients.numel, *self.shape)
+
+    def read(self, device: str = "cpu") -> LowRank | Dense:
+        """The cosines and sines in float64, or the matrix."""
+        import torch
+
+        m, n = self.shape
+        c = self.coefficients.read_float64(device)
+        # The positions are a prefix of a permutation that torch's CPU generator gives for the seed.
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randperm(m * n, generator=generator)[: c.numel()].to(device)
+        u, v = drawn // n, drawn % n
+        if not self.factored:
+            spectrum = torch.zeros(m, n, dtype=torch.float64, device=device)
+            spectrum[u, v] = c
+            return Dense(self.scale * torch.fft.ifft2(spectrum).real)
+        cos_p, sin_p = _waves(u, m)
+        cos_q, sin_q = _waves(v, n)
+        left = torch.cat([cos_p, sin_p]).T
+        right = torch.cat([c[:, None] * cos_q, -c[:, None] * sin_q])
+        return LowRank(self.scale / (m * n) * left, right)
+
+
+def _waves(frequencies: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of 2π f p / size (count, size); f·p is reduced exactly before it becomes an angle."""
+    import torch
+
+    steps = torch.outer(frequencies, torch.arange(size, device=frequencies.device)) % size
+    angles = steps.to(torch.float64) * (2 * math.pi / size)
+    return angles.cos(), angles.sin()
+
+
+def matches(folder: Folder) -> bool:
+    """Coefficients named fourierft_spectrum."""
+    return any(".fourierft_spectrum" in name for name in folder.tensors)
+
+
+def open_fourierft(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
+    """Read every module's coefficients.
+
+    Raises:
+        BaseRequiredError: there is no base; the file does not hold the shapes of the weights.
+        SourceError: the config is missing or unusable.
+    """
+    config = config_of(tuned, "the positions of FourierFT's coefficients")
+    s, seed = real(config, "scaling", tuned.path), config.get("random_loc_seed")
+    if type(seed) is not int or not -(2**63) <= seed < 2**63:
+        raise SourceError(f"{tuned.path}: random_loc_seed = {seed!r} is not a seed; mend adapter_config.json")
+    ledger = Ledger(tuned, base)
+    refuse_options(ledger, heads, scale)
+    need_base(ledger, "FourierFT", "needs the shapes of the weights, which its file does not hold")
+    modules, rest = modules_of(ledger, _SLOTS)
+    add_modules_on_base(ledger, modules, partial(_update, tuned, seed, s), split=split)
+    add_rest(ledger, rest, split=split)
+    return ledger.source(KIND)
+
+
+def _update(tuned: Folder, seed: int, s: float, module: str, slots: Slots, base: TensorRef) -> SparseSpectrum | str:
+    why = unusable(slots, ("fourierft_spectrum",))
+    if why:
+        return why
+    c = slots["fourierft_spectrum"]
+    if len(c.shape) != 1 or not 0 < c.numel <= base.numel:
+        return f"fourierft_spectrum {list(c.shape)} is not a list of at most {base.numel} coefficients"
+    config = tuned.adapter_config or {}
+    expected = override(config, "n_frequency_pattern", module, config.get("n_frequency"), str(tuned.path))
+    if expected not in (None, c.numel):
+        return f"the config says n_frequency = {expected!r} for {module}, the file holds {c.numel}"
+    return SparseSpectrum(c, (base.shape[0], base.shape[1]), seed, s)

@@ -1,0 +1,90 @@
+"""LoRA initialisations that take something out of the base: what was taken, from the original weights.
+
+PiSSA, OLoRA and KaSA move a part M of W into the adapter, or drop it, and train on W − M. Their factors
+are then relative to W − M; relative to the original weights ΔW = s·B·A − M, where M follows from W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from spectra.sources.recipes import Update
+from spectra.sources.tensors import TensorRef
+from spectra.types import LowRank
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Method = Literal["pissa", "olora", "kasa"]
+
+
+@dataclass(frozen=True)
+class FromOriginal:
+    """ΔW = V − M(W), as one pair of factors.
+
+    Attributes:
+        update: V = s·B·A, relative to the residual base; factored.
+        method: which part of W is M: "pissa" the r leading singular triplets (Meng et al. 2024, eq. 2–4),
+            "olora" s times the first r columns and rows of W = QR (Büyükakyüz 2024, §3; the s is PEFT's),
+            "kasa" the r last singular triplets (Wang et al. 2024, eq. 3–5).
+        width: r.
+        scale: s.
+        base: W, (out, in).
+    """
+
+    update: Update
+    method: Method
+    width: int
+    scale: float
+    base: TensorRef
+
+    @property
+    def factored(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """The factors and the base's weight."""
+        return (*(ref for ref in self.update.refs if ref != self.base), self.base)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.update.shape
+
+    @property
+    def rank(self) -> int:
+        """At most r more than that of V."""
+        return min(self.update.rank + self.width, *self.shape)
+
+    def read(self, device: str = "cpu") -> LowRank:
+        """The factors in float64; PEFT decomposes W in float32, so its own residual differs by about 1e-7·‖W‖."""
+        import torch
+
+        form = self.update.read(device)
+        assert isinstance(form, LowRank)
+        base = self.base.read_float64(device)
+        left, right = removed(base, self.method, self.width)
+        left = left * self.scale if self.method == "olora" else left
+        return LowRank(torch.cat([form.left, -left], 1), torch.cat([form.right, right], 0), float(base.norm()))
+
+
+def removed(weight: Tensor, method: Method, width: int) -> tuple[Tensor, Tensor]:
+    """The two factors of M, (out, r) and (r, in), for s = 1.
+
+    Example:
+        >>> import torch
+        >>> left, right = removed(torch.diag(torch.tensor([3.0, 2.0, 1.0])), "kasa", 1)
+        >>> (left @ right).diagonal().tolist()
+        [0.0, 0.0, 1.0]
+    """
+    import torch
+
+    if method == "olora":
+        Q, R = torch.linalg.qr(weight)
+        return Q[:, :width], R[:width]
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    taken = slice(0, width) if method == "pissa" else slice(len(S) - width, len(S))
+    return U[:, taken] * S[taken], Vh[taken]

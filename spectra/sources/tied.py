@@ -1,0 +1,61 @@
+"""Output heads that are the embedding: which names they have, and when a model ties them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_HEAD = re.compile(
+    r"(?:^|\.)(?:lm_head|embed_out|output_layer|lm_head\.decoder|cls\.predictions\.decoder|vocab_projector"
+    r"|generator_lm_head|pred_layer\.proj)\.weight$"
+)
+_EMBEDDING = re.compile(
+    r"(?:^|\.)(?:shared|embed_tokens|wte|word_embeddings|tok_embeddings|tokens_embed|embed_in|word_embedding)\.weight$"
+)
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration", "WithLMHead")
+
+
+def is_head(name: str) -> bool:
+    """Whether the name is that of an output head over the vocabulary.
+
+    >>> is_head("model.lm_head.weight"), is_head("model.layers.0.mlp.up_proj.weight")
+    (True, False)
+    """
+    return _HEAD.search(name) is not None
+
+
+def is_embedding(name: str) -> bool:
+    """Whether the name is that of the embedding of tokens."""
+    return _EMBEDDING.search(name) is not None
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether the rows are tokens, so that a resized vocabulary changes their number."""
+    return is_head(name) or is_embedding(name)
+
+
+def ties(config: Mapping[str, Any]) -> bool:
+    """Whether the config says that the head is the embedding.
+
+    transformers before 5 left the flag out where it is true; then a model class with a head and no
+    stored head can only be tied.
+    """
+    flag = config.get("tie_word_embeddings")
+    if flag is None and isinstance(config.get("text_config"), Mapping):
+        flag = config["text_config"].get("tie_word_embeddings")
+    if isinstance(flag, bool):
+        return flag
+    classes = config.get("architectures")
+    return isinstance(classes, list) and any(str(name).endswith(_WITH_HEAD) for name in classes)
+
+
+def embedding_in(names: Mapping[str, str]) -> str | None:
+    """The one token embedding among the names (name → the name that it is stored as, or ""), or None.
+
+    Encoder–decoders store theirs as `shared` and list the copies as the same tensor.
+    """
+    found = [name for name, same_as in names.items() if is_embedding(name) and not same_as]
+    shared = [name for name in found if name.endswith("shared.weight")]
+    found = shared or found
+    return found[0] if len(found) == 1 else None

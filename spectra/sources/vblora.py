@@ -1,0 +1,183 @@
+"""VB-LoRA: ΔW = B·A, the factors put together from a few vectors of one bank (Li et al. 2024, §3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from spectra.errors import SourceError
+from spectra.sources.adapter import (
+    Slots,
+    add_modules,
+    add_rest,
+    config_of,
+    count,
+    modules_of,
+    refuse_options,
+    shared_tensor,
+    slot_pattern,
+    unusable,
+)
+from spectra.sources.folder import Folder
+from spectra.sources.ledger import Ledger
+from spectra.sources.tensors import TensorRef
+from spectra.types import LowRank, Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KIND = "vblora"
+_SLOTS = slot_pattern("vblora_logits_[AB](?:_topk_indices|_topk_weights)?")
+_INDEX_TYPES = ("U8", "I16", "I32", "I64")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Every piece of a factor as a mixture of K vectors of the bank.
+
+    Attributes:
+        logits: (a, b, vectors), whose K largest give the mixture by their softmax; or None where
+        indices: (a, b, K) says which vectors, and
+        weights: (a, b, K − 1) how much of each, the last one having the rest.
+        k: how many vectors are mixed.
+    """
+
+    logits: TensorRef | None
+    indices: TensorRef | None
+    weights: TensorRef | None
+    k: int
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """What is stored."""
+        return tuple(ref for ref in (self.logits, self.indices, self.weights) if ref is not None)
+
+    @property
+    def pieces(self) -> tuple[int, int]:
+        """(a, b)."""
+        return (self.refs[0].shape[0], self.refs[0].shape[1])
+
+    def read(self, bank: Tensor) -> Tensor:
+        """The pieces (a, b, length).
+
+        Raises:
+            SourceError: an index lies outside the bank.
+        """
+        import torch
+
+        device = str(bank.device)
+        if self.logits is not None:
+            top = self.logits.read_float64(device).topk(self.k, dim=-1)
+            weights, indices = top.values.softmax(-1), top.indices
+        else:
+            assert self.indices is not None
+            assert self.weights is not None
+            indices = self.indices.read(device).to(torch.long)
+            if bool(((indices < 0) | (indices >= bank.shape[0])).any()):
+                raise SourceError(f"{self.indices.name} in {self.indices.path} points outside the bank of vectors")
+            weights = self.weights.read_float64(device)
+            weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], -1)
+        return torch.einsum("abk,abkv->abv", weights, bank[indices])
+
+
+@dataclass(frozen=True)
+class FromBank:
+    """ΔW = B·A with the pieces of A's rows and of B's columns mixed from the bank.
+
+    Attributes:
+        rows: A's pieces (r, in/v).
+        columns: B's pieces (out/v, r).
+        bank: (vectors, v).
+    """
+
+    rows: Mixture
+    columns: Mixture
+    bank: TensorRef
+
+    @property
+    def factored(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """The mixtures and the bank."""
+        return (*self.rows.refs, *self.columns.refs, self.bank)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        length = self.bank.shape[1]
+        return (self.columns.pieces[0] * length, self.rows.pieces[1] * length)
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return min(self.rows.pieces[0], *self.shape)
+
+    def read(self, device: str = "cpu") -> LowRank:
+        """The factors in float64."""
+        bank = self.bank.read_float64(device)
+        A, B = self.rows.read(bank), self.columns.read(bank)
+        return LowRank(B.transpose(1, 2).flatten(0, 1), A.flatten(1))
+
+
+def matches(folder: Folder) -> bool:
+    """Mixtures named vblora_logits_A."""
+    return any(".vblora_logits_" in name for name in folder.tensors)
+
+
+def open_vblora(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
+    """Read the bank and every module's mixtures, saved as logits or as the K that matter.
+
+    Raises:
+        SourceError: the config is missing or unusable, or the bank is not there.
+    """
+    config = config_of(tuned, "the mixtures of VB-LoRA")
+    topk = count(config, "topk", tuned.path)
+    ledger = Ledger(tuned, base)
+    refuse_options(ledger, heads, scale)
+    modules, rest = modules_of(ledger, _SLOTS)
+    bank, rest = shared_tensor(ledger, rest, "vblora_vector_bank")
+    if bank is None or len(bank.shape) != 2 or not bank.is_float:
+        raise SourceError(f"{tuned.path}: the bank of vectors, base_model.vblora_vector_bank, is missing or no matrix")
+    add_modules(ledger, modules, partial(_update, config.get("r"), topk, bank), split=split)
+    add_rest(ledger, rest, split=split)
+    return ledger.source(KIND)
+
+
+def _update(rank: object, topk: int, bank: TensorRef, module: str, slots: Slots) -> FromBank | str:
+    found = {side: _mixture(side, slots, topk, bank.shape[0]) for side in "AB"}
+    A, B = found["A"], found["B"]
+    if isinstance(A, str) or isinstance(B, str):
+        return A if isinstance(A, str) else str(B)
+    if A.pieces[0] != B.pieces[1]:
+        return f"the pieces {list(A.pieces)} of A and {list(B.pieces)} of B are not (r, in/v) and (out/v, r)"
+    if rank not in (None, A.pieces[0]):
+        return f"the config says r = {rank!r} for {module}, the mixtures have {A.pieces[0]}"
+    return FromBank(A, B, bank)
+
+
+def _mixture(side: str, slots: Slots, topk: int, vectors: int) -> Mixture | str:
+    """One factor's mixtures in either layout, or what is wrong with them."""
+    name = f"vblora_logits_{side}"
+    indices, weights = slots.get(f"{name}_topk_indices"), slots.get(f"{name}_topk_weights")
+    if indices is None and weights is None:
+        why = unusable(slots, (name,))
+        shape = slots[name].shape if not why else ()
+        if why or len(shape) != 3 or shape[2] != vectors or topk > vectors:
+            return why or f"{name} {list(shape)} is not (…, …, {vectors}), from which {topk} vectors can be taken"
+        return Mixture(slots[name], None, None, topk)
+    why = unusable(slots, (f"{name}_topk_weights",))
+    if why or indices is None or weights is None:
+        return why or f"{name}_topk_indices is missing"
+    if name in slots:
+        return f"{name} is stored both as logits and as the mixture they give"
+    if indices.dtype not in _INDEX_TYPES or len(indices.shape) != 3 or indices.shape[2] != topk:
+        return (
+            f"{name}_topk_indices {list(indices.shape)} of {indices.dtype} are not {topk} whole numbers for each piece"
+        )
+    if weights.shape != (*indices.shape[:2], topk - 1):
+        return f"{name}_topk_weights {list(weights.shape)} do not fit the indices {list(indices.shape)}"
+    return Mixture(None, indices, weights, topk)

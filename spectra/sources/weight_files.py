@@ -1,0 +1,179 @@
+"""Which files of a folder hold the weights: one format is taken, and what is passed over is said."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spectra.errors import NotFoundError, SourceError
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+PIPELINE = "model_index.json"
+_FULL_FILES = (
+    "model.safetensors.index.json", "model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin.index.json", "pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json", "diffusion_pytorch_model.bin",
+)  # fmt: skip
+_NOT_WEIGHTS = (
+    "optimizer", "scheduler", "training_args", "rng_state", "random_states", "scaler", "global_step", "tokenizer",
+    "sampler", "trainer_state",
+)  # fmt: skip
+_OTHER_FRAMEWORKS = (".h5", ".msgpack", ".ot", ".onnx", ".tflite", ".mlmodel", ".npz")
+_SHARD = re.compile(r"-\d+-of-\d+(?=\.)")
+_MAX_JSON = 64 * 2**20
+
+
+@dataclass
+class Choice:
+    """The weight files of one folder.
+
+    Attributes:
+        files: what to read.
+        expected: tensor → the shard that its index names; {} without an index.
+        broken: tensor → why no file can hold it.
+        warnings: what was passed over.
+    """
+
+    files: list[Path]
+    expected: dict[str, str] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def choose(folder: Path) -> Choice:
+    """The files to read: an adapter before full weights, safetensors before pickles, an index before one file.
+
+    Raises:
+        NotFoundError: there are none.
+        SourceError: several files could be meant, an index is unusable, or a link leaves the folder.
+    """
+    named = [folder / name for name in (*ADAPTER_FILES, *_FULL_FILES) if (folder / name).is_file()]
+    indices = [file for kind in ("safetensors", "bin") for file in sorted(folder.glob(f"*.{kind}.index.json"))]
+    candidates = named or indices
+    stale = [file for file in candidates if file.suffix == ".json" and _is_stale(folder, file)]
+    if len(stale) < len(candidates):
+        candidates = [file for file in candidates if file not in stale]
+    if candidates:
+        choice = _shards(folder, candidates[0]) if candidates[0].suffix == ".json" else Choice([candidates[0]])
+    else:
+        choice = Choice(_unnamed(folder))
+    choice.warnings += [f"{file} was left out: none of its shards is there" for file in stale if file not in candidates]
+    choice.files = [inside(folder, file) for file in choice.files]
+    left_out = _left_out(folder, choice.files)
+    if left_out:
+        taken = candidates[0].name if candidates else _pattern(choice.files[0])
+        choice.warnings.append(f"{folder}: took {taken} and left out {', '.join(left_out)}; name a file to choose")
+    return choice
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    found = [file for file in sorted(folder.iterdir()) if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
+    return [file for file in found if not file.name.startswith(_NOT_WEIGHTS)]
+
+
+def _left_out(folder: Path, taken: list[Path]) -> list[str]:
+    """Weights in the folder that were not taken, shards of one model under one name."""
+    others = [file for file in _weight_files(folder) if file not in taken]
+    others += [file for file in sorted(folder.iterdir()) if file.suffix in _OTHER_FRAMEWORKS and file.is_file()]
+    return sorted({_pattern(file) for file in others})
+
+
+def _pattern(file: Path) -> str:
+    return _SHARD.sub("-*-of-*", file.name)
+
+
+def _unnamed(folder: Path) -> list[Path]:
+    """The one file of weights, or the numbered shards of one model, whatever their name."""
+    found = _weight_files(folder)
+    for suffix in (".safetensors", ".gguf"):
+        found = [file for file in found if file.suffix == suffix] or found
+    models = {_pattern(file) for file in found}
+    if not found:
+        raise NotFoundError(f"{folder} holds no weights ({', '.join(WEIGHT_SUFFIXES)}){_hint(folder)}")
+    if len(models) == 1 and (len(found) == 1 or _SHARD.search(found[0].name)):
+        return found
+    plain = {name for name in models if not re.search(r"\.(?:fp16|bf16|fp32|non_ema|ema)\.", name)}
+    if len(plain) == 1 and len(models) > 1:
+        return [file for file in found if _pattern(file) in plain]
+    raise SourceError(f"{folder} holds {len(found)} weight files: {', '.join(f.name for f in found[:8])}; name one")
+
+
+def _hint(folder: Path) -> str:
+    names = [item.name for item in sorted(folder.iterdir())]
+    if any(name.endswith(".distcp") for name in names):
+        return "; its .distcp files are a sharded training state: `accelerate merge-weights` makes weights of them"
+    if any(name.endswith("_states.pt") for name in names) or (folder / "zero_to_fp32.py").is_file():
+        return "; it is a DeepSpeed training state: its zero_to_fp32.py makes weights of it"
+    if any(name.endswith(_OTHER_FRAMEWORKS) for name in names):
+        return "; only files of other frameworks: save the model as safetensors"
+    inner = [item.name for item in sorted(folder.iterdir()) if item.is_dir()][:8]
+    return f"; it has the folders {', '.join(inner)}: did you mean one of them?" if inner else ""
+
+
+def _is_stale(folder: Path, index: Path) -> bool:
+    """Whether an index is left over from a save in shards that are gone."""
+    weight_map = read_json(inside(folder, index)).get("weight_map")
+    shards = weight_map.values() if isinstance(weight_map, dict) else ()
+    return bool(shards) and not any(_is_there(folder, str(shard)) for shard in shards)
+
+
+def _is_there(folder: Path, shard: str) -> bool:
+    return "\0" not in shard and (folder / shard).is_file()
+
+
+def _shards(folder: Path, index: Path) -> Choice:
+    weight_map = read_json(inside(folder, index)).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise SourceError(f"{index} has no weight_map of names to files; download it again")
+    names = sorted(set(weight_map.values()))
+    for shard in names:
+        if Path(shard).is_absolute() or ".." in Path(shard).parts or "\0" in shard:
+            raise SourceError(f"{index} points outside its folder: {shard!r}; nothing was read")
+    missing = {shard for shard in names if not (folder / shard).is_file()}
+    if len(missing) == len(names):
+        raise NotFoundError(f"{index} names {len(names)} shards and none of them is there; download them")
+    broken = {
+        name: f"{folder / shard} is missing; download it again"
+        for name, shard in weight_map.items()
+        if shard in missing
+    }
+    return Choice([folder / shard for shard in names if shard not in missing], weight_map, broken)
+
+
+def inside(folder: Path, file: Path) -> Path:
+    """The file, unless a symlink takes it out of the folder. A hub cache's snapshots may link to its blobs.
+
+    Raises:
+        SourceError: it does.
+    """
+    home, target = folder.resolve(), file.resolve()
+    allowed = [home]
+    for parent in (home, *home.parents):
+        if parent.parent.name == "snapshots":  # …/models--org--name/snapshots/<commit>[/<component>]
+            allowed.append(parent.parent.parent / "blobs")
+            break
+    if not any(target.is_relative_to(root) for root in allowed):
+        raise SourceError(f"{file} is a link that leaves its folder ({target}); pass the target's own path")
+    return file
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        SourceError: it is not JSON, not an object, or absurdly large.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise SourceError(f"{path} is larger than {_MAX_JSON} bytes; that is no config")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as problem:
+        raise SourceError(f"{path} is not readable JSON ({problem}); download or save it again") from None
+    if not isinstance(content, dict):
+        raise SourceError(f"{path} holds a JSON {type(content).__name__}, not an object")
+    return content
