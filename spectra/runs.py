@@ -12,7 +12,7 @@ from typing import Any
 
 from spectra import fingerprint
 from spectra._version import __version__
-from spectra.engine.decompose import decompose_indexed
+from spectra.engine.decompose import decompose_indexed, threads_for
 from spectra.store import Store
 from spectra.types import Source, Spectrum
 
@@ -49,7 +49,8 @@ def decompose_into(
             yield spectrum
         return
     store = Store(out)
-    store.begin(_inputs(source, settings), _details(source, top, device))
+    threads = None if executor else _threads(store, source, top, device, budget)
+    store.begin(_inputs(source, settings), _details(source, top, device, threads))
     missing: dict[int, list[int]] = {}
     keys = [fingerprint.of_delta(delta) for delta in source]
     for place, delta in enumerate(source):
@@ -59,11 +60,22 @@ def decompose_into(
             missing.setdefault(max(top or 0, _kept(store, delta.name)), []).append(place)
     for k, places in missing.items():
         deltas = [source.deltas[place] for place in places]
-        found = decompose_indexed(deltas, top=k or None, device=device, executor=executor, budget=budget)
+        found = decompose_indexed(
+            deltas, top=k or None, device=device, executor=executor, budget=budget, threads=threads
+        )
         for index, spectrum in found:
             store.put(spectrum, keys[places[index]])
             yield spectrum
     store.finish()
+
+
+def _threads(store: Store, source: Source, top: int | None, device: str, budget: int | str | None) -> int | None:
+    """Threads per matrix: as this run began, or as all of its matrices need, however many are left.
+
+    The last bits of a result depend on it, and a resumed run has to equal an undisturbed one.
+    """
+    stored = store.run().get("threads_per_matrix")
+    return int(stored) if stored else threads_for(source.deltas, top=top, device=device, budget=budget)
 
 
 def _kept(store: Store, name: str) -> int:
@@ -85,7 +97,7 @@ def _inputs(source: Source, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _details(source: Source, top: int | None, device: str) -> dict[str, Any]:
+def _details(source: Source, top: int | None, device: str, threads: int | None) -> dict[str, Any]:
     import numpy
     import torch
 
@@ -93,6 +105,7 @@ def _details(source: Source, top: int | None, device: str) -> dict[str, Any]:
         "command": sys.argv,
         "top": top,
         "device": device,
+        "threads_per_matrix": threads,
         "coverage": asdict(source.coverage),
         "versions": {
             "spectra": __version__,

@@ -45,9 +45,7 @@ def command(path: str, base: str | None, heads: str | int, scale: float | None, 
 def _document(folder: Folder, kind: str, source: Source | None) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from spectra.sources.tensors import DTYPES
-
-    sizes = [ref.numel * DTYPES.get(ref.dtype, ("", 0))[1] for ref in folder.tensors.values()]
+    sizes = [ref.nbytes for ref in folder.tensors.values()]
     document: dict[str, Any] = {
         "path": str(folder.path),
         "kind": kind,
@@ -56,7 +54,7 @@ def _document(folder: Folder, kind: str, source: Source | None) -> dict[str, Any
         "bytes": sum(sizes),
         "dtypes": _count(ref.dtype for ref in folder.tensors.values()),
         "model_type": folder.config.get("model_type"),
-        "unreadable": folder.broken,
+        "unreadable": folder.unusable,
         "matrices": _matrices(folder, source),
     }
     if source is not None:

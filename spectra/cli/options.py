@@ -9,8 +9,6 @@ from typing import Any, TypeVar
 
 import click
 
-from spectra.errors import MissingExtraError, SpectraError
-
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -83,17 +81,11 @@ def _apply(command: _Command, options: tuple[Callable[[Any], Any], ...]) -> _Com
 def executor_for(workers: int | None, cluster: str | None) -> Iterator[Executor | None]:
     """The executor that the options ask for; None to run in this process."""
     if cluster:
-        try:
-            from distributed import Client
-        except ImportError:
-            raise MissingExtraError("--cluster", "cluster") from None
-        try:
-            client = Client(cluster, timeout="10s")
-        except OSError as problem:
-            raise SpectraError(f"no Dask scheduler answers at {cluster} ({problem}); start one first") from None
-        with client:
-            yield client.get_executor()
-    elif workers and workers > 1:
+        from spectra.engine.cluster import cluster_executor
+
+        with cluster_executor(cluster) as there:
+            yield there
+    elif workers:
         from spectra.engine.local import thread_executor
 
         with thread_executor(workers) as pool:

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ThreadPoolExecutor,
+    wait,
+)
+from dataclasses import dataclass, replace
 
-from spectra.engine.plan import Plan, memory_budget, plan, readable_size
-from spectra.engine.solve import solve
+from spectra.engine.batch import decompose_batches
+from spectra.engine.plan import (
+    FRACTION_OF_FREE,
+    Plan,
+    Task,
+    batches,
+    memory_budget,
+    plan,
+    readable_size,
+    side_by_side,
+)
 from spectra.errors import DeviceError, SelectionError
 from spectra.types import Spectrum, WeightDelta
 
-_PER_WORKER = 2  # tasks in flight per worker: one at work, one waiting
+_PER_WORKER = 2  # tasks in flight per worker of another process: one at work, one waiting
 
 
 def decompose(
@@ -56,47 +74,144 @@ def decompose_indexed(
     device: str = "auto",
     executor: Executor | None = None,
     budget: int | str | None = None,
+    threads: int | None = None,
 ) -> Iterator[tuple[int, Spectrum]]:
-    """As `decompose`, with each spectrum's position in the input."""
+    """As `decompose`, with each spectrum's position in the input.
+
+    `threads` sets how many threads each matrix gets on this machine's CPU; the other cores take other
+    matrices. None: what `threads_for` finds best. The last bits of a result can depend on it.
+    """
     if top is not None and top < 1:
         raise SelectionError(f"top = {top} is not a positive number of vectors; leave it out for values only")
     if only_top and top is None:
         raise SelectionError("only_top needs top: how many triplets?")
-    where = resolve_device(device)
-    schedule = plan(deltas, memory_budget(budget), top)
+    where = device if executor is not None else resolve_device(device)
+    schedule = plan(deltas, _bytes_at_work(budget, where, executor), top)
     for index, bytes_needed in schedule.too_large.items():
         reason = f"needs {readable_size(bytes_needed)}, the budget is {readable_size(schedule.budget)}; raise --memory"
         delta = deltas[index]
         yield index, Spectrum(delta.name, delta.shape, "too_large", max_rank=delta.max_rank, reason=reason)
-    if executor is None:
-        for task in schedule.tasks:
-            yield task.index, solve(deltas[task.index], top=top, only_top=only_top, device=where)
+    if executor is not None:
+        yield from _through(executor, deltas, schedule, Work(top, only_top, where))
+    elif where.startswith("cuda"):
+        yield from decompose_batches(deltas, batches(deltas, schedule), top=top or 0, only_top=only_top, device=where)
     else:
-        yield from _through(executor, deltas, schedule, top, only_top, where)
+        yield from _side_by_side(deltas, schedule, Work(top, only_top, where), threads)
+
+
+def threads_for(
+    deltas: Sequence[WeightDelta], *, top: int | None = None, device: str = "auto", budget: int | str | None = None
+) -> int | None:
+    """How many threads to give each matrix on this machine's CPU; None if the CPU is not where they go."""
+    import torch
+
+    where = resolve_device(device)
+    if where != "cpu":
+        return None
+    schedule = plan(deltas, memory_budget(budget), top)
+    return max(1, torch.get_num_threads() // side_by_side(schedule, torch.get_num_threads()))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What to do with every delta; travels to executors."""
+
+    top: int | None
+    only_top: bool
+    device: str
+
+    def __call__(self, delta: WeightDelta) -> Spectrum:
+        """Solve it where this runs; "auto" means this machine's device, not the driver's."""
+        from spectra.engine.solve import solve
+
+        return solve(delta, top=self.top, only_top=self.only_top, device=resolve_device(self.device))
+
+
+def _side_by_side(
+    deltas: Sequence[WeightDelta], schedule: Plan, work: Work, threads: int | None
+) -> Iterator[tuple[int, Spectrum]]:
+    """On this machine's CPU: several matrices at once, each on its share of the cores."""
+    import torch
+
+    from spectra.engine.local import thread_executor
+
+    cores = torch.get_num_threads()
+    workers = side_by_side(schedule, cores)
+    share = threads or max(1, cores // workers)
+    if workers == 1 and share == cores:
+        for task in schedule.tasks:
+            yield task.index, work(deltas[task.index])
+        return
+    with thread_executor(min(workers, max(1, cores // share)), share) as pool:
+        yield from _through(pool, deltas, schedule, work)
 
 
 def _through(
-    executor: Executor, deltas: Sequence[WeightDelta], schedule: Plan, top: int | None, only_top: bool, device: str
+    executor: Executor, deltas: Sequence[WeightDelta], schedule: Plan, work: Work
 ) -> Iterator[tuple[int, Spectrum]]:
     """Keep the executor fed while the bytes in flight stay under the budget."""
     waiting = list(reversed(schedule.tasks))
-    running: dict[Future[Spectrum], tuple[int, int]] = {}
-    limit = _PER_WORKER * (getattr(executor, "_max_workers", None) or 1)
-    used = 0
+    running: dict[Future[Spectrum], Task] = {}
+    broken = ""
     try:
         while waiting or running:
-            while waiting and len(running) < limit and (not running or used + waiting[-1].bytes <= schedule.budget):
+            while waiting and _room(executor, running, waiting[-1], schedule.budget):
                 task = waiting.pop()
-                future = executor.submit(solve, deltas[task.index], top=top, only_top=only_top, device=device)
-                running[future] = (task.index, task.bytes)
-                used += task.bytes
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                index, size = running.pop(future)
-                used -= size
-                yield index, future.result()
+                try:
+                    running[executor.submit(work, deltas[task.index])] = task
+                except BrokenExecutor as problem:
+                    broken = f"the executor broke ({type(problem).__name__}), solved by the driver"
+                    yield task.index, _noted(work(deltas[task.index]), broken)
+            for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+                task = running.pop(future)
+                yield task.index, _outcome(future, deltas[task.index])
     finally:
         for future in running:
             future.cancel()
+
+
+def _room(executor: Executor, running: Mapping[Future[Spectrum], Task], task: Task, budget: int) -> bool:
+    """Whether one more task may be handed in: a little more than there are workers, and within the budget."""
+    if not running:
+        return True
+    workers = getattr(executor, "_max_workers", None) or 1
+    most = workers if isinstance(executor, ThreadPoolExecutor) else _PER_WORKER * workers
+    if getattr(executor, "own_memory", False):  # the budget is each worker's
+        return len(running) < most
+    return len(running) < most and sum(other.bytes for other in running.values()) + task.bytes <= budget
+
+
+def _outcome(future: Future[Spectrum], delta: WeightDelta) -> Spectrum:
+    """The result, or a failed one if the worker was lost; errors of our own are not hidden."""
+    problem = future.exception()
+    if problem is None:
+        return future.result()
+    if not _lost(problem):
+        raise problem
+    reason = f"its worker was lost ({type(problem).__name__}: {problem}); run the command again to try once more"
+    return Spectrum(delta.name, delta.shape, "failed", max_rank=delta.max_rank, reason=reason)
+
+
+def _lost(problem: BaseException) -> bool:
+    """Whether an exception tells of the executor's death rather than of the work."""
+    by_dask = type(problem).__module__.split(".")[0] == "distributed"
+    return by_dask or isinstance(problem, BrokenExecutor | CancelledError | ConnectionError)
+
+
+def _noted(spectrum: Spectrum, note: str) -> Spectrum:
+    return replace(spectrum, method=f"{spectrum.method}; {note}" if spectrum.method else note)
+
+
+def _bytes_at_work(budget: int | str | None, device: str, executor: Executor | None) -> int:
+    """The budget that was given, or a share of what is free where the matrices will be."""
+    elsewhere: int | None = getattr(executor, "memory_budget", None)
+    if budget is None and elsewhere:
+        return elsewhere
+    if budget is None and device.startswith("cuda") and executor is None:
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0] * FRACTION_OF_FREE)
+    return memory_budget(budget)
 
 
 def resolve_device(device: str) -> str:

@@ -11,7 +11,7 @@ from spectra.errors import SelectionError
 from spectra.types import WeightDelta
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_FRACTION_OF_FREE = 0.5
+FRACTION_OF_FREE = 0.5
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,64 @@ def plan(deltas: Sequence[WeightDelta], budget: int, top: int | None = None) -> 
     return Plan(tuple(sorted(fitting, key=lambda task: -task.flops)), too_large, budget)
 
 
+def side_by_side(schedule: Plan, cores: int) -> int:
+    """How many matrices to solve at once on these cores: as many as there are cores, matrices and bytes for.
+
+    One thread per matrix beat all threads on one matrix after another at every size from 128² to 4096²
+    where there are at least two matrices (benchmarks/).
+
+    Example:
+        >>> tasks = tuple(Task(i, 1.0, 100) for i in range(3))
+        >>> side_by_side(Plan(tasks, {}, budget=250), cores=8)
+        2
+    """
+    largest = sorted((task.bytes for task in schedule.tasks if task.flops), reverse=True)
+    workers = max(1, min(cores, len(largest)))
+    while workers > 1 and sum(largest[:workers]) > schedule.budget:
+        workers -= 1
+    return workers
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tasks of equal shape to solve as one on a device."""
+
+    tasks: tuple[Task, ...]
+
+    @property
+    def bytes(self) -> int:
+        """What all of it needs at once."""
+        return sum(task.bytes for task in self.tasks)
+
+
+def batches(deltas: Sequence[WeightDelta], schedule: Plan, most: int = 64) -> list[Batch]:
+    """The plan's tasks in groups of equal shape, form and rank, the costliest shape first.
+
+    Two batches are on the device at a time, one at work and one being read, so each takes at most half
+    of the budget.
+
+    Args:
+        deltas: what the plan is about.
+        schedule: the plan.
+        most: how many matrices at most in one batch.
+
+    Example:
+        >>> import torch
+        >>> deltas = [WeightDelta.from_tensor(str(i), torch.eye(size)) for i, size in enumerate([2, 4, 2])]
+        >>> [[task.index for task in batch.tasks] for batch in batches(deltas, plan(deltas, 2**20))]
+        [[1], [0, 2]]
+    """
+    groups: dict[tuple, list[Task]] = {}
+    for task in schedule.tasks:
+        delta = deltas[task.index]
+        groups.setdefault((delta.shape, delta.factored, delta.max_rank, delta.recipe is None), []).append(task)
+    found: list[Batch] = []
+    for tasks in groups.values():
+        size = max(1, min(most, schedule.budget // 2 // max(1, tasks[0].bytes)))
+        found += [Batch(tuple(tasks[start : start + size])) for start in range(0, len(tasks), size)]
+    return found
+
+
 def flops(delta: WeightDelta, top: int | None) -> float:
     """A rough operation count: QR and core SVD for factors, Gram and eigenvalues for a dense update."""
     if delta.recipe is None or len(delta.shape) != 2:
@@ -65,17 +123,23 @@ def flops(delta: WeightDelta, top: int | None) -> float:
 
 
 def needed(delta: WeightDelta, top: int | None) -> int:
-    """Peak bytes while the delta is solved: float64 operands, the solver's work space and the result."""
+    """Peak bytes while the delta is solved by the solvers that usually do it; a test measures them.
+
+    Dense: the stored rows, ΔW in float64, and the Gram matrix with its eigensolver's copy or, for vectors,
+    work space. Factors: the stored ones, float64, their reflectors, and the vectors. Only the last rung of
+    the ladder, a full SVD of ΔW, takes more.
+    """
     if delta.recipe is None or len(delta.shape) != 2:
         return 0
     m, n = delta.shape
     short = min(m, n)
     k = min(top or 0, short)
+    stored = sum(_width(ref.dtype) * ref.numel for ref in _refs(delta))
     if delta.factored:
-        return 8 * (4 * (m + n) * delta.max_rank + 8 * delta.max_rank**2 + k * (m + n)) + _base_bytes(delta)
-    return 8 * (3 * m * n + (5 if top else 3) * short**2 + k * (m + n)) + sum(
-        _width(r.dtype) * r.numel for r in _refs(delta)
-    )
+        r = delta.max_rank
+        return 8 * ((3 * r + 3 * k) * (m + n) + 8 * r**2) + stored + _base_bytes(delta)
+    blocks = 4 * max(64, 4 * k) * short + 3 * k * (m + n) if k else 0
+    return 8 * (m * n + (5 * short**2 if k else 5 * short**2 // 2) + blocks) + stored
 
 
 def _refs(delta: WeightDelta) -> Sequence:
@@ -104,7 +168,7 @@ def memory_budget(given: int | str | None) -> int:
         4294967296
     """
     if given is None:
-        return int(free_memory() * _FRACTION_OF_FREE)
+        return int(free_memory() * FRACTION_OF_FREE)
     if isinstance(given, int):
         return given
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", given)

@@ -1,25 +1,22 @@
-"""One delta in, one Spectrum out: read, choose the solver, check, and hand over to the next one on failure."""
+"""One delta in, one Spectrum out: read, climb the ladder of solvers, check; what cannot be done gets a status."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import singledispatch
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import OutOfMemoryError, Tensor
 
-from spectra.engine import dense, factored
+from spectra.engine import check, factored
+from spectra.engine.ladder import Numbers, Rung, Solver, solvers
+from spectra.engine.topk import NotConvergedError
 from spectra.errors import SpectraError
 from spectra.types import Dense, Form, LowRank, Spectrum, Status, WeightDelta
 
-FROBENIUS_BOUND = 1e-9  # on |Σσ² − ‖ΔW‖²| / ‖ΔW‖²; float64 solvers stay below 1e-12
 _ROUNDING = 1e-14  # float64, with room for the length of the sums
-
-Triplets = tuple[Tensor, Tensor | None, Tensor | None]
-Solver = tuple[str, float, Callable[[int], Triplets]]  # name, resolution relative to σ₁, top → S, U, Vh
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "Cannot allocate memory")
 
 
 def solve(delta: WeightDelta, *, top: int | None = None, only_top: bool = False, device: str = "cpu") -> Spectrum:
@@ -31,86 +28,143 @@ def solve(delta: WeightDelta, *, top: int | None = None, only_top: bool = False,
         only_top: keep the top values alone, too.
         device: where to compute.
     """
-    blank = Spectrum(
-        delta.name, delta.shape, delta.status, max_rank=delta.max_rank, reason=delta.reason, note=delta.note
-    )
+    blank = blank_for(delta)
     if delta.recipe is None:
         return blank
     try:
         form = delta.read(device)
+        return solve_form(blank, form, top or 0, only_top)
     except SpectraError as problem:
-        return _with(blank, "unreadable", str(problem))
-    bad = _nonfinite(form)
-    if bad:
-        return _with(blank, "nonfinite", f"{bad} entries are NaN or infinite")
-    norm = frobenius(form)
-    if not math.isfinite(norm):
-        return _with(blank, "nonfinite", "‖ΔW‖² overflows float64")
-    known: dict[str, Any] = {"norm": norm, "base_norm": form.base_norm}
+        return with_status(blank, "unreadable", str(problem))
+    except (MemoryError, RuntimeError) as problem:
+        return after_failure(blank, problem, device)
+
+
+def solve_form(blank: Spectrum, form: Form, top: int, only_top: bool) -> Spectrum:
+    """The spectrum of an update that is already read."""
+    settled, known = examine(blank, form)
+    return settled or climb(blank, form, solvers(form, top, only_top), top, only_top, known)
+
+
+def blank_for(delta: WeightDelta) -> Spectrum:
+    """What is known of a delta's result before it is read."""
+    return Spectrum(
+        delta.name, delta.shape, delta.status, max_rank=delta.max_rank, reason=delta.reason, note=delta.note
+    )
+
+
+def examine(blank: Spectrum, form: Form) -> tuple[Spectrum | None, dict[str, Any]]:
+    """The result if there is nothing to solve (zero, not finite), and what is known of the update anyway."""
+    norm, magnitude = norms(form)
+    known: dict[str, Any] = {"norm": norm, "base_norm": form.base_norm, "resolution": _ROUNDING * magnitude}
     if isinstance(form, Dense):
         known |= {"noise_edge": form.noise_edge, "unchanged": form.unchanged}
+    if not math.isfinite(norm):
+        bad = sum(int((~tensor.isfinite()).sum()) for tensor in _tensors(form))
+        reason = f"{bad} entries are NaN or infinite" if bad else "‖ΔW‖² overflows float64"
+        return with_status(blank, "nonfinite", reason), known
+    if norm == 0 and isinstance(form, Dense) and bool(form.matrix.any()):
+        return with_status(blank, "failed", "‖ΔW‖² underflows float64"), known
     if norm == 0:
-        return _with(blank, "unchanged", "ΔW = 0", S=[0.0] * delta.max_rank, method="zero", **known)
-    return _climb(blank, form, norm, top or 0, only_top, known)
+        return with_status(blank, "unchanged", "ΔW = 0", S=[0.0] * (blank.max_rank or 0), method="zero", **known), known
+    return None, known
 
 
-def _climb(blank: Spectrum, form: Form, norm: float, top: int, only_top: bool, known: dict[str, Any]) -> Spectrum:
-    """The first solver on the ladder whose result passes the check; the ones before it are recorded."""
-    history: list[str] = []
-    floor = _ROUNDING * _magnitude(form)
-    for name, resolution, run in solvers(form):
+def climb(
+    blank: Spectrum,
+    form: Form,
+    ladder: list[Solver],
+    top: int,
+    only_top: bool,
+    known: dict[str, Any],
+    history: str = "",
+) -> Spectrum:
+    """The first solver on the ladder whose result passes the check; the ones before it are recorded.
+
+    Args:
+        blank: the result so far.
+        form: the update.
+        ladder: the solvers, first choice first.
+        top: how many vectors; 0 for none.
+        only_top: keep the top values alone.
+        known: norms and what else goes into the result.
+        history: what was tried before.
+    """
+    tried = [history] if history else []
+    for solver in ladder:
         try:
-            S, U, Vh = run(top)
-        except torch.linalg.LinAlgError as problem:  # type: ignore[attr-defined]
-            history.append(f"{name} failed ({str(problem).splitlines()[0]})")
+            numbers = solver.run()
+        except (NotConvergedError, RuntimeError) as problem:
+            if out_of_memory(problem):
+                raise
+            tried.append(f"{solver.rung.name} gave up ({str(problem).splitlines()[0]})")
             continue
-        why = _fault(S, norm, floor)
-        if why:
-            history.append(f"{name} rejected ({why})")
-            continue
-        method = "; then ".join([*history, name])
-        kept = S[:top] if only_top and top else S
-        numbers: dict[str, Any] = {
-            "S": kept.cpu().numpy(),
-            "U": None if U is None else U.cpu().numpy(),
-            "Vh": None if Vh is None else Vh.cpu().numpy(),
-            "resolution": max(resolution * float(S[0]), floor),
-            "reason": _clamped(top, blank.max_rank or 0),
-        }
-        return _with(blank, "ok", method=method, **(known | numbers))
-    return _with(blank, "failed", f"no solver gave a result that passes the check: {'; '.join(history)}", **known)
+        why = fault(form, solver.rung, numbers, known)
+        if not why:
+            return accepted(blank, solver.rung, numbers, top, only_top, known, tried)
+        tried.append(f"{solver.rung.name} rejected ({why})")
+    return with_status(blank, "failed", f"no solver gave a result that passes the check: {'; '.join(tried)}", **known)
 
 
-def _clamped(top: int, max_rank: int) -> str:
-    return f"top {top} is more than the rank allows: {max_rank} kept" if top > max_rank else ""
+def fault(form: Form, rung: Rung, numbers: Numbers, known: dict[str, Any]) -> str:
+    """What is wrong with a solver's result; "" for nothing."""
+    S, U, Vh = numbers
+    why = check.value_fault(S, known["norm"], known["resolution"], rung.complete)
+    if why or U is None or Vh is None:
+        return why
+    return check.vector_fault(form, S, U, Vh, _resolution(rung, S, known))
 
 
-def _with(blank: Spectrum, status: Status, reason: str = "", **changes: Any) -> Spectrum:
+def accepted(
+    blank: Spectrum,
+    rung: Rung,
+    numbers: Numbers,
+    top: int,
+    only_top: bool,
+    known: dict[str, Any],
+    tried: list[str],
+) -> Spectrum:
+    """The result, with the solver and the ones that failed before it."""
+    S, U, Vh = numbers
+    found: dict[str, Any] = {
+        "S": (S[:top] if only_top and top else S).cpu().numpy(),
+        "U": None if U is None else U.cpu().numpy(),
+        "Vh": None if Vh is None else Vh.cpu().numpy(),
+        "resolution": _resolution(rung, S, known),
+    }
+    rank = blank.max_rank or 0
+    clamped = f"top {top} is more than the rank allows: {rank} kept" if top > rank else ""
+    return with_status(blank, "ok", clamped, method="; then ".join([*tried, rung.name]), **(known | found))
+
+
+def _resolution(rung: Rung, S: Tensor, known: dict[str, Any]) -> float:
+    return max(rung.resolution * float(S[0]), known["resolution"])
+
+
+def out_of_memory(problem: BaseException) -> bool:
+    """Whether torch or Python ran out of memory, on any device."""
+    if isinstance(problem, MemoryError | OutOfMemoryError):
+        return True
+    return isinstance(problem, RuntimeError) and any(words in str(problem) for words in _NO_MEMORY)
+
+
+def after_failure(blank: Spectrum, problem: BaseException, device: str) -> Spectrum:
+    """The result where computing raised: too_large if memory ran out, else failed, with what was said."""
+    said = (str(problem) or type(problem).__name__).splitlines()[0]
+    if out_of_memory(problem):
+        return with_status(blank, "too_large", f"memory ran out on {device}: {said}; lower --workers or --memory")
+    return with_status(blank, "failed", said)
+
+
+def with_status(blank: Spectrum, status: Status, reason: str = "", **changes: Any) -> Spectrum:
+    """The result with a status, a reason and whatever else is known."""
     return replace(blank, **({"status": status, "reason": reason} | changes))
 
 
-def _fault(S: Tensor, norm: float, floor: float) -> str:
-    """What is wrong with singular values, given ‖ΔW‖_F and the absolute rounding floor; "" for nothing."""
-    if not bool(torch.isfinite(S).all()):
-        return "values that are not finite"
-    if bool((S < 0).any()) or bool((S[1:] > S[:-1]).any()):
-        return "values that are negative or not descending"
-    total = float(S.square().sum())
-    if abs(total - norm**2) > FROBENIUS_BOUND * norm**2 + 2 * floor * norm:
-        return f"Σσ² = {total:.12e} is not ‖ΔW‖² = {norm**2:.12e}"
-    return ""
-
-
 @singledispatch
-def frobenius(form: Form) -> float:
-    """‖ΔW‖_F of a form."""
+def norms(form: Form) -> tuple[float, float]:
+    """‖ΔW‖_F, not finite if an entry is not; and what rounding errors in ΔW are relative to, 0 where it is given."""
     raise TypeError(f"no norm rule for {type(form).__name__}")
-
-
-@singledispatch
-def solvers(form: Form) -> list[Solver]:
-    """The ladder of solvers for a form, the first choice first."""
-    raise TypeError(f"no SVD rule for {type(form).__name__}")
 
 
 @singledispatch
@@ -118,23 +172,13 @@ def _tensors(form: Form) -> tuple[Tensor, ...]:
     raise TypeError(f"{type(form).__name__} does not say which tensors it is made of")
 
 
-@singledispatch
-def _magnitude(form: Form) -> float:
-    """What rounding errors in ΔW itself are relative to; 0 where its entries are given."""
-    return 0.0
+@norms.register
+def _(form: Dense) -> tuple[float, float]:
+    return float(form.matrix.norm()), 0.0
 
 
-def _nonfinite(form: Form) -> int:
-    return sum(int((~torch.isfinite(tensor)).sum()) for tensor in _tensors(form))
-
-
-@frobenius.register
-def _(form: Dense) -> float:
-    return float(form.matrix.norm())
-
-
-@frobenius.register
-def _(form: LowRank) -> float:
+@norms.register
+def _(form: LowRank) -> tuple[float, float]:
     return factored.factored_norm(form.left, form.right)
 
 
@@ -146,39 +190,3 @@ def _(form: Dense) -> tuple[Tensor, ...]:
 @_tensors.register
 def _(form: LowRank) -> tuple[Tensor, ...]:
     return (form.left, form.right)
-
-
-@_magnitude.register
-def _(form: LowRank) -> float:
-    return factored.magnitude(form.left, form.right)
-
-
-@solvers.register
-def _(form: Dense) -> list[Solver]:
-    A = form.matrix
-    return [
-        (
-            "gram-eigh-f64",
-            dense.GRAM_RESOLUTION,
-            lambda top: dense.gram_top(A, top) if top else (dense.gram_values(A), None, None),
-        ),
-        (
-            "svd-f64",
-            dense.SVD_RESOLUTION,
-            lambda top: dense.svd_top(A, top) if top else (dense.svd_values(A), None, None),
-        ),
-    ]
-
-
-@solvers.register
-def _(form: LowRank) -> list[Solver]:
-    def through_product(top: int) -> Triplets:
-        # Only after the QR route failed: its cost is that of a dense update.
-        S, U, Vh = dense.svd_top(form.to_dense(), max(top, 1))
-        count = min(form.left.shape[1], *form.shape)
-        return S[:count], U if top else None, Vh if top else None
-
-    return [
-        ("qr-core-svd-f64", dense.SVD_RESOLUTION, lambda top: factored.factored_svd(form.left, form.right, top)),
-        ("product-svd-f64", dense.SVD_RESOLUTION, through_product),
-    ]

@@ -1,0 +1,1 @@
+"""Today's way against ours, side by side in one run: `python -m benchmarks`."""

@@ -1,0 +1,105 @@
+"""`python -m benchmarks`: print the table, and write it with the growth curves and a figure."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import tempfile
+from dataclasses import asdict
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from benchmarks.cases import cases
+from benchmarks.growth import Point, points
+from benchmarks.measure import Outcome, compare
+
+
+def main() -> None:
+    """Parse, run, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=32, help="matrices of the full fine-tune")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    print(machine(), flush=True)
+    outcomes = []
+    for case in cases(options.layers):
+        if options.only in case.name:
+            with tempfile.TemporaryDirectory() as folder:
+                ours, peer = case.make(Path(folder))
+                outcome = compare(case.name, case.peer, case.wanted, ours, peer, options.repeats)
+            outcomes.append(outcome)
+            print(line(outcome), flush=True)
+            write_table(options.out, outcomes)
+    if not options.only:
+        grown = list(points(options.repeats))
+        write_csv(options.out / "growth.csv", grown)
+        draw(options.out / "benchmarks.png", outcomes, grown)
+
+
+def machine() -> str:
+    """What this ran on, and with which versions."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("weight-spectra", "torch", "numpy", "safetensors"))
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        found = [row for row in Path("/proc/cpuinfo").read_text().splitlines() if row.startswith("model name")]
+        model = found[0].split(":", 1)[1].strip() if found else model
+    return f"{date.today()}: {model}, {torch.get_num_threads()} threads; Python {platform.python_version()}, {versions}"
+
+
+_COLUMNS = ("work", "peer", "wanted", "reached", "spread", "ours", "peer", "ours, MiB", "peer, MiB")
+_HEADER = f"| {' | '.join(_COLUMNS)} |\n{'|---' * len(_COLUMNS)}|"
+
+
+def line(outcome: Outcome) -> str:
+    """One row of the table."""
+    o = outcome
+    sizes = f"{o.ours_mib:.0f} | {o.peer_mib:.0f}" if o.ours_mib else "– | –"
+    return (
+        f"| {o.case} | {o.peer} | {o.wanted:g}× | {o.ratio:.2f}× | {o.ratio_low:.2f}–{o.ratio_high:.2f} "
+        f"| {o.ours_s:.3f} s | {o.peer_s:.3f} s | {sizes} |"
+    )
+
+
+def write_table(out: Path, outcomes: list[Outcome]) -> None:
+    """The table as Markdown and as CSV."""
+    write_csv(out / "table.csv", [asdict(outcome) for outcome in outcomes])
+    text = f"{machine()}; medians of {outcomes[0].repeats} runs in turn\n\n{_HEADER}\n" + "\n".join(map(line, outcomes))
+    (out / "table.md").write_text(text + "\n")
+
+
+def write_csv(path: Path, rows: list[Point]) -> None:
+    """Rows with equal keys."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw(path: Path, outcomes: list[Outcome], grown: list[Point]) -> None:
+    """Ratios beside what was wanted, and the growth curves."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.barh([o.case for o in outcomes], [o.ratio for o in outcomes], color="C0")
+    left.plot([o.wanted for o in outcomes], range(len(outcomes)), "k|", markersize=14, label="wanted")
+    left.set(xscale="log", xlabel="times faster than the peer")
+    left.invert_yaxis()
+    left.legend()
+    for what in dict.fromkeys(point["what"] for point in grown):
+        curve = [point for point in grown if point["what"] == what]
+        right.plot([p["x"] for p in curve], [p["seconds"] for p in curve], "o-", label=what)
+    right.set(xscale="log", yscale="log", xlabel="size, rank or number", ylabel="seconds")
+    right.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

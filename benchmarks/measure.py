@@ -1,0 +1,76 @@
+"""Timing two ways side by side, in this process or as processes."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run: wall seconds, and the peak MiB of a process (0 in this process)."""
+
+    seconds: float
+    mebibytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Medians of a case, and the ratio of the medians with the spread of the paired ratios."""
+
+    case: str
+    peer: str
+    wanted: float
+    ours_s: float
+    peer_s: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    ours_mib: float
+    peer_mib: float
+    repeats: int
+
+
+Way = Callable[[], Sample]
+
+
+def compare(case: str, peer_name: str, wanted: float, ours: Way, peer: Way, repeats: int) -> Outcome:
+    """Run both in turn, so that what else the machine does hits both."""
+    pairs = [(ours(), peer()) for _ in range(repeats)]
+    mine, theirs = ([pair[side].seconds for pair in pairs] for side in (0, 1))
+    ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
+    a, b = statistics.median(mine), statistics.median(theirs)
+    memory = [max(pair[side].mebibytes for pair in pairs) for side in (0, 1)]
+    return Outcome(case, peer_name, wanted, a, b, b / a, min(ratios), max(ratios), *memory, repeats)
+
+
+def timed(work: Callable[[], object]) -> Way:
+    """A way that runs in this process."""
+
+    def run() -> Sample:
+        start = time.perf_counter()
+        work()
+        return Sample(time.perf_counter() - start)
+
+    return run
+
+
+def process(*arguments: str) -> Way:
+    """A way that runs `python arguments…`; its peak memory is measured by a parent of its own."""
+    code = (
+        "import resource, subprocess, sys, time; start = time.perf_counter();"
+        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL);"
+        "print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+
+    def run() -> Sample:
+        command = [sys.executable, "-c", code, sys.executable, *arguments]
+        seconds, size = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        return Sample(float(seconds), float(size) / unit)
+
+    return run

@@ -1,0 +1,106 @@
+"""What every result has to pass before it is reported: values against ‖ΔW‖_F, vectors against ΔW itself."""
+
+from __future__ import annotations
+
+import math
+from functools import singledispatch
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from spectra.types import Dense, Form, LowRank
+
+FROBENIUS_BOUND = 1e-9  # on |Σσ² − ‖ΔW‖²| / ‖ΔW‖²; float64 solvers stay below 1e-12
+VECTOR_BOUND = 1e-6  # on ‖ΔW v − σu‖ and ‖ΔWᵀu − σv‖ relative to σ₁, root mean square, where σ is resolved
+ORTHONORMAL_BOUND = 1e-9  # on the entries of UᵀU − I and VᵀV − I
+
+
+def value_fault(S: Float64[Tensor, " s"], norm: float, floor: float, complete: bool = True) -> str:
+    """What is wrong with singular values; "" for nothing.
+
+    Args:
+        S: the values.
+        norm: ‖ΔW‖_F, computed from the form and not from the values.
+        floor: rounding error of ΔW itself, absolute.
+        complete: whether S should hold all values; if not, Σσ² may only fall short of ‖ΔW‖².
+
+    Example:
+        >>> value_fault(torch.tensor([4.0, 3.0]).double(), 5.0, 0.0)
+        ''
+        >>> value_fault(torch.tensor([4.0, 3.5]).double(), 5.0, 0.0)
+        'Σσ² = 2.825000000000e+01 is not ‖ΔW‖² = 2.500000000000e+01'
+    """
+    if not bool(torch.isfinite(S).all()):
+        return "values that are not finite"
+    if bool((S < 0).any()) or bool((S[1:] > S[:-1]).any()):
+        return "values that are negative or not descending"
+    total = float(S.square().sum())
+    excess = total - norm**2
+    if (abs(excess) if complete else excess) > FROBENIUS_BOUND * norm**2 + 2 * floor * norm:
+        return f"Σσ² = {total:.12e} is not ‖ΔW‖² = {norm**2:.12e}"
+    return ""
+
+
+def vector_fault(form: Form, S: Tensor, U: Tensor, Vh: Tensor, resolution: float) -> str:
+    """What is wrong with singular vectors; "" for nothing.
+
+    Args:
+        form: ΔW.
+        S: singular values, at least k of them.
+        U: (m, k).
+        Vh: (k, n).
+        resolution: vectors of values at or below it, absolute, are only checked for orthonormality.
+    """
+    eye = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
+    skew = max(float((U.mT @ U - eye).abs().max()), float((Vh @ Vh.mT - eye).abs().max()))
+    if not skew <= ORTHONORMAL_BOUND:  # also where it is NaN
+        return f"vectors that are not orthonormal by {skew:.1e}"
+    kept = min(int((resolution < S).sum()), U.shape[1])
+    s, u, vh = S[:kept], U[:, :kept], Vh[:kept]
+    mix = _signs(kept, S)
+    right = apply(form, vh.mT @ mix) - u @ (s[:, None] * mix)
+    left = apply_transpose(form, u @ mix) - vh.mT @ (s[:, None] * mix)
+    worst = max(float(right.norm()), float(left.norm())) if kept else 0.0
+    if not worst <= max(VECTOR_BOUND * float(S[0]), resolution) * math.sqrt(max(kept, 1)):
+        return f"a residual of {worst / float(S[0]):.1e}·σ₁ in the vectors"
+    return ""
+
+
+def _signs(count: int, like: Tensor) -> Tensor:
+    """Two random ± combinations of the vectors: a fault in any one of them shows, at a fraction of the cost."""
+    generator = torch.Generator().manual_seed(count)
+    signs = torch.randint(0, 2, (count, 2), generator=generator) * 2 - 1
+    return signs.to(device=like.device, dtype=like.dtype)
+
+
+@singledispatch
+def apply(form: Form, block: Tensor) -> Tensor:
+    """ΔW · block."""
+    raise TypeError(f"no product rule for {type(form).__name__}")
+
+
+@singledispatch
+def apply_transpose(form: Form, block: Tensor) -> Tensor:
+    """ΔWᵀ · block."""
+    raise TypeError(f"no product rule for {type(form).__name__}")
+
+
+@apply.register
+def _(form: Dense, block: Tensor) -> Tensor:
+    return form.matrix @ block
+
+
+@apply.register
+def _(form: LowRank, block: Tensor) -> Tensor:
+    return form.left @ (form.right @ block)
+
+
+@apply_transpose.register
+def _(form: Dense, block: Tensor) -> Tensor:
+    return form.matrix.T @ block
+
+
+@apply_transpose.register
+def _(form: LowRank, block: Tensor) -> Tensor:
+    return form.right.T @ (form.left.T @ block)

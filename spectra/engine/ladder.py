@@ -1,0 +1,99 @@
+"""Which solvers a form of ΔW has, the first choice first. The next one runs only if one fails, and that is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, singledispatch
+
+from torch import Tensor
+
+from spectra.engine import dense, factored, topk
+from spectra.types import Dense, Form, LowRank
+
+Numbers = tuple[Tensor, Tensor | None, Tensor | None]  # S, U, Vh
+
+
+@dataclass(frozen=True)
+class Rung:
+    """What a solver is called and what it can tell apart.
+
+    Attributes:
+        name: what the result's `method` says.
+        resolution: values at or below it, relative to σ₁, are not resolved.
+        complete: whether S holds every value.
+    """
+
+    name: str
+    resolution: float
+    complete: bool = True
+
+
+QR_CORE = Rung("qr-core-svd-f64", dense.SVD_RESOLUTION)
+PRODUCT = Rung("product-svd-f64", dense.SVD_RESOLUTION)
+GRAM_VALUES = Rung("gram-eigvals-f64", dense.GRAM_RESOLUTION)
+GRAM_FILTER = Rung("gram-filter-f64", dense.GRAM_RESOLUTION)
+GRAM_CERTIFIED = Rung("gram-filter-certified-f64", dense.GRAM_RESOLUTION, complete=False)
+GRAM_EIGH = Rung("gram-eigh-f64", dense.GRAM_RESOLUTION)
+SVD = Rung("svd-f64", dense.SVD_RESOLUTION)
+
+
+@dataclass(frozen=True)
+class Solver:
+    """One rung and how to run it: `run()` gives S, and U and Vh if vectors were asked for."""
+
+    rung: Rung
+    run: Callable[[], Numbers]
+
+
+def batched(form: Form, top: int) -> Rung:
+    """The rung whose solver takes many updates of one shape at once."""
+    if isinstance(form, LowRank):
+        return QR_CORE
+    return GRAM_EIGH if top else GRAM_VALUES
+
+
+@singledispatch
+def solvers(form: Form, top: int, only_top: bool) -> list[Solver]:
+    """The ladder for a form.
+
+    Args:
+        form: ΔW.
+        top: how many vectors; 0 for none.
+        only_top: the other values are not needed.
+    """
+    raise TypeError(f"no SVD rule for {type(form).__name__}")
+
+
+@solvers.register
+def _(form: Dense, top: int, only_top: bool) -> list[Solver]:
+    A = form.matrix
+    if not top:
+        return [
+            Solver(GRAM_VALUES, lambda: (dense.gram_values(A), None, None)),
+            Solver(SVD, lambda: (dense.svd_values(A), None, None)),
+        ]
+    full = [
+        Solver(GRAM_EIGH, partial(dense.gram_top, A, top)),
+        Solver(SVD, partial(dense.svd_top, A, top)),
+    ]
+    if not topk.worthwhile(min(A.shape), top):
+        return full
+    if only_top:
+        run = partial(dense.filter_only_top, A, top)
+        return [Solver(GRAM_CERTIFIED, run), *full]
+    return [Solver(GRAM_FILTER, partial(dense.filter_top, A, top)), *full]
+
+
+@solvers.register
+def _(form: LowRank, top: int, only_top: bool) -> list[Solver]:
+    def through_product() -> Numbers:
+        # Only after the QR route failed: its cost is that of a dense update.
+        S, U, Vh = dense.svd_top(form.to_dense(), max(top, 1))
+        count = min(form.left.shape[1], *form.shape)
+        return S[:count], U[:, :count] if top else None, Vh[:count] if top else None
+
+    return [
+        Solver(QR_CORE, lambda: factored.factored_svd(form.left, form.right, top)),
+        Solver(PRODUCT, through_product),
+    ]

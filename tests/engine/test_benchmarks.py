@@ -1,0 +1,46 @@
+"""The benchmarks run: the GPU script's checks on the CPU, and one small comparison."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _from_the_checkout(monkeypatch):
+    from pathlib import Path
+
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
+
+
+def test_the_gpu_script_finds_the_device_path_right_on_the_cpu():
+    from benchmarks import gpu
+
+    assert [fault for _, fault in gpu.faults("cpu", 2**30) if fault] == []
+
+
+def test_the_gpu_script_sees_a_fault():
+    from dataclasses import replace
+
+    from benchmarks import gpu, inputs
+    from spectra import WeightDelta
+
+    delta = WeightDelta.from_tensor("a", inputs.gaussian(20, 10))
+    (found,) = gpu.on_device([delta], "cpu", 2**30, 2)
+    assert gpu.fault_of(delta, found, 2) == ""
+    assert "values off" in gpu.fault_of(delta, replace(found, S=found.S * 1.01), 2)
+    assert "sin θ" in gpu.fault_of(delta, replace(found, U=found.U[::-1].copy()), 2)
+
+
+def test_the_table_holds_what_was_measured(tmp_path):
+    from benchmarks import __main__ as table
+    from benchmarks.measure import Sample, compare
+
+    outcome = compare("work", "peer", 2.0, lambda: Sample(1.0), lambda: Sample(3.0), repeats=3)
+    table.write_table(tmp_path, [outcome])
+    (row,) = csv.DictReader((tmp_path / "table.csv").read_text().splitlines())
+    assert (float(row["ratio"]), float(row["ours_s"]), float(row["peer_s"])) == (3.0, 1.0, 3.0)
+    text = (tmp_path / "table.md").read_text()
+    assert "| work | peer | 2× | 3.00× |" in text
+    assert "torch" in text.splitlines()[0]

@@ -1,0 +1,123 @@
+"""A real Dask scheduler and two worker processes on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from spectra_kinds import slow_deltas
+
+import spectra
+from spectra.engine.decompose import Work, decompose_indexed
+from spectra.errors import SpectraError
+from spectra.runs import decompose_into
+from spectra.types import Source
+
+pytest.importorskip("distributed")
+HERE = Path(__file__).resolve().parent
+
+
+def _start(module, *arguments):
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent.parent)]),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", f"distributed.cli.{module}", *arguments], env=environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dask")
+    file = folder / "scheduler.json"
+    scheduler = _start(
+        "dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)
+    )
+    until = time.monotonic() + 30
+    while not file.is_file() and time.monotonic() < until:
+        time.sleep(0.05)
+    workers = [
+        _start("dask_worker", "--scheduler-file", str(file), "--nthreads", "1", "--no-nanny", "--no-dashboard",
+               "--memory-limit", "1GiB", "--local-directory", str(folder))
+        for _ in range(2)
+    ]  # fmt: skip
+    import json
+
+    yield json.loads(file.read_text())["address"], workers
+    for process in (*workers, scheduler):
+        process.kill()
+        process.wait()
+
+
+def test_a_worker_killed_in_the_middle_costs_nothing(cluster, tmp_path):
+    from spectra.engine.cluster import cluster_executor
+
+    address, workers = cluster
+    deltas = slow_deltas(14)
+    source = Source("made", tuple(deltas), tuned="tuned")
+    with cluster_executor(address) as executor:
+        executor._client.wait_for_workers(2, timeout=60)
+        assert executor._max_workers == 2
+        assert 0.5 * 2**30 < executor.memory_budget < 2**30
+        stream = decompose_into(tmp_path / "run", source, {}, top=2, device="cpu", executor=executor)
+        found = [next(stream)]
+        workers[0].send_signal(signal.SIGKILL)
+        found += stream
+    assert sorted(item.name for item in found) == sorted(delta.name for delta in deltas)
+    here = dict(decompose_indexed(deltas, top=2, device="cpu", threads=1))
+    stored = spectra.load(tmp_path / "run")
+    for spectrum in here.values():
+        assert stored[spectrum.name].status == "ok"
+        assert pytest.approx(spectrum.S, rel=1e-12) == stored[spectrum.name].S
+        assert abs(stored[spectrum.name].U) == pytest.approx(abs(spectrum.U), abs=1e-9)
+
+
+def test_a_matrix_above_a_workers_memory_is_named(cluster):
+    from spectra.engine.cluster import cluster_executor
+
+    with cluster_executor(cluster[0]) as executor:
+        found = dict(decompose_indexed(slow_deltas(1, size=9000), executor=executor))
+    assert found[0].status == "too_large"
+
+
+def test_work_for_a_gpu_goes_to_workers_that_offer_one():
+    from spectra.engine.cluster import ClusterExecutor
+
+    asked = []
+
+    class Recording:
+        def __init__(self, resources):
+            self.resources = resources
+
+        def submit(self, *_arguments):
+            asked.append(self.resources)
+            return Future()
+
+    class Client:
+        def get_executor(self, **options):
+            return Recording(options.get("resources"))
+
+    executor = ClusterExecutor(Client())
+    executor.submit(Work(None, False, "cuda"))
+    executor.submit(Work(None, False, "auto"))
+    assert asked == [{"GPU": 1}, None]
+
+
+def test_nobody_at_the_address():
+    from spectra.engine import cluster as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_CONNECT", "1s")
+        with (
+            pytest.raises(SpectraError, match="no Dask scheduler answers"),
+            module.cluster_executor("tcp://127.0.0.1:9"),
+        ):
+            pass

@@ -1,0 +1,46 @@
+"""The planner's byte estimates against what a process really takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CODE = """
+import json, torch
+from spectra.engine.plan import needed
+from spectra.engine.solve import solve
+from spectra.types import WeightDelta
+
+def status(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+def measured(delta, top):
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
+    solve(delta, top=top)
+    return {"measured": status("VmHWM") - before, "needed": needed(delta, top)}
+
+torch.set_num_threads(1)
+dense = lambda m, n: WeightDelta.from_tensor("a", torch.randn(m, n))
+thin = lambda r: WeightDelta.from_factors("a", torch.randn(3000, r), torch.randn(r, 3000))
+solve(dense(1030, 1030), top=4); solve(thin(8), top=4)
+print(json.dumps([
+    measured(dense(1400, 1400), None), measured(dense(1400, 1400), 8), measured(dense(700, 3000), None),
+    measured(dense(3000, 700), 8), measured(thin(128), None), measured(thin(128), 30),
+]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel does not tell")
+def test_estimates_hold_and_are_not_far_off():
+    # Every large block comes from the kernel and goes back at once: what is counted is what is in use.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=True)
+    for case in json.loads(done.stdout):
+        assert 0.3 * case["needed"] < case["measured"] < 1.1 * case["needed"], case
