@@ -11,6 +11,8 @@ from spectra.errors import SelectionError
 # The last path components of a module, and the role that LLaMA's names give it. First match wins.
 # Attention is told apart from the MLP by its parent where both use a word such as `dense`.
 _ROLE_PATTERNS: tuple[tuple[str, str], ...] = (
+    (r"(?:^|\.)h\.\d+\.mlp\.w1$", "up_proj"),  # Qwen v1, which names them the other way round
+    (r"(?:^|\.)h\.\d+\.mlp\.w2$", "gate_proj"),
     (
         r"(?:^|\.)(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|qkv_proj|gate_up_proj)$",
         r"\1",

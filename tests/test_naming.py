@@ -20,6 +20,8 @@ ROLES = {
     "gpt_neox.layers.2.mlp.dense_4h_to_h.weight": ("down_proj", 2),
     "model.layers.1.block_sparse_moe.experts.7.w1.weight": ("gate_proj", 1),
     "model.layers.1.block_sparse_moe.experts.7.w2.weight": ("down_proj", 1),
+    "transformer.h.3.mlp.w1.weight": ("up_proj", 3),
+    "transformer.h.3.mlp.w2.weight": ("gate_proj", 3),
     "encoder.block.4.layer.0.SelfAttention.q.weight": ("q_proj", 4),
     "encoder.block.4.layer.1.DenseReluDense.wo.weight": ("down_proj", 4),
     "transformer.wte.weight": ("embed_tokens", None),

@@ -37,7 +37,7 @@ def rounding_edge(stored: Tensor, dtype: str) -> float | None:
     not move at all, the errors follow the update and are no longer independent: look at `unchanged`.
 
     Args:
-        stored: the tuned weights as stored, (out, in), upcast.
+        stored: the tuned weights, (out, in), in their storage type or upcast.
         dtype: their storage type, "BF16", "F16", "F32" or "F64".
 
     Returns:
@@ -52,7 +52,11 @@ def rounding_edge(stored: Tensor, dtype: str) -> float | None:
 
     Reference: `separable_edge`; uniform rounding errors: Widrow & Kollár 2008, ch. 3.
     """
-    if dtype not in _FORMATS or stored.numel() == 0 or not math.isfinite(float(stored.sum())):
+    import torch
+
+    if dtype not in _FORMATS or stored.numel() == 0:
+        return None
+    if not math.isfinite(float(stored.sum(dtype=torch.float64))):
         return None
     rows, columns, highest = _variance_sums(stored, dtype)
     edge = separable_edge(rows, columns)
