@@ -85,7 +85,34 @@ class LowRank:
         return self.left @ self.right
 
 
-Form = Dense | LowRank
+@dataclass(frozen=True)
+class Kronecker:
+    """ΔW = first ⊗ second, whose singular values are all products of theirs; never multiplied out by the engine.
+
+    Attributes:
+        first: float64 (m₁, n₁).
+        second: float64 (m₂, n₂).
+        base_norm: ‖W₀‖_F where the base was read, else None.
+    """
+
+    first: Tensor
+    second: Tensor
+    base_norm: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) = (m₁m₂, n₁n₂)."""
+        (m1, n1), (m2, n2) = self.first.shape, self.second.shape
+        return (m1 * m2, n1 * n2)
+
+    def to_dense(self) -> Tensor:
+        """ΔW as one tensor (out, in)."""
+        import torch
+
+        return torch.kron(self.first, self.second)
+
+
+Form = Dense | LowRank | Kronecker
 
 
 @runtime_checkable

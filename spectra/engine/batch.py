@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from spectra.engine import dense, factored
+from spectra.engine import dense, factored, kronecker
 from spectra.engine.ladder import Numbers, batched, solvers
 from spectra.engine.plan import Batch
 from spectra.engine.solve import (
@@ -25,7 +25,7 @@ from spectra.engine.solve import (
     with_status,
 )
 from spectra.errors import SpectraError
-from spectra.types import Dense, Form, LowRank, Spectrum, WeightDelta
+from spectra.types import Dense, Form, Kronecker, LowRank, Spectrum, WeightDelta
 
 Read = list[Form | Spectrum]  # a form, or the result if there is none to solve
 
@@ -142,6 +142,9 @@ def _alone(form: Form, top: int) -> Numbers | str:
 def _numbers(forms: list[Form], top: int) -> Iterator[Numbers]:
     """One batched solve."""
     found: tuple[Tensor, Tensor | None, Tensor | None]
+    if isinstance(forms[0], Kronecker):  # two small decompositions each: nothing to gain from a batch
+        yield from (kronecker.kronecker_svd(f.first, f.second, top) for f in forms if isinstance(f, Kronecker))
+        return
     if isinstance(forms[0], LowRank):
         pairs = [form for form in forms if isinstance(form, LowRank)]
         found = factored.factored_svd(torch.stack([p.left for p in pairs]), torch.stack([p.right for p in pairs]), top)

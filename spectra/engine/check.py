@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from spectra.types import Dense, Form, LowRank
+from spectra.engine import kronecker
+from spectra.types import Dense, Form, Kronecker, LowRank
 
 FROBENIUS_BOUND = 1e-9  # on |Σσ² − ‖ΔW‖²| / ‖ΔW‖²; float64 solvers stay below 1e-12
 VECTOR_BOUND = 1e-6  # on ‖ΔW v − σu‖ and ‖ΔWᵀu − σv‖ relative to σ₁, root mean square, where σ is resolved
@@ -104,3 +105,13 @@ def _(form: Dense, block: Tensor) -> Tensor:
 @apply_transpose.register
 def _(form: LowRank, block: Tensor) -> Tensor:
     return form.right.T @ (form.left.T @ block)
+
+
+@apply.register
+def _(form: Kronecker, block: Tensor) -> Tensor:
+    return kronecker.product(form.first, form.second, block)
+
+
+@apply_transpose.register
+def _(form: Kronecker, block: Tensor) -> Tensor:
+    return kronecker.product(form.first.T, form.second.T, block)

@@ -8,8 +8,8 @@ from functools import partial, singledispatch
 
 from torch import Tensor
 
-from spectra.engine import dense, factored, topk
-from spectra.types import Dense, Form, LowRank
+from spectra.engine import dense, factored, kronecker, topk
+from spectra.types import Dense, Form, Kronecker, LowRank
 
 Numbers = tuple[Tensor, Tensor | None, Tensor | None]  # S, U, Vh
 
@@ -30,6 +30,7 @@ class Rung:
 
 
 QR_CORE = Rung("qr-core-svd-f64", dense.SVD_RESOLUTION)
+KRONECKER = Rung("kronecker-svd-f64", dense.SVD_RESOLUTION)
 PRODUCT = Rung("product-svd-f64", dense.SVD_RESOLUTION)
 GRAM_VALUES = Rung("gram-eigvals-f64", dense.GRAM_RESOLUTION)
 GRAM_FILTER = Rung("gram-filter-f64", dense.GRAM_RESOLUTION)
@@ -48,6 +49,8 @@ class Solver:
 
 def batched(form: Form, top: int) -> Rung:
     """The rung whose solver takes many updates of one shape at once."""
+    if isinstance(form, Kronecker):
+        return KRONECKER
     if isinstance(form, LowRank):
         return QR_CORE
     return GRAM_EIGH if top else GRAM_VALUES
@@ -95,5 +98,17 @@ def _(form: LowRank, top: int, only_top: bool) -> list[Solver]:
 
     return [
         Solver(QR_CORE, lambda: factored.factored_svd(form.left, form.right, top)),
+        Solver(PRODUCT, through_product),
+    ]
+
+
+@solvers.register
+def _(form: Kronecker, top: int, only_top: bool) -> list[Solver]:
+    def through_product() -> Numbers:
+        S, U, Vh = dense.svd_top(form.to_dense(), max(top, 1))
+        return S, U if top else None, Vh if top else None
+
+    return [
+        Solver(KRONECKER, lambda: kronecker.kronecker_svd(form.first, form.second, top)),
         Solver(PRODUCT, through_product),
     ]

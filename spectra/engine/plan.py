@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spectra.errors import SelectionError
+from spectra.sources.products import KroneckerProduct
+from spectra.sources.recipes import Placed
 from spectra.types import WeightDelta
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -116,6 +118,8 @@ def flops(delta: WeightDelta, top: int | None) -> float:
     if delta.recipe is None or len(delta.shape) != 2:
         return 0.0
     short, long = sorted(delta.shape)
+    if _is_kronecker(delta):
+        return 20.0 * (short * long) ** 0.75  # two sides of about (√m, √n)
     if delta.factored:
         r = delta.max_rank
         return 4.0 * (short + long) * r**2 * (2 if top else 1) + 20.0 * r**3
@@ -135,11 +139,18 @@ def needed(delta: WeightDelta, top: int | None) -> int:
     short = min(m, n)
     k = min(top or 0, short)
     stored = sum(_width(ref.dtype) * ref.numel for ref in _refs(delta))
+    if _is_kronecker(delta):
+        return 8 * (4 * k * (m + n) + 2 * short) + 40 * sum(ref.numel for ref in _refs(delta)) + _base_bytes(delta)
     if delta.factored:
         r = delta.max_rank
         return 8 * ((3 * r + 3 * k) * (m + n) + 8 * r**2) + stored + _base_bytes(delta)
     blocks = 4 * max(64, 4 * k) * short + 3 * k * (m + n) if k else 0
     return 8 * (m * n + (5 * short**2 if k else 5 * short**2 // 2) + blocks) + stored
+
+
+def _is_kronecker(delta: WeightDelta) -> bool:
+    recipe = delta.recipe.whole if isinstance(delta.recipe, Placed) and delta.recipe.rows is None else delta.recipe
+    return isinstance(recipe, KroneckerProduct)
 
 
 def _refs(delta: WeightDelta) -> Sequence:

@@ -13,7 +13,7 @@ from spectra.engine import check, factored
 from spectra.engine.ladder import Numbers, Rung, Solver, solvers
 from spectra.engine.topk import NotConvergedError
 from spectra.errors import SpectraError
-from spectra.types import Dense, Form, LowRank, Spectrum, Status, WeightDelta
+from spectra.types import Dense, Form, Kronecker, LowRank, Spectrum, Status, WeightDelta
 
 _ROUNDING = 1e-14  # float64, with room for the length of the sums
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "Cannot allocate memory")
@@ -190,3 +190,13 @@ def _(form: Dense) -> tuple[Tensor, ...]:
 @_tensors.register
 def _(form: LowRank) -> tuple[Tensor, ...]:
     return (form.left, form.right)
+
+
+@norms.register
+def _(form: Kronecker) -> tuple[float, float]:
+    return float(form.first.norm() * form.second.norm()), 0.0
+
+
+@_tensors.register
+def _(form: Kronecker) -> tuple[Tensor, ...]:
+    return (form.first, form.second)

@@ -192,6 +192,8 @@ def _members(
         if "lora_B" in names:
             raise UnsupportedFormatError(f"{where} holds an ALoRA (several A, one B), which is not supported")
         return _loramoe(slots, scale_of, config.get("lora_nums"))
+    if names != {"lora_A", "lora_B"}:
+        return f"{', '.join(sorted(names))} of {module} are no pair of factors"
     return _stacked(slots, scale_of) if len(slots["lora_A"].shape) == 3 else _plain(slots, scale_of)
 
 
@@ -270,7 +272,7 @@ def _moelora(slots: Slots, scale_of: Callable[[int], float | str]) -> _Members |
         return (
             "the gate or the tasks' embedding of this MOELoRA is not in the file, so its experts' weights are unknown"
         )
-    if len(embedding.shape) != 2 or gate.shape != (len(terms), embedding.shape[1]):
+    if len(embedding.shape) != 2 or not embedding.numel or gate.shape != (len(terms), embedding.shape[1]):
         return f"the gate {list(gate.shape)} does not fit {len(terms)} experts and tasks {list(embedding.shape)}"
     each = tuple(Weighted(terms, embedding.item(task), gate) for task in range(embedding.shape[0]))
     return _Members(each, "tasks", why="every task weighs the experts its own way (MOELoRA)")
@@ -282,8 +284,8 @@ def _mtl(config: Mapping[str, Any], slots: Slots, scale_of: Callable[[int], floa
         return f"{missing[0]} of this MTL-LoRA is missing"
     down, ups, middle, logits = (slots[name] for name in ("lora_A", "lora_B", "lora_lambdas", "lora_B_w"))
     down = down.item(0) if len(down.shape) == 3 and down.shape[0] == 1 else down
-    tasks, rank = logits.shape[0], down.shape[0]
-    fits = len(down.shape) == 2 and len(ups.shape) == 3 and ups.shape[2] == rank and rank > 0
+    tasks, rank = (logits.shape or (0,))[0], (down.shape or (0,))[0]
+    fits = len(down.shape) == 2 and len(ups.shape) == 3 and ups.shape[2] == rank and rank > 0 and tasks > 0
     if not fits or logits.shape != (tasks, ups.shape[0]) or middle.shape not in ((tasks, rank), (tasks, rank, rank)):
         return f"the tensors of this MTL-LoRA do not fit: { {name: list(ref.shape) for name, ref in slots.items()} }"
     s = scale_of(rank)
@@ -306,9 +308,9 @@ def _mtl(config: Mapping[str, Any], slots: Slots, scale_of: Callable[[int], floa
 
 
 def _stacked(slots: Slots, scale_of: Callable[[int], float | str]) -> _Members | str:
-    downs, ups = slots["lora_A"], slots.get("lora_B")
-    if ups is None or len(ups.shape) != 3 or not downs.shape[0] or downs.shape[0] != ups.shape[0]:
-        return f"lora_A {list(downs.shape)} and lora_B {list(ups.shape) if ups else '(missing)'} are no stacks of pairs"
+    downs, ups = slots["lora_A"], slots["lora_B"]
+    if len(ups.shape) != 3 or not downs.shape[0] or downs.shape[0] != ups.shape[0]:
+        return f"lora_A {list(downs.shape)} and lora_B {list(ups.shape)} are no stacks of pairs"
     items = [tuple(ref.item(i) for i in range(ref.shape[0])) for ref in (downs, ups)]
     terms = _scaled(_pairs(items[0], items[1]), scale_of)
     if isinstance(terms, str):
@@ -319,7 +321,7 @@ def _stacked(slots: Slots, scale_of: Callable[[int], float | str]) -> _Members |
 
 def _plain(slots: Slots, scale_of: Callable[[int], float | str]) -> _Members | str:
     """A module with one pair beside others with several."""
-    terms = _scaled(_pairs((slots["lora_A"],), (slots["lora_B"],)) if len(slots) == 2 else "no pair", scale_of)
+    terms = _scaled(_pairs((slots["lora_A"],), (slots["lora_B"],)), scale_of)
     return terms if isinstance(terms, str) else _Members((Factors(terms),), "")
 
 

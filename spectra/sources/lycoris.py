@@ -17,7 +17,7 @@ from spectra.sources.loha import cp_product
 from spectra.sources.products import HadamardProduct, KroneckerProduct, Product
 from spectra.sources.recipes import Factors, Term, Update
 from spectra.sources.tensors import TensorRef
-from spectra.types import Dense, Form, LowRank
+from spectra.types import Dense, Form, Kronecker, LowRank
 
 # What a module's tensors are called, and what is left of that: down and up are A and B in PEFT's words.
 _SAME = {
@@ -70,6 +70,8 @@ class Scaled:
         form = self.update.read(device)
         if isinstance(form, LowRank):
             return replace(form, left=alpha * form.left)
+        if isinstance(form, Kronecker):
+            return replace(form, first=alpha * form.first)
         return replace(form, matrix=alpha * form.matrix)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from spectra.sources.tensors import TensorRef
-from spectra.types import Dense, LowRank
+from spectra.types import Dense, Kronecker, LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,8 +144,8 @@ class KroneckerProduct:
 
     @property
     def factored(self) -> bool:
-        """False: the matrix is formed."""
-        return False
+        """True: the two sides are all that is read."""
+        return True
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
@@ -172,11 +172,9 @@ class KroneckerProduct:
                 return f"{list(side.shape)} is not the shape of a matrix"
         return ""
 
-    def read(self, device: str = "cpu") -> Dense:
-        """The matrix in float64."""
-        import torch
-
-        return Dense(self.scale * torch.kron(_matrix(self.first, device), _matrix(self.second, device)))
+    def read(self, device: str = "cpu") -> Kronecker:
+        """The two sides in float64, the scale in the first."""
+        return Kronecker(self.scale * _matrix(self.first, device), _matrix(self.second, device))
 
 
 def _refs(side: TensorRef | Product) -> tuple[TensorRef, ...]:

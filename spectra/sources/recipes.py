@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from spectra.sources.tensors import TensorRef
-from spectra.types import Dense, Form, LowRank, Recipe
+from spectra.types import Dense, Form, Kronecker, LowRank, Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -222,6 +222,9 @@ class Placed:
         norm = float(self.base.read_float64(device).norm()) if self.base else form.base_norm
         if isinstance(form, LowRank):
             return replace(form, left=self._part(form.left), base_norm=norm)
+        if isinstance(form, Kronecker):
+            # Rows of a product are no product: a part is formed.
+            return replace(form, base_norm=norm) if self.rows is None else Dense(self._part(form.to_dense()), norm)
         return replace(form, matrix=self._part(form.matrix), base_norm=norm)
 
     def _part(self, tensor: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def test_deltas_travel_as_small_recipes(example):
 def test_the_spectrum_is_that_of_the_update(example):
     import numpy as np
 
-    row, oracle = example
+    _, oracle = example
     source = spectra.open_source(oracle.adapter, oracle.base)
     for found in spectra.decompose(source, top=3):
         assert found.status == "ok", found

@@ -63,6 +63,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
+ONE = b'"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
 HOSTILE = {
     "header longer than the file": ({"a": entry()}, b"12345678", 10**12),
     "not JSON": (b"{nonsense", b"", None),
@@ -75,7 +76,7 @@ HOSTILE = {
     "negative shape": ({"a": entry(shape=(-2,))}, b"12345678", None),
     "fractional shape": ({"a": entry(shape=(2.0,))}, b"12345678", None),
     "overlap": ({"a": entry(), "b": entry(offsets=(4, 12))}, b"123456789012", None),
-    "duplicate key": (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234", None),
+    "duplicate key": (b"{%s, %s}" % (ONE, ONE), b"1234", None),
     "no offsets": ({"a": {"dtype": "F32", "shape": [2]}}, b"12345678", None),
     "entry is a list": ({"a": [1]}, b"", None),
     "metadata is a list": ({"__metadata__": [1]}, b"", None),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -155,9 +154,7 @@ EXAMPLES: dict[str, Callable[[Path], Oracle]] = {
         peft.VBLoRAConfig, r=2, num_vectors=8, vector_length=4, topk=2, vblora_dropout=0.0, target_modules=_ON
     ),
     "randlora": _peft(peft.RandLoraConfig, r=5, target_modules=_ON, prepare=torch.nn.Module.double),
-    "trainable_tokens": _peft(
-        peft.TrainableTokensConfig, token_indices=[5, 0, 39], target_modules=["embed_tokens"]
-    ),
+    "trainable_tokens": _peft(peft.TrainableTokensConfig, token_indices=[5, 0, 39], target_modules=["embed_tokens"]),
     "oft": _peft(peft.OFTConfig, oft_block_size=4, target_modules=_ON),
     "boft": _peft(peft.BOFTConfig, boft_block_size=4, target_modules=_ON),
     "hra": _peft(peft.HRAConfig, r=3, target_modules=_ON),

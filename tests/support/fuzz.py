@@ -177,7 +177,7 @@ def _poison(folder: Path, rng: random.Random) -> str:
 
 def _drop(folder: Path, rng: random.Random) -> str:
     if rng.random() < 0.3:
-        path = rng.choice(sorted(folder.iterdir()))
+        path = rng.choice(sorted(file for file in folder.rglob("*") if file.is_file()))
         path.unlink()
         return path.name
 

@@ -1,0 +1,55 @@
+"""The SVD of a Kronecker product against that of the product itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import spectra
+from spectra.engine.kronecker import kronecker_svd, product
+from spectra.engine.solve import blank_for, solve_form
+from spectra.types import Kronecker, WeightDelta
+
+sides = st.tuples(*[st.integers(1, 5)] * 4, st.integers(0, 10**6))
+
+
+def pair(m1, n1, m2, n2, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((m1, n1), (m2, n2)))
+
+
+@given(sides)
+def test_values_and_vectors_are_those_of_the_product(case):
+    A, B = pair(*case)
+    whole = torch.kron(A, B)
+    S, U, Vh = kronecker_svd(A, B, top=100)
+    expected = torch.linalg.svdvals(whole)
+    assert torch.allclose(S, expected[: len(S)], atol=1e-12 * float(expected[0]))
+    assert float(expected[len(S) :].sum()) <= 1e-12 * float(expected[0])
+    assert torch.equal(kronecker_svd(A, B)[0].round(decimals=9), S.round(decimals=9))
+    assert torch.allclose(U.T @ U, torch.eye(U.shape[1], dtype=torch.float64), atol=1e-12)
+    assert torch.allclose((U * S) @ Vh, whole, atol=1e-12 * float(expected[0]))
+
+
+@given(sides)
+def test_products_with_vectors_do_not_need_the_matrix(case):
+    A, B = pair(*case)
+    X = torch.randn(A.shape[1] * B.shape[1], 3, dtype=torch.float64)
+    assert torch.allclose(product(A, B, X), torch.kron(A, B) @ X, atol=1e-12)
+
+
+def test_the_engine_checks_and_reports_it_like_any_other():
+    A, B = pair(6, 4, 5, 7, 0)
+    whole = torch.kron(A, B)
+    delta = WeightDelta.from_tensor("w", whole)
+    found = solve_form(blank_for(delta), Kronecker(A, B), top=4, only_top=False)
+    dense = next(iter(spectra.decompose([delta], top=4)))
+    assert found.status == "ok"
+    assert found.method == "kronecker-svd-f64"
+    assert found.norm == pytest.approx(dense.norm, rel=1e-12)
+    assert found.S[:20] == pytest.approx(dense.S[:20], abs=1e-7 * dense.S[0])
+    assert spectra.subspace_similarity(found, dense, top=4).phi == pytest.approx(1, abs=1e-9)
+    bad = Kronecker(A * float("nan"), B)
+    assert solve_form(blank_for(delta), bad, top=0, only_top=False).status == "nonfinite"
