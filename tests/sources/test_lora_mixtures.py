@@ -121,6 +121,7 @@ def test_moelora_per_task(alias, tmp_path):
     [
         ({"lora_gate.default.GateL.weight": None}, "experts' weights are unknown"),
         ({"lora_gate.default.GateL.weight": randn(N, D + 1)}, "does not fit 3 experts"),
+        ({"lora_task_embedding.default.weight": randn(0, D)}, "does not fit 3 experts"),
         ({"lora_A.default.loraA.1.mlp.weight": None}, "are not 0, 1"),
         ({"lora_A.default.loraA.1.mlp.weight": randn(R, IN + 1)}, "no equal pairs"),
     ],
@@ -170,6 +171,9 @@ def test_mtl_lora_without_its_temperature(tmp_path):
     [
         ({"lora_lambdas": None}, "lora_lambdas of this MTL-LoRA is missing"),
         ({"lora_B_w": randn(TASKS, N + 1)}, "do not fit"),
+        ({"lora_B_w": randn()}, "do not fit"),
+        ({"lora_B_w": randn(0, N), "lora_lambdas": randn(0, R)}, "do not fit"),
+        ({"lora_A": randn()}, "do not fit"),
         ({"lora_lambdas": randn(TASKS, R + 1)}, "do not fit"),
         ({"lora_A": randn(1, R + 1, IN)}, "do not fit"),
         ({"lora_B": torch.ones(N, OUT, R, dtype=torch.int32)}, "stored as I32"),
@@ -221,6 +225,15 @@ def test_stacked_pairs_without_a_scaling_must_be_told_what_they_are(config, tmp_
     (found,) = spectra.open_source(path, heads="sum", **options)
     close(found, delta(A, B, [1] * N))
     apart(path, N, [delta(A, B, one(i)) for i in range(N)], "stacked pairs", **options)
+
+
+@pytest.mark.parametrize("lone", ["lora_A", "lora_B"])
+def test_a_factor_that_is_alone_in_its_module(lone, tmp_path):
+    A, B = pairs()
+    tensors = {f"{NAME}.lora_A": A, f"{NAME}.lora_B": B, f"model.layers.1.mlp.up_proj.{lone}": randn(N, R, R)}
+    source = spectra.open_source(write_adapter(tmp_path, tensors, CONFIG), heads="sum")
+    assert source[f"{NAME}.weight"].status == "ok"
+    assert f"{lone} of model.layers.1.mlp.up_proj are no pair" in source["model.layers.1.mlp.up_proj.weight"].reason
 
 
 def test_several_a_with_one_b_are_refused_by_name(tmp_path):
