@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from spectra.types import Source
 
 
-@click.command("inspect")
+@click.command("inspect", short_help="What a model or adapter holds, from headers only.")
 @click.argument("path", metavar="PATH")
 @click.option("--base", metavar="BASE", help="Pair it with this model and show what fits.")
 @click.option("--heads", type=HeadsType(), default="mean", help="What multi-head adapters stand for.", hidden=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _MOST_CURVES = 6
 
 
-@click.command("plot")
+@click.command("plot", short_help="Redraw figures from stored results.")
 @click.argument("directories", nargs=-1, required=True, metavar="DIR…", type=click.Path())
 @_LAYER
 @click.option("--label", "labels", multiple=True, help="Name of a run in the legend, in order.  [default: its folder]")

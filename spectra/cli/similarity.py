@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _MOST_LINES = 12
 
 
-@click.command("similarity")
+@click.command("similarity", short_help="Do two updates use the same directions?")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option("--base", metavar="BASE", help="The model both started from, where the formats need it.")

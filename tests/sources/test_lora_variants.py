@@ -324,3 +324,15 @@ def test_what_serves_training_only_is_listed(tmp_path):
     source = spectra.open_source(oracle.adapter, oracle.base)
     assert_matches(source, oracle.deltas)
     assert any("sampler" in name and "training only" in why for name, why in source.coverage.skipped.items())
+
+
+def test_a_head_that_the_file_calls_by_its_older_name(tmp_path):
+    base = write_checkpoint(
+        tmp_path / "base", {"embed_out.weight": torch.randn(9, 4)}, config={"model_type": "gpt_neox"}
+    )
+    prefix, A, B = "base_model.model.lm_head", torch.randn(2, 4), torch.randn(9, 2)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    path = write_adapter(tmp_path / "a", {f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B}, config)
+    (delta,) = spectra.open_source(path, base)
+    assert delta.name == "embed_out.weight"
+    assert torch.allclose(delta.read().to_dense(), 2 * B.double() @ A.double())
