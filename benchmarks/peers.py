@@ -44,6 +44,35 @@ def lora_script(folder: str, top: int) -> None:
             kept[name] = s, q_left @ u[:, :top], vh[:top] @ q_right.T
 
 
+def multilora_script(folder: str, top: int) -> None:
+    """The same for a MultiLoRA, its modules side by side."""
+    from safetensors import safe_open
+
+    path = Path(folder)
+    config = json.loads((path / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / config["r"]
+    kept = {}
+    with safe_open(path / "adapter_model.safetensors", "pt") as file:
+        for name in sorted(key for key in file.keys() if key.endswith("_A")):  # noqa: SIM118
+            right = file.get_tensor(name).float().flatten(0, 1)
+            scaling = file.get_tensor(f"{name[:-2]}_scaling").float()
+            left = (scale * scaling[:, :, None] * file.get_tensor(f"{name[:-2]}_B").float()).transpose(0, 1).flatten(1)
+            q_left, t_left = torch.linalg.qr(left)
+            q_right, t_right = torch.linalg.qr(right.T)
+            u, s, vh = torch.linalg.svd(t_left @ t_right.T)
+            kept[name] = s, q_left @ u[:, :top], vh[:top] @ q_right.T
+
+
+def values_script(base: str, tuned: str) -> None:
+    """Load both models, subtract, torch.linalg.svdvals."""
+    from safetensors.torch import load_file
+
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (base, tuned))
+    for name, weight in before.items():
+        if name.startswith("encoder.") and weight.ndim == 2:
+            torch.linalg.svdvals(after[name] - weight)
+
+
 def pair_script(base: str, tuned: str) -> None:
     """Subtract in float32 and decompose, shard by shard."""
     from safetensors import safe_open
@@ -58,7 +87,8 @@ def pair_script(base: str, tuned: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "lora":
-        lora_script(sys.argv[2], 30)
+    what, *paths = sys.argv[1:]
+    if what in ("lora", "multilora"):
+        (lora_script if what == "lora" else multilora_script)(*paths, top=30)
     else:
-        pair_script(sys.argv[2], sys.argv[3])
+        (pair_script if what == "pair" else values_script)(*paths)

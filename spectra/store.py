@@ -155,13 +155,13 @@ class Store:
         arrays = {name: getattr(spectrum, name) for name in _ARRAYS if getattr(spectrum, name) is not None}
         self.spectra.put(spectrum.name, arrays, record)
 
-    def get(self, name: str) -> Spectrum:
-        """One stored spectrum.
+    def get(self, name: str, vectors: bool = True) -> Spectrum:
+        """One stored spectrum, with its vectors or without reading them.
 
         Raises:
             StoreError: it is missing or damaged.
         """
-        arrays, record = self.spectra.get(name)
+        arrays, record = self.spectra.get(name, None if vectors else ("S",))
         known = {item.name for item in fields(Spectrum)} - set(_ARRAYS)
         given: dict[str, Any] = {**{key: value for key, value in record.items() if key in known}, **arrays}
         return Spectrum(**given)
@@ -184,8 +184,8 @@ class Store:
 
     def finish(self, details: Mapping[str, Any] | None = None) -> None:
         """Write the tables from everything that is stored, and the methods into `run.json`."""
-        spectra = StoredSpectra(self.directory)
-        rows = [tables.row(spectrum) for spectrum in spectra]
+        names = self.spectra.names()
+        rows = [tables.row(self.get(name, vectors=False)) | {"k": self.stored_k(name)} for name in names]
         if rows:
             write(self.directory / SUMMARY, tables.to_csv(rows).encode())
         compared = [tables.similarity_row(similarity) for similarity in self.similarities()]
@@ -201,8 +201,9 @@ class StoredSpectra(Sequence[Spectrum]):
     `run` holds what `run.json` says.
     """
 
-    def __init__(self, directory: str | Path, names: Sequence[str] | None = None) -> None:
+    def __init__(self, directory: str | Path, names: Sequence[str] | None = None, vectors: bool = True) -> None:
         self._store = Store(directory)
+        self._vectors = vectors
         self.directory = self._store.directory
         self.names = tuple(self._store.spectra.names() if names is None else names)
 
@@ -220,13 +221,13 @@ class StoredSpectra(Sequence[Spectrum]):
     def __getitem__(self, index: slice) -> StoredSpectra: ...
     def __getitem__(self, index: int | str | slice) -> Spectrum | StoredSpectra:
         if isinstance(index, slice):
-            return StoredSpectra(self.directory, self.names[index])
+            return StoredSpectra(self.directory, self.names[index], self._vectors)
         if isinstance(index, str) and index not in self.names:
             raise KeyError(f"{index!r} is not among the {len(self)} matrices in {self.directory}")
-        return self._store.get(index if isinstance(index, str) else self.names[index])
+        return self._store.get(index if isinstance(index, str) else self.names[index], self._vectors)
 
     def __iter__(self) -> Iterator[Spectrum]:
-        return (self._store.get(name) for name in self.names)
+        return (self._store.get(name, self._vectors) for name in self.names)
 
     def select(self, patterns: str | Sequence[str]) -> StoredSpectra:
         """Only the matrices that the patterns mean, as `--layer` does.
@@ -234,7 +235,7 @@ class StoredSpectra(Sequence[Spectrum]):
         Raises:
             SelectionError: a pattern matches nothing.
         """
-        return StoredSpectra(self.directory, naming.select(patterns, self.names))
+        return StoredSpectra(self.directory, naming.select(patterns, self.names), self._vectors)
 
     def __repr__(self) -> str:
         return f"StoredSpectra({self.directory}: {len(self)} matrices)"
@@ -261,13 +262,17 @@ def save(spectra: Iterable[Spectrum], directory: str | Path) -> None:
     store.finish()
 
 
-def load(directory: str | Path) -> StoredSpectra:
+def load(directory: str | Path, *, vectors: bool = True) -> StoredSpectra:
     """The spectra of a results directory, by index or name, read when they are asked for.
+
+    Args:
+        directory: what `save` or `spectra svd --out` made.
+        vectors: False leaves singular vectors on the disk, where most of the bytes are.
 
     Raises:
         StoreError: there are no results.
     """
-    found = StoredSpectra(directory)
+    found = StoredSpectra(directory, vectors=vectors)
     if not found.names:
         raise StoreError(f"{directory} holds no spectra; make them with spectra svd … --out {directory}")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import numpy as np
@@ -63,6 +64,9 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     assert loaded[0].name == made[2].name
     assert [item.name for item in loaded[1:]] == [made[1].name, made[0].name]
     assert loaded.select("v_proj").names == (made[1].name, made[0].name)
+    assert spectra.load(tmp_path / "run", vectors=False)[made[0].name].U is None
+    with (tmp_path / "run" / "summary.csv").open() as file:
+        assert [line["k"] for line in csv.DictReader(file)] == ["0", "0", "1"]
     with pytest.raises(KeyError, match="not among the 3"):
         loaded["other"]
 

@@ -69,7 +69,7 @@ def draw_directories(
         if compared:
             written += _draw_similarity(compared, target if len(directories) == 1 else Path(directory))
         if store.spectra.names():
-            found = load(directory)
+            found = load(directory, vectors=False)
             runs[name] = found.select(list(layers)) if layers else found
         elif not compared:
             raise StoreError(f"{directory} holds no results; make them with spectra svd … --out {directory}")
