@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from spectra.types import Spectrum
 
 _MOST_CURVES = 6
+_LONGEST_LABEL = 28
 
 
 @click.command("plot", short_help="Redraw figures from stored results.")
@@ -67,7 +68,9 @@ def draw_directories(
         store = Store(directory)
         compared = store.similarities()
         if compared:
-            written += _draw_similarity(compared, target if len(directories) == 1 else Path(directory))
+            inputs = store.run().get("inputs", {})
+            labels_of = tuple(Path(inputs.get(key, f"update {key.upper()}")).name[:_LONGEST_LABEL] for key in "ab")
+            written += _draw_similarity(compared, target if len(directories) == 1 else Path(directory), labels_of)
         if store.spectra.names():
             found = load(directory, vectors=False)
             runs[name] = found.select(list(layers)) if layers else found
@@ -107,7 +110,7 @@ def _by_role(spectra: Sequence[Spectrum], per_layer: bool) -> tuple[dict[str, Se
     return {name: items for name, items in groups.items() if name in kept}, passed_over
 
 
-def _draw_similarity(compared: Sequence, target: Path) -> list[str]:
+def _draw_similarity(compared: Sequence, target: Path, labels: tuple[str, ...]) -> list[str]:
     from spectra.metrics.similarity import pool
     from spectra.plots import save_figure, similarity_figure
 
@@ -115,7 +118,7 @@ def _draw_similarity(compared: Sequence, target: Path) -> list[str]:
     for item in compared:
         groups.setdefault(f"{item.role}, {item.side}", []).append(item)
     panels = {name: pool(items, name) if len(items) > 1 else items[0] for name, items in groups.items()}
-    figure = similarity_figure(panels)
+    figure = similarity_figure(panels, labels=(labels[0], labels[1]))
     return [str(path) for path in save_figure(figure, target / "similarity")]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,7 @@ def command(
     settings = {"heads": heads, "scale": scale, "split": split}
     with executor_for(workers, cluster) as executor:
         compute = {"device": device, "executor": executor, "memory_budget": memory}
-        inputs, total, found = _compare(a, b, base, layers, settings, top, sides, compute)
+        inputs, total, order, found = _compare(a, b, base, layers, settings, top, sides, compute)
         done: list[SubspaceSimilarity] = []
         undone: list[NotCompared] = []
         store = _store(out, inputs, top, sides)
@@ -72,6 +72,7 @@ def command(
                 done.append(item)
                 if store:
                     store.put_similarity(item)
+    done.sort(key=lambda item: order[item.name])  # they come as they finish
     if store:
         store.finish()
     written = _draw(out, done) if out and figures and done else []
@@ -91,8 +92,8 @@ def _compare(
     top: int,
     sides: tuple[Any, ...],
     compute: dict[str, Any],
-) -> tuple[dict[str, Any], int, Iterator[SubspaceSimilarity | NotCompared]]:
-    """What is compared, how many comparisons that makes, and their stream."""
+) -> tuple[dict[str, Any], int, dict[str, int], Iterator[SubspaceSimilarity | NotCompared]]:
+    """What is compared, how many comparisons that makes, each matrix's place, and the stream."""
     from spectra import comparison, fingerprint
     from spectra.sources import open_source
     from spectra.store import load
@@ -102,8 +103,8 @@ def _compare(
     if all(stored):
         runs = [load(path) for path in (a, b)]
         runs = [run.select(layers) for run in runs] if layers else runs
-        total = _count([set(run.names) for run in runs], sides)
-        return inputs, total, comparison.compare_stored(*runs, top=top, sides=sides)
+        total, order = _count([run.names for run in runs], sides)
+        return inputs, total, order, comparison.compare_stored(*runs, top=top, sides=sides)
     if any(stored):
         raise click.UsageError("one of A and B holds stored results and the other weights: give two of a kind")
     sources = [open_source(path, base, **settings) for path in (a, b)]
@@ -111,13 +112,13 @@ def _compare(
     for source in sources:
         report.coverage_notes(source.coverage)
     inputs["files"] = [fingerprint.of_files(source) for source in sources]
-    total = _count([{delta.name for delta in source} for source in sources], sides)
-    return inputs, total, comparison.compare(*sources, top=top, sides=sides, **compute)
+    total, order = _count([[delta.name for delta in source] for source in sources], sides)
+    return inputs, total, order, comparison.compare(*sources, top=top, sides=sides, **compute)
 
 
-def _count(names: list[set[str]], sides: tuple[Any, ...]) -> int:
-    a, b = names
-    return len(a & b) * len(sides) + len(a ^ b)
+def _count(names: Sequence[Sequence[str]], sides: tuple[Any, ...]) -> tuple[int, dict[str, int]]:
+    a, b = map(set, names)
+    return len(a & b) * len(sides) + len(a ^ b), {name: place for place, name in enumerate(names[0])}
 
 
 def _store(out: str | None, inputs: dict[str, Any], top: int, sides: tuple[str, ...]) -> Any:

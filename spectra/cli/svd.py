@@ -20,7 +20,9 @@ _MOST_LINES = 12
 
 
 @click.command("svd", short_help="Singular values of an update, and its vectors.")
-@click.option("--base", metavar="BASE", help="The model it started from: path, hub id or alias. Most adapters need none.")
+@click.option(
+    "--base", metavar="BASE", help="The model it started from: path, hub id or alias. Most adapters need none."
+)
 @click.option("--tuned", required=True, metavar="TUNED", help="The tuned model or adapter: path, hub id or alias.")
 @click.option("--top", type=click.IntRange(min=1), metavar="K", help="Keep the top K singular vectors, too.")
 @source_options

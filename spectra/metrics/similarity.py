@@ -172,6 +172,8 @@ def pool(similarities: list[SubspaceSimilarity], name: str) -> SubspaceSimilarit
     k = min(item.k_used for item in similarities)
     widest = max(item.k_used for item in similarities)
     short = "" if k == widest else f", k clamped to {k} by the lowest of them"
+    said = [item.note for item in similarities if item.note]
+    short += f"; {said[0]} ({len(said)} of them)" if said else ""
     return SubspaceSimilarity(
         name=name,
         side=similarities[0].side,

@@ -139,6 +139,8 @@ def test_pooling_is_the_mean_as_far_as_all_reach():
     assert pooled.k_used == 4
     assert np.allclose(pooled.grid, np.mean([part.grid[:4, :4] for part in parts], axis=0))
     assert "mean over 3 matrices, k clamped to 4" in pooled.note
+    clamped = spectra.subspace_similarity(spectra_[0], spectra_[1], top=50)
+    assert "k clamped from 50 to 7" in pool([clamped, clamped], "v_proj").note
     with pytest.raises(SelectionError):
         pool([], "nothing")
 
