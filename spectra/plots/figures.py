@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from spectra.errors import SelectionError, StoreError
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.plots.histogram import BINS, draw_pooled, pool_values
-from spectra.plots.similarity import add_colorbar, plot_similarity
+from spectra.plots.similarity import add_colorbar, caption, plot_similarity
 from spectra.plots.style import look
 from spectra.types import Spectrum
 
@@ -89,7 +89,9 @@ def similarity_figure(
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     with look():
-        figure = Figure(figsize=(3.9 * columns + 0.9, 4.1 * rows + (0.3 if title else 0)), layout="constrained")
+        lines = 1 + max(len(caption(item).splitlines()) for item in panels.values())
+        height = (3.7 + 0.17 * lines) * rows + (0.3 if title else 0)
+        figure = Figure(figsize=(3.9 * columns + 0.9, height), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
         axes = list(grid.flat)
         for ax, (name, item) in zip(axes, panels.items(), strict=False):
