@@ -194,7 +194,7 @@ def subtract(
     if tuned.shape != base.shape:
         why = f"tuned is {list(tuned.shape)}, base is {list(base.shape)}"
         by_token = role_of(name) in _VOCABULARY or tied.is_vocabulary(name)
-        rows = min(tuned.shape[0], base.shape[0])
+        rows = min(tuned.shape[0], base.shape[0]) if tuned.shape and base.shape else 0
         if not by_token or tuned.shape[1:] != base.shape[1:] or not rows:
             ledger.refuse(name, base.shape, "shape_mismatch", why)
             return
