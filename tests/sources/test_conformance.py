@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import pytest
+import torch
 from support.checkpoints import write_adapter
 from support.examples import EXAMPLES, stored_tensors
 from support.peft_oracle import assert_matches
@@ -12,6 +14,7 @@ from support.peft_oracle import assert_matches
 import spectra
 from spectra.errors import BaseRequiredError, SpectraError
 from spectra.sources import FORMATS
+from spectra.sources.folder import open_folder
 from spectra.sources.tensors import TensorRef
 
 ROWS = {row.kind: row for row in FORMATS}
@@ -104,3 +107,21 @@ def test_every_missing_tensor_is_a_refusal_and_never_a_number(example, tmp_path)
             if delta.status == "ok":
                 got, expected = delta.read().to_dense(), oracle.deltas[delta.name]
                 assert float((got - expected).norm()) <= max(oracle.tolerance, 1e-6) * float(expected.norm()), name
+
+
+def test_the_example_of_a_new_format_in_contributing_works(tmp_path):
+    """The code block is run as it stands, with the imports that it leaves out."""
+    text = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text()
+    block = text.split("```python\n")[1].split("```")[0]
+    scope: dict = {}
+    for module in ("adapter", "folder", "ledger", "recipes"):
+        exec(f"from spectra.sources.{module} import *", scope)
+    exec("from __future__ import annotations\nfrom spectra.types import Source\n" + block, scope)
+    A, B = torch.randn(2, 5), torch.randn(6, 2)
+    prefix = "base_model.model.layers.0.q_proj"
+    write_adapter(tmp_path, {f"{prefix}.my_A": A, f"{prefix}.my_B": B}, {"peft_type": "MINE"})
+    folder = open_folder(tmp_path)
+    assert scope["matches"](folder)
+    source = scope["open_myformat"](folder, None, split=True, heads="mean", scale=None)
+    assert source.kind == "myformat"
+    assert_matches(source, {"layers.0.q_proj.weight": B.double() @ A.double()})
