@@ -20,6 +20,11 @@ def of_delta(delta: WeightDelta) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def of_pair(a: WeightDelta, b: WeightDelta) -> str:
+    """A key for the comparison of two deltas."""
+    return hashlib.sha256(f"{of_delta(a)}|{of_delta(b)}".encode()).hexdigest()
+
+
 def of_files(source: Source) -> dict[str, dict[str, Any]]:
     """Path → size, modification time and hash of the first MiB, for every file that the source reads."""
     refs = (ref for delta in source.deltas if delta.recipe is not None for ref in delta.recipe.refs)

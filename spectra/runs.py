@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +12,9 @@ from typing import Any
 
 from spectra import fingerprint
 from spectra._version import __version__
+from spectra.comparison import NotCompared, compare
 from spectra.engine.decompose import decompose_indexed, threads_for
+from spectra.metrics.similarity import Side, SubspaceSimilarity
 from spectra.store import Store
 from spectra.types import Source, Spectrum
 
@@ -66,6 +68,54 @@ def decompose_into(
         for index, spectrum in found:
             store.put(spectrum, keys[places[index]])
             yield spectrum
+    store.finish()
+
+
+def compare_into(
+    out: str | Path | None,
+    a: Source,
+    b: Source,
+    inputs: Mapping[str, Any],
+    *,
+    top: int,
+    sides: Sequence[Side],
+    **compute: Any,
+) -> Iterator[SubspaceSimilarity | NotCompared]:
+    """The comparisons of two sources, stored ones first, new ones as they finish and are stored.
+
+    Args:
+        out: the results directory, or None to store nothing.
+        a: one source.
+        b: the other.
+        inputs: what identifies the run beside the files.
+        top: as for `compare`.
+        sides: as for `compare`.
+        compute: device, executor and memory_budget, as for `compare`.
+
+    Raises:
+        StoreError: the directory holds results of other inputs, or cannot be written to.
+        SelectionError: the two share no name.
+    """
+    if out is None:
+        yield from compare(a, b, top=top, sides=sides, **compute)
+        return
+    store = Store(out)
+    files = fingerprint.of_files(a) | fingerprint.of_files(b)
+    store.begin({**inputs, "top": top, "files": files}, {"command": sys.argv, "sides": sides})
+    partners = {delta.name: delta for delta in b}
+    keys = {d.name: fingerprint.of_pair(d, partners[d.name]) for d in a if d.name in partners}
+    done: set[str] = set()
+    for name, key in keys.items():
+        found = [store.similarity_of(name, side, key) for side in sides]
+        if all(found):
+            done.add(name)
+            yield from (item for item in found if item)
+    rest = [tuple(delta for delta in source if delta.name not in done) for source in (a, b)]
+    if len(done) < len(keys) or not keys:
+        for item in compare(*rest, top=top, sides=sides, **compute):
+            if isinstance(item, SubspaceSimilarity):
+                store.put_similarity(item, keys[item.name])
+            yield item
     store.finish()
 
 

@@ -118,8 +118,8 @@ class Store:
         stored = self.run()
         before = stored.get("inputs")
         wanted = json.loads(_json(inputs))
-        if before is not None and before != wanted:
-            changed = sorted(key for key in {*before, *wanted} if before.get(key) != wanted.get(key))
+        changed = _differences(before, wanted) if before is not None else []
+        if changed:
             raise StoreError(
                 f"{self.directory} holds results of other inputs (different: {', '.join(changed)}); "
                 "nothing was changed there: choose another --out"
@@ -127,7 +127,8 @@ class Store:
         if before is None and self.spectra.names():
             raise StoreError(f"{self.directory} holds results without a {RUN}; choose another --out")
         started = stored.get("started") or _now()
-        write(self.directory / RUN, _json({"inputs": inputs, "started": started, **details}, indent=1).encode())
+        wanted["files"] = {**(before or {}).get("files", {}), **wanted.get("files", {})}
+        write(self.directory / RUN, _json({"inputs": wanted, "started": started, **details}, indent=1).encode())
 
     def has(self, name: str, key: str, top: int | None, only_top: bool) -> bool:
         """Whether a final result for this key is stored that holds at least what is asked for."""
@@ -166,6 +167,17 @@ class Store:
         given: dict[str, Any] = {**{key: value for key, value in record.items() if key in known}, **arrays}
         return Spectrum(**given)
 
+    def similarity_of(self, name: str, side: str, key: str) -> SubspaceSimilarity | None:
+        """A stored comparison, if it was made from the same inputs."""
+        label = f"{name}.{side}"
+        if not self.similarity.path(label).is_file():
+            return None
+        try:
+            arrays, record = self.similarity.get(label)
+        except StoreError:
+            return None  # damaged: compared again
+        return _similarity(arrays, record) if record.get("key") == key else None
+
     def put_similarity(self, similarity: SubspaceSimilarity, key: str = "") -> None:
         """Store one comparison."""
         record = {name: getattr(similarity, name) for name in ("name", "side", "k_used", "note")}
@@ -174,13 +186,7 @@ class Store:
 
     def similarities(self) -> list[SubspaceSimilarity]:
         """All stored comparisons."""
-        found = []
-        for name in self.similarity.names():
-            arrays, record = self.similarity.get(name)
-            record.pop("key", None)
-            given: dict[str, Any] = {**record, **arrays}
-            found.append(SubspaceSimilarity(**given))
-        return found
+        return [_similarity(*self.similarity.get(name)) for name in self.similarity.names()]
 
     def finish(self, details: Mapping[str, Any] | None = None) -> None:
         """Write the tables from everything that is stored, and the methods into `run.json`."""
@@ -300,6 +306,33 @@ def write(path: Path, content: bytes) -> None:
             f"{path} cannot be written ({problem.strerror}); what was stored before is unharmed: "
             "make room or choose another --out, and run the command again to go on"
         ) from None
+
+
+def _similarity(arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> SubspaceSimilarity:
+    given: dict[str, Any] = {key: value for key, value in record.items() if key != "key"} | dict(arrays)
+    return SubspaceSimilarity(**given)
+
+
+def _differences(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Which inputs differ. Other layers may lie in other files: those of before have to be as they were."""
+    changed = {key for key in {*before, *wanted} - {"files"} if before.get(key) != wanted.get(key)}
+    new = wanted.get("files", {})
+    if any(new[path] != file if path in new else not _as_it_was(path, file) for path, file in _files(before)):
+        changed.add("files")
+    return sorted(changed)
+
+
+def _files(inputs: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    files: Mapping[str, Mapping[str, Any]] = inputs.get("files", {})
+    return files.items()
+
+
+def _as_it_was(path: str, file: Mapping[str, Any]) -> bool:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    return bool((status.st_size, status.st_mtime_ns) == (file["size"], file["mtime_ns"]))
 
 
 def _json(content: Any, indent: int | None = None) -> str:

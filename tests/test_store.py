@@ -118,13 +118,28 @@ def test_other_inputs_are_refused_and_nothing_is_touched(tmp_path, source):
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     write_checkpoint(tmp_path / "other", nudged(llama_tensors(), seed=5))
     other = spectra.open_source(tmp_path / "other", tmp_path / "base")
-    with pytest.raises(StoreError, match=r"results of other inputs \(different: files, tuned\).*another --out"):
+    with pytest.raises(StoreError, match=r"results of other inputs \(different: tuned\).*another --out"):
         run(tmp_path / "run", other)
     write_checkpoint(tmp_path / "tuned", nudged(llama_tensors(), seed=6))
     changed = spectra.open_source(tmp_path / "tuned", tmp_path / "base")
     with pytest.raises(StoreError, match="different: files"):
         run(tmp_path / "run", changed)
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_files_of_other_layers_have_to_be_as_they_were(tmp_path):
+    """A model that was saved again in other shards must not join the results of the old one."""
+    base = llama_tensors()
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "tuned", nudged(base), shards=3)
+    old = spectra.open_source(tmp_path / "tuned", tmp_path / "base")
+    run(tmp_path / "run", old.select("layers.0.self_attn.q_proj"))
+    for file in (tmp_path / "tuned").iterdir():
+        file.unlink()
+    write_checkpoint(tmp_path / "tuned", nudged(base, seed=7), shards=2)
+    new = spectra.open_source(tmp_path / "tuned", tmp_path / "base")
+    with pytest.raises(StoreError, match="different: files"):
+        run(tmp_path / "run", new.select("layers.1.self_attn.q_proj"))
 
 
 def test_save_does_not_replace_more_by_less(tmp_path):

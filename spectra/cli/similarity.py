@@ -59,22 +59,17 @@ def command(
     settings = {"heads": heads, "scale": scale, "split": split}
     with executor_for(workers, cluster) as executor:
         compute = {"device": device, "executor": executor, "memory_budget": memory}
-        inputs, total, order, found = _compare(a, b, base, layers, settings, top, sides, compute)
+        inputs, total, order, found = _compare(a, b, base, layers, settings, top, sides, compute, out)
         done: list[SubspaceSimilarity] = []
         undone: list[NotCompared] = []
-        store = _store(out, inputs, top, sides)
         with report.progress(total, "spectra similarity") as bar:
             for item in found:
                 bar.update()
                 if isinstance(item, NotCompared):
                     undone.append(item)
-                    continue
-                done.append(item)
-                if store:
-                    store.put_similarity(item)
+                else:
+                    done.append(item)
     done.sort(key=lambda item: order[item.name])  # they come as they finish
-    if store:
-        store.finish()
     written = _draw(out, done) if out and figures and done else []
     if as_json:
         report.print_json(_document(inputs, done, undone))
@@ -92,28 +87,31 @@ def _compare(
     top: int,
     sides: tuple[Any, ...],
     compute: dict[str, Any],
+    out: str | None,
 ) -> tuple[dict[str, Any], int, dict[str, int], Iterator[SubspaceSimilarity | NotCompared]]:
     """What is compared, how many comparisons that makes, each matrix's place, and the stream."""
-    from spectra import comparison, fingerprint
+    from spectra import comparison, runs
     from spectra.sources import open_source
     from spectra.store import load
 
     stored = [Path(path, "run.json").is_file() for path in (a, b)]
     inputs: dict[str, Any] = {"kind": "similarity", "a": str(a), "b": str(b), "base": base, "options": settings}
     if all(stored):
-        runs = [load(path) for path in (a, b)]
-        runs = [run.select(layers) for run in runs] if layers else runs
-        total, order = _count([run.names for run in runs], sides)
-        return inputs, total, order, comparison.compare_stored(*runs, top=top, sides=sides)
+        loaded = [load(path) for path in (a, b)]
+        loaded = [run.select(layers) for run in loaded] if layers else loaded
+        total, order = _count([run.names for run in loaded], sides)
+        found = comparison.compare_stored(*loaded, top=top, sides=sides)
+        return inputs, total, order, _kept(out, {**inputs, "top": top}, found)
     if any(stored):
         raise click.UsageError("one of A and B holds stored results and the other weights: give two of a kind")
     sources = [open_source(path, base, **settings) for path in (a, b)]
     sources = [source.select(layers) for source in sources] if layers else sources
     for source in sources:
         report.coverage_notes(source.coverage)
-    inputs["files"] = [fingerprint.of_files(source) for source in sources]
     total, order = _count([[delta.name for delta in source] for source in sources], sides)
-    return inputs, total, order, comparison.compare(*sources, top=top, sides=sides, **compute)
+    first, second = sources
+    found = runs.compare_into(out, first, second, inputs, top=top, sides=sides, **compute)
+    return inputs, total, order, found
 
 
 def _count(names: Sequence[Sequence[str]], sides: tuple[Any, ...]) -> tuple[int, dict[str, int]]:
@@ -121,14 +119,23 @@ def _count(names: Sequence[Sequence[str]], sides: tuple[Any, ...]) -> tuple[int,
     return len(a & b) * len(sides) + len(a ^ b), {name: place for place, name in enumerate(names[0])}
 
 
-def _store(out: str | None, inputs: dict[str, Any], top: int, sides: tuple[str, ...]) -> Any:
+def _kept(
+    out: str | None, inputs: dict[str, Any], found: Iterator[SubspaceSimilarity | NotCompared]
+) -> Iterator[SubspaceSimilarity | NotCompared]:
+    """Store what comes from stored vectors, which is quick enough to do again."""
     if not out:
-        return None
+        yield from found
+        return
+    from spectra.comparison import NotCompared
     from spectra.store import Store
 
     store = Store(out)
-    store.begin(inputs, {"command": sys.argv, "top": top, "sides": sides})
-    return store
+    store.begin(inputs, {"command": sys.argv})
+    for item in found:
+        if not isinstance(item, NotCompared):
+            store.put_similarity(item)
+        yield item
+    store.finish()
 
 
 def _draw(out: str, done: list[SubspaceSimilarity]) -> list[str]:

@@ -145,6 +145,25 @@ def test_similarity_stores_draws_and_prints_json(llama):
     assert np.shape(document["matrices"][0]["grid"]) == (5, 5)
 
 
+def test_similarity_resumes_and_is_never_replaced_by_less(llama, monkeypatch):
+    write_checkpoint(llama / "other", nudged(llama_tensors(), seed=9))
+    arguments = ["similarity", "ckpt", "other", "--base", "llama-7b", "--out", "sim", "--no-figures"]
+    first, _ = run(*arguments, "--layer", "v_proj", "--top", 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(spectra.types.WeightDelta, "read", None)
+        assert run(*arguments, "--layer", "v_proj", "--top", 5)[0] == first
+    _, err = run(*arguments, "--layer", "v_proj", "--top", 2, status=1)
+    assert "different: top" in err
+    run(*arguments, "--layer", "q_proj", "--top", 5)
+    assert len(list(csv.DictReader((llama / "sim" / "similarity.csv").open()))) == 4
+
+
+def test_another_layer_joins_a_run_on_shards(llama):
+    for layer in ("layers.0.self_attn.q_proj", "layers.1.mlp.up_proj"):
+        run("svd", "--base", "llama-7b", "--tuned", "ckpt", "--layer", layer, "--out", "run", "--no-figures")
+    assert len(spectra.load("run")) == 2
+
+
 def test_similarity_of_stored_runs_equals_that_of_their_sources(llama):
     write_checkpoint(llama / "other", nudged(llama_tensors(), seed=9))
     for tuned in ("ckpt", "other"):
