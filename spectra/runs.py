@@ -59,7 +59,7 @@ def decompose_into(
         if store.has(delta.name, keys[place], top, only_top=False):
             yield store.get(delta.name)
         else:
-            missing.setdefault(max(top or 0, _kept(store, delta.name)), []).append(place)
+            missing.setdefault(max(top or 0, store.stored_k(delta.name)), []).append(place)
     for k, places in missing.items():
         deltas = [source.deltas[place] for place in places]
         found = decompose_indexed(
@@ -126,15 +126,6 @@ def _threads(store: Store, source: Source, top: int | None, device: str, budget:
     """
     stored = store.run().get("threads_per_matrix")
     return int(stored) if stored else threads_for(source.deltas, top=top, device=device, budget=budget)
-
-
-def _kept(store: Store, name: str) -> int:
-    from spectra.errors import StoreError
-
-    try:
-        return store.stored_k(name)
-    except StoreError:
-        return 0
 
 
 def _inputs(source: Source, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -146,8 +146,11 @@ class Store:
         return record["k"] >= wanted and (record["values"] >= record["max_rank"] or only_top)
 
     def stored_k(self, name: str) -> int:
-        """How many vectors are stored for a matrix."""
-        return int(self.spectra.record(name).get("k", 0)) if self.spectra.path(name).is_file() else 0
+        """How many vectors are stored for a matrix; 0 if what is stored is damaged."""
+        try:
+            return int(self.spectra.record(name).get("k", 0)) if self.spectra.path(name).is_file() else 0
+        except StoreError:
+            return 0
 
     def put(self, spectrum: Spectrum, key: str = "") -> None:
         """Store one spectrum in its final place."""

@@ -54,10 +54,11 @@ def draw_directories(
     labels: Sequence[str] = (),
     bins: int = 100,
     per_layer: bool = False,
+    only: Sequence[str] | None = None,
 ) -> list[str]:
-    """Draw whatever the directories hold and say where it is."""
+    """Draw whatever the directories hold, or of it the matrices of these names only, and say where it is."""
     from spectra.errors import SelectionError, StoreError
-    from spectra.store import Store, load
+    from spectra.store import Store, StoredSpectra, load
 
     names = list(labels) or _short_names(directories)
     target = Path(out)
@@ -72,7 +73,7 @@ def draw_directories(
             labels_of = tuple(Path(inputs.get(key, f"update {key.upper()}")).name[:_LONGEST_LABEL] for key in "ab")
             written += _draw_similarity(compared, target if len(directories) == 1 else Path(directory), labels_of)
         if store.spectra.names():
-            found = load(directory, vectors=False)
+            found = load(directory, vectors=False) if only is None else StoredSpectra(directory, only, vectors=False)
             runs[name] = found.select(list(layers)) if layers else found
         elif not compared:
             raise StoreError(f"{directory} holds no results; make them with spectra svd … --out {directory}")

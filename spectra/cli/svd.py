@@ -93,7 +93,7 @@ def _run(
 def _draw(out: str, source: Source) -> list[str]:
     from spectra.cli.plot import draw_directories
 
-    return draw_directories([out], out, layers=[delta.name for delta in source])
+    return draw_directories([out], out, only=[delta.name for delta in source])
 
 
 def _document(source: Source, rows: list[Row], values: dict[str, list[float]]) -> dict[str, Any]:
@@ -113,7 +113,9 @@ def _document(source: Source, rows: list[Row], values: dict[str, list[float]]) -
 
 
 def _print(rows: list[Row]) -> None:
-    done = [line for line in rows if line["status"] in ("ok", "unchanged")]
+    from spectra.types import DONE
+
+    done = [line for line in rows if line["status"] in DONE]
     if len(rows) <= _MOST_LINES:
         report.print_table(
             ["matrix", "shape", "status", *_SHOWN],
@@ -140,6 +142,8 @@ def _median(rows: list[Row], key: str) -> float | None:
 
 def _close(rows: list[Row], out: str | None, written: list[str]) -> None:
     """Notes on the result, where things are, and the exit status."""
+    from spectra.types import DONE
+
     for text in sorted({line["note"] for line in rows if line["note"]}):
         report.note(f"note: {text}")
     clamped = [line for line in rows if line["status"] == "ok" and line["reason"]]
@@ -149,7 +153,7 @@ def _close(rows: list[Row], out: str | None, written: list[str]) -> None:
         report.note(f"results: {out}/summary.csv, {out}/run.json, {out}/spectra/")
     for path in written:
         report.note(f"figure: {path}")
-    undone = [line for line in rows if line["status"] not in ("ok", "unchanged")]
+    undone = [line for line in rows if line["status"] not in DONE]
     for line in undone:
         report.note(f"not done: {line['name']}: {line['status']}: {line['reason']}")
     if undone:

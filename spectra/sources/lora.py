@@ -34,6 +34,7 @@ from spectra.sources.residual import FromOriginal, Method
 from spectra.sources.scaling import scaling
 from spectra.sources.tensors import TensorRef
 from spectra.sources.trainable_tokens import add_tokens
+from spectra.sources.weights import as_matrix
 from spectra.types import Source
 
 KIND = "lora"
@@ -170,7 +171,7 @@ def _module(config: Mapping[str, Any], module: str, slots: Slots, scale: float |
         return f"the config says r = {rank} for {module}, the factors in {where} have {down.shape[0]}"
     if math.prod(up.shape[2:]) != 1:
         return f"lora_B {list(up.shape)} of {module} is not 1×1"
-    term = Term((down.T,), up.T, s) if embedding else Term((_flat(up),), _flat(down), s)
+    term = Term((down.T,), up.T, s) if embedding else Term((as_matrix(up),), as_matrix(down), s)
     return _with_variants(config, module, slots, _Module(term, embedding))
 
 
@@ -214,10 +215,6 @@ def _block_diagonal(
     if blocked is not None and (count < 1 or blocked.shape[0] % count):
         return f"the {blocked.shape[0]} rows of {blocked.name} are not {count} blocks"
     return (down.block_diagonal(count) if sides[0] else down), (up.block_diagonal(count) if sides[1] else up)
-
-
-def _flat(ref: TensorRef) -> TensorRef:
-    return ref if len(ref.shape) == 2 else ref.reshape(ref.shape[0], math.prod(ref.shape[1:]))
 
 
 def _add_modules(ledger: Ledger, config: Mapping[str, Any], found: Mapping[str, _Module], split: bool) -> None:

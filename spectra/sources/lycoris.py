@@ -17,6 +17,7 @@ from spectra.sources.loha import cp_product
 from spectra.sources.products import HadamardProduct, KroneckerProduct, Product
 from spectra.sources.recipes import Factors, Term, Update
 from spectra.sources.tensors import TensorRef
+from spectra.sources.weights import as_matrix
 from spectra.types import Dense, Form, Kronecker, LowRank
 
 # What a module's tensors are called, and what is left of that: down and up are A and B in PEFT's words.
@@ -162,7 +163,7 @@ def _body(slots: Slots) -> tuple[Update, int | None] | str:
     if all(name.startswith("lokr_") for name in names):
         return _lokr(slots)
     if names == {"diff"}:
-        matrix = _flat(slots["diff"])
+        matrix = as_matrix(slots["diff"])
         return "diff is no matrix" if len(matrix.shape) != 2 else (Stored(matrix), None)
     return f"the tensors {', '.join(sorted(names))} are no module that is known"
 
@@ -178,10 +179,10 @@ def _lora(slots: Slots) -> tuple[Update, int] | str:
     if mid is None:
         if up.shape[1] != down.shape[0]:
             return f"{shapes} cannot be multiplied"
-        return Factors((Term((_flat(up),), _flat(down)),)), down.shape[0]
+        return Factors((Term((as_matrix(up),), as_matrix(down)),)), down.shape[0]
     if len(mid.shape) < 3 or mid.shape[:2] != (up.shape[1], down.shape[0]) or math.prod(down.shape[2:]) != 1:
         return f"{shapes} do not fit lora_mid {list(mid.shape)}"
-    return Factors((Term((_flat(up),), _flat(down), core=mid),)), down.shape[0]
+    return Factors((Term((as_matrix(up),), as_matrix(down), core=mid),)), down.shape[0]
 
 
 def _loha(slots: Slots) -> tuple[Update, int] | str:
@@ -215,10 +216,10 @@ def _side(slots: Slots, index: str) -> TensorRef | Product | str:
     if (whole is None) == (a is None or b is None) or (whole is not None and (a or b or core)):
         return f"lokr_w{index} is neither whole nor two factors"
     if whole is not None:
-        return _flat(whole)
+        return as_matrix(whole)
     assert a is not None
     assert b is not None
-    return cp_product(a, b, core) if core else Product(_flat(a), _flat(b))
+    return cp_product(a, b, core) if core else Product(as_matrix(a), as_matrix(b))
 
 
 def _times(update: Update, scale: float) -> Update:
@@ -226,10 +227,6 @@ def _times(update: Update, scale: float) -> Update:
         return replace(update, terms=tuple(replace(term, scale=scale * term.scale) for term in update.terms))
     assert isinstance(update, HadamardProduct | KroneckerProduct)
     return replace(update, scale=scale * update.scale)
-
-
-def _flat(ref: TensorRef) -> TensorRef:
-    return ref if len(ref.shape) <= 2 else ref.reshape(ref.shape[0], math.prod(ref.shape[1:]))
 
 
 def rescaled(update: Update, magnitude: TensorRef, base: TensorRef, channels: int) -> Dora | str:
