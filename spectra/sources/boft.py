@@ -20,6 +20,7 @@ from spectra.sources.adapter import (
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.oft import CayleyMap, rotation_minus_identity, times_blocks
+from spectra.sources.recipes import OnBase
 from spectra.sources.tensors import TensorRef
 from spectra.types import Dense, Source
 
@@ -31,7 +32,7 @@ _SLOTS = slot_pattern("boft_R|boft_s")
 
 
 @dataclass(frozen=True)
-class Butterfly:
+class Butterfly(OnBase):
     """ΔW = diag(s) W₀ Qᵀ − W₀ with Q = Q_N ⋯ Q₁, Qᵢ = Pᵢ bd(Rᵢ) Pᵢᵀ, Rᵢ the Cayley maps of the blocks.
 
     Attributes:
@@ -40,29 +41,13 @@ class Butterfly:
         scales: s (out,).
     """
 
-    base: TensorRef
     blocks: TensorRef
     scales: TensorRef
-
-    @property
-    def factored(self) -> bool:
-        """False."""
-        return False
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
         """W₀, the blocks and the scales."""
         return (self.base, self.blocks, self.scales)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return (self.base.shape[0], self.base.shape[1])
-
-    @property
-    def rank(self) -> int:
-        """Full: s scales every row."""
-        return min(self.shape)
 
     def read(self, device: str = "cpu") -> Dense:
         """Turn W₀ by one factor after the other; neither a Q nor a P is formed."""

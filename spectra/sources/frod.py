@@ -20,6 +20,7 @@ from spectra.sources.adapter import (
 )
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
+from spectra.sources.recipes import OnBase
 from spectra.sources.tensors import TensorRef
 from spectra.types import Dense, Source
 
@@ -34,7 +35,7 @@ _ZERO = 1e-12  # PEFT takes a column of W₀V⁻ᵀ that is not longer for zero
 
 
 @dataclass(frozen=True)
-class SharedBasis:
+class SharedBasis(OnBase):
     """ΔW = U (S + diag(λ − λ₀)) Vᵀ, with W₀ = U diag(λ₀) Vᵀ and unit columns in U.
 
     Attributes:
@@ -46,7 +47,6 @@ class SharedBasis:
         extent: the size that S has (2,), integers.
     """
 
-    base: TensorRef
     basis: TensorRef
     diagonal: TensorRef
     values: TensorRef
@@ -54,24 +54,9 @@ class SharedBasis:
     extent: TensorRef
 
     @property
-    def factored(self) -> bool:
-        """False."""
-        return False
-
-    @property
     def refs(self) -> tuple[TensorRef, ...]:
         """W₀ and the adapter's tensors."""
         return (self.base, self.basis, self.diagonal, self.values, self.places, self.extent)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return (self.base.shape[0], self.base.shape[1])
-
-    @property
-    def rank(self) -> int:
-        """Full."""
-        return min(self.shape)
 
     def read(self, device: str = "cpu") -> Dense:
         """U and λ₀ from W₀V⁻ᵀ, as PEFT finds them when it loads the adapter.

@@ -20,6 +20,7 @@ from spectra.sources.adapter import (
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.pairing import unwrap
+from spectra.sources.recipes import OnBase
 from spectra.sources.tensors import TensorRef
 from spectra.types import Dense, Source
 
@@ -33,7 +34,7 @@ _KEYS = {"lora": ("Xd", "Xu"), "vector": ("X",), "constant": ("X",), "none": ("z
 
 
 @dataclass(frozen=True)
-class ScaledShifted:
+class ScaledShifted(OnBase):
     """ΔW = W₀ ∘ A + B, each of A and B a low-rank matrix, a column, one number, or a whole matrix.
 
     Attributes:
@@ -42,29 +43,13 @@ class ScaledShifted:
         shift: B, likewise.
     """
 
-    base: TensorRef
     factor: tuple[TensorRef, ...]
     shift: tuple[TensorRef, ...]
-
-    @property
-    def factored(self) -> bool:
-        """False."""
-        return False
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
         """W₀ and the paths' tensors."""
         return (self.base, *self.factor, *self.shift)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return (self.base.shape[0], self.base.shape[1])
-
-    @property
-    def rank(self) -> int:
-        """Full."""
-        return min(self.shape)
 
     def read(self, device: str = "cpu") -> Dense:
         """Entry by entry."""

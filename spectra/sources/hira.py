@@ -21,6 +21,7 @@ from spectra.sources.adapter import (
 )
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
+from spectra.sources.recipes import OnBase
 from spectra.sources.scaling import rank_of
 from spectra.sources.tensors import TensorRef
 from spectra.types import Dense, Source
@@ -30,7 +31,7 @@ _SLOTS = slot_pattern("hira_A|hira_B|hira_embedding_A|hira_embedding_B")
 
 
 @dataclass(frozen=True)
-class Modulated:
+class Modulated(OnBase):
     """ΔW = W₀ ∘ (B·A), of rank up to r·rank(W₀).
 
     Attributes:
@@ -39,29 +40,13 @@ class Modulated:
         right: A (r, in).
     """
 
-    base: TensorRef
     left: TensorRef
     right: TensorRef
-
-    @property
-    def factored(self) -> bool:
-        """False."""
-        return False
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
         """W₀ and the factors."""
         return (self.base, self.left, self.right)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return (self.base.shape[0], self.base.shape[1])
-
-    @property
-    def rank(self) -> int:
-        """Full, unless r is 0."""
-        return min(self.shape)
 
     def read(self, device: str = "cpu") -> Dense:
         """Entry by entry."""

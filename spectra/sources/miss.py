@@ -22,6 +22,7 @@ from spectra.sources.adapter import (
 )
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
+from spectra.sources.recipes import OnBase
 from spectra.sources.tensors import TensorRef
 from spectra.types import Dense, LowRank, Source
 
@@ -77,7 +78,7 @@ def _tiled(matrix: Tensor, rows: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class BlockAffine:
+class BlockAffine(OnBase):
     """ΔW = W_{gh} B_g + B_g for each r×r block at row block g and column block h of W₀ ("bat").
 
     Attributes:
@@ -85,28 +86,12 @@ class BlockAffine:
         blocks: (out/r, r, r).
     """
 
-    base: TensorRef
     blocks: TensorRef
-
-    @property
-    def factored(self) -> bool:
-        """False."""
-        return False
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
         """W₀ and the blocks."""
         return (self.base, self.blocks)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return (self.base.shape[0], self.base.shape[1])
-
-    @property
-    def rank(self) -> int:
-        """Full."""
-        return min(self.shape)
 
     def read(self, device: str = "cpu") -> Dense:
         """Row block by row block."""

@@ -193,6 +193,32 @@ class Update(Recipe, Protocol):
 
 
 @dataclass(frozen=True)
+class OnBase:
+    """What updates share that are formed from W₀ entry by entry: its shape, and full rank.
+
+    Attributes:
+        base: W₀ (out, in).
+    """
+
+    base: TensorRef
+
+    @property
+    def factored(self) -> bool:
+        """False."""
+        return False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return (self.base.shape[0], self.base.shape[1])
+
+    @property
+    def rank(self) -> int:
+        """Full."""
+        return min(self.shape)
+
+
+@dataclass(frozen=True)
 class Placed:
     """An update at its place in the base: those of its rows that one part of a fused weight has, and the base's norm.
 

@@ -22,6 +22,7 @@ from spectra.sources.adapter import (
 )
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
+from spectra.sources.recipes import OnBase
 from spectra.sources.tensors import TensorRef
 from spectra.types import Dense, Source
 
@@ -35,7 +36,7 @@ _PER_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}  # how many angles and scale
 
 
 @dataclass(frozen=True)
-class PairsTurned:
+class PairsTurned(OnBase):
     """ΔW = R·W₀ − W₀: outputs j and j + g/2 of each group of g become α cos θ, ∓α sin θ mixtures of both.
 
     With one (θ, α) per pair R is a rotation times a scale; with two each output has its own; with
@@ -48,30 +49,14 @@ class PairsTurned:
         group: g.
     """
 
-    base: TensorRef
     angles: TensorRef
     scales: TensorRef
     group: int
 
     @property
-    def factored(self) -> bool:
-        """False."""
-        return False
-
-    @property
     def refs(self) -> tuple[TensorRef, ...]:
         """W₀, angles and scales."""
         return (self.base, self.angles, self.scales)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return (self.base.shape[0], self.base.shape[1])
-
-    @property
-    def rank(self) -> int:
-        """Full."""
-        return min(self.shape)
 
     def read(self, device: str = "cpu") -> Dense:
         """Both halves of every group at once."""
