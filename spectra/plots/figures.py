@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from spectra.errors import SelectionError, StoreError
 from spectra.metrics.similarity import SubspaceSimilarity
-from spectra.plots.histogram import BINS, draw_pooled, pool_values
-from spectra.plots.similarity import add_colorbar, caption, plot_similarity
+from spectra.plots.histogram import BINS, BinnedPanel, bin_pooled, draw_binned, pool_curves
+from spectra.plots.similarity import add_colorbar, heading, plot_similarity
 from spectra.plots.style import look
 from spectra.types import Spectrum
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 CLOSE_UP = 0.05
 _COLUMNS = 3
+_LEGEND_WIDTH = 72  # characters that fit twice beside each other
+_PANEL = 3.0  # inches: three in a row are legible across a printed page
+_WIDTH = 38  # characters over such a panel
 
 
 def histogram_figure(
@@ -41,67 +44,96 @@ def histogram_figure(
 
     Reference: Wang et al. 2023, Figs. 1 and 5.
     """
-    from matplotlib.figure import Figure
+    return draw_panels(histogram_panels(spectra, bins=bins, close_up=close_up), title=title)
 
-    curves_of = spectra if isinstance(spectra, Mapping) else {"": spectra}
-    pooled = [pool_values(items, label) for label, items in curves_of.items()]
+
+def histogram_panels(
+    spectra: Iterable[Spectrum] | Mapping[str, Iterable[Spectrum]], *, bins: int = BINS, close_up: float = CLOSE_UP
+) -> tuple[BinnedPanel, BinnedPanel]:
+    """The numbers of `histogram_figure`: its whole panel and its close-up, ready for `draw_panels`."""
+    pooled = pool_curves(spectra)
+    near = bin_pooled(pooled, bins=bins // 2, close_up=close_up, stat="per_matrix")
+    return bin_pooled(pooled, bins=bins), near
+
+
+def draw_panels(panels: Sequence[BinnedPanel], *, title: str = "") -> Figure:
+    """Panels of histograms side by side, with the first one's legend below."""
+    from spectra.plots.canvas import ShownFigure
+
     with look():
-        figure = Figure(figsize=(10.0, 4.4), layout="constrained")
-        whole, near = figure.subplots(1, 2)
-        draw_pooled(pooled, bins=bins, ax=whole)
-        draw_pooled(pooled, bins=bins // 2, close_up=close_up, stat="per_matrix", ax=near)
+        figure = ShownFigure(figsize=(5.0 * len(panels), 4.4), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for panel, ax in zip(panels, axes, strict=True):
+            draw_binned(panel, ax)
         if title:
-            figure.suptitle(title)
-        figure.legend(
-            *whole.get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=1 if len(pooled) <= _COLUMNS else 2,
-            fontsize=9,
-        )
+            figure.suptitle(title, wrap=True)
+        handles, labels = axes[0].get_legend_handles_labels()
+        one_column = len(panels[0].curves) <= _COLUMNS or max(map(len, labels)) > _LEGEND_WIDTH
+        figure.legend(handles, labels, loc="outside lower center", ncols=1 if one_column else 2, fontsize=9)
     return figure
 
 
 def similarity_figure(
-    similarities: Sequence[SubspaceSimilarity] | Mapping[str, SubspaceSimilarity],
+    similarities: Sequence[SubspaceSimilarity] | Mapping[str, SubspaceSimilarity | None],
     *,
     title: str = "",
-    labels: tuple[str, str] = ("first update", "second update"),
+    labels: tuple[str, str] | Mapping[str, tuple[str, str]] = ("first update", "second update"),
+    columns: int | None = None,
 ) -> Figure:
     """Several heatmaps of φ(i, j) under one colour scale.
 
     Args:
-        similarities: panels in order, or title → panel.
+        similarities: panels in order, or title → panel; None leaves its place empty.
         title: above all panels.
-        labels: what the two updates are.
+        labels: what the two updates are, or panel's title → what they are there.
+        columns: panels in a row; None for rows of at most three, as even as they go.
 
     Raises:
-        SelectionError: there is nothing to draw.
+        SelectionError: there is nothing to draw, a panel has no labels, or there are no columns.
 
     Reference: Wang et al. 2023, Fig. 4.
     """
-    from matplotlib.figure import Figure
+    from spectra.plots.canvas import ShownFigure
 
-    panels = dict(similarities) if isinstance(similarities, Mapping) else {item.name: item for item in similarities}
-    if not isinstance(similarities, Mapping) and len(panels) < len(similarities):
-        panels = {f"{item.name}, {item.side}": item for item in similarities}
-    if not panels:
+    panels = _titled(similarities)
+    drawn = [item for item in panels.values() if item is not None]
+    if not drawn:
         raise SelectionError("there is no similarity to draw")
-    columns = min(_COLUMNS, len(panels))
+    if columns is not None and columns < 1:
+        raise SelectionError(f"columns={columns} is not a positive number of panels in a row")
+    columns = columns or math.ceil(len(panels) / math.ceil(len(panels) / _COLUMNS))
     rows = math.ceil(len(panels) / columns)
+    lines = max(len(heading(item, name, _WIDTH).splitlines()) for name, item in panels.items() if item is not None)
     with look():
-        lines = 1 + max(len(caption(item).splitlines()) for item in panels.values())
-        height = (3.7 + 0.17 * lines) * rows + (0.3 if title else 0)
-        figure = Figure(figsize=(3.9 * columns + 0.9, height), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False)
-        axes = list(grid.flat)
+        height = (_PANEL - 0.1 + 0.17 * lines) * rows + (0.3 if title else 0)
+        figure = ShownFigure(figsize=(_PANEL * columns + 0.9, height), layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for ax, (name, item) in zip(axes, panels.items(), strict=False):
-            plot_similarity(item, title=name, labels=labels, colorbar=False, ax=ax)
-        for ax in axes[len(panels) :]:
-            ax.set_visible(False)
-        add_colorbar(axes[0].images[0], list(panels.values()), axes)
+            if item is not None:
+                plot_similarity(item, title=name, labels=_pair(labels, name), width=_WIDTH, colorbar=False, ax=ax)
+        for ax in axes:
+            ax.set_visible(bool(ax.images))
+        add_colorbar(next(image for ax in axes for image in ax.images), drawn, axes, shrink=1.8 / max(rows, 2))
         if title:
-            figure.suptitle(title)
+            figure.suptitle(title, wrap=True)
     return figure
+
+
+def _titled(
+    similarities: Sequence[SubspaceSimilarity] | Mapping[str, SubspaceSimilarity | None],
+) -> dict[str, SubspaceSimilarity | None]:
+    if isinstance(similarities, Mapping):
+        return dict(similarities)
+    panels: dict[str, SubspaceSimilarity | None] = {item.name: item for item in similarities}
+    return panels if len(panels) == len(similarities) else {f"{item.name}, {item.side}": item for item in similarities}
+
+
+def _pair(labels: tuple[str, str] | Mapping[str, tuple[str, str]], name: str) -> tuple[str, str]:
+    if not isinstance(labels, Mapping):
+        return labels
+    if name not in labels:
+        raise SelectionError(f"labels has no pair for the panel {name!r}; it has {', '.join(map(repr, labels))}")
+    return labels[name]
 
 
 def save_figure(figure: Figure, path: Path, formats: Sequence[str] = ("png", "pdf")) -> list[Path]:

@@ -62,6 +62,61 @@ class PooledValues:
         return "; ".join(parts)
 
 
+@dataclass(frozen=True, eq=False)
+class BinnedCurve:
+    """One curve of a panel.
+
+    Attributes:
+        values: what was counted.
+        counts: how many of the values each bin holds.
+        heights: what is drawn, in the unit of the panel's `stat`.
+    """
+
+    values: PooledValues
+    counts: np.ndarray
+    heights: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class BinnedPanel:
+    """One panel of a histogram in numbers: what the figure draws is what `rows` lists.
+
+    Attributes:
+        edges: of the bins, shared by the curves.
+        curves: those that have a value to draw.
+        stat: what the heights are, one of `STATS`.
+        close_up: see `plot_histogram`.
+    """
+
+    edges: np.ndarray
+    curves: tuple[BinnedCurve, ...]
+    stat: str
+    close_up: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Which of the two views it is."""
+        return "all values" if self.close_up is None else "close-up"
+
+    def rows(self) -> list[dict[str, str | float]]:
+        """One row per curve and bin: panel, curve, left and right edge, height as drawn, count."""
+        edges = self.edges.tolist()
+        return [
+            {
+                "panel": self.name,
+                "curve": curve.values.label,
+                "left": left,
+                "right": right,
+                "height": height,
+                "count": count,
+            }
+            for curve in self.curves
+            for left, right, height, count in zip(
+                edges[:-1], edges[1:], curve.heights.tolist(), curve.counts.tolist(), strict=True
+            )
+        ]
+
+
 def pool_values(spectra: Iterable[Spectrum], label: str = "") -> PooledValues:
     """Collect −ln σ of the nonzero resolved values of several updates.
 
@@ -89,6 +144,12 @@ def pool_values(spectra: Iterable[Spectrum], label: str = "") -> PooledValues:
     return PooledValues(label, x, matrices, zero, unresolved, missing, np.array(edges), truncated)
 
 
+def pool_curves(spectra: Iterable[Spectrum] | Mapping[str, Iterable[Spectrum]]) -> list[PooledValues]:
+    """`pool_values` of each curve: of updates that make one curve, or of label → updates."""
+    curves_of = spectra if isinstance(spectra, Mapping) else {"": spectra}
+    return [pool_values(items, label) for label, items in curves_of.items()]
+
+
 def plot_histogram(
     spectra: Iterable[Spectrum] | Mapping[str, Iterable[Spectrum]],
     *,
@@ -114,40 +175,43 @@ def plot_histogram(
     Reference: Wang et al. 2023, Figs. 1 and 5. The natural logarithm, the shared edges and the number
     of bins are this toolkit's choices; the paper does not state its own.
     """
+    return draw_binned(bin_pooled(pool_curves(spectra), bins=bins, close_up=close_up, stat=stat), ax)
+
+
+def bin_pooled(
+    pooled: Sequence[PooledValues], *, bins: int = BINS, close_up: float | None = None, stat: str = "percent"
+) -> BinnedPanel:
+    """The bins and heights that `plot_histogram` draws of values that are pooled already."""
     if stat not in STATS:
         raise SelectionError(f"stat={stat!r} is not one of {', '.join(STATS)}")
-    curves_of = spectra if isinstance(spectra, Mapping) else {"": spectra}
-    pooled = [pool_values(items, label) for label, items in curves_of.items()]
-    return draw_pooled(pooled, bins=bins, close_up=close_up, stat=stat, ax=ax)
-
-
-def draw_pooled(
-    pooled: Sequence[PooledValues],
-    *,
-    bins: int = BINS,
-    close_up: float | None = None,
-    stat: str = "percent",
-    ax: Axes | None = None,
-) -> Axes:
-    """`plot_histogram` for values that are pooled already."""
     drawn = [curve for curve in pooled if len(curve.x)]
     if not drawn:
         raise SelectionError("there is no nonzero singular value to draw: are all updates unchanged?")
+    edges = np.linspace(*_window(drawn, close_up), bins + 1)
+    curves_of = []
+    for curve in drawn:
+        counts = np.histogram(curve.x, edges)[0]
+        unit = {"percent": 100 / len(curve.x), "per_matrix": 1 / curve.matrices, "count": 1.0}[stat]
+        curves_of.append(BinnedCurve(curve, counts, counts * unit))
+    return BinnedPanel(edges, tuple(curves_of), stat, close_up)
+
+
+def draw_binned(panel: BinnedPanel, ax: Axes | None = None) -> Axes:
+    """Draw what `bin_pooled` counted."""
     ax = new_axes(ax)
-    low, high = _window(drawn, close_up)
-    edges = np.linspace(low, high, bins + 1)
-    for curve, (colour, line) in zip(drawn, curves(), strict=False):
-        counts = np.histogram(curve.x, edges)[0].astype(float)
-        heights = counts * {"percent": 100 / len(curve.x), "per_matrix": 1 / curve.matrices, "count": 1}[stat]
-        if len(drawn) <= _MOST_FILLED:
-            ax.stairs(heights, edges, fill=True, color=colour, alpha=0.18, linewidth=0)
-        ax.stairs(heights, edges, color=colour, linestyle=line, linewidth=1.4, label=curve.legend)
-    _shade_rounding(ax, drawn, low, high)
+    low, high = float(panel.edges[0]), float(panel.edges[-1])
+    for binned, (colour, line) in zip(panel.curves, curves(), strict=False):
+        if len(panel.curves) <= _MOST_FILLED:
+            ax.stairs(binned.heights, panel.edges, fill=True, color=colour, alpha=0.18, linewidth=0)
+        label = binned.values.legend
+        ax.stairs(binned.heights, panel.edges, color=colour, linestyle=line, linewidth=1.4, label=label)
+    _shade_rounding(ax, [binned.values for binned in panel.curves], low, high)
     ax.set_xlim(low, high)
     ax.set_ylim(bottom=0)
     ax.set_xlabel("−ln σ of ΔW   (large σ at the left)")
-    ax.set_ylabel(STATS[stat])
-    ax.set_title("all values" if close_up is None else f"close-up: the largest values (first {close_up:.0%})")
+    ax.set_ylabel(STATS[panel.stat])
+    first = "" if panel.close_up is None else f": the largest values (first {100 * panel.close_up:.3g}%)"
+    ax.set_title(panel.name + first)
     return ax
 
 

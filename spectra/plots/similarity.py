@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from spectra.metrics.similarity import SubspaceSimilarity
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 _MOST_TICKS = 6
-_NOTE_WIDTH = 48
+NOTE_WIDTH = 48
 
 
 def plot_similarity(
@@ -23,6 +23,7 @@ def plot_similarity(
     *,
     title: str | None = None,
     labels: tuple[str, str] = ("first update", "second update"),
+    width: int = NOTE_WIDTH,
     colorbar: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
@@ -35,6 +36,7 @@ def plot_similarity(
         similarity: what `subspace_similarity` or `pool` gives.
         title: instead of the weight's name.
         labels: what the two updates are.
+        width: characters in a line of the title.
         colorbar: whether to add one.
         ax: where to draw; None for a new figure.
 
@@ -49,26 +51,46 @@ def plot_similarity(
     ax.set_xticks(ticks)
     ax.set_yticks(ticks)
     ax.grid(visible=False)
-    ax.set_xlabel(f"j: top directions of {labels[1]}")
-    ax.set_ylabel(f"i: top directions of {labels[0]}")
-    heading = title if title is not None else similarity.name
-    ax.set_title(f"{heading}\n{caption(similarity)}", fontsize=9)
+    ax.set_xlabel(_wrapped(f"j: top directions of {labels[1]}", width - 8), fontsize=9)
+    ax.set_ylabel(_wrapped(f"i: top directions of {labels[0]}", width - 8), fontsize=9)
+    ax.tick_params(labelsize=9)
+    ax.set_title(heading(similarity, title, width), fontsize=9)
     if colorbar and ax.figure is not None:
         add_colorbar(image, [similarity], ax)
     return ax
 
 
-def caption(similarity: SubspaceSimilarity) -> str:
-    """The second line of a panel's title: side, φ at the corner and what chance would give."""
+def heading(similarity: SubspaceSimilarity, title: str | None = None, width: int = NOTE_WIDTH) -> str:
+    """A panel's title; below it the side, φ at the corner and what chance would give; then the note."""
     k = similarity.k_used
-    words = f"{similarity.side}, φ({k}, {k}) = {similarity.phi:.2f}, chance {similarity.chance[-1, -1]:.2f}"
-    return "\n".join([words, *textwrap.wrap(similarity.note, _NOTE_WIDTH)])
+    facts = [similarity.side, f"φ({k}, {k}) = {similarity.phi:.2f}", f"chance {similarity.chance[-1, -1]:.2f}"]
+    unbroken = ", ".join(fact.replace(" ", "\u00a0") for fact in facts)
+    name = title if title is not None else similarity.name
+    parts = [_wrapped(name, width), _wrapped(unbroken, width).replace("\u00a0", " "), _wrapped(similarity.note, width)]
+    return "\n".join(part for part in parts if part)
 
 
-def add_colorbar(image: AxesImage, similarities: Sequence[SubspaceSimilarity], ax: Axes | Sequence[Axes]) -> Colorbar:
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in text.splitlines())
+
+
+def grid_rows(panels: Mapping[str, SubspaceSimilarity | None]) -> list[dict[str, str | float]]:
+    """The numbers of heatmaps, given as title → panel: panel, side, i, j, phi and chance, a row per cell."""
+    return [
+        {"panel": name, "side": item.side, "i": i, "j": j, "phi": phi, "chance": chance}
+        for name, item in panels.items()
+        if item is not None
+        for i, (line, level) in enumerate(zip(item.grid.tolist(), item.chance.tolist(), strict=True), start=1)
+        for j, (phi, chance) in enumerate(zip(line, level, strict=True), start=1)
+    ]
+
+
+def add_colorbar(
+    image: AxesImage, similarities: Sequence[SubspaceSimilarity], ax: Axes | Sequence[Axes], shrink: float = 0.9
+) -> Colorbar:
     """A colour bar from 0 to 1 with a mark where random subspaces would be at (k, k)."""
     first = ax if not isinstance(ax, Sequence) else ax[0]
-    bar: Colorbar = first.figure.colorbar(image, ax=ax, label="φ(i, j)", shrink=0.9)
+    bar: Colorbar = first.figure.colorbar(image, ax=ax, label="φ(i, j)", shrink=shrink)
     chances = [float(item.chance[-1, -1]) for item in similarities]
     for chance in {min(chances), max(chances)}:
         bar.ax.axhline(chance, color="white", linewidth=2.5)

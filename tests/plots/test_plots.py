@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
+from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import spectra
@@ -159,6 +163,104 @@ def test_figures_are_saved_as_png_and_vector_and_are_the_same_twice(tmp_path, si
         assert content == (tmp_path / f"two.{kind}").read_bytes()
 
 
+def test_the_rows_are_the_heights_that_are_drawn():
+    groups = {name: [spectrum(np.exp(-rng.normal(5, 1, 60)))] for name in ("a", "b")}
+    panels = plots.histogram_panels({**groups, "none": [spectrum([0.0], status="unchanged")]}, bins=16, close_up=0.1)
+    figure = plots.draw_panels(panels)
+    for panel, ax, name in zip(panels, figure.axes, ("all values", "close-up"), strict=True):
+        rows = panel.rows()
+        assert {row["panel"] for row in rows} == {name}
+        assert dict.fromkeys(row["curve"] for row in rows) == dict.fromkeys("ab")
+        for label, (values, edges, _) in heights(ax).items():
+            mine = [row for row in rows if row["curve"] == label[0]]
+            assert [row["height"] for row in mine] == values.tolist()
+            assert [(row["left"], row["right"]) for row in mine] == list(pairwise(edges.tolist()))
+            x = -np.log(groups[label[0]][0].S)
+            assert [row["count"] for row in mine] == np.histogram(x, edges)[0].tolist()
+    whole, near = (panel.rows() for panel in panels)
+    assert all(row["height"] == pytest.approx(row["count"] * 100 / 60) for row in whole)
+    assert all(row["height"] == row["count"] for row in near), "one matrix each"
+
+
+def test_the_rows_are_the_cells_of_the_heatmaps(similarity):
+    panels = {"one": similarity, "empty": None, "two": similarity}
+    figure = spectra.similarity_figure(panels)
+    rows = plots.grid_rows(panels)
+    assert len(rows) == 2 * 12 * 12
+    for name, ax in zip(("one", "two"), [ax for ax in figure.axes if ax.images], strict=True):
+        mine = {(row["i"], row["j"]): row for row in rows if row["panel"] == name}
+        image = ax.images[0].get_array()
+        assert all(row["phi"] == image[i - 1, j - 1] and row["side"] == "left" for (i, j), row in mine.items())
+        assert mine[3, 7]["chance"] == 7 / 20
+
+
+def places(figure):
+    """(row, column) of every panel that shows something."""
+    specs = [ax.get_subplotspec() for ax in figure.axes if ax.images]
+    return [(spec.rowspan.start, spec.colspan.start) for spec in specs]
+
+
+def test_panels_stand_in_even_rows_or_in_the_columns_that_are_asked_for(similarity):
+    def figure(count, **options):
+        return spectra.similarity_figure({str(i): similarity for i in range(count)}, **options)
+
+    assert places(figure(4)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert places(figure(5)) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert places(figure(5, columns=5)) == [(0, i) for i in range(5)]
+    holes = spectra.similarity_figure({"a": None, "b": similarity, "c": similarity, "d": None}, columns=2)
+    assert places(holes) == [(0, 1), (1, 0)]
+    assert [ax.get_visible() for ax in holes.axes[:4]] == [False, True, True, False]
+    with pytest.raises(SelectionError, match="columns=0"):
+        figure(2, columns=0)
+    with pytest.raises(SelectionError, match="no similarity"):
+        spectra.similarity_figure({"a": None})
+
+
+def test_every_panel_may_have_its_own_labels(similarity):
+    labels = {"a": ("LoRA", "full"), "b": ("MultiLoRA", "full")}
+    figure = spectra.similarity_figure({"a": similarity, "b": similarity}, labels=labels)
+    assert [ax.get_ylabel() for ax in figure.axes if ax.images] == [
+        f"i: top directions of {a}" for a, _ in labels.values()
+    ]
+    with pytest.raises(SelectionError, match="no pair for the panel 'c'; it has 'a', 'b'"):
+        spectra.similarity_figure({"c": similarity}, labels=labels)
+
+
+@pytest.mark.parametrize("columns", [None, 5])
+def test_no_text_is_cut_off_or_runs_into_another_panels(similarity, columns):
+    from dataclasses import replace
+
+    clamped = replace(
+        similarity, side="right", note="mean over 30 matrices; k clamped from 30 to 12 by the lowest of them"
+    )
+    names = [
+        f"MultiLoRA n = {n}, r = 12, α = 12, another seed: {role}" for role in ("k_proj", "v_proj") for n in range(5)
+    ]
+    figure = spectra.similarity_figure(
+        dict.fromkeys(names, clamped),
+        title="similarity to full fine-tuning",
+        labels=("a-folder-with-a-long-name-28", "full-fine-tuning-step-240"),
+        columns=columns,
+    )
+    FigureCanvasAgg(figure).draw()
+    panels = [ax for ax in figure.axes if ax.images]
+    texts = [text.get_window_extent() for ax in panels for text in (ax.title, ax.xaxis.label, ax.yaxis.label)]
+    texts += [ax.get_window_extent() for ax in panels]
+    for i, box in enumerate(texts):
+        assert figure.bbox.min[0] <= box.x0 < box.x1 <= figure.bbox.max[0]
+        assert figure.bbox.min[1] <= box.y0 < box.y1 <= figure.bbox.max[1]
+        assert not any(box.overlaps(other) for other in texts[i + 1 :])
+
+
+def test_a_long_legend_is_not_set_in_two_columns():
+    for label, columns in (("short", 2), ("a run with a name that fills the line of a legend" * 2, 1)):
+        runs = {f"{label} {i}": [spectrum([1.0, 0.5])] for i in range(4)}
+        figure = spectra.histogram_figure(runs)
+        FigureCanvasAgg(figure).draw()
+        assert figure.legends[0]._ncols == columns
+        assert figure.legends[0].get_window_extent().x1 <= figure.bbox.x1
+
+
 AXES_LEVEL = [getattr(plots, name) for name in plots.__all__ if name.startswith("plot_")]
 
 
@@ -196,3 +298,13 @@ def test_every_pair_of_curves_differs_without_colour():
     assert len({str(line) for _, line in styles}) == len(LINES)
     grey = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b in (tuple(bytes.fromhex(c[1:])) for c in COLOURS[:2])]
     assert abs(grey[0] - grey[1]) > 20
+
+
+def test_a_figure_shows_itself_in_a_notebook_without_pyplot():
+    code = (
+        "import sys; from spectra import Spectrum, histogram_figure;"
+        "figure = histogram_figure([Spectrum('a', (2, 2), S=[2.0, 1.0])]);"
+        "assert 'matplotlib.pyplot' not in sys.modules;"
+        "assert figure._repr_png_().startswith(b'\\x89PNG')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
