@@ -22,7 +22,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from spectra import naming, tables
+from spectra import display, naming, tables
 from spectra.errors import StoreError
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.types import DONE, Spectrum
@@ -247,7 +247,16 @@ class StoredSpectra(Sequence[Spectrum]):
         return StoredSpectra(self.directory, naming.select(patterns, self.names), self._vectors)
 
     def __repr__(self) -> str:
-        return f"StoredSpectra({self.directory}: {len(self)} matrices)"
+        return f"StoredSpectra({self.directory}, {display.contents(self.names)})"
+
+    def _repr_html_(self) -> str:
+        return display.html_of_stored(self.directory, self.names, map(self._header, self.names))
+
+    def _header(self, name: str) -> dict[str, Any] | None:
+        try:
+            return self._store.spectra.record(name)
+        except StoreError:
+            return None  # shown as damaged; asking for it raises
 
 
 def save(spectra: Iterable[Spectrum], directory: str | Path) -> None:

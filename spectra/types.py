@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from spectra import naming
+from spectra import display, naming
 from spectra.errors import SelectionError
 
 if TYPE_CHECKING:
@@ -213,6 +213,17 @@ class WeightDelta:
         """A matrix that the user asked for and that cannot be done: it keeps its row in every result."""
         return cls(name, tuple(shape), None, 0, status, reason)
 
+    def __repr__(self) -> str:
+        if self.recipe is None:
+            return f"WeightDelta({self.name}, {self.status}{': ' + self.reason if self.reason else ''})"
+        return (
+            f"WeightDelta({self.name}, {display.size(self.shape)}, rank ≤ {self.max_rank}, {display.made_of(self)}"
+            f"{', ' + self.note if self.note else ''})"
+        )
+
+    def _repr_html_(self) -> str:
+        return display.html_of_delta(self)
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -239,6 +250,13 @@ class Coverage:
             listed: Mapping[str, str] = getattr(self, key)
             lines += [f"{key}: {name}: {reason}" for name, reason in listed.items()]
         return "\n".join(lines) or "everything was paired and used"
+
+    def __repr__(self) -> str:
+        warnings = f"; warnings: {len(self.warnings)}" if self.warnings else ""
+        return f"Coverage({display.left_out(self) or 'everything was paired and used'}{warnings})"
+
+    def _repr_html_(self) -> str:
+        return display.html_of_coverage(self)
 
 
 _COVERAGE_LISTS = tuple(item.name for item in fields(Coverage) if item.name != "warnings")
@@ -291,15 +309,16 @@ class Source:
         return replace(self, deltas=tuple(delta for delta in self.deltas if delta.name in wanted))
 
     def __repr__(self) -> str:
-        roles = sorted({delta.role for delta in self.deltas})
-        listed = ", ".join(roles[:8]) + (", …" if len(roles) > 8 else "")
-        left_out = ", ".join(f"{count} {key}" for key, count in self.coverage.counts.items() if count)
+        left_out, warnings = display.left_out(self.coverage), len(self.coverage.warnings)
         return (
-            f"Source({self.kind}: {len(self)} matrices; roles: {listed}"
+            f"Source({self.kind}, {display.contents([delta.name for delta in self.deltas])}"
             + (f"; not used: {left_out}" if left_out else "")
-            + (f"; {len(self.coverage.warnings)} warnings" if self.coverage.warnings else "")
+            + (f"; warnings: {warnings}" if warnings else "")
             + ")"
         )
+
+    def _repr_html_(self) -> str:
+        return display.html_of_source(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -394,7 +413,12 @@ class Spectrum:
     def __repr__(self) -> str:
         if self.status != "ok":
             return f"Spectrum({self.name}, {self.status}{': ' + self.reason if self.reason else ''})"
-        size = "×".join(map(str, self.shape))
         top = f"σ₁ = {self.S[0]:.4g}, " if len(self.S) else ""
         vectors = f", top {self.k} vectors" if self.k else ""
-        return f"Spectrum({self.name}, {size}, {top}‖ΔW‖_F = {self.norm:.4g}, rank {self.rank}{vectors})"
+        return (
+            f"Spectrum({self.name}, {display.size(self.shape)}, {top}‖ΔW‖_F = {self.norm:.4g}, "
+            f"rank {display.rank_of(self)}{vectors})"
+        )
+
+    def _repr_html_(self) -> str:
+        return display.html_of_spectrum(self)

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Float64
 
-from spectra import naming
+from spectra import display, naming
 from spectra.errors import SelectionError
 from spectra.types import Spectrum
 
@@ -49,10 +49,11 @@ class SubspaceSimilarity:
         return float(self.grid[-1, -1])
 
     def __repr__(self) -> str:
-        return (
-            f"SubspaceSimilarity({self.name}, {self.side}, φ({self.k_used}, {self.k_used}) = {self.phi:.3f}, "
-            f"chance {self.chance[-1, -1]:.3f}{', ' + self.note if self.note else ''})"
-        )
+        note = f", {self.note}" if self.note else ""
+        return f"SubspaceSimilarity({self.name}, {self.side}, {display.corner(self)}{note})"
+
+    def _repr_html_(self) -> str:
+        return display.html_of_similarity(self)
 
 
 def subspace_similarity(a: Spectrum, b: Spectrum, *, top: int = 30, side: Side = "left") -> SubspaceSimilarity:
