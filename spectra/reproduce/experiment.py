@@ -1,0 +1,123 @@
+"""All stages in order; what an earlier call finished is not done again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectra.errors import DeviceError
+from spectra.reproduce import figures, numbers
+from spectra.reproduce.analysis import Commands, decompose
+from spectra.reproduce.base import load_model, prepare_base
+from spectra.reproduce.batches import tokenise
+from spectra.reproduce.cost import measure_costs
+from spectra.reproduce.evaluate import evaluate
+from spectra.reproduce.plan import Plan, Run
+from spectra.reproduce.tasks import Example, mix
+from spectra.reproduce.train import train
+from spectra.reproduce.wordnet import read_wordnet
+from spectra.store import write
+
+Say = Callable[[str], None]
+_BASE_SCORES = "base-scores.json"
+_REPORTS = 6  # lines of progress per run
+
+
+def reproduce(
+    directory: Path,
+    plan: Plan,
+    *,
+    base: Path,
+    wordnet: Path,
+    pictures: Path,
+    device: str = "cpu",
+    say: Say = lambda line: None,
+) -> None:
+    """Train every run of the plan, measure costs, decompose, compare and draw.
+
+    Args:
+        directory: keeps models, checkpoints and spectra; the same call with the same plan goes on.
+        plan: the runs and their sizes.
+        base: a causal language model's folder, or a GGUF file.
+        wordnet: folder of the WordNet database.
+        pictures: where figures, their numbers and the commands that made them go.
+        device: where models are trained.
+        say: takes one line of progress at a time.
+
+    Raises:
+        NotFoundError: the base or WordNet is not there.
+        MissingExtraError: a library of the extra `reproduce` is not installed.
+        StoreError: the directory holds runs of another plan.
+        DeviceError: there is no such device.
+
+    Reference: Wang et al. 2023 (MultiLoRA), Figs. 1, 3, 4, 5; Liu et al. 2025 (R-LoRA), cost comparison.
+    """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("there is no CUDA device here: choose --device cpu")
+    database = read_wordnet(wordnet)
+    directory.mkdir(parents=True, exist_ok=True)
+    folder = prepare_base(base, directory)
+    data = mix(plan.steps * plan.per_task, plan.held_out, database)
+    results = [_score_base(folder, data[1], directory, device)]
+    runs = [*plan.main_runs(), *plan.sensitivity_runs()]
+    for place, run in enumerate(runs, 1):
+        say(f"run {place} of {len(runs)}: {run.name}, {run.steps} steps")
+        results.append(train(run, plan, folder, data, directory, device=device, progress=_lines(run, say)))
+    say("throughput and memory")
+    costs = measure_costs(folder, plan, data[0], directory, device=device, say=say)
+    _report(directory, plan, folder, results, costs, pictures, say)
+
+
+def _report(
+    directory: Path,
+    plan: Plan,
+    base: Path,
+    results: Sequence[dict[str, Any]],
+    costs: list[dict[str, Any]],
+    pictures: Path,
+    say: Say,
+) -> None:
+    """Spectra, similarities, figures and tables, all anew from what was trained."""
+    import pandas as pd
+
+    say("spectra and subspaces")
+    commands = Commands(say)
+    decompose(directory, base, plan, commands)
+    say("figures and tables")
+    figures.draw_spectra(directory, plan, pictures, commands)
+    figures.draw_costs(costs, pictures / "figure-3")
+    tables = {
+        "figure-3/cost.csv": pd.DataFrame(costs),
+        "spectra.csv": numbers.spectra_table(directory, plan),
+        "similarity.csv": numbers.similarity_table(directory, plan),
+        "tasks.csv": numbers.task_table(results),
+        "runs.csv": numbers.run_table(results),
+    }
+    for name, table in tables.items():
+        write(pictures / name, table.to_csv(index=False, float_format="%.6g").encode())
+    write(pictures / "commands.sh", ("\n".join(commands.lines) + "\n").encode())
+
+
+def _score_base(folder: Path, held_out: Sequence[Example], directory: Path, device: str) -> dict[str, Any]:
+    """Held-out loss and accuracy before any training."""
+    kept = directory / _BASE_SCORES
+    if not kept.is_file():
+        model, tokenizer = load_model(folder, device)
+        scores = evaluate(model, tokenise(held_out, tokenizer), device)
+        write(kept, json.dumps({"name": "base", "scores": {"0": scores}}, indent=1).encode())
+    found: dict[str, Any] = json.loads(kept.read_text())
+    return found
+
+
+def _lines(run: Run, say: Say) -> Callable[[int, float], None]:
+    every = max(1, run.steps // _REPORTS)
+
+    def line(step: int, loss: float) -> None:
+        if step % every == 0:
+            say(f"  step {step} of {run.steps}, loss {loss:.3f}")
+
+    return line

@@ -1,0 +1,83 @@
+"""The numbers behind the figures and the verdict, as tables that can be read without the models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectra.reproduce.analysis import Look, looks, pairs, similarity_of, spectra_of
+from spectra.reproduce.plan import Plan
+from spectra.reproduce.tasks import FAMILY_OF
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Of every matrix; a role's row holds their medians over the layers.
+_OF_A_MATRIX = (
+    "relative_norm", "sigma_1", "top_1_share", "top_8_share", "stable_rank", "effective_rank", "rank_90", "gini",
+)  # fmt: skip
+
+
+def spectra_table(directory: Path, plan: Plan) -> pd.DataFrame:
+    """Run × step × role: medians over the layers, and effective rank as a share of the rank there could be."""
+    import pandas as pd
+
+    import spectra
+
+    rows: list[dict[str, Any]] = []
+    for look in looks(plan):
+        table = spectra.summarize(spectra.load(spectra_of(directory, look), vectors=False))
+        table["effective_share"] = table["effective_rank"] / table["max_rank"]
+        for role, group in table[table["status"] == "ok"].groupby("role", sort=False):
+            medians = group[[*_OF_A_MATRIX, "effective_share"]].median()
+            rows.append({**_identity(look), "role": role, "matrices": len(group),
+                         "max_rank": int(group["max_rank"].max()), **medians})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def similarity_table(directory: Path, plan: Plan) -> pd.DataFrame:
+    """Run × step × role × side: φ(k, k) to another run, its mean and range over the layers, beside chance."""
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+    for look, partner in pairs(plan):
+        table = pd.read_csv(similarity_of(directory, look, partner) / "similarity.csv")
+        for (role, side), group in table.groupby(["role", "side"], sort=False):
+            rows.append({**_identity(look), "compared_to": partner.run.name, "role": role, "side": side,
+                         "k": int(group["k_used"].min()), "phi": group["phi"].mean(), "phi_min": group["phi"].min(),
+                         "phi_max": group["phi"].max(), "chance": group["chance"].mean()})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def task_table(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Run × step × task: held-out loss and accuracy."""
+    import pandas as pd
+
+    return pd.DataFrame([
+        {"run": result["name"], "step": int(step), "family": FAMILY_OF[task], "task": task, **score}
+        for result in results
+        for step, tasks in result["scores"].items()
+        for task, score in tasks.items()
+    ])  # fmt: skip
+
+
+def run_table(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Run: settings, trained parameters, tokens and seconds."""
+    import pandas as pd
+
+    columns = ("name", "lr", "seed", "steps", "parameters", "tokens", "seconds")
+    return pd.DataFrame([{key: result[key] for key in columns} for result in results if "lr" in result])
+
+
+def _identity(look: Look) -> dict[str, Any]:
+    run = look.run
+    origin = ("-origin", ", origin") if look.origin else ("", "")
+    return {
+        "run": run.name + origin[0],
+        "label": run.method.label + origin[1],
+        "step": look.step,
+        "lr": run.lr,
+        "seed": run.seed,
+        "total_rank": run.method.total_rank,
+    }

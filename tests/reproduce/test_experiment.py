@@ -1,0 +1,166 @@
+"""`spectra reproduce --quick` as a user runs it, on a tiny model, and what it leaves."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from reproduce.tiny import GGUF, WORDNET, tiny_model
+from safetensors.torch import load_file
+
+import spectra
+from spectra.errors import NotFoundError, SourceError
+from spectra.reproduce.base import load_model, prepare_base
+from spectra.reproduce.methods import Method, attach
+from spectra.reproduce.origin import origin_of, save_origin
+from spectra.reproduce.plan import QUICK, Run
+from spectra.reproduce.tasks import FAMILIES, mix
+from spectra.reproduce.train import snapshot, train
+from spectra.reproduce.wordnet import read_wordnet
+
+
+def command(base: Path, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "spectra", "reproduce", "--quick", "--base", str(base), "--wordnet", str(WORDNET),
+            "--out", str(out), *more]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """Killed once in the middle of training, then run to its end by the same command."""
+    folder = tmp_path_factory.mktemp("experiment")
+    base = tiny_model(folder / "model")
+    first = subprocess.Popen(command(base, folder / "out"), stderr=subprocess.PIPE, text=True)
+    while "run 3 of 6" not in first.stderr.readline():
+        assert first.poll() is None, first.stderr.read()
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    kept = {path: path.stat().st_mtime for path in (folder / "out" / "runs").glob("*/result.json")}
+    second = subprocess.run(command(base, folder / "out"), capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    return folder / "out", kept, second
+
+
+def test_finished_runs_are_not_done_again(experiment):
+    _, kept, _ = experiment
+    assert len(kept) == 2
+    assert all(path.stat().st_mtime == before for path, before in kept.items())
+
+
+def test_it_says_what_it_does_and_where_the_figures_are(experiment):
+    out, _, done = experiment
+    assert done.stdout == f"{out / 'figures'}\n"
+    for line in ("run 1 of 6: full, 4 steps", "throughput and memory", "spectra and subspaces", "figures and tables"):
+        assert line in done.stderr
+    assert "Warning" not in done.stderr
+    assert "%|" not in done.stderr
+
+
+def test_every_figure_stands_beside_its_numbers(experiment):
+    figures = experiment[0] / "figures"
+    for name, file in {
+        "figure-1": "histogram",
+        "figure-3": "cost",
+        "figure-4-k_proj": "similarity",
+        "figure-4-v_proj": "similarity",
+        "figure-5-k_proj": "histogram",
+        "figure-5-v_proj": "histogram",
+    }.items():
+        assert (figures / name / f"{file}.png").stat().st_size > 5_000
+        numbers = next((figures / name).glob("*.csv"))
+        assert len(pd.read_csv(numbers)) > 5, numbers
+
+
+def test_a_recorded_command_makes_its_figure_again(experiment):
+    figures = experiment[0] / "figures"
+    lines = (figures / "commands.sh").read_text().splitlines()
+    assert {line.split()[1] for line in lines} == {"svd", "similarity", "plot"}
+    numbers = figures / "figure-4-v_proj" / "similarity_grid.csv"
+    before = numbers.read_bytes()
+    numbers.unlink()
+    line = next(line for line in lines if "figure-4-v_proj" in line)
+    subprocess.run([sys.executable, "-m", *shlex.split(line)], check=True, capture_output=True)
+    assert numbers.read_bytes() == before
+
+
+def test_the_tables_hold_what_the_results_hold(experiment):
+    out, _, _ = experiment
+    table = pd.read_csv(out / "figures" / "spectra.csv")
+    trained = {"full", "full-seed1", "lora", "multilora-n3", "multilora-n5", "rlora"}
+    assert set(table["run"]) == trained | {"multilora-n3-origin", "multilora-n5-origin"}
+    one = table[(table["run"] == "lora") & (table["role"] == "v_proj") & (table["step"] == 4)].iloc[0]
+    stored = [s for s in spectra.load(out / "spectra" / "lora-step-4") if s.role == "v_proj"]
+    shares = [np.sum(s.S[:1] ** 2) / np.sum(s.S**2) for s in stored]
+    assert one["top_1_share"] == pytest.approx(np.median(shares), rel=1e-4)
+    assert one["max_rank"] == 12
+    similar = pd.read_csv(out / "figures" / "similarity.csv")
+    assert {"left", "right"} == set(similar["side"])
+    assert similar["phi"].between(0, 1).all()
+    tasks = pd.read_csv(out / "figures" / "tasks.csv")
+    assert set(tasks["family"]) == set(FAMILIES)
+    assert set(tasks["run"]) == trained | {"base"}
+    costs = pd.read_csv(out / "figures" / "figure-3" / "cost.csv")
+    assert (costs[["tokens_per_second", "peak_mib"]] > 0).all().all()
+    assert {"lora", "multilora", "rlora", "multihead", "full"} == set(costs["kind"])
+
+
+def test_the_origin_has_the_random_start_and_the_trained_scaling(tmp_path):
+    base = tiny_model(tmp_path / "model")
+    run = Run("multilora", Method("multilora", 2, 3), 1e-2, 2, seed=5)
+    torch.manual_seed(run.seed)
+    model = attach(load_model(base, "cpu")[0], run.method)
+    start = {name.replace(".adapter.", "."): tensor for name, tensor in model.state_dict().items()}
+    train(run, QUICK, base, mix(4, 2, read_wordnet(WORDNET)), tmp_path)
+    save_origin(run, 2, base, tmp_path)
+    made, trained = (
+        load_file(next(folder.glob("*.safetensors")))
+        for folder in (origin_of(tmp_path, run, 2), snapshot(tmp_path, run, 2))
+    )
+    assert made.keys() == trained.keys()
+    for name, tensor in made.items():
+        if name.endswith("scaling"):
+            assert torch.equal(tensor, trained[name])
+            assert tensor.abs().max() > 0
+        else:
+            assert not torch.equal(tensor, trained[name]), name
+            assert torch.equal(tensor, start[name.removeprefix("base_model.model.")]), name
+
+
+def test_a_missing_base_says_how_to_get_one(tmp_path):
+    with pytest.raises(NotFoundError, match=r"neither a model's folder nor a GGUF file.*pip install"):
+        prepare_base(tmp_path / "model.gguf", tmp_path)
+
+
+def test_a_damaged_gguf_file_is_one_message(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + b"\0" * 60)
+    with pytest.raises(SourceError, match="cannot be dequantised"):
+        prepare_base(tmp_path / "model.gguf", tmp_path)
+    assert not (tmp_path / "base").exists()
+
+
+def test_a_missing_wordnet_ends_in_one_line(tmp_path):
+    base = tiny_model(tmp_path / "model")
+    done = subprocess.run(
+        [*command(base, tmp_path / "out"), "--wordnet", str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_gguf_base_is_the_model_in_it(tmp_path):
+    """SmolLM2 out of its 4-bit file: transformers' dequantised weights against the toolkit's own reading of it."""
+    folder = prepare_base(GGUF, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    source = spectra.open_source(folder, GGUF)
+    assert not source.coverage.tuned_only
+    deltas = [source[f"model.layers.{layer}.self_attn.{role}_proj.weight"] for layer in (0, 29) for role in "qv"]
+    for delta in deltas:
+        difference = delta.read().to_dense()
+        assert difference.abs().max() <= 1e-6 * weights[delta.name].abs().max()
