@@ -46,7 +46,8 @@ def looks(plan: Plan) -> list[Look]:
     main, further = plan.main_runs(), plan.sensitivity_runs()
     origins = [Look(run, plan.steps, ATTENTION, origin=True) for run in main if run.method.kind == "multilora"]
     early = [Look(run, plan.early, ATTENTION) for run in (main if plan.early < plan.steps else []) + further]
-    return [Look(run, plan.steps, ALL) for run in main] + origins + early
+    longer = [Look(run, plan.steps, ATTENTION) for run in further if run.steps == plan.steps]
+    return [Look(run, plan.steps, ALL) for run in main] + longer + origins + early
 
 
 def pairs(plan: Plan) -> list[tuple[Look, Look]]:

