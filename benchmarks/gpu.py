@@ -1,6 +1,7 @@
 """`python -m benchmarks.gpu`: the device path on a GPU, correctness against float64 on the CPU first, then timings.
 
 Needs nothing but this checkout and a CUDA build of torch. Without a GPU, `--device cpu` runs the same code.
+The CPU of the same machine is timed, too: on a card that is slow at float64 it may be the better choice.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
 from benchmarks import inputs
-from spectra import Spectrum, WeightDelta
+from spectra import Spectrum, WeightDelta, decompose
 from spectra.engine.batch import decompose_batches
-from spectra.engine.plan import batches, plan
+from spectra.engine.plan import batches, plan, slow_double
 
 _VALUES = 1e-7  # of σ₁
 _ANGLE = 1e-5
@@ -44,7 +46,11 @@ def described(device: str) -> str:
     if not device.startswith("cuda"):
         return f"{device}, torch {torch.__version__}"
     card = torch.cuda.get_device_properties(device)
-    return f"{card.name}, {card.total_memory / 2**30:.0f} GiB, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    rate = slow_double(card.major, card.minor) or "float64 at full rate"
+    return (
+        f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {rate}; torch {torch.__version__}, "
+        f"CUDA {torch.version.cuda}; {torch.get_num_threads()} CPU threads"
+    )
 
 
 def report(name: str, fault: str) -> bool:
@@ -58,6 +64,11 @@ def on_device(deltas: list[WeightDelta], device: str, budget: int, top: int) -> 
     groups = batches(deltas, plan(deltas, budget, top or None))
     found = dict(decompose_batches(deltas, groups, top=top, only_top=False, device=device))
     return [found[i] for i in range(len(deltas))]
+
+
+def on_cpu(deltas: list[WeightDelta], budget: int, top: int) -> list[Spectrum]:
+    """What `--device cpu` does on this machine."""
+    return list(decompose(deltas, top=top or None, device="cpu", memory_budget=budget))
 
 
 def faults(device: str, budget: int) -> Iterator[tuple[str, str]]:
@@ -97,6 +108,10 @@ def timings(device: str, budget: int, size: int, count: int) -> Iterator[tuple[s
     yield f"all values, {size}²", clock(device, lambda: on_device(dense, device, budget, 0)) / count
     yield f"values + top 30, {size}²", clock(device, lambda: on_device(dense, device, budget, 30)) / count
     yield f"factored rank 64 on {size}², top 30", clock(device, lambda: on_device(thin, device, budget, 30)) / count
+    if device != "cpu":  # the other exact choice, for cards that are slow at float64
+        for top in (0, 30):
+            work = f"{f'values + top {top}' if top else 'all values'}, {size}², --device cpu"
+            yield work, clock("cpu", partial(on_cpu, dense, budget, top), repeats=1) / count
     yield f"torch svdvals float32, {size}²", clock(device, lambda: torch.linalg.svdvals(one.float()))
     yield f"torch svdvals float64, {size}²", clock(device, lambda: torch.linalg.svdvals(one))
     yield (

@@ -5,15 +5,18 @@ The same code runs on any torch device; the tests run it on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from threading import Event
 
 import torch
 from torch import Tensor
 
 from spectra.engine import dense, factored, kronecker
-from spectra.engine.ladder import Numbers, batched, solvers
-from spectra.engine.plan import Batch
+from spectra.engine.ladder import CHOLESKY_CORE, Numbers, batched, solvers
+from spectra.engine.plan import Batch, slow_double
 from spectra.engine.solve import (
     accepted,
     after_failure,
@@ -22,6 +25,7 @@ from spectra.engine.solve import (
     examine,
     fault,
     out_of_memory,
+    tensors_of,
     with_status,
 )
 from spectra.errors import SpectraError
@@ -42,36 +46,89 @@ def decompose_batches(
         only_top: keep the top values alone.
         device: where to compute.
     """
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)  # what the caller has put there is there for the reader's stream, too
+    remark = _remark(device)
+    stop = Event()
     with ThreadPoolExecutor(1, thread_name_prefix="spectra-read") as reader:
-        coming: Future[Read] | None = None
-        for place, batch in enumerate(batches):
-            members = [deltas[task.index] for task in batch.tasks]
-            forms = coming.result() if coming else read_batch(members, device)
-            following = batches[place + 1] if place + 1 < len(batches) else None
-            coming = (
-                reader.submit(read_batch, [deltas[task.index] for task in following.tasks], device)
-                if following
-                else None
-            )
-            spectra = solve_batch(members, forms, top=top, only_top=only_top, device=device)
-            yield from zip([task.index for task in batch.tasks], spectra, strict=True)
-
-
-def read_batch(members: Sequence[WeightDelta], device: str) -> Read:
-    """The forms of deltas on the device; a result with a status for those that cannot be read."""
-    found: Read = []
-    for delta in members:
-        blank = blank_for(delta)
-        if delta.recipe is None:
-            found.append(blank)
-            continue
         try:
-            found.append(delta.read(device))
-        except SpectraError as problem:
-            found.append(with_status(blank, "unreadable", str(problem)))
-        except (MemoryError, RuntimeError) as problem:
-            found.append(after_failure(blank, problem, device))
+            coming: Future[Read] | None = None
+            for place, batch in enumerate(batches):
+                members = [deltas[task.index] for task in batch.tasks]
+                forms = (coming or reader.submit(read_batch, members, device, stop)).result()
+                following = batches[place + 1] if place + 1 < len(batches) else None
+                coming = None
+                if following and following.ahead:
+                    coming = reader.submit(read_batch, [deltas[task.index] for task in following.tasks], device, stop)
+                _hand_over(forms, device)
+                spectra = solve_batch(members, forms, top=top, only_top=only_top, device=device)
+                del forms  # not kept while the results are stored and the batch after the next is read
+                yield from zip([task.index for task in batch.tasks], (_noted(s, remark) for s in spectra), strict=True)
+        finally:
+            stop.set()  # a run that is given up waits for the matrix that is being read, not for its batch
+
+
+def read_batch(members: Sequence[WeightDelta], device: str, stop: Event | None = None) -> Read:
+    """The forms of deltas on the device; a result with a status for those that cannot be read.
+
+    On a CUDA device everything is copied and formed on a stream of this thread's own, so that it goes on while
+    another thread computes; when this returns, it is done.
+
+    Args:
+        members: the deltas.
+        device: where their forms go.
+        stop: once set, no further delta is read.
+    """
+    found: Read = []
+    with _own_stream(device) as finish:
+        for delta in members:
+            if stop is not None and stop.is_set():
+                break
+            found.append(_read(delta, device, finish))
     return found
+
+
+def _read(delta: WeightDelta, device: str, finish: Callable[[], None]) -> Form | Spectrum:
+    blank = blank_for(delta)
+    if delta.recipe is None:
+        return blank
+    try:
+        form = delta.read(device)
+        finish()
+        return form
+    except SpectraError as problem:
+        return with_status(blank, "unreadable", str(problem))
+    except (MemoryError, RuntimeError) as problem:
+        return after_failure(blank, problem, device)
+
+
+@contextmanager
+def _own_stream(device: str) -> Iterator[Callable[[], None]]:
+    """Run what follows on a stream of its own, where the device has streams; gives what waits for it to be done."""
+    if not device.startswith("cuda"):
+        yield lambda: None
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        yield stream.synchronize
+
+
+def _hand_over(forms: Read, device: str) -> None:
+    """Tell the allocator that this thread's stream uses what was allocated on the reader's."""
+    if device.startswith("cuda"):
+        stream = torch.cuda.current_stream(device)
+        for form in forms:
+            for tensor in () if isinstance(form, Spectrum) else tensors_of(form):
+                tensor.record_stream(stream)
+
+
+def _remark(device: str) -> str:
+    """What every result from this device has to say of it."""
+    return slow_double(*torch.cuda.get_device_capability(device)) if device.startswith("cuda") else ""
+
+
+def _noted(spectrum: Spectrum, remark: str) -> Spectrum:
+    return replace(spectrum, method=f"{spectrum.method}; {remark}") if remark and spectrum.method else spectrum
 
 
 def solve_batch(
@@ -147,7 +204,9 @@ def _numbers(forms: list[Form], top: int) -> Iterator[Numbers]:
         return
     if isinstance(forms[0], LowRank):
         pairs = [form for form in forms if isinstance(form, LowRank)]
-        found = factored.factored_svd(torch.stack([p.left for p in pairs]), torch.stack([p.right for p in pairs]), top)
+        lefts, rights = torch.stack([p.left for p in pairs]), torch.stack([p.right for p in pairs])
+        qr = factored.cholesky if batched(forms[0], top) == CHOLESKY_CORE else factored.householder
+        found = factored.factored_svd(lefts, rights, top, qr)
     else:
         stacked = torch.stack([form.matrix for form in forms if isinstance(form, Dense)])
         found = dense.gram_top(stacked, top) if top else (dense.gram_values(stacked), None, None)

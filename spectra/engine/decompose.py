@@ -133,8 +133,9 @@ def _side_by_side(
     """On this machine's CPU: several matrices at once, each on its share of the cores."""
     import torch
 
-    from spectra.engine.local import thread_executor
+    from spectra.engine.local import keep_freed_memory, thread_executor
 
+    keep_freed_memory()
     cores = torch.get_num_threads()
     workers = side_by_side(schedule, cores)
     share = threads or max(1, cores // workers)

@@ -77,38 +77,50 @@ def gram_values(matrix: Float64[Tensor, "*batch m n"]) -> Float64[Tensor, "*batc
     return eigenvalues(gram(matrix, mirrored=False)).sqrt()
 
 
-def gram_top(matrix: Float64[Tensor, "*batch m n"], top: int) -> Triplets:
+def gram_top(
+    matrix: Float64[Tensor, "*batch m n"], top: int, product: Float64[Tensor, "*batch s s"] | None = None
+) -> Triplets:
     r"""All singular values and the top k = min(top, s) vectors, from every eigenvector of the Gram matrix.
+
+    Args:
+        matrix: A.
+        top: how many vectors.
+        product: `gram(matrix)`, where it is already there.
 
     Example:
         >>> S, U, Vh = gram_top(torch.diag(torch.tensor([3.0, 4.0])).double(), 1)
         >>> (U * S[:1] @ Vh).abs().round(decimals=9).tolist()
         [[0.0, 0.0], [0.0, 4.0]]
     """
-    values, vectors = torch.linalg.eigh(gram(matrix, mirrored=False).mT)
+    product = gram(matrix, mirrored=False) if product is None else product
+    values, vectors = torch.linalg.eigh(product.mT)
     k = min(top, values.shape[-1])
     return _with_rest(values.flip(-1).clamp(min=0).sqrt(), lift(matrix, vectors.flip(-1)[..., :k]))
 
 
-def filter_top(matrix: Float64[Tensor, "m n"], top: int) -> Triplets:
-    """As `gram_top`, with the eigenvalues first and then a filter that they make cheap.
+def lanczos_top(matrix: Float64[Tensor, "m n"], top: int, product: Float64[Tensor, "s s"] | None = None) -> Triplets:
+    """As `gram_top`, with the eigenvalues first and then a Krylov space that they make cheap.
 
     Raises:
         NotConvergedError: the spectrum around k is too flat for it, or the target was not reached.
     """
-    product = gram(matrix)
+    product = gram(matrix) if product is None else product
+    if not topk.promising(product, top):
+        raise topk.NotConvergedError(f"{top} vectors are too many for so flat a spectrum")
     values = eigenvalues(product)
     found = topk.leading_eigenvectors(product, top, values)
     return _with_rest(values.sqrt(), lift(matrix, found.vectors))
 
 
-def filter_only_top(matrix: Float64[Tensor, "m n"], top: int) -> Triplets:
+def lanczos_only_top(
+    matrix: Float64[Tensor, "m n"], top: int, product: Float64[Tensor, "s s"] | None = None
+) -> Triplets:
     """The top triplets alone, and a proof (a Cholesky factor) that no larger one was missed.
 
     Raises:
         NotConvergedError: the target was not reached, or the proof failed.
     """
-    product = gram(matrix)
+    product = gram(matrix) if product is None else product
     found = topk.leading_eigenvectors(product, top)
     if not topk.certify(product, found):
         raise topk.NotConvergedError("a larger singular value was missed")

@@ -3,17 +3,78 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+QR = tuple[Callable[[Tensor], Tensor], Tensor]  # block ↦ Q · block, and the triangle
+
 _BLOCK = 512
+_MOST_SKEW = 0.01  # entries of Q₁ᵀQ₁ − I; the second pass then ends at ε
 _CANCELLED = 1e-6  # below this share of (‖L‖‖R‖)², ⟨LᵀL, RRᵀ⟩ has lost more than six of its digits
 
 
+class LowerRankError(RuntimeError):
+    """A factor's columns are too close to dependent for Cholesky; another solver takes over."""
+
+
+def householder(factor: Float64[Tensor, "*batch m r"]) -> QR:
+    """QR of any factor. Q stays in its reflectors, which costs a third less than forming it."""
+    packed, tau = torch.geqrf(factor)
+    rank = tau.shape[-1]
+
+    def rotate(block: Tensor) -> Tensor:
+        padded = block.new_zeros((*block.shape[:-2], packed.shape[-2], block.shape[-1]))
+        padded[..., : block.shape[-2], :] = block
+        return torch.ormqr(packed[..., :rank], tau, padded)
+
+    return rotate, packed[..., :rank, :].triu()
+
+
+def cholesky(factor: Float64[Tensor, "*batch m r"]) -> QR:
+    r"""QR of a tall factor of full rank by Cholesky decompositions of Gram matrices: nothing but matrix products.
+
+    AᵀA = T₁ᵀT₁ and Q₁ = A T₁⁻¹, whose columns are orthonormal up to ε·κ(A)²; the same again for Q₁ = Q T₂ leaves ε,
+    and A = Q (T₂T₁). What the first pass leaves is measured, so a factor that is too close to lower rank is refused.
+
+    Raises:
+        LowerRankError: it is.
+
+    Example:
+        >>> rotate, triangle = cholesky(torch.tensor([[3.0], [4.0]]).double())
+        >>> triangle.tolist()
+        [[5.0]]
+
+    Reference: Yamamoto et al. 2015 (CholeskyQR2 and its rounding errors).
+    """
+    first, refused = torch.linalg.cholesky_ex(factor.mT @ factor, upper=True)
+    rough = _divided(factor, first)
+    gram = rough.mT @ rough
+    skew = (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().max()
+    if bool(refused.any()) or not float(skew) <= _MOST_SKEW:  # also where it is NaN
+        raise LowerRankError("a factor is close to lower rank")
+    second = torch.linalg.cholesky(gram, upper=True)
+
+    def rotate(block: Tensor) -> Tensor:
+        return rough @ torch.linalg.solve_triangular(second, block, upper=True)
+
+    return rotate, second @ first
+
+
+def _divided(tall: Tensor, triangle: Tensor) -> Tensor:
+    """tall · triangle⁻¹, solved in the order in which tall is stored: two to three times as fast as the other way."""
+    if tall.mT.is_contiguous():
+        return torch.linalg.solve_triangular(triangle, tall, upper=True, left=False)
+    return torch.linalg.solve_triangular(triangle.mT, tall.mT, upper=False).mT
+
+
 def factored_svd(
-    left: Float64[Tensor, "*batch m r"], right: Float64[Tensor, "*batch r n"], top: int = 0
+    left: Float64[Tensor, "*batch m r"],
+    right: Float64[Tensor, "*batch r n"],
+    top: int = 0,
+    qr: Callable[[Tensor], QR] = householder,
 ) -> tuple[Float64[Tensor, "*batch s"], Float64[Tensor, "*batch m k"] | None, Float64[Tensor, "*batch k n"] | None]:
     r"""Singular values of L·R, and its top singular vectors.
 
@@ -23,9 +84,13 @@ def factored_svd(
         left: L.
         right: R.
         top: how many vectors to return; 0 for none.
+        qr: how to decompose a factor, `householder` or `cholesky`.
 
     Returns:
         S descending, s = min(m, r, n); U and Vh with k = min(top, s) vectors, or None.
+
+    Raises:
+        LowerRankError: from `cholesky`.
 
     Example:
         >>> L, R = torch.tensor([[3.0], [4.0]]).double(), torch.tensor([[2.0, 0.0]]).double()
@@ -34,28 +99,14 @@ def factored_svd(
 
     Reference: Golub & Van Loan 2013, §5.2 and §8.6 (SVD after QR).
     """
-    reflectors_left, t_left = _householder(left)
-    reflectors_right, t_right = _householder(right.mT)
+    rotate_left, t_left = qr(left)
+    rotate_right, t_right = qr(right.mT)
     core = t_left @ t_right.mT
     if top == 0:
         return torch.linalg.svdvals(core), None, None
     u, s, vh = torch.linalg.svd(core, full_matrices=False)
     k = min(top, s.shape[-1])
-    return s, _rotate(reflectors_left, u[..., :k]), _rotate(reflectors_right, vh[..., :k, :].mT).mT
-
-
-def _householder(matrix: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """A QR decomposition with Q as its reflectors, which costs a third less than forming Q; and the triangle."""
-    packed, tau = torch.geqrf(matrix)
-    return (packed, tau), packed[..., : tau.shape[-1], :].triu()
-
-
-def _rotate(reflectors: tuple[Tensor, Tensor], block: Tensor) -> Tensor:
-    """Q · block for a block of as many rows as Q has columns."""
-    packed, tau = reflectors
-    padded = block.new_zeros((*block.shape[:-2], packed.shape[-2], block.shape[-1]))
-    padded[..., : block.shape[-2], :] = block
-    return torch.ormqr(packed[..., : tau.shape[-1]], tau, padded)
+    return s, rotate_left(u[..., :k]), rotate_right(vh[..., :k, :].mT).mT
 
 
 def factored_norm(left: Float64[Tensor, "m r"], right: Float64[Tensor, "r n"]) -> tuple[float, float]:

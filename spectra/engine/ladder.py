@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, singledispatch
+from functools import cache, singledispatch
 
 from torch import Tensor
 
@@ -29,12 +29,13 @@ class Rung:
     complete: bool = True
 
 
+CHOLESKY_CORE = Rung("cholesky-qr2-core-svd-f64", dense.SVD_RESOLUTION)
 QR_CORE = Rung("qr-core-svd-f64", dense.SVD_RESOLUTION)
 KRONECKER = Rung("kronecker-svd-f64", dense.SVD_RESOLUTION)
 PRODUCT = Rung("product-svd-f64", dense.SVD_RESOLUTION)
 GRAM_VALUES = Rung("gram-eigvals-f64", dense.GRAM_RESOLUTION)
-GRAM_FILTER = Rung("gram-filter-f64", dense.GRAM_RESOLUTION)
-GRAM_CERTIFIED = Rung("gram-filter-certified-f64", dense.GRAM_RESOLUTION, complete=False)
+GRAM_LANCZOS = Rung("gram-lanczos-f64", dense.GRAM_RESOLUTION)
+GRAM_CERTIFIED = Rung("gram-lanczos-certified-f64", dense.GRAM_RESOLUTION, complete=False)
 GRAM_EIGH = Rung("gram-eigh-f64", dense.GRAM_RESOLUTION)
 SVD = Rung("svd-f64", dense.SVD_RESOLUTION)
 
@@ -52,7 +53,7 @@ def batched(form: Form, top: int) -> Rung:
     if isinstance(form, Kronecker):
         return KRONECKER
     if isinstance(form, LowRank):
-        return QR_CORE
+        return CHOLESKY_CORE if _both_tall(form) else QR_CORE
     return GRAM_EIGH if top else GRAM_VALUES
 
 
@@ -76,16 +77,14 @@ def _(form: Dense, top: int, only_top: bool) -> list[Solver]:
             Solver(GRAM_VALUES, lambda: (dense.gram_values(A), None, None)),
             Solver(SVD, lambda: (dense.svd_values(A), None, None)),
         ]
-    full = [
-        Solver(GRAM_EIGH, partial(dense.gram_top, A, top)),
-        Solver(SVD, partial(dense.svd_top, A, top)),
+    product = cache(lambda: dense.gram(A))  # one Gram matrix for all rungs
+    first, run = (GRAM_CERTIFIED, dense.lanczos_only_top) if only_top else (GRAM_LANCZOS, dense.lanczos_top)
+    lanczos = [Solver(first, lambda: run(A, top, product()))] if topk.worthwhile(min(A.shape), top) else []
+    return [
+        *lanczos,
+        Solver(GRAM_EIGH, lambda: dense.gram_top(A, top, product() if lanczos else None)),
+        Solver(SVD, lambda: dense.svd_top(A, top)),
     ]
-    if not topk.worthwhile(min(A.shape), top):
-        return full
-    if only_top:
-        run = partial(dense.filter_only_top, A, top)
-        return [Solver(GRAM_CERTIFIED, run), *full]
-    return [Solver(GRAM_FILTER, partial(dense.filter_top, A, top)), *full]
 
 
 @solvers.register
@@ -96,10 +95,16 @@ def _(form: LowRank, top: int, only_top: bool) -> list[Solver]:
         count = min(form.left.shape[1], *form.shape)
         return S[:count], U[:, :count] if top else None, Vh[:count] if top else None
 
-    return [
-        Solver(QR_CORE, lambda: factored.factored_svd(form.left, form.right, top)),
-        Solver(PRODUCT, through_product),
-    ]
+    by_factors = [Solver(QR_CORE, lambda: factored.factored_svd(form.left, form.right, top))]
+    if _both_tall(form):
+        fast = Solver(CHOLESKY_CORE, lambda: factored.factored_svd(form.left, form.right, top, factored.cholesky))
+        by_factors = [fast, *by_factors]
+    return [*by_factors, Solver(PRODUCT, through_product)]
+
+
+def _both_tall(form: LowRank) -> bool:
+    """Whether L and Rᵀ have at least as many rows as columns, without which they cannot be of full rank."""
+    return form.left.shape[1] <= min(form.shape)
 
 
 @solvers.register

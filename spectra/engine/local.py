@@ -16,6 +16,17 @@ from contextlib import contextmanager
 
 import torch
 
+_LARGEST_KEPT = 31 * 2**20  # bytes; glibc adapts to blocks below 32 MiB only
+
+
+def keep_freed_memory() -> None:
+    """Let the next matrix have the memory of the last one, instead of fresh pages from the kernel.
+
+    glibc's malloc returns large blocks to the kernel when they are freed, up to the size of the largest such
+    block that it has seen. So one is freed here; nothing is written to it. Elsewhere this does nothing.
+    """
+    torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
+
 
 @contextmanager
 def thread_executor(workers: int, threads: int | None = None) -> Iterator[Executor]:

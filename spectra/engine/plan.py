@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spectra.errors import SelectionError
 from spectra.sources.products import KroneckerProduct
@@ -75,9 +75,15 @@ def side_by_side(schedule: Plan, cores: int) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tasks of equal shape to solve as one on a device."""
+    """Tasks of equal shape to solve as one on a device.
+
+    Attributes:
+        tasks: the tasks.
+        ahead: whether it may be read while the batch before it is at work: the budget holds both.
+    """
 
     tasks: tuple[Task, ...]
+    ahead: bool = True
 
     @property
     def bytes(self) -> int:
@@ -89,7 +95,7 @@ def batches(deltas: Sequence[WeightDelta], schedule: Plan, most: int = 64) -> li
     """The plan's tasks in groups of equal shape, form and rank, the costliest shape first.
 
     Two batches are on the device at a time, one at work and one being read, so each takes at most half
-    of the budget.
+    of the budget; a matrix that needs more than half is not read before the one in front of it is done.
 
     Args:
         deltas: what the plan is about.
@@ -109,8 +115,47 @@ def batches(deltas: Sequence[WeightDelta], schedule: Plan, most: int = 64) -> li
     found: list[Batch] = []
     for tasks in groups.values():
         size = max(1, min(most, schedule.budget // 2 // max(1, tasks[0].bytes)))
-        found += [Batch(tuple(tasks[start : start + size])) for start in range(0, len(tasks), size)]
+        for start in range(0, len(tasks), size):
+            batch = Batch(tuple(tasks[start : start + size]))
+            before = found[-1].bytes if found else 0
+            found.append(replace(batch, ahead=before + batch.bytes <= schedule.budget))
     return found
+
+
+# CUDA compute capabilities with float64 at half the float32 rate: P100, V100, A100, H100 and H200, B200.
+_FULL_RATE = frozenset({(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)})
+
+
+def full_rate_double(major: int, minor: int) -> bool:
+    """Whether a CUDA card of a compute capability computes float64 at full rate: half of its float32 rate.
+
+    On all other cards it runs at 1/32 or 1/64, and a capability that is not known here counts as such. The
+    engine then does the same: float64 on the card, for an update's factors cost little anywhere, and for dense
+    updates even 1/64 of a card is as fast as several CPU cores; float32 would not keep 1e-7·σ₁. What it does
+    differently is to say so: each result's `method` ends with `slow_double`'s note, and `--device cpu` is the
+    other exact choice. `python -m benchmarks.gpu` measures both on the card at hand.
+
+    Example:
+        >>> [full_rate_double(*capability) for capability in [(8, 0), (8, 6), (9, 0), (12, 0)]]
+        [True, False, True, False]
+
+    Reference: NVIDIA, CUDA C++ Programming Guide, "Arithmetic Instructions" (throughput by compute capability).
+    """
+    return (major, minor) in _FULL_RATE
+
+
+def slow_double(major: int, minor: int) -> str:
+    """What to say of a card whose float64 is slow; "" of one where it is not.
+
+    Example:
+        >>> slow_double(8, 9)
+        'float64 on a card that is slow at it (compute capability 8.9)'
+        >>> slow_double(9, 0)
+        ''
+    """
+    if full_rate_double(major, minor):
+        return ""
+    return f"float64 on a card that is slow at it (compute capability {major}.{minor})"
 
 
 def flops(delta: WeightDelta, top: int | None) -> float:
@@ -127,7 +172,7 @@ def flops(delta: WeightDelta, top: int | None) -> float:
 
 
 def needed(delta: WeightDelta, top: int | None) -> int:
-    """Peak bytes while the delta is solved by the solvers that usually do it; a test measures them.
+    """Peak bytes while the delta is read or solved by the solvers that usually do it; a test measures them.
 
     Dense: the stored rows, ΔW in float64, and the Gram matrix with its eigensolver's copy or, for vectors,
     work space. Factors: the stored ones, float64, their reflectors, and the vectors. Only the last rung of
@@ -135,10 +180,15 @@ def needed(delta: WeightDelta, top: int | None) -> int:
     """
     if delta.recipe is None or len(delta.shape) != 2:
         return 0
+    stored = sum(_width(ref.dtype) * ref.numel for ref in _refs(delta))
+    reading: int = getattr(delta.recipe, "reading_bytes", 0)
+    return max(_solving(delta, top, stored), reading + stored if reading else 0)
+
+
+def _solving(delta: WeightDelta, top: int | None, stored: int) -> int:
     m, n = delta.shape
     short = min(m, n)
     k = min(top or 0, short)
-    stored = sum(_width(ref.dtype) * ref.numel for ref in _refs(delta))
     if _is_kronecker(delta):
         return 8 * (4 * k * (m + n) + 2 * short) + 40 * sum(ref.numel for ref in _refs(delta)) + _base_bytes(delta)
     if delta.factored:

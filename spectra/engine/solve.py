@@ -60,7 +60,7 @@ def examine(blank: Spectrum, form: Form) -> tuple[Spectrum | None, dict[str, Any
     if isinstance(form, Dense):
         known |= {"noise_edge": form.noise_edge, "unchanged": form.unchanged}
     if not math.isfinite(norm):
-        bad = sum(int((~tensor.isfinite()).sum()) for tensor in _tensors(form))
+        bad = sum(int((~tensor.isfinite()).sum()) for tensor in tensors_of(form))
         reason = f"{bad} entries are NaN or infinite" if bad else "‖ΔW‖² overflows float64"
         return with_status(blank, "nonfinite", reason), known
     if norm == 0 and isinstance(form, Dense) and bool(form.matrix.any()):
@@ -168,7 +168,8 @@ def norms(form: Form) -> tuple[float, float]:
 
 
 @singledispatch
-def _tensors(form: Form) -> tuple[Tensor, ...]:
+def tensors_of(form: Form) -> tuple[Tensor, ...]:
+    """The tensors that a form is made of."""
     raise TypeError(f"{type(form).__name__} does not say which tensors it is made of")
 
 
@@ -182,12 +183,12 @@ def _(form: LowRank) -> tuple[float, float]:
     return factored.factored_norm(form.left, form.right)
 
 
-@_tensors.register
+@tensors_of.register
 def _(form: Dense) -> tuple[Tensor, ...]:
     return (form.matrix,)
 
 
-@_tensors.register
+@tensors_of.register
 def _(form: LowRank) -> tuple[Tensor, ...]:
     return (form.left, form.right)
 
@@ -197,6 +198,6 @@ def _(form: Kronecker) -> tuple[float, float]:
     return float(form.first.norm() * form.second.norm()), 0.0
 
 
-@_tensors.register
+@tensors_of.register
 def _(form: Kronecker) -> tuple[Tensor, ...]:
     return (form.first, form.second)

@@ -1,37 +1,45 @@
-r"""The leading eigenvectors of a Gram matrix by Chebyshev-filtered subspace iteration.
+r"""The leading eigenvectors of a Gram matrix by block Lanczos, on G or on an inverse (μI − G)⁻¹.
 
-A block X of p > k columns is multiplied by a Chebyshev polynomial in G that is small on the unwanted
-eigenvalues [λ_s, λ_{p+1}] and grows fastest above them; then a Rayleigh–Ritz step. Where all eigenvalues
-are known, the block's width and the degree follow from them beforehand, and so does whether this is worth
-doing at all; where they are not, Ritz values stand in and `certify` proves that nothing was missed.
-Converged vectors are locked and projected out of the operator, so that a few dominant ones over a flat
-bulk (a bf16 merge) do not limit the degree.
+Where all eigenvalues are known, the dimension that Lanczos needs follows from them beforehand, and so do the
+cheapest operator and whether this is worth doing at all. A decaying spectrum is done by products with G alone.
+Where the wanted values lie close together over a bulk (a Gaussian matrix, a full fine-tune), μ is put just
+above the largest: the Cholesky factor of μI − G costs s³/3, and its inverse spreads the wanted values apart.
+A few dominant values over a bulk (a bf16 merge) are found first and taken out of G before that.
 
-Reference: Zhou, Saad, Tiago & Chelikowsky 2006, "Self-consistent-field calculations using
-Chebyshev-filtered subspace iteration", §3; Saad 2011, ch. 7.
+Whatever the way, vectors count only if ‖G x − θ x‖ in float64 is within the target and θ agrees with the
+known eigenvalues one by one, so that nothing is missed; where they are not known, `certify` proves it.
+
+Reference: Grimes, Lewis & Simon 1994, "A shifted block Lanczos algorithm for solving sparse symmetric
+generalized eigenproblems"; Saad 2011, ch. 6 (how fast it converges).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-SMALLEST = 1024  # below this a full eigh costs no more than the values and a filter; measured
+from spectra.engine.lanczos import Krylov, Operator, random_block
+
+SMALLEST = 1024  # below this a full eigh costs no more than the values and the vectors one by one; measured
 _ANGLE = 1e-6  # wanted sine of the angle between the computed and the exact subspace, given a gap at k
 _BACKWARD = 1e-10  # wanted residual relative to λ_k where there is no gap
 _FLOOR = 1e-14  # relative to λ₁: what float64 products with G resolve
-_LOST = 1e8  # growth of the largest over the smallest wanted direction between two orthogonalisations
-_MOST_WORK = 7.0  # units of s³ flops; a full eigh costs about 9 once the values are already there, measured
-_NARROWEST = 64  # narrower blocks take as long: G is read from memory whatever their width
-_WIDTHS = (1.25, 1.5, 2.0, 3.0, 4.0)  # of k
+_SAME = 64 * _FLOOR  # relative to λ₁: two float64 eigenvalues that differ by less are one and the same
+_WIDTH = 16  # of a block; narrower ones take as long, for G is read from memory whatever their width; measured
+_CLUSTER = 1e-4  # relative to the smallest wanted value: values this close need a column each in the block
+_ABOVE = 0.05  # of λ_1 − λ_k: how far above λ_1 the shift is
+_GUARDS = 6  # times k: how many of the unwanted values may get a zero of their own
+_SPLITS = 4  # places at which dominant values may be set apart that are looked at
 _START = 20.0  # tangent of the angle between a random block and the wanted subspace, roughly
-_BLIND_DEGREE = 12  # per round while the interval is only estimated
-_SEED = 0  # the same start every time: a resumed run equals an undisturbed one
+_MOST_SHARE = 0.5  # of all dimensions in a Krylov space that is still worth starting
+_MOST_WORK = 7.0  # units of s³ flops; a full eigh costs about 9 once the values are already there, measured
+_PRODUCT, _SOLVE, _CHOLESKY = 3.5, 5.0, 0.65  # of s², s² and s³: what a column and a factor cost, in such flops
+_HOPE = 4.0  # times the target: the bound on a residual at which the residual itself is worth computing
 
 
 class NotConvergedError(ArithmeticError):
@@ -39,52 +47,29 @@ class NotConvergedError(ArithmeticError):
 
 
 @dataclass(frozen=True)
-class Filter:
-    """What the polynomial damps and what the iteration has to reach.
+class Stage:
+    """Eigenvectors start … stop − 1, and how they are found.
 
     Attributes:
-        lower: lower end of the damped interval.
-        upper: its upper end: λ_{p+1} or an estimate.
-        kth: λ_k, the smallest wanted eigenvalue that float64 resolves.
-        largest: the largest eigenvalue that is not locked.
-        target: the residual ‖G x − θ x‖ to reach for each wanted vector.
+        start: position of the first.
+        stop: one after the last.
+        shift: μ, where the operator is (μI − G)⁻¹; None where it is G.
+        width: of the block.
+        dimension: of the Krylov space, as predicted.
+        target: the residual ‖G x − θ x‖ to reach for each vector.
     """
 
-    lower: float
-    upper: float
-    kth: float
-    largest: float
+    start: int
+    stop: int
+    shift: float | None
+    width: int
+    dimension: int
     target: float
 
-    def rate(self, value: float) -> float:
-        """Growth per degree of an eigenvalue outside the interval: |T_d| ≈ exp(d · rate); 0 inside."""
-        centre, half = (self.lower + self.upper) / 2, (self.upper - self.lower) / 2
-        return math.acosh(max((value - centre) / half, 1.0))
-
-    @property
-    def safe_degree(self) -> int:
-        """The degree after which the fastest column has outgrown the slowest wanted one by _LOST."""
-        spread = self.rate(self.largest) - self.rate(self.kth)
-        return max(1, int(math.log(_LOST) / max(spread, 1e-3)))
-
-    def degree_for(self, decrease: float) -> int:
-        """The degree that shrinks unwanted components by a factor."""
-        rate = self.rate(self.kth)
-        return math.ceil(math.log(max(decrease, 2.0)) / rate) if rate > 0 else 10**9
-
-
-@dataclass(frozen=True)
-class FilterPlan:
-    """A block's width p, its filter, and the predicted degree over all rounds."""
-
-    width: int
-    filter: Filter
-    degree: int
-
-    @property
-    def work(self) -> float:
-        """What it costs, in columns multiplied by G."""
-        return float(self.degree) * max(self.width, _NARROWEST)
+    def work(self, size: int) -> float:
+        """What it costs, in s³ flops: products or solves, orthogonalising, and small eigenproblems."""
+        d = self.dimension / size
+        return (_CHOLESKY + _SOLVE * d if self.shift is not None else _PRODUCT * d) + 8 * d**2 + 40 * d**3
 
 
 @dataclass(frozen=True)
@@ -96,47 +81,123 @@ class Leading:
     columns: int
 
 
-def plan_filter(values: Sequence[float], k: int) -> FilterPlan | None:
-    """The cheapest filter for the top k eigenvectors; None if a full eigendecomposition is cheaper.
+def plan_stages(values: Sequence[float], k: int) -> tuple[Stage, ...] | None:
+    """The cheapest way to the top k eigenvectors; None if a full eigendecomposition is cheaper.
 
     Args:
         values: all eigenvalues, descending.
         k: how many vectors.
 
     Example:
-        >>> plan_filter([2.0] * 10 + [1.0] * 2038, 10).width
-        64
-        >>> plan_filter([1.0 + 1e-5] * 10 + [1.0] * 2038, 10) is None
+        >>> decaying, flat = [0.5**i for i in range(2048)], [2 - i / 1024 for i in range(2048)]
+        >>> [(stage.start, stage.stop, stage.shift is None) for stage in plan_stages(decaying, 10)]
+        [(0, 10, True)]
+        >>> [(stage.start, stage.stop, stage.shift is None) for stage in plan_stages(flat, 40)]
+        [(0, 40, False)]
+        >>> plan_stages(flat, 1000) is None
         True
     """
     size, largest = len(values), values[0]
     resolved = max(1, sum(1 for value in values[:k] if value > _FLOOR * largest))
     kth = values[resolved - 1]
-    gap = kth - values[k] if resolved == k < size else 0.0
-    target = _target(largest, kth, gap)
-    plans = []
-    for width in sorted({max(_NARROWEST, k + 8), *(max(_NARROWEST, k + 8, int(k * part)) for part in _WIDTHS)}):
-        if 4 * width <= size:
-            # Values within the target of λ_k need no damping: mixed in, they leave a residual within the target.
-            below = next((value for value in values[width:] if kth - value > target), values[-1])
-            upper = max(below, _FLOOR * largest)
-            filter_ = Filter(min(values[-1], 0.0), upper, kth, largest, target)
-            plans.append(FilterPlan(width, filter_, filter_.degree_for(_START * kth / target)))
-    best = min(plans, key=lambda plan: plan.work, default=None)
-    return best if best and best.work <= _most_columns(size) else None
+    target = _target(largest, kth, kth - values[k] if resolved == k < size else 0.0)
+    ways: list[tuple[Stage | None, ...]] = [
+        (_stage(values, 0, k, target, inverse=False),),
+        (_stage(values, 0, k, target, inverse=True),),
+    ]
+    for split in _splits(values[:k]):
+        first = _stage(values, 0, split, max(target / 16, 2 * _FLOOR * largest), inverse=False)
+        ways.append((first, _stage(values, split, k, target, inverse=True)))
+    complete = [tuple(stage for stage in way if stage) for way in ways if None not in way]
+    best = min(complete, key=lambda way: sum(stage.work(size) for stage in way), default=None)
+    return best if best and sum(stage.work(size) for stage in best) <= _MOST_WORK else None
 
 
 def _target(largest: float, kth: float, gap: float) -> float:
     return max(_ANGLE * gap, _BACKWARD * kth, 8 * _FLOOR * largest)
 
 
-def _most_columns(size: int) -> float:
-    return _MOST_WORK * size / 2
+def _splits(wanted: Sequence[float]) -> list[int]:
+    """Where the wanted values drop most: how many come before each of the largest drops."""
+    drops = [(wanted[i] / max(wanted[i - 1], 1e-300), i) for i in range(1, len(wanted))]
+    return [place for _, place in sorted(drops)[:_SPLITS]]
+
+
+def _stage(values: Sequence[float], start: int, stop: int, target: float, *, inverse: bool) -> Stage | None:
+    """How to find some of the eigenvectors, the ones before them taken out; None if that takes too many columns."""
+    size, first = len(values), values[start]
+    kth = max(values[stop - 1], _FLOOR * values[0])
+    # Values within the target of λ_k need no damping: mixed in, they leave a residual within the target.
+    tied = next((i for i in range(stop, size) if kth - values[i] > target), size)
+    below = values[tied] if tied < size else 0.0
+    shift = first + max(_ABOVE * (first - kth), _ABOVE * (first - below), 1e-12 * values[0]) if inverse else None
+
+    def image(value: float) -> float:
+        return 1 / (shift - value) if shift is not None else value
+
+    images = [image(max(value, kth)) for value in values[start:stop]] + [image(value) for value in values[stop:]]
+    width = max(_WIDTH, _largest_cluster(images[: stop - start], _CLUSTER * image(kth)))
+    decrease = math.log(_START * max(kth / target, 1.0))
+    dimension = _dimension(images, stop - start, tied - start, width, decrease)
+    return Stage(start, stop, shift, width, dimension, target) if dimension <= _MOST_SHARE * size else None
+
+
+def _dimension(images: Sequence[float], count: int, tied: int, width: int, decrease: float) -> int:
+    """The dimension in which block Lanczos finds the largest values of an operator, within a tenth or so (measured).
+
+    A space of dimension p + b·d holds, roughly, the images of the block under polynomials of degree d that have
+    p − k more zeros, on the unwanted λ_{k+1} … λ_p; Chebyshev damps the rest. A zero close to λ_k takes from the
+    polynomial there, too: half of what it would take if b = 1.
+
+    Args:
+        images: all values of the operator, descending.
+        count: k.
+        tied: position of the first value that has to be damped.
+        width: b.
+        decrease: logarithm of the factor by which unwanted components must shrink.
+    """
+    smallest, lowest = images[count - 1], images[-1]
+    if tied == len(images):
+        return count + 2 * width
+    least, p, lost = len(images), tied, 0.0
+    while p < min(len(images), count + _GUARDS * max(count, width)):
+        upper = max(images[p], lowest + _FLOOR * smallest)
+        rate = math.acosh(max((2 * smallest - upper - lowest) / (upper - lowest), 1.0))
+        if rate > 0:
+            least = min(least, p + width * math.ceil((decrease + lost) / rate))
+        middle = images[min(p + width // 2, len(images) - 1)]
+        if smallest > middle:
+            lost += 0.5 * max(math.log(max(middle - lowest, 1e-300) / (smallest - middle)), 0.0)
+        p += width
+    return max(least, count + 2 * width)
+
+
+def _largest_cluster(values: Sequence[float], within: float) -> int:
+    """The largest number of values, in descending order, that lie within a distance of one another."""
+    first, most = 0, 0
+    for last, value in enumerate(values):
+        while values[first] - value > within:
+            first += 1
+        most = max(most, last - first + 1)
+    return most
 
 
 def worthwhile(size: int, k: int) -> bool:
-    """Whether a filter can be worth it for k of this many vectors, before any value is known."""
-    return size >= SMALLEST and 4 * max(k + 8, _NARROWEST) <= size
+    """Whether this can be worth it for k of this many vectors, before anything is computed; measured."""
+    return size >= SMALLEST and 7 * k <= size
+
+
+def promising(gram: Float64[Tensor, "s s"], k: int) -> bool:
+    """Whether the values are worth computing before the vectors: not for many vectors of a flat spectrum; measured.
+
+    (Σλ)² / Σλ², which is tr(G)² / ‖G‖_F² and costs next to nothing, is how many values there are that matter.
+
+    Example:
+        >>> decaying, flat = (torch.diag(0.5 ** torch.arange(20) * x + 1 - x).double() for x in (1, 0))
+        >>> promising(decaying, 3), promising(flat, 3), promising(flat, 2)
+        (True, False, True)
+    """
+    return 10 * k <= len(gram) or float(gram.trace() / gram.norm()) ** 2 < k
 
 
 def leading_eigenvectors(gram: Float64[Tensor, "s s"], k: int, values: Float64[Tensor, " s"] | None = None) -> Leading:
@@ -151,104 +212,99 @@ def leading_eigenvectors(gram: Float64[Tensor, "s s"], k: int, values: Float64[T
         NotConvergedError: a full eigendecomposition is predicted to be cheaper, or the target was not reached.
     """
     size = gram.shape[0]
-    if 4 * max(k + 8, _NARROWEST) > size:
-        raise NotConvergedError(f"{k} of {size} vectors are too many for a filter")
+    if 2 * (k + 2 * _WIDTH) > size:  # for callers of their own; `worthwhile` asks for more
+        raise NotConvergedError(f"{k} of {size} vectors are too many for a Krylov space")
     if values is None:
-        return _iterate(gram, k, min(max(2 * k, k + 8, _NARROWEST), size // 4), None, [])
+        return _blind(gram, k)
     known = values.tolist()
-    plan = plan_filter(known, k)
-    if plan is None:
-        raise NotConvergedError("the eigenvalues around k are too close together for a filter to be worth it")
-    return _iterate(gram, k, plan.width, plan.filter, known)
+    stages = plan_stages(known, k)
+    if stages is None:
+        raise NotConvergedError("the eigenvalues around k are too close together for a Krylov space to be worth it")
+    found = Leading(gram.new_zeros(0), gram.new_zeros((size, 0)), 0)
+    for stage in stages:
+        found = _run(gram, stage, found, values)
+    return found
 
 
-@dataclass(frozen=True)
-class _State:
-    """Ritz pairs of the block: vectors (s, p), images G·vectors, values (p,), residuals (p,); and what is locked."""
-
-    block: Tensor
-    image: Tensor
-    ritz: Tensor
-    residuals: Tensor
-    locked: Tensor
-    locked_values: Tensor
-
-    @property
-    def count(self) -> int:
-        """How many vectors are locked."""
-        return self.locked.shape[1]
-
-
-def _iterate(gram: Tensor, k: int, width: int, planned: Filter | None, values: Sequence[float]) -> Leading:
-    state = _ritz(gram, gram @ _random_block(gram, width), gram.new_zeros((len(gram), 0)), gram.new_zeros(0))
-    columns = 2 * width
-    while True:  # until the target or the limit on columns is reached
-        wanted = k - state.count
-        filter_ = replace(planned, largest=values[state.count]) if planned else _estimate(state, wanted)
-        residual = float(state.residuals[:wanted].max())
-        if residual <= filter_.target:
-            vectors = torch.cat([state.locked, state.block[:, :wanted]], 1)
-            return Leading(torch.cat([state.locked_values, state.ritz[:wanted]]), vectors, columns)
-        if columns > 2 * _most_columns(len(gram)):
-            raise NotConvergedError(f"residual {residual:.1e} after {columns} columns, {filter_.target:.1e} wanted")
-        state = _lock(state, wanted, max(filter_.target / 16, _FLOOR * values[0] if values else 0.0))
-        degree = min(filter_.degree_for(residual / filter_.target), filter_.safe_degree)
-        degree = max(2, degree if planned else min(degree, _BLIND_DEGREE))
-        columns += degree * max(state.block.shape[1], _NARROWEST)
-        state = _ritz(gram, _filtered(gram, state, filter_, degree), state.locked, state.locked_values)
-
-
-def _random_block(gram: Tensor, width: int) -> Tensor:
-    generator = torch.Generator().manual_seed(_SEED)
-    return torch.randn((len(gram), width), dtype=gram.dtype, generator=generator).to(gram.device)
-
-
-def _estimate(state: _State, wanted: int) -> Filter:
-    """The filter that the Ritz values suggest; p-th Ritz value for λ_{p+1}."""
-    ritz = state.ritz.tolist()
-    overall = max([ritz[0], *state.locked_values[:1].tolist()])
-    kth = max(ritz[wanted - 1], _FLOOR * overall)
-    target = _target(overall, kth, kth - ritz[wanted])
-    return Filter(0.0, max(ritz[-1], _FLOOR * overall), kth, ritz[0], target)
-
-
-def _lock(state: _State, wanted: int, bound: float) -> _State:
-    """Take the leading columns with a residual within the bound out of the block, all but the last wanted one."""
-    passed = (state.residuals[: wanted - 1] <= bound).tolist()
-    done = passed.index(False) if False in passed else len(passed)
-    return _State(
-        state.block[:, done:],
-        state.image[:, done:],
-        state.ritz[done:],
-        state.residuals[done:],
-        torch.cat([state.locked, state.block[:, :done]], 1),
-        torch.cat([state.locked_values, state.ritz[:done]]),
+def _run(gram: Tensor, stage: Stage, before: Leading, values: Tensor) -> Leading:
+    """One stage: grow the space to what was predicted, and on until the target is reached."""
+    operator: Operator = gram.__matmul__ if stage.shift is None else _inverse(gram, stage.shift, before)
+    room = min(2 * stage.dimension, int(1.25 * _MOST_SHARE * gram.shape[0]))
+    space = Krylov(operator, random_block(before.vectors, stage.width), room)
+    count, check_at = stage.stop - stage.start, int(0.9 * stage.dimension)
+    while not space.full:
+        space.grow()
+        if space.dimension < max(check_at, count + stage.width):
+            continue
+        check_at = space.dimension + max(2 * stage.width, space.dimension // 16)
+        found, coefficients, bounds = space.ritz(count)
+        if stage.shift is not None:  # r of the inverse becomes (μI − G) r / θ, which is at most μ r / θ
+            bounds = stage.shift * bounds / found.clamp(min=1 / stage.shift)
+        if float(bounds.max()) <= _HOPE * stage.target:
+            vectors = torch.cat([before.vectors, space.vectors(coefficients)], 1)
+            leading, residual = _rayleigh_ritz(gram, vectors, before.columns + space.dimension)
+            off = float((leading.values - values[: stage.stop]).abs().max())
+            if residual <= stage.target and off <= max(stage.target, _SAME * float(values[0])):
+                return leading
+    raise NotConvergedError(
+        f"{space.dimension} dimensions do not hold {count} vectors to {stage.target:.1e}, as wanted"
     )
 
 
-def _filtered(gram: Tensor, state: _State, filter_: Filter, degree: int) -> Tensor:
-    """T_d(G) · block by the three-term recurrence, with the locked directions projected out of G."""
-    centre, half = (filter_.lower + filter_.upper) / 2, (filter_.upper - filter_.lower) / 2
-    weighted = state.locked * state.locked_values
-    before, now = state.block.clone(), (state.image - centre * state.block) / half
-    for _ in range(degree - 1):
-        following = before.mul_(-1).add_(now, alpha=-2 * centre / half)
-        following.addmm_(gram, now, alpha=2 / half)
-        if state.count:
-            following.addmm_(weighted, state.locked.T @ now, alpha=-2 / half)
-        before, now = now, following
-    return now
+def _blind(gram: Tensor, k: int) -> Leading:
+    """Products with G alone, until Ritz values and residuals say that the target is reached."""
+    space = Krylov(gram.__matmul__, random_block(gram.new_zeros((len(gram), 0)), _WIDTH), int(_MOST_SHARE * len(gram)))
+    check_at, target = k + k // 2 + 4 * _WIDTH, 0.0
+    while not space.full:
+        space.grow()
+        if space.dimension < check_at:
+            continue
+        check_at = space.dimension + max(2 * _WIDTH, space.dimension // 8)
+        found, coefficients, bounds = space.ritz(k + 1)
+        kth, following = max(float(found[k - 1]), _FLOOR * float(found[0])), float(found[k])
+        target = _target(float(found[0]), kth, kth - following)
+        if float(bounds[:k].max()) <= target:
+            leading, residual = _rayleigh_ritz(gram, space.vectors(coefficients[:, :k]), space.dimension)
+            if residual <= target:
+                return leading
+    raise NotConvergedError(f"{space.dimension} dimensions do not hold {k} vectors to {target:.1e}, as wanted")
 
 
-def _ritz(gram: Tensor, block: Tensor, locked: Tensor, locked_values: Tensor) -> _State:
-    """Rayleigh–Ritz on the span of the block, orthogonal to what is locked."""
-    basis = torch.linalg.qr(block - locked @ (locked.T @ block)).Q
-    basis = torch.linalg.qr(basis - locked @ (locked.T @ basis)).Q if locked.shape[1] else basis
+def _inverse(gram: Tensor, shift: float, taken: Leading) -> Operator:
+    """(μI − G')⁻¹, where G' is G without what is taken.
+
+    Raises:
+        NotConvergedError: μ is not above every eigenvalue of G'.
+    """
+    factor, refused = torch.linalg.cholesky_ex(_below(gram, shift, taken), upper=True)
+    if int(refused):
+        raise NotConvergedError(f"an eigenvalue above {shift:.6e} is left")
+
+    def solve(block: Tensor) -> Tensor:
+        half = torch.linalg.solve_triangular(factor.T, block, upper=False)
+        return torch.linalg.solve_triangular(factor, half, upper=True)
+
+    return solve
+
+
+def _below(gram: Tensor, shift: float, taken: Leading) -> Tensor:
+    """μI − (G − V Θ Vᵀ)."""
+    below = gram.neg()
+    if len(taken.values):
+        below.addmm_(taken.vectors * taken.values, taken.vectors.T)
+    below.diagonal().add_(shift)
+    return below
+
+
+def _rayleigh_ritz(gram: Tensor, block: Tensor, columns: int) -> tuple[Leading, float]:
+    """The best eigenpairs in the span of the block, and their largest residual."""
+    basis = torch.linalg.qr(block).Q
     image = gram @ basis
     values, rotation = torch.linalg.eigh(basis.T @ image)
     values, rotation = values.flip(0), rotation.flip(1)
-    block, image = basis @ rotation, image @ rotation
-    return _State(block, image, values, (image - block * values).norm(dim=0), locked, locked_values)
+    vectors = basis @ rotation
+    residual = float((image @ rotation - vectors * values).norm(dim=0).max())
+    return Leading(values, vectors, columns + block.shape[1]), residual
 
 
 def certify(gram: Float64[Tensor, "s s"], found: Leading) -> bool:
@@ -265,6 +321,5 @@ def certify(gram: Float64[Tensor, "s s"], found: Leading) -> bool:
         False
     """
     hair = max(1e-9 * float(found.values[-1]), 16 * _FLOOR * float(found.values[0]))
-    deflated = torch.addmm(-gram, found.vectors * found.values, found.vectors.T)
-    deflated.diagonal().add_(float(found.values[-1]) + hair)
-    return int(torch.linalg.cholesky_ex(deflated).info) == 0
+    shifted = _below(gram, float(found.values[-1]) + hair, found)
+    return int(torch.linalg.cholesky_ex(shifted).info) == 0

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from contextlib import nullcontext
+from threading import Event
+
 import pytest
 import torch
-from spectra_kinds import KINDS, matrix_of
+from spectra_kinds import KINDS, matrix_of, slow_deltas
 
 from spectra.engine import batch as batch_module
 from spectra.engine import dense
 from spectra.engine.batch import decompose_batches
-from spectra.engine.plan import batches, plan
+from spectra.engine.plan import Batch, batches, needed, plan, slow_double
 from spectra.engine.solve import solve
+from spectra.errors import SourceError
 from spectra.types import WeightDelta
 
 
@@ -95,14 +101,138 @@ def test_a_batch_that_fails_to_converge_is_done_one_by_one(monkeypatch):
     assert {spectrum.status for spectrum in found.values()} == {"ok"}
 
 
+def _gaussians(count):
+    return [WeightDelta.from_tensor(str(i), matrix_of("gaussian", 10, 8, i)) for i in range(count)]
+
+
 def test_the_next_batch_is_read_while_one_computes(monkeypatch):
-    events = []
     read, solve_batch = batch_module.read_batch, batch_module.solve_batch
-    monkeypatch.setattr(
-        batch_module, "read_batch", lambda members, device: events.append("read") or read(members, device)
-    )
-    monkeypatch.setattr(batch_module, "solve_batch", lambda *a, **k: (events.append("solve"), solve_batch(*a, **k))[1])
-    _run([WeightDelta.from_tensor(str(i), matrix_of("gaussian", 10, 8, i)) for i in range(3)], most=1)
-    assert events.count("read") == events.count("solve") == 3
-    assert events.index("solve") >= 1
-    assert events[:3].count("read") == 2
+    second = Event()
+    seen = []
+
+    def reading(members, *rest):
+        if members[0].name != "0":
+            second.set()
+        return read(members, *rest)
+
+    def solving(members, forms, **options):
+        if members[0].name == "0":
+            seen.append(second.wait(20))  # it comes although nothing is solved yet
+        return solve_batch(members, forms, **options)
+
+    monkeypatch.setattr(batch_module, "read_batch", reading)
+    monkeypatch.setattr(batch_module, "solve_batch", solving)
+    assert len(_run(_gaussians(3), most=1)) == 3
+    assert seen == [True]
+
+
+def test_no_more_than_two_batches_are_there_and_one_if_two_do_not_fit(monkeypatch):
+    deltas = _gaussians(4)
+    need = needed(deltas[0], None)
+    read, solve_batch = batch_module.read_batch, batch_module.solve_batch
+    for budget, most in ((4 * need, 2), (int(1.5 * need), 1)):
+        there, held = [], []
+        monkeypatch.setattr(batch_module, "read_batch", lambda *a, there=there: there.append(1) or read(*a))
+        groups = batches(deltas, plan(deltas, budget), most=1)
+        assert [group.ahead for group in groups[1:]] == [most == 2] * 3
+
+        def solving(*a, there=there, held=held, **k):
+            time.sleep(0.05)  # the reader gets its chance
+            held.append(len(there))
+            there.pop()
+            return solve_batch(*a, **k)
+
+        monkeypatch.setattr(batch_module, "solve_batch", solving)
+        assert len(dict(decompose_batches(deltas, groups, top=0, only_top=False, device="cpu"))) == 4
+        assert max(held) == most
+
+
+def test_an_error_of_our_own_in_the_reader_surfaces(monkeypatch):
+    deltas = _gaussians(3)
+    monkeypatch.setattr(type(deltas[0].recipe), "read", lambda *_: [][1])
+    with pytest.raises(IndexError):
+        _run(deltas, most=1)
+    assert _readers() == []
+
+
+def test_what_cannot_be_read_has_a_status_and_the_rest_is_done(monkeypatch):
+    deltas = _gaussians(3)
+    right = type(deltas[0].recipe).read
+
+    def reading(recipe, device):
+        if recipe is deltas[1].recipe:
+            raise SourceError("gone")
+        return right(recipe, device)
+
+    monkeypatch.setattr(type(deltas[0].recipe), "read", reading)
+    found = _run(deltas, most=1)
+    assert [found[i].status for i in range(3)] == ["ok", "unreadable", "ok"]
+
+
+def _readers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("spectra-read")]
+
+
+def test_a_run_that_is_given_up_leaves_no_thread_and_reads_no_further():
+    deltas = slow_deltas(9, delay=0.2)
+    schedule = plan(deltas, 2**30)
+    first, rest = Batch(schedule.tasks[:1]), Batch(schedule.tasks[1:])
+    run = decompose_batches(deltas, [first, rest], top=0, only_top=False, device="cpu")
+    next(run)
+    start = time.perf_counter()
+    run.close()
+    assert time.perf_counter() - start < 1.2  # all eight would take 1.6 s
+    assert _readers() == []
+
+
+def test_a_device_that_is_slow_at_float64_is_named_in_every_result(monkeypatch):
+    monkeypatch.setattr(batch_module, "_remark", lambda _: slow_double(8, 9))
+    found = _run(_mixed(), 2)
+    for spectrum in found.values():
+        assert spectrum.method.endswith("slow at it (compute capability 8.9)") == bool(spectrum.method)
+    assert found[0].method.startswith("gram-eigh-f64; float64 on a card")
+
+
+def test_a_cpu_needs_no_stream_and_no_remark():
+    assert batch_module._remark("cpu") == ""
+    with batch_module._own_stream("cpu") as finish:
+        finish()
+
+
+class _FakeCuda:
+    """What the device path asks of torch.cuda, on a machine without it."""
+
+    def __init__(self):
+        self.log = []
+
+    def synchronize(self, device):
+        self.log.append(f"synchronize {device}")
+
+    def get_device_capability(self, device):
+        return (8, 6)
+
+    def Stream(self, device):  # noqa: N802
+        return self
+
+    def current_stream(self, device):
+        return "main"
+
+    def stream(self, stream):
+        self.log.append("enter")
+        return nullcontext()
+
+
+def test_on_a_card_the_reader_has_a_stream_of_its_own_and_waits_for_it(monkeypatch):
+    cuda, handed = _FakeCuda(), []
+    cuda.synchronize = lambda device=None: cuda.log.append(f"synchronize {device or 'stream'}")
+    monkeypatch.setattr(batch_module.torch, "cuda", cuda)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: handed.append((tensor.shape, stream)))
+    deltas = _gaussians(2)
+    right = type(deltas[0].recipe).read
+    monkeypatch.setattr(type(deltas[0].recipe), "read", lambda recipe, _: cuda.log.append("read") or right(recipe))
+    groups = batches(deltas, plan(deltas, 2**30), most=1)
+    found = dict(decompose_batches(deltas, groups, top=0, only_top=False, device="cuda:0"))
+    assert cuda.log[:4] == ["synchronize cuda:0", "enter", "read", "synchronize stream"]
+    assert cuda.log.count("read") == cuda.log.count("synchronize stream") == 2
+    assert handed == [(torch.Size([10, 8]), "main")] * 2
+    assert found[0].method == "gram-eigvals-f64; float64 on a card that is slow at it (compute capability 8.6)"

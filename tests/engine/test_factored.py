@@ -22,14 +22,15 @@ def _factors(rows, rank, columns, seed=0):
 def test_equals_the_product(rows, rank, columns, seed, top):
     L, R = _factors(rows, rank, columns, seed)
     count = min(rows, rank, columns)
-    S, U, Vh = factored.factored_svd(L, R, top)
-    assert torch.allclose(S, oracle(L @ R)[1][:count], atol=1e-12 * float(L.norm() * R.norm()))
-    if top:
-        assert U.shape == (rows, min(top, count))
-        assert check.vector_fault(LowRank(L, R), S, U, Vh, 1e-12 * float(S[0])) == ""
-    else:
-        assert U is None
-        assert Vh is None
+    for qr in (factored.householder, factored.cholesky)[: 1 if rank > min(rows, columns) else 2]:
+        S, U, Vh = factored.factored_svd(L, R, top, qr)
+        assert torch.allclose(S, oracle(L @ R)[1][:count], atol=1e-12 * float(L.norm() * R.norm()))
+        if top:
+            assert U.shape == (rows, min(top, count))
+            assert check.vector_fault(LowRank(L, R), S, U, Vh, 1e-12 * float(S[0])) == ""
+        else:
+            assert U is None
+            assert Vh is None
 
 
 @given(st.integers(0, 20))
@@ -49,15 +50,60 @@ def test_graded_and_deficient_factors(kind):
     assert check.vector_fault(LowRank(L, R), S, U, Vh, 1e-12 * float(S[0])) == ""
 
 
+def _conditioned(rows, columns, condition, seed=0):
+    """A factor whose singular values fall from 1 to 1/condition, rotated so that no column tells."""
+    u, v = (torch.linalg.qr(matrix_of("gaussian", size, columns, seed + size)).Q for size in (rows, columns))
+    return (u * condition ** -torch.linspace(0, 1, columns, dtype=torch.float64)) @ v.T
+
+
+@pytest.mark.parametrize("stored", ["by rows", "by columns"])
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4, 1e6, 1e8, 1e12])
+def test_cholesky_is_exact_or_refuses(stored, condition):
+    factor = _conditioned(60, 7, condition)
+    factor = factor if stored == "by rows" else factor.mT.contiguous().mT
+    try:
+        rotate, triangle = factored.cholesky(factor)
+    except factored.LowerRankError:
+        assert condition >= 1e6
+        return
+    assert condition <= 1e8
+    Q, eye = rotate(torch.eye(7).double()), torch.eye(7).double()
+    assert torch.equal(triangle, triangle.triu())
+    assert float((Q.T @ Q - eye).abs().max()) < 1e-14
+    assert float((Q @ triangle - factor).abs().max()) < 1e-14
+
+
+def test_columns_of_very_different_length_are_no_obstacle():
+    scales = 10.0 ** -torch.arange(0, 70, 10).double()
+    rotate, triangle = factored.cholesky(matrix_of("gaussian", 60, 7) * scales)
+    assert torch.allclose(rotate(triangle) / scales, matrix_of("gaussian", 60, 7), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("top", [None, 3])
+def test_factors_of_lower_rank_go_to_householder_and_that_is_said(top):
+    L, R = _factors(30, 4, 20)
+    L[:, 3] = L[:, 0] + L[:, 1]
+    spectrum = solve(WeightDelta.from_factors("a", L, R), top=top)
+    assert (
+        spectrum.method == "cholesky-qr2-core-svd-f64 gave up (a factor is close to lower rank); then qr-core-svd-f64"
+    )
+    assert torch.allclose(torch.from_numpy(spectrum.S), oracle(L @ R)[1][:4], atol=1e-13 * float(spectrum.S[0]))
+    full = solve(WeightDelta.from_factors("a", *_factors(30, 4, 20)), top=top)
+    assert full.method == "cholesky-qr2-core-svd-f64"
+    wide = solve(WeightDelta.from_factors("a", *_factors(30, 8, 6)), top=top)
+    assert wide.method == "qr-core-svd-f64"
+
+
 def test_reconstructs_the_product():
     L, R = _factors(30, 5, 20)
     S, U, Vh = factored.factored_svd(L, R, 5)
     assert torch.allclose((U * S) @ Vh, L @ R, atol=1e-12)
 
 
-def test_a_batch_equals_its_members():
+@pytest.mark.parametrize("qr", [factored.householder, factored.cholesky])
+def test_a_batch_equals_its_members(qr):
     pairs = [_factors(14, 3, 9, seed) for seed in range(4)]
-    S, U, Vh = factored.factored_svd(torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs]), 2)
+    S, U, Vh = factored.factored_svd(torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs]), 2, qr)
     for i, (L, R) in enumerate(pairs):
         assert torch.allclose(S[i], factored.factored_svd(L, R)[0], rtol=1e-12)
         assert check.vector_fault(LowRank(L, R), S[i], U[i], Vh[i], 0.0) == ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectra.engine.decompose import decompose
-from spectra.engine.plan import Plan, Task, batches, flops, memory_budget, needed, plan, readable_size, side_by_side
+from spectra.engine.plan import (
+    Plan,
+    Task,
+    batches,
+    flops,
+    full_rate_double,
+    memory_budget,
+    needed,
+    plan,
+    readable_size,
+    side_by_side,
+    slow_double,
+)
 from spectra.errors import SelectionError
 from spectra.types import WeightDelta
 
@@ -48,6 +62,20 @@ def test_batches_hold_every_task_once_and_keep_to_the_budget(shapes, budget):
         assert len({deltas[task.index].shape for task in batch.tasks}) == 1
         assert len(batch.tasks) <= 3
         assert batch.bytes <= max(budget / 2, batch.tasks[0].bytes)
+    for before, batch in pairwise(groups):
+        assert batch.ahead == (before.bytes + batch.bytes <= budget)
+
+
+@pytest.mark.parametrize("capability", [(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)])
+def test_data_centre_cards_have_full_rate_float64(capability):
+    assert full_rate_double(*capability)
+    assert slow_double(*capability) == ""
+
+
+@pytest.mark.parametrize("capability", [(5, 2), (6, 1), (7, 5), (8, 6), (8, 7), (8, 9), (10, 3), (12, 0), (99, 0)])
+def test_other_cards_and_unknown_ones_count_as_slow(capability):
+    assert not full_rate_double(*capability)
+    assert "compute capability {}.{}".format(*capability) in slow_double(*capability)
 
 
 @pytest.mark.parametrize(("budget", "cores", "expected"), [(1000, 2, 2), (1000, 9, 3), (250, 9, 2), (50, 9, 1)])
@@ -77,3 +105,16 @@ def test_what_is_not_a_size(text):
 def test_the_plan_needs_no_torch():
     code = "import sys, spectra.engine.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_reading_needs_for_a_while_counts():
+    """A recipe that decomposes its base while it is read says so, and the larger of both phases is the estimate."""
+    plain = WeightDelta.from_tensor("a", torch.zeros(64, 64))
+
+    class Greedy(type(plain.recipe)):
+        reading_bytes = 10**9
+
+    greedy = replace(plain, recipe=Greedy(**vars(plain.recipe)))
+    assert needed(greedy, None) >= 10**9 > needed(plain, None)
+    modest = replace(plain, recipe=type("Modest", (type(plain.recipe),), {"reading_bytes": 8})(**vars(plain.recipe)))
+    assert needed(modest, None) == needed(plain, None)
