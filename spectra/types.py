@@ -117,7 +117,11 @@ Form = Dense | LowRank | Kronecker
 
 @runtime_checkable
 class Recipe(Protocol):
-    """Where the numbers of one ΔW are and how to form it: frozen, small and picklable."""
+    """Where the numbers of one ΔW are and how to form it: frozen, small and picklable.
+
+    A recipe whose `read` needs more memory for a while than its refs and the form (a permutation, the SVD of the
+    base) says how many bytes in a property `reading_bytes`, which is optional.
+    """
 
     @property
     def factored(self) -> bool:

@@ -26,13 +26,13 @@ def command(path: str, base: str | None, heads: str | int, scale: float | None, 
     Reads headers only. A full checkpoint is listed on its own, or paired where --base is given.
     """
     from spectra.errors import BaseRequiredError
-    from spectra.sources import format_of, hub, open_source
+    from spectra.sources import format_of, hub, source_of
     from spectra.sources.folder import open_folder
 
     folder = open_folder(hub.resolve(path))
     kind = format_of(folder).kind
     try:
-        source = open_source(path, base, heads=heads, scale=scale)
+        source = source_of(folder, base, heads=heads, scale=scale)
     except BaseRequiredError:
         source = None
     document = _document(folder, kind, source)

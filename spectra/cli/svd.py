@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from spectra.cli import report
+from spectra.cli.heavy import heavy_imports
 from spectra.cli.options import compute_options, executor_for, result_options, source_options
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def _run(
     keep_values: bool,
 ) -> tuple[list[Row], dict[str, list[float]]]:
     """Decompose everything that is not stored yet; rows in the source's order."""
-    from spectra import runs, tables
+    with heavy_imports():
+        from spectra import runs, tables
 
     order = {delta.name: place for place, delta in enumerate(source)}
     rows: list[Row] = []
@@ -136,8 +137,9 @@ def _print(rows: list[Row]) -> None:
 
 
 def _median(rows: list[Row], key: str) -> float | None:
-    found = [line[key] for line in rows if line["status"] == "ok" and line[key] == line[key]]
-    return float(median(found)) if found else None
+    found = sorted(line[key] for line in rows if line["status"] == "ok" and line[key] == line[key])
+    half = len(found) // 2
+    return (found[half] + found[~half]) / 2 if found else None
 
 
 def _close(rows: list[Row], out: str | None, written: list[str]) -> None:

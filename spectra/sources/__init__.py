@@ -4,48 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from spectra.errors import SelectionError, SourceError, UnsupportedFormatError
-from spectra.sources import (
-    adalora,
-    boft,
-    c3a,
-    checkpoint,
-    deft,
-    delora,
-    fourierft,
-    frod,
-    glora,
-    gralora,
-    hira,
-    hra,
-    hub,
-    ia3,
-    kohya,
-    ln_tuning,
-    loha,
-    lokr,
-    lora,
-    lora_mixtures,
-    miss,
-    multihead,
-    multilora,
-    oft,
-    osf,
-    peanut,
-    randlora,
-    recognised,
-    road,
-    shira,
-    supertuning,
-    tinylora,
-    trainable_tokens,
-    unilora,
-    vblora,
-    vera,
-    waveft,
-)
+from spectra.sources import hub, recognised
 from spectra.sources.folder import Folder, open_folder
 from spectra.types import Source
 
@@ -54,101 +18,162 @@ from spectra.types import Source
 class Format:
     """One row of the table: how a format is known and how it is read.
 
+    A format's file is imported when a tensor's name has one of its marks, and not before.
+
     Attributes:
         kind: what `Source.kind` says.
         title: the format's name for people.
-        matches: whether a folder holds it, from names and config alone.
-        open: reads metadata into a `Source`; signature as `checkpoint.open_checkpoint`.
+        marks: pieces of tensors' names, a line break for a name's start or end: one of them is there, or the folder
+            does not hold the format. Empty where no name tells.
+        opener: "file.function", which reads metadata into a `Source`; signature as `checkpoint.open_checkpoint`.
+        decider: "file.function", which says of a folder with a mark whether it holds the format; "" where it must.
         needs_base: whether ΔW cannot be formed without the base.
         peft_types: what the config's peft_type may say; empty for formats that carry none.
     """
 
     kind: str
     title: str
-    matches: Callable[[Folder], bool]
-    open: Callable[..., Source]
+    marks: tuple[str, ...]
+    opener: str
+    decider: str = ""
     needs_base: bool = False
     peft_types: tuple[str, ...] = ()
+
+    def matches(self, folder: Folder) -> bool:
+        """Whether a folder holds it, from names and config alone."""
+        marked = not self.marks or any(mark in folder.listing for mark in self.marks)
+        return marked and (not self.decider or bool(_function(self.decider)(folder)))
+
+    def open(self, tuned: Folder, base: Folder | None, **options: Any) -> Source:
+        """Read a folder's metadata into a `Source`."""
+        source: Source = _function(self.opener)(tuned, base, **options)
+        return source
+
+
+def _function(place: str) -> Callable[..., Any]:
+    """A function of a format's file by "file.function"."""
+    file, name = place.split(".")
+    found: Callable[..., Any] = getattr(import_module(f"{__name__}.{file}"), name)
+    return found
 
 
 # The first that matches wins: names that only one format uses come before the ones that many use.
 FORMATS: tuple[Format, ...] = (
-    Format(multilora.KIND, "MultiLoRA", multilora.matches, multilora.open_multilora),
+    Format("multilora", "MultiLoRA", (".multilora_A\n", ".lora_scaling\n"), "multilora.open_multilora"),
     Format(
-        multihead.KIND,
+        "multihead",
         "R-LoRA, HydraLoRA (multi-head LoRA)",
-        multihead.matches,
-        multihead.open_multihead,
+        ("lora_",),
+        "multihead.open_multihead",
+        decider="multihead.matches",
     ),
-    Format(adalora.KIND, "AdaLoRA", adalora.matches, adalora.open_adalora, peft_types=("ADALORA",)),
-    Format(loha.KIND, "LoHa (PEFT)", loha.matches, loha.open_loha, peft_types=("LOHA",)),
-    Format(lokr.KIND, "LoKr (PEFT)", lokr.matches, lokr.open_lokr, peft_types=("LOKR",)),
-    Format(oft.KIND, "OFT", oft.matches, oft.open_oft, needs_base=True, peft_types=("OFT",)),
-    Format(boft.KIND, "BOFT", boft.matches, boft.open_boft, needs_base=True, peft_types=("BOFT",)),
-    Format(hra.KIND, "HRA", hra.matches, hra.open_hra, needs_base=True, peft_types=("HRA",)),
-    Format(miss.KIND, "MiSS, Bone", miss.matches, miss.open_miss, needs_base=True, peft_types=("MISS", "BONE")),
-    Format(delora.KIND, "DeLoRA", delora.matches, delora.open_delora, peft_types=("DELORA",)),
-    Format(hira.KIND, "HiRA", hira.matches, hira.open_hira, needs_base=True, peft_types=("HIRA",)),
-    Format(road.KIND, "RoAd", road.matches, road.open_road, needs_base=True, peft_types=("ROAD",)),
-    Format(gralora.KIND, "GraLoRA", gralora.matches, gralora.open_gralora, peft_types=("GRALORA",)),
-    Format(deft.KIND, "DEFT, PaRa", deft.matches, deft.open_deft, needs_base=True, peft_types=("DEFT",)),
-    Format(glora.KIND, "GLoRA", glora.matches, glora.open_glora, needs_base=True, peft_types=("GLORA",)),
-    Format(osf.KIND, "OSF", osf.matches, osf.open_osf, needs_base=True, peft_types=("OSF",)),
+    Format("adalora", "AdaLoRA", (".lora_E",), "adalora.open_adalora", peft_types=("ADALORA",)),
+    Format("loha", "LoHa (PEFT)", (".hada_w",), "loha.open_loha", decider="loha.matches", peft_types=("LOHA",)),
+    Format("lokr", "LoKr (PEFT)", (".lokr_w",), "lokr.open_lokr", decider="lokr.matches", peft_types=("LOKR",)),
+    Format("oft", "OFT", (".oft_R", ".oft_embedding_R"), "oft.open_oft", needs_base=True, peft_types=("OFT",)),
+    Format("boft", "BOFT", (".boft_R",), "boft.open_boft", needs_base=True, peft_types=("BOFT",)),
+    Format("hra", "HRA", (".hra_u",), "hra.open_hra", needs_base=True, peft_types=("HRA",)),
     Format(
-        supertuning.KIND,
+        "miss",
+        "MiSS, Bone",
+        (".miss_block", ".bone_block"),
+        "miss.open_miss",
+        needs_base=True,
+        peft_types=("MISS", "BONE"),
+    ),
+    Format("delora", "DeLoRA", (".delora_A",), "delora.open_delora", peft_types=("DELORA",)),
+    Format("hira", "HiRA", (".hira_A", ".hira_embedding_A"), "hira.open_hira", needs_base=True, peft_types=("HIRA",)),
+    Format("road", "RoAd", (".road_theta",), "road.open_road", needs_base=True, peft_types=("ROAD",)),
+    Format("gralora", "GraLoRA", (".gralora_A",), "gralora.open_gralora", peft_types=("GRALORA",)),
+    Format("deft", "DEFT, PaRa", (".deft_P",), "deft.open_deft", needs_base=True, peft_types=("DEFT",)),
+    Format("glora", "GLoRA", (".glora_A.",), "glora.open_glora", needs_base=True, peft_types=("GLORA",)),
+    Format("osf", "OSF", (".osf_svd_params.",), "osf.open_osf", needs_base=True, peft_types=("OSF",)),
+    Format(
+        "supertuning",
         "Super-Tuning, Supra",
-        supertuning.matches,
-        supertuning.open_supertuning,
+        (".supertuning_values",),
+        "supertuning.open_supertuning",
         needs_base=True,
         peft_types=("SUPERTUNING",),
     ),
-    Format(vera.KIND, "VeRA", vera.matches, vera.open_vera, needs_base=True, peft_types=("VERA",)),
-    Format(vera.KIND_PVERA, "PVeRA", vera.matches_pvera, vera.open_pvera, needs_base=True, peft_types=("PVERA",)),
-    Format(ia3.KIND, "(IA)³", ia3.matches, ia3.open_ia3, needs_base=True, peft_types=("IA3",)),
+    Format("vera", "VeRA", (".vera_lambda_",), "vera.open_vera", needs_base=True, peft_types=("VERA",)),
+    Format("pvera", "PVeRA", (".pvera_lambda_",), "vera.open_pvera", needs_base=True, peft_types=("PVERA",)),
+    Format("ia3", "(IA)³", (".ia3_l",), "ia3.open_ia3", needs_base=True, peft_types=("IA3",)),
     Format(
-        trainable_tokens.KIND,
+        "trainable_tokens",
         "trainable tokens",
-        trainable_tokens.matches,
-        trainable_tokens.open_trainable_tokens,
+        (".trainable_tokens_delta",),
+        "trainable_tokens.open_trainable_tokens",
+        decider="trainable_tokens.matches",
         needs_base=True,
         peft_types=("TRAINABLE_TOKENS", "LORA"),
     ),
-    Format(ln_tuning.KIND, "LN tuning", ln_tuning.matches, ln_tuning.open_ln_tuning, peft_types=("LN_TUNING",)),
+    Format("ln_tuning", "LN tuning", (".ln_tuning_layers.",), "ln_tuning.open_ln_tuning", peft_types=("LN_TUNING",)),
     Format(
-        fourierft.KIND,
+        "fourierft",
         "FourierFT",
-        fourierft.matches,
-        fourierft.open_fourierft,
+        (".fourierft_spectrum",),
+        "fourierft.open_fourierft",
         needs_base=True,
         peft_types=("FOURIERFT",),
     ),
-    Format(shira.KIND, "SHiRA", shira.matches, shira.open_shira, needs_base=True, peft_types=("SHIRA",)),
-    Format(c3a.KIND, "C3A", c3a.matches, c3a.open_c3a, peft_types=("C3A",)),
-    Format(vblora.KIND, "VB-LoRA", vblora.matches, vblora.open_vblora, peft_types=("VBLORA",)),
     Format(
-        randlora.KIND, "RandLoRA", randlora.matches, randlora.open_randlora, needs_base=True, peft_types=("RANDLORA",)
-    ),
-    Format(peanut.KIND, "PEANuT", peanut.matches, peanut.open_peanut, needs_base=True, peft_types=("PEANUT",)),
-    Format(waveft.KIND, "WaveFT", waveft.matches, waveft.open_waveft, needs_base=True, peft_types=("WAVEFT",)),
-    Format(tinylora.KIND, "TinyLoRA", tinylora.matches, tinylora.open_tinylora, peft_types=("TINYLORA",)),
-    Format(frod.KIND, "FRoD", frod.matches, frod.open_frod, needs_base=True, peft_types=("FROD",)),
-    Format(unilora.KIND, "Uni-LoRA", unilora.matches, unilora.open_unilora, peft_types=("UNILORA",)),
-    Format(kohya.KIND, "kohya, LyCORIS", kohya.matches, kohya.open_kohya),
-    Format(kohya.KIND_DIFFUSERS, "diffusers LoRA", kohya.matches_diffusers, kohya.open_diffusers),
-    Format(
-        lora_mixtures.KIND,
-        "LoRAMoE, MixLoRA, MOELoRA, MTL-LoRA (several pairs per module)",
-        lora_mixtures.matches,
-        lora_mixtures.open_mixture,
-    ),
-    Format(lora.KIND_DORA, "DoRA", lora.matches_dora, lora.open_lora, needs_base=True, peft_types=("LORA",)),
-    Format(lora.KIND, "LoRA, rsLoRA (PEFT)", lora.matches, lora.open_lora, peft_types=("LORA",)),
-    Format(
-        checkpoint.KIND,
-        "full checkpoint",
-        checkpoint.matches,
-        checkpoint.open_checkpoint,
+        "shira",
+        "SHiRA",
+        (".shira_weight", ".shira_indices"),
+        "shira.open_shira",
         needs_base=True,
+        peft_types=("SHIRA",),
+    ),
+    Format("c3a", "C3A", (".c3a_kernel",), "c3a.open_c3a", peft_types=("C3A",)),
+    Format("vblora", "VB-LoRA", (".vblora_logits_",), "vblora.open_vblora", peft_types=("VBLORA",)),
+    Format(
+        "randlora",
+        "RandLoRA",
+        (".randlora_lambda", ".randlora_gamma"),
+        "randlora.open_randlora",
+        needs_base=True,
+        peft_types=("RANDLORA",),
+    ),
+    Format("peanut", "PEANuT", (".peanut_A",), "peanut.open_peanut", needs_base=True, peft_types=("PEANUT",)),
+    Format("waveft", "WaveFT", (".waveft_spectrum",), "waveft.open_waveft", needs_base=True, peft_types=("WAVEFT",)),
+    Format("tinylora", "TinyLoRA", (".tinylora_A",), "tinylora.open_tinylora", peft_types=("TINYLORA",)),
+    Format("frod", "FRoD", (".frod_lambda_l",), "frod.open_frod", needs_base=True, peft_types=("FROD",)),
+    Format("unilora", "Uni-LoRA", (".unilora_theta_d",), "unilora.open_unilora", peft_types=("UNILORA",)),
+    Format("kohya", "kohya, LyCORIS", ("\nlora_", "\nlycoris_"), "kohya.open_kohya", decider="kohya.matches"),
+    Format(
+        "diffusers",
+        "diffusers LoRA",
+        ("lora", ".down.weight", ".up.weight", ".hada_", ".lokr_", ".w_norm", ".b_norm", ".oft_", ".on_input"),
+        "kohya.open_diffusers",
+        decider="kohya.matches_diffusers",
+    ),
+    Format(
+        "mixture",
+        "LoRAMoE, MixLoRA, MOELoRA, MTL-LoRA (several pairs per module)",
+        ("lora_",),
+        "lora_mixtures.open_mixture",
+        decider="lora_mixtures.matches",
+    ),
+    Format(
+        "dora",
+        "DoRA",
+        ("lora_magnitude_vector",),
+        "lora.open_lora",
+        decider="lora.matches",
+        needs_base=True,
+        peft_types=("LORA",),
+    ),
+    Format(
+        "lora",
+        "LoRA, rsLoRA (PEFT)",
+        (".lora_A", ".lora_embedding_A"),
+        "lora.open_lora",
+        decider="lora.matches",
+        peft_types=("LORA",),
+    ),
+    Format(
+        "checkpoint", "full checkpoint", (), "checkpoint.open_checkpoint", decider="checkpoint.matches", needs_base=True
     ),
 )
 
@@ -177,9 +202,20 @@ def open_source(
         BaseRequiredError: the format needs the base.
         SourceError: a file is broken.
     """
+    return source_of(open_folder(hub.resolve(tuned)), base, split=split, heads=heads, scale=scale)
+
+
+def source_of(
+    folder: Folder,
+    base: str | Path | None = None,
+    *,
+    split: bool = True,
+    heads: str | int = "mean",
+    scale: float | None = None,
+) -> Source:
+    """The updates in a folder that is open already; everything else as for `open_source`."""
     if not isinstance(heads, int) and heads not in ("mean", "sum", "each"):
         raise SelectionError(f"heads={heads!r} is not one of mean, sum, each or the index of a head")
-    folder = open_folder(hub.resolve(tuned))
     found = format_of(folder)
     base_folder = open_folder(hub.resolve(base)) if base is not None else None
     if base_folder is not None and base_folder.is_adapter:
@@ -204,7 +240,7 @@ def format_of(folder: Folder) -> Format:
     declared = recognised.declared_type(folder)
     example = next(iter(folder.tensors), "nothing")
     for row in FORMATS:
-        if row.matches(folder) and not (row.kind == checkpoint.KIND and recognised.has_factors(folder)):
+        if row.matches(folder):
             if declared and row.peft_types and declared not in row.peft_types:
                 raise SourceError(
                     f"{folder.path}: the config says peft_type {declared!r}, the tensors (such as {example!r}) are "

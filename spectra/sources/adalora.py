@@ -30,11 +30,6 @@ _SLOTS = slot_pattern("lora_[ABE]")
 _EPSILON = 1e-5  # PEFT's guard against a division by zero, which it adds for every rank
 
 
-def matches(folder: Folder) -> bool:
-    """Factors named lora_A / lora_B with the singular values lora_E between them."""
-    return any(".lora_E" in name for name in folder.tensors)
-
-
 def open_adalora(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read every module's factors.
 

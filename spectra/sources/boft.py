@@ -75,11 +75,6 @@ def _butterfly_order(inputs: int, size: int, level: int, device: str) -> Tensor:
     return torch.cat((halves[:, 0::2], halves[:, 1::2]), 1).flatten()
 
 
-def matches(folder: Folder) -> bool:
-    """Tensors named boft_R."""
-    return any(".boft_R" in name for name in folder.tensors)
-
-
 def open_boft(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read the blocks and scales of every module.
 

@@ -65,11 +65,6 @@ class CirculantBlocks:
         return Dense(blocks.permute(0, 2, 1, 3).reshape(self.shape) / self.shape[1])
 
 
-def matches(folder: Folder) -> bool:
-    """Kernels named c3a_kernel."""
-    return any(".c3a_kernel" in name for name in folder.tensors)
-
-
 def open_c3a(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read every module's kernels.
 

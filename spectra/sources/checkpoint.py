@@ -8,7 +8,7 @@ from typing import Any
 
 from spectra.errors import BaseRequiredError
 from spectra.naming import role_of
-from spectra.sources import architectures, mixtures, tied
+from spectra.sources import architectures, mixtures, recognised, tied
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.pairing import align
@@ -24,8 +24,8 @@ __all__ = ["KIND", "as_matrix", "matches", "open_checkpoint", "subtract"]
 
 
 def matches(folder: Folder) -> bool:
-    """Anything with tensors that is not an adapter."""
-    return not folder.is_adapter
+    """Anything with tensors that is not an adapter, nor has the factors of one without a config."""
+    return not folder.is_adapter and not recognised.has_factors(folder)
 
 
 def open_checkpoint(

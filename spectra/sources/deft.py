@@ -85,11 +85,6 @@ class Replaced:
         return LowRank(left, right, float(base.norm()))
 
 
-def matches(folder: Folder) -> bool:
-    """Tensors named deft_P."""
-    return any(".deft_P" in name for name in folder.tensors)
-
-
 def open_deft(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read the factors of every module.
 

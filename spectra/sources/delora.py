@@ -73,11 +73,6 @@ class Normalised:
         return LowRank(up * sizes, down * self.column_norms.read_float64(device))
 
 
-def matches(folder: Folder) -> bool:
-    """Tensors named delora_A."""
-    return any(".delora_A" in name for name in folder.tensors)
-
-
 def open_delora(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read the factors of every module.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from spectra.errors import NotFoundError, SourceError
-from spectra.sources import gguf_file, gguf_names, quantised, safetensors_file, torch_file
+from spectra.sources import quantised, safetensors_file, torch_file
 from spectra.sources.tensors import TensorRef
 from spectra.sources.weight_files import PIPELINE, WEIGHT_SUFFIXES, Choice, choose, inside, read_json
 
@@ -57,6 +58,11 @@ class Folder:
             for name, first in self.metadata.items()
             if first in self.tensors and (name not in self.tensors or self.tensors[name].container == "torch")
         }
+
+    @cached_property
+    def listing(self) -> str:
+        """The tensors' names, each between two line breaks: one text to search for a piece of any of them."""
+        return "\n".join(["", *self.tensors, ""])
 
     def config_of(self, name: str) -> dict[str, Any]:
         """The config that a weight belongs to: its component's in a pipeline, else the model's."""
@@ -141,6 +147,8 @@ def _read_all(choice: Choice) -> Folder:
 
 def _gguf(files: list[Path]) -> Folder:
     """One GGUF file, or the parts that llama.cpp split it into, of which the first has the metadata."""
+    from spectra.sources import gguf_file, gguf_names
+
     whole = gguf_file.Header()
     for file in files:
         header = gguf_file.read_header(file)

@@ -70,6 +70,13 @@ class SparseSpectrum:
         """Two per coefficient, at most min(m, n)."""
         return min(2 * self.coefficients.numel, *self.shape)
 
+    @property
+    def reading_bytes(self) -> int:
+        """The permutation of all positions; and the waves, or the transform with its complex numbers."""
+        m, n = self.shape
+        waves = 8 * 6 * self.coefficients.numel * (m + n)
+        return 8 * m * n + (waves if self.factored else 8 * 6 * m * n)
+
     def read(self, device: str = "cpu") -> LowRank | Dense:
         """The cosines and sines in float64, or the matrix."""
         import torch
@@ -98,11 +105,6 @@ def _waves(frequencies: Tensor, size: int) -> tuple[Tensor, Tensor]:
     steps = torch.outer(frequencies, torch.arange(size, device=frequencies.device)) % size
     angles = steps.to(torch.float64) * (2 * math.pi / size)
     return angles.cos(), angles.sin()
-
-
-def matches(folder: Folder) -> bool:
-    """Coefficients named fourierft_spectrum."""
-    return any(".fourierft_spectrum" in name for name in folder.tensors)
 
 
 def open_fourierft(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:

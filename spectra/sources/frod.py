@@ -89,11 +89,6 @@ class SharedBasis(OnBase):
         return sparse.index_put((places[0], places[1]), self.values.read_float64(device), accumulate=True)
 
 
-def matches(folder: Folder) -> bool:
-    """Tensors named frod_lambda_l."""
-    return any(".frod_lambda_l" in name for name in folder.tensors)
-
-
 def open_frod(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read the diagonals of every module and the bases of every role.
 

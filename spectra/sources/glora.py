@@ -63,11 +63,6 @@ def _value(refs: tuple[TensorRef, ...], device: str) -> Tensor:
     return read[0] if len(read) == 1 else read[0] @ read[1]
 
 
-def matches(folder: Folder) -> bool:
-    """Tensors named glora_A.Xd, glora_A.X or glora_A.zeros."""
-    return any(".glora_A." in name for name in folder.tensors)
-
-
 def open_glora(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read paths A and B of every module; C, D and E change its bias only.
 

@@ -90,11 +90,6 @@ class Granular:
         return LowRank(self.scale * left, right)
 
 
-def matches(folder: Folder) -> bool:
-    """Tensors named gralora_A."""
-    return any(".gralora_A" in name for name in folder.tensors)
-
-
 def open_gralora(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read the blocks of every module.
 

@@ -55,11 +55,6 @@ class Modulated(OnBase):
         return Dense(base * factor, base_norm=float(base.norm()))
 
 
-def matches(folder: Folder) -> bool:
-    """Tensors named hira_A, or hira_embedding_A."""
-    return any(".hira_A" in name or ".hira_embedding_A" in name for name in folder.tensors)
-
-
 def open_hira(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read the factors of every module.
 

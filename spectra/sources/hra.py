@@ -104,11 +104,6 @@ def _moved(unit: Tensor) -> Tensor:
     return moved
 
 
-def matches(folder: Folder) -> bool:
-    """Tensors named hra_u."""
-    return any(name.endswith(".hra_u") or ".hra_u." in name for name in folder.tensors)
-
-
 def open_hra(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read the vectors of every module.
 

@@ -6,7 +6,6 @@ Reference: Liu et al. 2022, §3.3.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -82,11 +81,6 @@ class Rescaled:
         groups = gains.numel() * self.kernel // base.shape[1]
         by_group = gains.reshape(groups, -1).repeat_interleave(self.kernel, 1)
         return Dense(base * by_group.repeat_interleave(base.shape[0] // groups, 0), float(base.norm()))
-
-
-def matches(folder: Folder) -> bool:
-    """Vectors named ia3_l."""
-    return any(re.search(r"\.ia3_l(\.|$)", name) for name in folder.tensors)
 
 
 def open_ia3(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:

@@ -12,11 +12,6 @@ KIND = "ln_tuning"
 _LAYER = ".ln_tuning_layers."
 
 
-def matches(folder: Folder) -> bool:
-    """Parameters of ln_tuning_layers."""
-    return any(_LAYER in name for name in folder.tensors)
-
-
 def open_ln_tuning(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """List the norms as what they are, vectors, and read what was saved whole beside them.
 

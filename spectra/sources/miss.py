@@ -105,11 +105,6 @@ class BlockAffine(OnBase):
         return Dense(delta.reshape(base.shape), base_norm=float(base.norm()))
 
 
-def matches(folder: Folder) -> bool:
-    """Tensors named miss_block, or bone_block."""
-    return any(".miss_block" in name or ".bone_block" in name for name in folder.tensors)
-
-
 def open_miss(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read the block of every module.
 

@@ -30,12 +30,6 @@ class _Stack:
         return Term((self.up.item(index),), self.down.item(index), scale, row_scale.reshape(row_scale.numel))
 
 
-def matches(folder: Folder) -> bool:
-    """Keys multilora_A, or lora_A beside lora_scaling as the only public implementation saves them."""
-    names = folder.tensors
-    return any(name.endswith(".multilora_A") for name in names) or any(name.endswith(".lora_scaling") for name in names)
-
-
 def open_multilora(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read the stacks of every module. `heads`: an index for one module's ΔW, "each" for all of them apart.
 

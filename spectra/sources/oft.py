@@ -135,11 +135,6 @@ def _skew(angles: Tensor, block: int) -> Tensor:
     return upper - upper.mT
 
 
-def matches(folder: Folder) -> bool:
-    """Tensors named oft_R, or oft_embedding_R."""
-    return any(".oft_R" in name or ".oft_embedding_R" in name for name in folder.tensors)
-
-
 def open_oft(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read the rotation of every module.
 

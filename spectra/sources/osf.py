@@ -22,6 +22,7 @@ from spectra.sources.adapter import (
 )
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
+from spectra.sources.recipes import svd_bytes
 from spectra.sources.tensors import TensorRef
 from spectra.types import Dense, Form, LowRank, Source
 
@@ -68,6 +69,11 @@ class SmallDirectionsReplaced:
         """2l."""
         return min(2 * self.values.shape[0], *self.shape)
 
+    @property
+    def reading_bytes(self) -> int:
+        """W₀ in float64, its SVD, and the update if its factors are multiplied."""
+        return svd_bytes(*self.shape) + (0 if self.factored else 8 * self.base.numel)
+
     def read(self, device: str = "cpu") -> Form:
         """Left [U S | −U₀ S₀], right [V; V₀], the second halves from W₀'s SVD; or their product.
 
@@ -90,11 +96,6 @@ class SmallDirectionsReplaced:
         norm = float(base.norm())
         outer = torch.cat((left * values, -U[:, k:] * S[k:]), 1), torch.cat((right, Vh[k:]), 0)
         return LowRank(*outer, norm) if self.factored else Dense(outer[0] @ outer[1], norm)
-
-
-def matches(folder: Folder) -> bool:
-    """Tensors under osf_svd_params."""
-    return any(".osf_svd_params." in name for name in folder.tensors)
 
 
 def open_osf(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:

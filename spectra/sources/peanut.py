@@ -97,11 +97,6 @@ class WrittenByNetwork:
         return getattr(functional, name)(values)
 
 
-def matches(folder: Folder) -> bool:
-    """Tensors named peanut_A."""
-    return any(".peanut_A" in name for name in folder.tensors)
-
-
 def open_peanut(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read the network of every module.
 

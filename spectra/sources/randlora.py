@@ -80,11 +80,6 @@ class RandomBases:
         return Dense(matrix if out >= inside else matrix.T)
 
 
-def matches(folder: Folder) -> bool:
-    """Scales named randlora_lambda."""
-    return any(".randlora_lambda" in name or ".randlora_gamma" in name for name in folder.tensors)
-
-
 def open_randlora(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read the shared bases and every module's scales.
 

@@ -122,22 +122,45 @@ class Term:
         kernel = math.prod(self.core.shape[2:]) if self.core else 1
         return (self.lefts[0].shape[0], self.right.shape[1] * kernel)
 
+    @property
+    def width(self) -> int:
+        """What the rank of the summand cannot exceed."""
+        return self.lefts[0].shape[1]
+
     def read(self, device: str) -> tuple[Tensor, Tensor]:
         """The two factors in float64, all scales in the left one."""
+        left, right = _blank(self.shape, self.width, device)
+        self.write(left, right)
+        return left, right
+
+    def write(self, left: Tensor, right: Tensor) -> None:
+        """Read the two factors into their places, all scales in the left one."""
         import torch
 
-        left = self.lefts[0].read_float64(device)
+        device = str(left.device)
+        left.copy_(self.lefts[0].read_real(device))
         for ref in self.lefts[1:]:
-            left = left + ref.read_float64(device)
+            left += ref.read_float64(device)
         if self.row_scale is not None:
-            left = self.row_scale.read_float64(device).reshape(-1, 1) * left
+            left *= self.row_scale.read_float64(device).reshape(-1, 1)
         if self.inner_scale is not None:
-            left = left * self.inner_scale.read_float64(device).reshape(1, -1)
-        right = self.right.read_float64(device)
-        if self.core is not None:
-            core = self.core.read_float64(device)
-            right = torch.einsum("pq...,qj->pj...", core, right).reshape(core.shape[0], -1)
-        return self.scale * left, right
+            left *= self.inner_scale.read_float64(device).reshape(1, -1)
+        if self.scale != 1:
+            left *= self.scale
+        if self.core is None:
+            right.copy_(self.right.read_real(device))
+            return
+        core = self.core.read_float64(device)
+        product = torch.einsum("pq...,qj->pj...", core, self.right.read_float64(device))
+        right.copy_(product.reshape(right.shape))
+
+
+def _blank(shape: tuple[int, int], width: int, device: str) -> tuple[Tensor, Tensor]:
+    """Places for the two factors of a ΔW of a shape."""
+    import torch
+
+    left = torch.empty((shape[0], width), dtype=torch.float64, device=device)
+    return left, torch.empty((width, shape[1]), dtype=torch.float64, device=device)
 
 
 @dataclass(frozen=True)
@@ -166,16 +189,23 @@ class Factors:
     @property
     def rank(self) -> int:
         """The sum of the factor widths, at most min(out, in)."""
-        return min(sum(term.lefts[0].shape[1] for term in self.terms), *self.shape)
+        return min(sum(term.width for term in self.terms), *self.shape)
 
     def read(self, device: str = "cpu") -> LowRank:
         """The factors in float64."""
-        import torch
-
-        pairs = [term.read(device) for term in self.terms]
-        left = pairs[0][0] if len(pairs) == 1 else torch.cat([pair[0] for pair in pairs], 1)
-        right = pairs[0][1] if len(pairs) == 1 else torch.cat([pair[1] for pair in pairs], 0)
+        left, right = _blank(self.shape, sum(term.width for term in self.terms), device)
+        start = 0
+        for term in self.terms:
+            columns = slice(start, start + term.width)
+            term.write(left[:, columns], right[columns])
+            start += term.width
         return LowRank(left, right, float(self.base.read_float64(device).norm()) if self.base else None)
+
+
+def svd_bytes(m: int, n: int) -> int:
+    """What a matrix (m, n) in float64 takes with LAPACK's copy, all its singular vectors and the work space."""
+    short = min(m, n)
+    return 8 * (2 * m * n + short * (m + n) + 4 * short**2)
 
 
 class Update(Recipe, Protocol):
@@ -241,6 +271,12 @@ class Placed:
     def refs(self) -> tuple[TensorRef, ...]:
         """Those of the whole update, and the base's weight."""
         return (*self.whole.refs, self.base) if self.base else self.whole.refs
+
+    @property
+    def reading_bytes(self) -> int:
+        """What reading the whole update takes."""
+        needed: int = getattr(self.whole, "reading_bytes", 0)
+        return needed
 
     def read(self, device: str = "cpu") -> Form:
         """Form the whole update, keep the part."""

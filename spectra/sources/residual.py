@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from spectra.sources.recipes import Update
+from spectra.sources.recipes import Update, svd_bytes
 from spectra.sources.tensors import TensorRef
 from spectra.types import LowRank
 
@@ -58,6 +58,11 @@ class FromOriginal:
     def rank(self) -> int:
         """At most r more than that of V."""
         return min(self.update.rank + self.width, *self.shape)
+
+    @property
+    def reading_bytes(self) -> int:
+        """W in float64, and what decomposing it takes."""
+        return svd_bytes(*self.shape)
 
     def read(self, device: str = "cpu") -> LowRank:
         """The factors in float64; PEFT decomposes W in float32, so its own residual differs by about 1e-7·‖W‖."""

@@ -81,11 +81,6 @@ class PairsTurned(OnBase):
         return cosines.reshape(-1, 1), sines.reshape(-1, 1)
 
 
-def matches(folder: Folder) -> bool:
-    """Tensors named road_theta."""
-    return any(".road_theta" in name for name in folder.tensors)
-
-
 def open_road(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read the angles and scales of every module.
 

@@ -88,12 +88,20 @@ def separable_edge(rows: np.ndarray, columns: np.ndarray) -> float:
     a, b = rows / rows.max(), columns / columns.max()
     # Grids that are dense at both ends: the minimum lies near 1 where one row or column dominates.
     t = 0.5 - 0.5 * np.cos(np.pi * (np.arange(1, _GRID) / _GRID))
-    sum_a = (a[:, None] / (1 - t * a[:, None])).sum(0)
-    sum_b = (b[:, None] / (1 - t * b[:, None])).sum(0)
+    sum_a, sum_b = _resolvent(a, t), _resolvent(b, t)
     u = np.exp(np.interp(np.log(t * sum_a), np.log(t * sum_b), np.log(t)))
     reached = t * sum_a <= (t * sum_b)[-1]
     ratio = np.where(reached, sum_a / u, np.inf)
     return math.sqrt(ratio.min() * rows.max() * columns.max() / total)
+
+
+def _resolvent(a: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """Σ aᵢ/(1 − w aᵢ) for every w."""
+    terms = np.multiply.outer(a, -w)  # one array for all steps: fresh memory is what takes the time here
+    terms += 1
+    np.divide(a[:, None], terms, out=terms)
+    found: np.ndarray = terms.sum(0)
+    return found
 
 
 def _variance_sums(stored: Tensor, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -120,15 +120,16 @@ def read_tensor(ref: TensorRef) -> Tensor:
     dtype = getattr(torch, torch_name)
     if math.prod(ref.stored) == 0:
         return torch.empty(ref.stored, dtype=dtype)
-    buffer = bytearray(math.prod(ref.stored) * width)
+    content = torch.empty(math.prod(ref.stored) * width, dtype=torch.uint8)
+    view = content.numpy().data
     try:
         with open(ref.path, "rb", buffering=0) as file:
             file.seek(ref.offset)
-            got, view = 0, memoryview(buffer)
-            while got < len(buffer) and (count := file.readinto(view[got:])):
+            got = 0
+            while got < len(view) and (count := file.readinto(view[got:])):
                 got += count
     except OSError as problem:
         raise SourceError(f"{ref.path} cannot be read: {problem.strerror}") from None
-    if got < len(buffer):
+    if got < len(view):
         raise SourceError(f"{ref.path} ends inside {ref.name}; {_DOWNLOAD_AGAIN}")
-    return torch.frombuffer(buffer, dtype=dtype).reshape(ref.stored)
+    return content.view(dtype).reshape(ref.stored)

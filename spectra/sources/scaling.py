@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import regex
-
 from spectra.errors import SourceError
 
 _PATTERN_SECONDS = 1.0  # patterns come from the file; one that backtracks forever must end
@@ -66,6 +64,10 @@ def override(config: Mapping[str, Any], key: str, module: str, default: Any, whe
     patterns = config.get(key) or {}
     if not isinstance(patterns, Mapping):
         raise SourceError(f"{where}: {key} is not an object of pattern: number; mend the config")
+    if not patterns:
+        return default
+    import regex
+
     for pattern, value in patterns.items():
         try:
             if regex.match(rf"(.*\.)?({pattern})$", module, timeout=_PATTERN_SECONDS):

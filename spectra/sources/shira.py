@@ -70,11 +70,6 @@ class SparseEntries:
         return Dense(matrix.index_put((rows, columns), self.entries.read_float64(device), accumulate=True))
 
 
-def matches(folder: Folder) -> bool:
-    """Entries named shira_weight."""
-    return any(".shira_weight" in name or ".shira_indices" in name for name in folder.tensors)
-
-
 def open_shira(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read every module's entries.
 

@@ -84,11 +84,6 @@ class SparsePlusLowRank:
         return Dense(delta)
 
 
-def matches(folder: Folder) -> bool:
-    """Tensors named supertuning_values."""
-    return any(".supertuning_values" in name for name in folder.tensors)
-
-
 def open_supertuning(
     tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None
 ) -> Source:

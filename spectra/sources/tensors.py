@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ class TensorRef:
         name: the tensor's name in that file.
         dtype: its storage type in safetensors' words, such as "BF16".
         shape: its shape after the views.
-        container: which reader opens the file: "safetensors", "torch" or "gguf".
+        container: which reader opens the file: "safetensors", "torch" or "gguf", whose file it is with "_file" added.
         stamp: the file's size and mtime (ns) when its header was read.
         offset: where the data start (safetensors and GGUF), in bytes.
         stored: the shape of what is read, before the views.
@@ -145,15 +146,8 @@ class TensorRef:
         Raises:
             SourceError: the file is gone, changed or broken, or its dtype is one that torch lacks.
         """
-        from spectra.sources import gguf_file, safetensors_file, torch_file
-
-        readers = {
-            "safetensors": safetensors_file.read_tensor,
-            "torch": torch_file.read_tensor,
-            "gguf": gguf_file.read_tensor,
-        }
         self.check_unchanged()
-        tensor = readers[self.container](self)
+        tensor: Tensor = import_module(f"spectra.sources.{self.container}_file").read_tensor(self)
         if self.scale is not None:
             tensor = _scaled(tensor, self.scale, self.block)
         return self.view(tensor).to(device)

@@ -125,11 +125,6 @@ class Mixture:
         return LowRank(self.left.read_float64(device) @ middle, self.right.read_float64(device))
 
 
-def matches(folder: Folder) -> bool:
-    """Tensors named tinylora_A."""
-    return any(".tinylora_A" in name for name in folder.tensors)
-
-
 def open_tinylora(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read the factors of every module and the shared vectors.
 

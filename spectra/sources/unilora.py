@@ -89,11 +89,6 @@ class SharedEntries:
         return LowRank(self.left.read(device), self.right.read(device))
 
 
-def matches(folder: Folder) -> bool:
-    """A tensor named unilora_theta_d."""
-    return any(_VECTOR in name for name in folder.tensors)
-
-
 def open_unilora(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read the shared vector and every module's places in it.
 

@@ -123,11 +123,6 @@ class FromBank:
         return LowRank(B.transpose(1, 2).flatten(0, 1), A.flatten(1))
 
 
-def matches(folder: Folder) -> bool:
-    """Mixtures named vblora_logits_A."""
-    return any(".vblora_logits_" in name for name in folder.tensors)
-
-
 def open_vblora(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read the bank and every module's mixtures, saved as logits or as the K that matter.
 

@@ -31,16 +31,6 @@ KIND = "vera"
 KIND_PVERA = "pvera"
 
 
-def matches(folder: Folder) -> bool:
-    """Vectors named vera_lambda_b."""
-    return any(".vera_lambda_" in name for name in folder.tensors)
-
-
-def matches_pvera(folder: Folder) -> bool:
-    """Vectors named pvera_lambda_b."""
-    return any(".pvera_lambda_" in name for name in folder.tensors)
-
-
 def open_vera(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
     """Read the shared projections and every module's two vectors.
 

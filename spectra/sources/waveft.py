@@ -70,6 +70,11 @@ class Wavelets:
         """n: each coefficient stands for an outer product."""
         return min(self.coefficients.numel, *self.shape)
 
+    @property
+    def reading_bytes(self) -> int:
+        """The permutation of all places, the coefficients' matrix, and its transform's parts."""
+        return 8 * (6 if self.transformed else 3) * self.shape[0] * self.shape[1]
+
     def read(self, device: str = "cpu") -> Dense:
         """Scatter the coefficients, transform them."""
         import torch
@@ -94,11 +99,6 @@ def _inverse_haar(coefficients: Tensor) -> Tensor:
     upper = torch.stack((mean + down + across + both, mean - down + across - both), -1)
     lower = torch.stack((mean + down - across - both, mean - down - across + both), -1)
     return torch.stack((upper, lower), 1).reshape(coefficients.shape) / 2
-
-
-def matches(folder: Folder) -> bool:
-    """Tensors named waveft_spectrum."""
-    return any(".waveft_spectrum" in name for name in folder.tensors)
 
 
 def open_waveft(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:

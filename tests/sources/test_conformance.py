@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import write_adapter
+from support.checkpoints import llama_tensors, write_adapter, write_checkpoint
 from support.examples import EXAMPLES, stored_tensors
 from support.peft_oracle import assert_matches
 
 import spectra
 from spectra.errors import BaseRequiredError, SpectraError
-from spectra.sources import FORMATS
+from spectra.sources import FORMATS, Format
 from spectra.sources.folder import open_folder
 from spectra.sources.tensors import TensorRef
 
@@ -30,6 +33,14 @@ def example(request, tmp_path_factory):
 def test_every_row_has_an_example():
     assert set(EXAMPLES) == set(ROWS)
     assert len(ROWS) == len(FORMATS)
+
+
+def test_only_the_files_of_formats_that_come_into_question_are_imported(tmp_path):
+    base, tuned = (write_checkpoint(tmp_path / name, llama_tensors()) for name in ("base", "tuned"))
+    code = f"import sys, spectra; spectra.open_source({str(tuned)!r}, base={str(base)!r}); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    homes = {f"spectra.sources.{row.opener.split('.')[0]}" for row in FORMATS}
+    assert homes & set(loaded) == {"spectra.sources.checkpoint"}
 
 
 def test_the_update_is_the_oracles(example):
@@ -121,7 +132,8 @@ def test_the_example_of_a_new_format_in_contributing_works(tmp_path):
     prefix = "base_model.model.layers.0.q_proj"
     write_adapter(tmp_path, {f"{prefix}.my_A": A, f"{prefix}.my_B": B}, {"peft_type": "MINE"})
     folder = open_folder(tmp_path)
-    assert scope["matches"](folder)
+    rows = re.findall(r"`(Format\(.*?\))`", text)
+    assert [eval(row, {"Format": Format}).matches(folder) for row in rows] == [True]
     source = scope["open_myformat"](folder, None, split=True, heads="mean", scale=None)
     assert source.kind == "myformat"
     assert_matches(source, {"layers.0.q_proj.weight": B.double() @ A.double()})
