@@ -55,9 +55,8 @@ def pairs(plan: Plan) -> list[tuple[Look, Look]]:
     there = {look.name: look for look in looks(plan)}
     found = []
     for look in there.values():
-        partners = {REFERENCE, look.run.name.removesuffix(SECOND_SEED)} - (
-            {look.run.name} if not look.origin else set()
-        )
+        itself = set() if look.origin else {look.run.name}
+        partners = {REFERENCE, look.run.name.removesuffix(SECOND_SEED)} - itself
         found += [(look, there[f"{name}-step-{look.step}"]) for name in sorted(partners)]
     return found
 

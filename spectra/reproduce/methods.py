@@ -30,7 +30,10 @@ class Method:
 
     @property
     def total_rank(self) -> int | None:
-        """Bound on the rank of ΔW: n·r where modules are parallel, r where they share A, None without one."""
+        """Rank that is trained: n·r where modules are parallel, r where they share A, None without a bound.
+
+        R-LoRA's ΔW relative to the base may have twice that: its offset is another product of rank r.
+        """
         return {"full": None, "multilora": self.n * self.r}.get(self.kind, self.r)
 
     @property
