@@ -20,6 +20,7 @@ from spectra.reproduce.batches import Tokens, answer_logits, example_losses, pac
 from spectra.reproduce.methods import Method, attach, causal
 from spectra.reproduce.plan import Plan
 from spectra.reproduce.tasks import Example
+from spectra.store import write
 
 TOKENS = 512  # of one row; Wang et al. 2023 use 1024
 _COSTS = "costs.json"
@@ -55,7 +56,7 @@ def measure_costs(
         request = {"base": str(base), "method": asdict(method), "steps": plan.cost_steps, "device": device}
         found = _in_process({**request, "examples": [asdict(example) for example in row_of]})
         rows.append({"label": method.label, "kind": method.kind, "n": method.n, "r": method.r, **found})
-        kept.write_text(json.dumps(rows, indent=1))
+        write(kept, json.dumps(rows, indent=1).encode())
         say(f"  {method.label}: {found['tokens_per_second']:.0f} tokens/s, {found['peak_mib']:.0f} MiB")
     return rows
 

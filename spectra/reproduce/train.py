@@ -22,6 +22,7 @@ from spectra.reproduce.evaluate import evaluate
 from spectra.reproduce.methods import attach, causal, save
 from spectra.reproduce.plan import Plan, Run
 from spectra.reproduce.tasks import Example
+from spectra.store import write
 
 WARM_UP = 10  # steps over which the learning rate rises; constant afterwards, so that an early look is a short run
 CLIP = 1.0
@@ -73,7 +74,7 @@ def train(
     if finished:
         return finished
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(json.dumps(settings, indent=1))
+    write(folder / "run.json", json.dumps(settings, indent=1).encode())
     torch.manual_seed(run.seed)
     model, tokenizer = load_model(base, device)
     model = attach(model, run.method)
@@ -185,8 +186,6 @@ def _finish(folder: Path, settings: dict[str, Any], state: dict[str, Any], param
         "seconds": round(sum(line[3] for line in state["log"]), 1),
         "scores": state["scores"],
     }
-    partial = folder / f"{_DONE}.partial"
-    partial.write_text(json.dumps(result, indent=1))
-    os.replace(partial, folder / _DONE)
+    write(folder / _DONE, json.dumps(result, indent=1).encode())
     (folder / _CHECKPOINT).unlink(missing_ok=True)
     return result
