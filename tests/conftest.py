@@ -6,6 +6,10 @@ from pathlib import Path
 import matplotlib as mpl
 import pytest
 from hypothesis import HealthCheck, settings
+from support.checkpoints import llama_tensors, nudged, write_checkpoint
+
+import spectra
+from spectra.types import Source
 
 mpl.use("Agg")
 settings.register_profile("spectra", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
@@ -23,6 +27,15 @@ def real_pair() -> tuple[Path, Path]:
     if not (base / "model.safetensors").is_file() or not (tuned / "model.safetensors").is_file():
         pytest.fail(f"the real weights are not in {data}: run `make data`")
     return base, tuned
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    """A small Llama and its tuned copy, in the folders `base` and `tuned`, opened."""
+    base = llama_tensors()
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "tuned", nudged(base))
+    return spectra.open_source(tmp_path / "tuned", tmp_path / "base")
 
 
 @pytest.fixture(autouse=True)

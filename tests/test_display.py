@@ -10,7 +10,6 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from support.checkpoints import llama_tensors, nudged, write_checkpoint
 
 import spectra
 from spectra.metrics.similarity import SubspaceSimilarity
@@ -65,14 +64,6 @@ def similarity(name, k=2, note=""):
     if k:
         grid[0, 0] = 0.25
     return SubspaceSimilarity(name, "left", k, grid, grid / 5, np.zeros(k), note)
-
-
-@pytest.fixture
-def source(tmp_path):
-    base = llama_tensors()
-    write_checkpoint(tmp_path / "base", base)
-    write_checkpoint(tmp_path / "tuned", nudged(base))
-    return spectra.open_source(tmp_path / "tuned", tmp_path / "base")
 
 
 EVERY_NOUN = {

@@ -17,14 +17,6 @@ from spectra.store import Store
 from spectra.types import Spectrum, WeightDelta
 
 
-@pytest.fixture
-def source(tmp_path):
-    base = llama_tensors()
-    write_checkpoint(tmp_path / "base", base)
-    write_checkpoint(tmp_path / "tuned", nudged(base))
-    return spectra.open_source(tmp_path / "tuned", tmp_path / "base")
-
-
 def computed(monkeypatch):
     """Names of the deltas that are read from now on."""
     names = []

@@ -137,9 +137,10 @@ def _print(rows: list[Row]) -> None:
 
 
 def _median(rows: list[Row], key: str) -> float | None:
-    found = sorted(line[key] for line in rows if line["status"] == "ok" and line[key] == line[key])
-    half = len(found) // 2
-    return (found[half] + found[~half]) / 2 if found else None
+    import numpy as np
+
+    found = [line[key] for line in rows if line["status"] == "ok" and line[key] == line[key]]
+    return float(np.median(found)) if found else None
 
 
 def _close(rows: list[Row], out: str | None, written: list[str]) -> None:

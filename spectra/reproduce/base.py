@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from spectra.errors import MissingExtraError, NotFoundError, SourceError, StoreError
+from spectra.reproduce.folders import whole_folder
 from spectra.store import write
 
 FOLDER = "base"
@@ -37,10 +36,8 @@ def prepare_base(given: Path, directory: Path) -> Path:
     _remember(given, directory)
     target = directory / FOLDER
     if not target.is_dir():
-        partial = directory / f"{FOLDER}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        _dequantise(given, partial)
-        os.replace(partial, target)
+        with whole_folder(target) as partial:
+            _dequantise(given, partial)
     return target
 
 

@@ -6,8 +6,6 @@ they started and s as it ended, the update's spectrum is that of the random star
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 
 from spectra.adapters import MultiLoRA, load_adapter, save_adapter
 from spectra.reproduce.base import load_model
+from spectra.reproduce.folders import whole_folder
 from spectra.reproduce.methods import attach
 from spectra.reproduce.plan import Run
 from spectra.reproduce.train import snapshot
@@ -36,10 +35,8 @@ def save_origin(run: Run, step: int, base: Path, directory: Path) -> None:
     with torch.no_grad():
         for name, module in _adapters(started).items():
             module.multilora_scaling.copy_(_adapters(trained)[name].multilora_scaling)
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    save_adapter(started, partial)
-    os.replace(partial, target)
+    with whole_folder(target) as partial:
+        save_adapter(started, partial)
 
 
 def _adapters(model: Any) -> dict[str, MultiLoRA]:

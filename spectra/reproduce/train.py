@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import random
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from spectra.errors import StoreError
 from spectra.reproduce.base import load_model
 from spectra.reproduce.batches import Tokens, answer_logits, example_losses, pack, tokenise
 from spectra.reproduce.evaluate import evaluate
+from spectra.reproduce.folders import whole_folder
 from spectra.reproduce.methods import attach, causal, save
 from spectra.reproduce.plan import Plan, Run
 from spectra.reproduce.tasks import Example
@@ -168,12 +168,8 @@ def _keep(
 
 
 def _save_snapshot(model: Any, run: Run, directory: Path, step: int) -> None:
-    target = snapshot(directory, run, step)
-    partial = target.with_name(f"{target.name}.partial")
-    for old in (partial, target):
-        shutil.rmtree(old, ignore_errors=True)
-    save(model, run.method, partial)
-    os.replace(partial, target)
+    with whole_folder(snapshot(directory, run, step)) as partial:
+        save(model, run.method, partial)
 
 
 def _finish(folder: Path, settings: dict[str, Any], state: dict[str, Any], parameters: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from spectra.sources.adapter import (
 )
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
+from spectra.sources.recipes import OnBase
 from spectra.sources.tensors import TensorRef
 from spectra.types import Dense, Source
 
@@ -36,7 +37,7 @@ _PATTERN_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Rescaled:
+class Rescaled(OnBase):
     """ΔW = W₀ ∘ (l − 1): rows of the base's weight, or its input channels, multiplied by their own factors.
 
     Attributes:
@@ -46,30 +47,14 @@ class Rescaled:
         kernel: how many columns one input channel has.
     """
 
-    base: TensorRef
     gains: TensorRef
     columns: bool = False
     kernel: int = 1
 
     @property
-    def factored(self) -> bool:
-        """False."""
-        return False
-
-    @property
     def refs(self) -> tuple[TensorRef, ...]:
         """The base's weight and the factors."""
         return (self.base, self.gains)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in·kernel)."""
-        return (self.base.shape[0], self.base.shape[1])
-
-    @property
-    def rank(self) -> int:
-        """Full."""
-        return min(self.shape)
 
     def read(self, device: str = "cpu") -> Dense:
         """The matrix in float64."""
