@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -83,6 +84,11 @@ class LowRank:
     def to_dense(self) -> Tensor:
         """ΔW = left · right as one tensor (out, in)."""
         return self.left @ self.right
+
+    @cached_property
+    def grams(self) -> tuple[Tensor, Tensor]:
+        """leftᵀ·left and right·rightᵀ, (r, r) each: what the norm and CholeskyQR both start from."""
+        return self.left.mT @ self.left, self.right @ self.right.mT
 
 
 @dataclass(frozen=True)

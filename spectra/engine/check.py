@@ -10,6 +10,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from spectra.engine import kronecker
+from spectra.engine.thin import times
 from spectra.types import Dense, Form, Kronecker, LowRank
 
 FROBENIUS_BOUND = 1e-9  # on |Σσ² − ‖ΔW‖²| / ‖ΔW‖²; float64 solvers stay below 1e-12
@@ -60,8 +61,8 @@ def vector_fault(form: Form, S: Tensor, U: Tensor, Vh: Tensor, resolution: float
     kept = min(int((resolution < S).sum()), U.shape[1])
     s, u, vh = S[:kept], U[:, :kept], Vh[:kept]
     mix = _signs(kept, S)
-    right = apply(form, vh.mT @ mix) - u @ (s[:, None] * mix)
-    left = apply_transpose(form, u @ mix) - vh.mT @ (s[:, None] * mix)
+    right = apply(form, times(vh.mT, mix)) - times(u, s[:, None] * mix)
+    left = apply_transpose(form, times(u, mix)) - times(vh.mT, s[:, None] * mix)
     worst = max(float(right.norm()), float(left.norm())) if kept else 0.0
     if not worst <= max(VECTOR_BOUND * float(S[0]), resolution) * math.sqrt(max(kept, 1)):
         return f"a residual of {worst / float(S[0]):.1e}·σ₁ in the vectors"
@@ -89,22 +90,22 @@ def apply_transpose(form: Form, block: Tensor) -> Tensor:
 
 @apply.register
 def _(form: Dense, block: Tensor) -> Tensor:
-    return form.matrix @ block
+    return times(form.matrix, block)
 
 
 @apply.register
 def _(form: LowRank, block: Tensor) -> Tensor:
-    return form.left @ (form.right @ block)
+    return times(form.left, times(form.right, block))
 
 
 @apply_transpose.register
 def _(form: Dense, block: Tensor) -> Tensor:
-    return form.matrix.T @ block
+    return times(form.matrix.T, block)
 
 
 @apply_transpose.register
 def _(form: LowRank, block: Tensor) -> Tensor:
-    return form.right.T @ (form.left.T @ block)
+    return times(form.right.T, times(form.left.T, block))
 
 
 @apply.register

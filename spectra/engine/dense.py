@@ -7,6 +7,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from spectra.engine import topk
+from spectra.engine.thin import times
 
 Triplets = tuple[Tensor, Tensor, Tensor]  # S (…, s), U (…, m, k), Vh (…, k, n)
 
@@ -136,9 +137,9 @@ def lift(matrix: Float64[Tensor, "*batch m n"], short: Float64[Tensor, "*batch s
     """
     wide = _wide(matrix)
     basis = torch.linalg.qr(short).Q
-    q, r = torch.linalg.qr(wide.mT @ basis)  # (long side, k)
+    q, r = torch.linalg.qr(times(wide.mT, basis))  # (long side, k)
     u, s, vh = torch.linalg.svd(r, full_matrices=False)
-    long, short = q @ u, basis @ vh.mT
+    long, short = times(q, u), times(basis, vh.mT)
     return (s, short, long.mT) if wide is matrix else (s, long, short.mT)
 
 

@@ -9,6 +9,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from spectra.engine.thin import times
+from spectra.types import LowRank
+
 QR = tuple[Callable[[Tensor], Tensor], Tensor]  # block ↦ Q · block, and the triangle
 
 _BLOCK = 512
@@ -33,32 +36,37 @@ def householder(factor: Float64[Tensor, "*batch m r"]) -> QR:
     return rotate, packed[..., :rank, :].triu()
 
 
-def cholesky(factor: Float64[Tensor, "*batch m r"]) -> QR:
+def cholesky(factor: Float64[Tensor, "*batch m r"], gram: Float64[Tensor, "*batch r r"]) -> QR:
     r"""QR of a tall factor of full rank by Cholesky decompositions of Gram matrices: nothing but matrix products.
 
     AᵀA = T₁ᵀT₁ and Q₁ = A T₁⁻¹, whose columns are orthonormal up to ε·κ(A)²; the same again for Q₁ = Q T₂ leaves ε,
     and A = Q (T₂T₁). What the first pass leaves is measured, so a factor that is too close to lower rank is refused.
 
+    Args:
+        factor: A.
+        gram: AᵀA.
+
     Raises:
         LowerRankError: it is.
 
     Example:
-        >>> rotate, triangle = cholesky(torch.tensor([[3.0], [4.0]]).double())
+        >>> factor = torch.tensor([[3.0], [4.0]]).double()
+        >>> rotate, triangle = cholesky(factor, factor.T @ factor)
         >>> triangle.tolist()
         [[5.0]]
 
     Reference: Yamamoto et al. 2015 (CholeskyQR2 and its rounding errors).
     """
-    first, refused = torch.linalg.cholesky_ex(factor.mT @ factor, upper=True)
+    first, refused = torch.linalg.cholesky_ex(gram, upper=True)
     rough = _divided(factor, first)
-    gram = rough.mT @ rough
-    skew = (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().max()
+    rest = rough.mT @ rough
+    skew = (rest - torch.eye(rest.shape[-1], dtype=rest.dtype, device=rest.device)).abs().max()
     if bool(refused.any()) or not float(skew) <= _MOST_SKEW:  # also where it is NaN
         raise LowerRankError("a factor is close to lower rank")
-    second = torch.linalg.cholesky(gram, upper=True)
+    second = torch.linalg.cholesky(rest, upper=True)
 
     def rotate(block: Tensor) -> Tensor:
-        return rough @ torch.linalg.solve_triangular(second, block, upper=True)
+        return times(rough, torch.linalg.solve_triangular(second, block, upper=True))
 
     return rotate, second @ first
 
@@ -74,7 +82,7 @@ def factored_svd(
     left: Float64[Tensor, "*batch m r"],
     right: Float64[Tensor, "*batch r n"],
     top: int = 0,
-    qr: Callable[[Tensor], QR] = householder,
+    grams: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Float64[Tensor, "*batch s"], Float64[Tensor, "*batch m k"] | None, Float64[Tensor, "*batch k n"] | None]:
     r"""Singular values of L·R, and its top singular vectors.
 
@@ -84,13 +92,13 @@ def factored_svd(
         left: L.
         right: R.
         top: how many vectors to return; 0 for none.
-        qr: how to decompose a factor, `householder` or `cholesky`.
+        grams: LᵀL and RRᵀ, to decompose the factors by `cholesky`; None for `householder`.
 
     Returns:
         S descending, s = min(m, r, n); U and Vh with k = min(top, s) vectors, or None.
 
     Raises:
-        LowerRankError: from `cholesky`.
+        LowerRankError: a factor is too close to lower rank for `cholesky`.
 
     Example:
         >>> L, R = torch.tensor([[3.0], [4.0]]).double(), torch.tensor([[2.0, 0.0]]).double()
@@ -99,8 +107,8 @@ def factored_svd(
 
     Reference: Golub & Van Loan 2013, §5.2 and §8.6 (SVD after QR).
     """
-    rotate_left, t_left = qr(left)
-    rotate_right, t_right = qr(right.mT)
+    rotate_left, t_left = cholesky(left, grams[0]) if grams else householder(left)
+    rotate_right, t_right = cholesky(right.mT, grams[1]) if grams else householder(right.mT)
     core = t_left @ t_right.mT
     if top == 0:
         return torch.linalg.svdvals(core), None, None
@@ -109,20 +117,20 @@ def factored_svd(
     return s, rotate_left(u[..., :k]), rotate_right(vh[..., :k, :].mT).mT
 
 
-def factored_norm(left: Float64[Tensor, "m r"], right: Float64[Tensor, "r n"]) -> tuple[float, float]:
+def factored_norm(form: LowRank) -> tuple[float, float]:
     """‖L·R‖_F from the two r×r Gram matrices, ‖LR‖² = ⟨LᵀL, RRᵀ⟩; and ‖L‖_F·‖R‖_F.
 
     Rounding errors in L·R are relative to the second number, not to the first. Where the factors nearly
     cancel, ⟨LᵀL, RRᵀ⟩ keeps too few digits and rows of the product are formed, a block at a time.
 
     Example:
-        >>> factored_norm(torch.tensor([[3.0], [4.0]]).double(), torch.tensor([[2.0, 0.0]]).double())
+        >>> factored_norm(LowRank(torch.tensor([[3.0], [4.0]]).double(), torch.tensor([[2.0, 0.0]]).double()))
         (10.0, 10.0)
     """
-    gram_left, gram_right = left.T @ left, right @ right.T
+    gram_left, gram_right = form.grams
     squared = float((gram_left * gram_right).sum())
     most = float(gram_left.trace() * gram_right.trace())
     if squared < _CANCELLED * most:
-        starts = range(0, left.shape[0], _BLOCK)
-        squared = sum(float((left[i : i + _BLOCK] @ right).square().sum()) for i in starts)
+        starts = range(0, form.shape[0], _BLOCK)
+        squared = sum(float((form.left[i : i + _BLOCK] @ form.right).square().sum()) for i in starts)
     return math.sqrt(squared), math.sqrt(most)

@@ -97,7 +97,7 @@ def _(form: LowRank, top: int, only_top: bool) -> list[Solver]:
 
     by_factors = [Solver(QR_CORE, lambda: factored.factored_svd(form.left, form.right, top))]
     if _both_tall(form):
-        fast = Solver(CHOLESKY_CORE, lambda: factored.factored_svd(form.left, form.right, top, factored.cholesky))
+        fast = Solver(CHOLESKY_CORE, lambda: factored.factored_svd(form.left, form.right, top, form.grams))
         by_factors = [fast, *by_factors]
     return [*by_factors, Solver(PRODUCT, through_product)]
 

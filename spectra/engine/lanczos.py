@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from spectra.engine.thin import times
+
 _HALF = 0.5  # a column that loses more of its length to the basis a second time was rounding error
 _PASSES = 6
 
@@ -56,12 +58,12 @@ class Krylov:
         old, new = slice(0, self.dimension + self.width), slice(self.dimension, self.dimension + self.width)
         basis = self._basis[:, old]
         image = self.operator(basis[:, new])
-        along = basis.T @ image
-        rest = image - basis @ along
+        along = times(basis.T, image)
+        rest = image - times(basis, along)
         block = _directions(rest, basis)
         self.dimension += self.width
         following = slice(self.dimension, self.dimension + self.width)
-        self._projected[old, new] = along + basis.T @ rest
+        self._projected[old, new] = along + times(basis.T, rest)
         self._projected[following, new] = block.T @ rest
         self._basis[:, following] = block
 
@@ -78,7 +80,7 @@ class Krylov:
 
     def vectors(self, coefficients: Float64[Tensor, "d k"]) -> Float64[Tensor, "s k"]:
         """Combinations of the basis."""
-        return self._basis[:, : self.dimension] @ coefficients
+        return times(self._basis[:, : self.dimension], coefficients)
 
 
 def random_block(taken: Float64[Tensor, "s d"], width: int) -> Float64[Tensor, "s b"]:
@@ -86,7 +88,7 @@ def random_block(taken: Float64[Tensor, "s d"], width: int) -> Float64[Tensor, "
     generator = torch.Generator().manual_seed(taken.shape[1])
     block = torch.randn((len(taken), width), dtype=taken.dtype, generator=generator).to(taken.device)
     for _ in range(2):
-        block = torch.linalg.qr(block - taken @ (taken.T @ block)).Q
+        block = torch.linalg.qr(block - times(taken, times(taken.T, block))).Q
     return block
 
 
@@ -94,7 +96,7 @@ def _directions(rest: Tensor, basis: Tensor) -> Tensor:
     """Orthonormal columns for what is left of a block's image; new directions where nothing but rounding is left."""
     block = torch.linalg.qr(rest).Q
     for _ in range(_PASSES):
-        block, kept = torch.linalg.qr(block - basis @ (basis.T @ block))
+        block, kept = torch.linalg.qr(block - times(basis, times(basis.T, block)))
         lost = kept.diagonal().abs() < _HALF
         if not bool(lost.any()):
             break

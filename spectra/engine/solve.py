@@ -180,7 +180,7 @@ def _(form: Dense) -> tuple[float, float]:
 
 @norms.register
 def _(form: LowRank) -> tuple[float, float]:
-    return factored.factored_norm(form.left, form.right)
+    return factored.factored_norm(form)
 
 
 @tensors_of.register

@@ -18,12 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
 from spectra.engine.lanczos import Krylov, Operator, random_block
+from spectra.engine.thin import times
 
 SMALLEST = 1024  # below this a full eigh costs no more than the values and the vectors one by one; measured
 _ANGLE = 1e-6  # wanted sine of the angle between the computed and the exact subspace, given a gap at k
@@ -228,7 +230,7 @@ def leading_eigenvectors(gram: Float64[Tensor, "s s"], k: int, values: Float64[T
 
 def _run(gram: Tensor, stage: Stage, before: Leading, values: Tensor) -> Leading:
     """One stage: grow the space to what was predicted, and on until the target is reached."""
-    operator: Operator = gram.__matmul__ if stage.shift is None else _inverse(gram, stage.shift, before)
+    operator: Operator = partial(times, gram) if stage.shift is None else _inverse(gram, stage.shift, before)
     room = min(2 * stage.dimension, int(1.25 * _MOST_SHARE * gram.shape[0]))
     space = Krylov(operator, random_block(before.vectors, stage.width), room)
     count, check_at = stage.stop - stage.start, int(0.9 * stage.dimension)
@@ -253,7 +255,7 @@ def _run(gram: Tensor, stage: Stage, before: Leading, values: Tensor) -> Leading
 
 def _blind(gram: Tensor, k: int) -> Leading:
     """Products with G alone, until Ritz values and residuals say that the target is reached."""
-    space = Krylov(gram.__matmul__, random_block(gram.new_zeros((len(gram), 0)), _WIDTH), int(_MOST_SHARE * len(gram)))
+    space = Krylov(partial(times, gram), random_block(gram.new_zeros((len(gram), 0)), _WIDTH), int(_MOST_SHARE * len(gram)))
     check_at, target = k + k // 2 + 4 * _WIDTH, 0.0
     while not space.full:
         space.grow()
@@ -299,11 +301,11 @@ def _below(gram: Tensor, shift: float, taken: Leading) -> Tensor:
 def _rayleigh_ritz(gram: Tensor, block: Tensor, columns: int) -> tuple[Leading, float]:
     """The best eigenpairs in the span of the block, and their largest residual."""
     basis = torch.linalg.qr(block).Q
-    image = gram @ basis
-    values, rotation = torch.linalg.eigh(basis.T @ image)
+    image = times(gram, basis)
+    values, rotation = torch.linalg.eigh(times(basis.T, image))
     values, rotation = values.flip(0), rotation.flip(1)
-    vectors = basis @ rotation
-    residual = float((image @ rotation - vectors * values).norm(dim=0).max())
+    vectors = times(basis, rotation)
+    residual = float((times(image, rotation) - vectors * values).norm(dim=0).max())
     return Leading(values, vectors, columns + block.shape[1]), residual
 
 

@@ -22,8 +22,8 @@ def _factors(rows, rank, columns, seed=0):
 def test_equals_the_product(rows, rank, columns, seed, top):
     L, R = _factors(rows, rank, columns, seed)
     count = min(rows, rank, columns)
-    for qr in (factored.householder, factored.cholesky)[: 1 if rank > min(rows, columns) else 2]:
-        S, U, Vh = factored.factored_svd(L, R, top, qr)
+    for grams in (None, LowRank(L, R).grams)[: 1 if rank > min(rows, columns) else 2]:
+        S, U, Vh = factored.factored_svd(L, R, top, grams)
         assert torch.allclose(S, oracle(L @ R)[1][:count], atol=1e-12 * float(L.norm() * R.norm()))
         if top:
             assert U.shape == (rows, min(top, count))
@@ -62,7 +62,7 @@ def test_cholesky_is_exact_or_refuses(stored, condition):
     factor = _conditioned(60, 7, condition)
     factor = factor if stored == "by rows" else factor.mT.contiguous().mT
     try:
-        rotate, triangle = factored.cholesky(factor)
+        rotate, triangle = factored.cholesky(factor, factor.T @ factor)
     except factored.LowerRankError:
         assert condition >= 1e6
         return
@@ -75,7 +75,8 @@ def test_cholesky_is_exact_or_refuses(stored, condition):
 
 def test_columns_of_very_different_length_are_no_obstacle():
     scales = 10.0 ** -torch.arange(0, 70, 10).double()
-    rotate, triangle = factored.cholesky(matrix_of("gaussian", 60, 7) * scales)
+    factor = matrix_of("gaussian", 60, 7) * scales
+    rotate, triangle = factored.cholesky(factor, factor.T @ factor)
     assert torch.allclose(rotate(triangle) / scales, matrix_of("gaussian", 60, 7), rtol=0, atol=1e-13)
 
 
@@ -100,10 +101,12 @@ def test_reconstructs_the_product():
     assert torch.allclose((U * S) @ Vh, L @ R, atol=1e-12)
 
 
-@pytest.mark.parametrize("qr", [factored.householder, factored.cholesky])
-def test_a_batch_equals_its_members(qr):
+@pytest.mark.parametrize("by_cholesky", [False, True])
+def test_a_batch_equals_its_members(by_cholesky):
     pairs = [_factors(14, 3, 9, seed) for seed in range(4)]
-    S, U, Vh = factored.factored_svd(torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs]), 2, qr)
+    lefts, rights = (torch.stack([pair[side] for pair in pairs]) for side in (0, 1))
+    grams = (lefts.mT @ lefts, rights @ rights.mT) if by_cholesky else None
+    S, U, Vh = factored.factored_svd(lefts, rights, 2, grams)
     for i, (L, R) in enumerate(pairs):
         assert torch.allclose(S[i], factored.factored_svd(L, R)[0], rtol=1e-12)
         assert check.vector_fault(LowRank(L, R), S[i], U[i], Vh[i], 0.0) == ""
@@ -113,7 +116,7 @@ def test_norm_of_factors_that_cancel():
     L, R = _factors(600, 4, 30)
     left = torch.cat([L, -L], 1)
     right = torch.cat([R, R + 1e-9 * matrix_of("gaussian", 4, 30, 5)], 0)
-    norm, magnitude = factored.factored_norm(left, right)
+    norm, magnitude = factored.factored_norm(LowRank(left, right))
     assert norm == pytest.approx(float((left @ right).norm()), rel=1e-6)
     assert magnitude == pytest.approx(float(left.norm() * right.norm()))
 
