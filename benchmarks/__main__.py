@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import platform
+import re
 import tempfile
 from dataclasses import asdict
 from datetime import date
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import cases
+from benchmarks.cases import cases, cost_of_figures
 from benchmarks.growth import Point, points
 from benchmarks.measure import Outcome, compare
 
@@ -24,36 +25,45 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=32, help="matrices of the full fine-tune")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, help="default: a folder of benchmarks/results named after the processor")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+    out = options.out or Path(__file__).parent / "results" / re.sub(r"\W+", "-", processor().lower()).strip("-")
+    out.mkdir(parents=True, exist_ok=True)
     print(machine(), flush=True)
     outcomes = []
     for case in cases(options.layers):
         if options.only in case.name:
             with tempfile.TemporaryDirectory() as folder:
                 ours, peer = case.make(Path(folder))
-                outcome = compare(case.name, case.peer, case.wanted, ours, peer, options.repeats)
+                repeats = min(options.repeats, case.most_repeats)
+                outcome = compare(case.name, case.peer, case.wanted, ours, peer, repeats)
             outcomes.append(outcome)
             print(line(outcome), flush=True)
-            write_table(options.out, outcomes)
+            write_table(out, outcomes)
     if not options.only:
+        write_table(out, outcomes, cost_of_figures(options.repeats))
         grown = list(points(options.repeats))
-        write_csv(options.out / "growth.csv", grown)
-        draw(options.out / "benchmarks.png", outcomes, grown)
+        write_csv(out / "growth.csv", grown)
+        draw(out / "benchmarks.png", outcomes, grown)
 
 
 def machine() -> str:
     """What this ran on, and with which versions."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("weight-spectra", "torch", "numpy", "safetensors"))
-    model = platform.processor() or platform.machine()
+    threads = f"{torch.get_num_threads()} threads"
+    return f"{date.today()}: {processor()}, {threads}; Python {platform.python_version()}, {versions}"
+
+
+def processor() -> str:
+    """The processor's name."""
     if Path("/proc/cpuinfo").is_file():
         found = [row for row in Path("/proc/cpuinfo").read_text().splitlines() if row.startswith("model name")]
-        model = found[0].split(":", 1)[1].strip() if found else model
-    return f"{date.today()}: {model}, {torch.get_num_threads()} threads; Python {platform.python_version()}, {versions}"
+        if found:
+            return found[0].split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
-_COLUMNS = ("work", "peer", "wanted", "reached", "spread", "ours", "peer", "ours, MiB", "peer, MiB")
+_COLUMNS = ("work", "peer", "wanted", "reached", "spread", "runs", "ours", "peer", "ours, MiB", "peer, MiB")
 _HEADER = f"| {' | '.join(_COLUMNS)} |\n{'|---' * len(_COLUMNS)}|"
 
 
@@ -62,16 +72,17 @@ def line(outcome: Outcome) -> str:
     o = outcome
     sizes = f"{o.ours_mib:.0f} | {o.peer_mib:.0f}" if o.ours_mib else "– | –"
     return (
-        f"| {o.case} | {o.peer} | {o.wanted:g}× | {o.ratio:.2f}× | {o.ratio_low:.2f}–{o.ratio_high:.2f} "
+        f"| {o.case} | {o.peer} | {o.wanted:g}× | {o.ratio:.2f}× | {o.ratio_low:.2f}–{o.ratio_high:.2f} | {o.repeats} "
         f"| {o.ours_s:.3f} s | {o.peer_s:.3f} s | {sizes} |"
     )
 
 
-def write_table(out: Path, outcomes: list[Outcome]) -> None:
-    """The table as Markdown and as CSV."""
+def write_table(out: Path, outcomes: list[Outcome], below: str = "") -> None:
+    """The table as Markdown and as CSV, and what else is to be said below it."""
     write_csv(out / "table.csv", [asdict(outcome) for outcome in outcomes])
-    text = f"{machine()}; medians of {outcomes[0].repeats} runs in turn\n\n{_HEADER}\n" + "\n".join(map(line, outcomes))
-    (out / "table.md").write_text(text + "\n")
+    rows = "\n".join(map(line, outcomes))
+    text = f"{machine()}; medians of runs in turn\n\n{_HEADER}\n{rows}\n"
+    (out / "table.md").write_text(f"{text}\n{below}\n" if below else text)
 
 
 def write_csv(path: Path, rows: list[Point]) -> None:

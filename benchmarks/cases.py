@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import statistics
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +22,16 @@ DATA = Path(__file__).resolve().parent.parent / ".demo"  # `make data` fetches t
 
 @dataclass(frozen=True)
 class Case:
-    """One row: `make` gives our way and the peer's, given a scratch folder."""
+    """One row: `make` gives our way and the peer's, given a scratch folder.
+
+    `most_repeats`: runs at most, where one run is long and already made of many equal pieces.
+    """
 
     name: str
     peer: str
     wanted: float
     make: Callable[[Path], tuple[Way, Way]]
+    most_repeats: int = 99
 
 
 def _ours(matrices: list[Tensor], top: int | None = None) -> Way:
@@ -102,4 +109,27 @@ def cases(layers: int) -> Iterator[Case]:
     yield Case("process: rank-64 LLaMA-7B LoRA, top 30", "bare script: QR + core SVD, float32", 1.0, _lora)
     yield Case("process: 3×32 MultiLoRA, 128 × 4096², top 30", "bare script: QR + core SVD, float32", 1.0, _multilora)
     yield Case("process: MiniLM pair, 36 matrices, values", "naive svdvals script", 1.0, _minilm)
-    yield Case(f"process: v_proj of a full fine-tune, {layers} × 4096², top 30", "naive script", 4.0, _pair(layers))
+    full = f"process: v_proj of a full fine-tune, {layers} × 4096², top 30"
+    yield Case(full, "naive script", 4.0, _pair(layers), most_repeats=1 if layers >= 16 else 99)
+
+
+def cost_of_figures(repeats: int) -> str:
+    """What figures add to a run that keeps its results, in seconds."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        adapter = str(inputs.write_lora(folder / "lora"))
+
+        def seconds(figures: str) -> float:
+            out = folder / "results"
+            run = process(*SPECTRA, "svd", "--tuned", adapter, "--top", "30", "--out", str(out), figures)
+            spent = run().seconds
+            shutil.rmtree(out)  # else the next run would find everything done
+            return spent
+
+        pairs = [(seconds("--figures"), seconds("--no-figures")) for _ in range(repeats)]
+    more = [drawn - plain for drawn, plain in pairs]
+    total, spread = statistics.median(drawn for drawn, _ in pairs), f"{min(more):.1f}–{max(more):.1f}"
+    return (
+        f"Rank-64 LLaMA-7B LoRA, top 30, kept with --out: {total:.1f} s, of which the figures take "
+        f"{statistics.median(more):.1f} s ({spread}; at most 3 s wanted)."
+    )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _BINS = 100
 _CLOSE_UP = 0.05
-_MOST_CURVES = 6
+_MOST_CURVES = 7  # as many as there are colours, and linear layers in a LLaMA block
 _LONGEST_LABEL = 28
 
 

@@ -255,7 +255,9 @@ def _run(gram: Tensor, stage: Stage, before: Leading, values: Tensor) -> Leading
 
 def _blind(gram: Tensor, k: int) -> Leading:
     """Products with G alone, until Ritz values and residuals say that the target is reached."""
-    space = Krylov(partial(times, gram), random_block(gram.new_zeros((len(gram), 0)), _WIDTH), int(_MOST_SHARE * len(gram)))
+    space = Krylov(
+        partial(times, gram), random_block(gram.new_zeros((len(gram), 0)), _WIDTH), int(_MOST_SHARE * len(gram))
+    )
     check_at, target = k + k // 2 + 4 * _WIDTH, 0.0
     while not space.full:
         space.grow()
