@@ -131,7 +131,8 @@ def test_what_cannot_be_compared_is_refused():
 
 def test_the_gap_says_how_well_the_directions_are_determined():
     values = np.array([5.0, 4.0, 1.0, 1.0, 0.5])
-    a, b = (Spectrum("w", (5, 5), S=S, U=np.eye(5)[:, :4], Vh=np.eye(5)[:4]) for S in (values, values[::-1].cumsum()[::-1]))
+    apart = np.array([11.5, 6.5, 2.5, 1.5, 0.5])
+    a, b = (Spectrum("w", (5, 5), S=S, U=np.eye(5)[:, :4], Vh=np.eye(5)[:4]) for S in (values, apart))
     assert spectra.subspace_similarity(a, b, top=2).gap == pytest.approx(min(3 / 4, 4 / 6.5))
     assert spectra.subspace_similarity(a, a, top=2).note == ""
     tied = spectra.subspace_similarity(b, a, top=3)
