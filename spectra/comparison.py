@@ -56,8 +56,8 @@ def compare(
         deltas = [side[name] for name in names for side in (first, second)]
         waiting: dict[int, Spectrum] = {}
         for index, spectrum in decompose_indexed(
-            deltas, top=top, only_top=True, device=device, executor=executor, budget=memory_budget
-        ):
+            deltas, top=top + 1, only_top=True, device=device, executor=executor, budget=memory_budget
+        ):  # one more than is compared: the gap behind the last says how well the directions are determined
             partner = waiting.pop(index ^ 1, None)
             if partner is None:
                 waiting[index] = spectrum

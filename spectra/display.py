@@ -7,6 +7,7 @@ come from files, so everything is escaped. There are no colours, so a dark theme
 from __future__ import annotations
 
 import html
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
@@ -159,6 +160,7 @@ def html_of_similarity(similarity: SubspaceSimilarity) -> str:
     facts: dict[str, object] = {
         "side": axis[similarity.side],
         "directions": f"k = {similarity.k_used}",
+        "gap behind them": "" if math.isnan(similarity.gap) else f"{similarity.gap:.2g} σ_k",
     }
     rows = []
     if similarity.grid.size:
@@ -167,7 +169,7 @@ def html_of_similarity(similarity: SubspaceSimilarity) -> str:
             (f"φ({k}, {k})", f"{similarity.grid[at]:.3f}", f"{similarity.chance[at]:.3f}") for k, at in corners.items()
         ]
     return _page(
-        f"SubspaceSimilarity: {similarity.name}",
+        f"SubspaceSimilarity: {similarity.title}",
         facts | {"note": similarity.note},
         ("", "value", "chance"),
         rows,

@@ -183,7 +183,7 @@ class Store:
 
     def put_similarity(self, similarity: SubspaceSimilarity, key: str = "") -> None:
         """Store one comparison."""
-        record = {name: getattr(similarity, name) for name in ("name", "side", "k_used", "note")}
+        record = {name: getattr(similarity, name) for name in ("name", "side", "k_used", "note", "other", "gap")}
         arrays = {name: getattr(similarity, name) for name in _SIMILARITY_ARRAYS}
         self.similarity.put(f"{similarity.name}.{similarity.side}", arrays, {**record, "key": key})
 
@@ -321,7 +321,8 @@ def write(path: Path, content: bytes) -> None:
 
 
 def _similarity(arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> SubspaceSimilarity:
-    given: dict[str, Any] = {key: value for key, value in record.items() if key != "key"} | dict(arrays)
+    said = {key: value for key, value in record.items() if key != "key" and value is not None}
+    given: dict[str, Any] = said | dict(arrays)
     return SubspaceSimilarity(**given)
 
 

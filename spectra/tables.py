@@ -63,6 +63,7 @@ def similarity_row(similarity: SubspaceSimilarity) -> Row:
         "phi_1_1": float(similarity.grid[0, 0]),
         "smallest_angle": float(similarity.angles[0]),
         "largest_angle": float(similarity.angles[-1]),
+        "gap": similarity.gap,
         "note": similarity.note,
     }
 

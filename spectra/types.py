@@ -61,6 +61,9 @@ class Dense:
         """ΔW as one tensor (out, in)."""
         return self.matrix
 
+    def __repr__(self) -> str:
+        return f"Dense({display.size(self.shape)})"
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -90,6 +93,9 @@ class LowRank:
         """leftᵀ·left and right·rightᵀ, (r, r) each: what the norm and CholeskyQR both start from."""
         return self.left.mT @ self.left, self.right @ self.right.mT
 
+    def __repr__(self) -> str:
+        return f"LowRank({display.size(self.left.shape)} · {display.size(self.right.shape)})"
+
 
 @dataclass(frozen=True)
 class Kronecker:
@@ -116,6 +122,9 @@ class Kronecker:
         import torch
 
         return torch.kron(self.first, self.second)
+
+    def __repr__(self) -> str:
+        return f"Kronecker({display.size(self.first.shape)} ⊗ {display.size(self.second.shape)})"
 
 
 Form = Dense | LowRank | Kronecker
@@ -419,6 +428,23 @@ class Spectrum:
     def signal_rank(self) -> int:
         """The number of resolved singular values above the storage-rounding edge, where one is known."""
         return int((self.resolved > (self.noise_edge or 0.0)).sum())
+
+    def gap(self, k: int) -> float:
+        """(σ_k − σ_{k+1}) / σ_k: how far the top k directions stand apart from the rest; NaN where it is not known.
+
+        An error ε in ΔW turns the top k directions by about ε/(σ_k − σ_{k+1}); at 0 they are not determined.
+
+        Example:
+            >>> spectrum = Spectrum("a.weight", (2, 2), S=[4.0, 3.0])
+            >>> spectrum.gap(1), spectrum.gap(2)
+            (0.25, 1.0)
+
+        Reference: Davis & Kahan 1970; Wedin 1972 (the sin θ theorems).
+        """
+        if not 1 <= k <= len(self.S) or self.S[k - 1] == 0 or (k == len(self.S) and not self.complete):
+            return float("nan")
+        following = self.S[k] if k < len(self.S) else 0.0
+        return float((self.S[k - 1] - following) / self.S[k - 1])
 
     def __repr__(self) -> str:
         if self.status != "ok":

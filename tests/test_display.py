@@ -13,7 +13,7 @@ import torch
 
 import spectra
 from spectra.metrics.similarity import SubspaceSimilarity
-from spectra.types import STATUSES, Coverage, Source, Spectrum, WeightDelta
+from spectra.types import STATUSES, Coverage, Dense, Kronecker, LowRank, Source, Spectrum, WeightDelta
 
 HOSTILE = "layers.0.<script>alert('x')</script>&\"q_proj\".weight"
 ALLOWED = {"div", "p", "b", "table", "thead", "tbody", "tr", "th", "td"}
@@ -223,6 +223,13 @@ def test_a_similarity_is_its_two_corners_beside_chance():
     assert [row[0] for row in shown(similarity("a", k=1)).rows].count("φ(1, 1)") == 1
     assert "nothing compared" in repr(similarity("a", k=0))
     shown(similarity("a", k=0))
+
+
+def test_forms_show_their_size_and_no_numbers():
+    zeros = torch.zeros
+    assert repr(Dense(zeros(3, 4))) == "Dense(3×4)"
+    assert repr(LowRank(zeros(3, 2), zeros(2, 4))) == "LowRank(3×2 · 2×4)"
+    assert repr(Kronecker(zeros(3, 2), zeros(1, 4))) == "Kronecker(3×2 ⊗ 1×4)"
 
 
 def test_displaying_a_model_loads_no_torch_and_no_pandas(source):

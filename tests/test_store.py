@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -185,6 +186,10 @@ def test_similarities_come_back(tmp_path):
     Store(tmp_path).put_similarity(similarity)
     (back,) = Store(tmp_path).similarities()
     assert (back.name, back.side, back.k_used, back.note) == ("w", "right", 3, similarity.note)
+    assert back.gap == similarity.gap > 0
+    unknown = replace(similarity, gap=float("nan"))
+    Store(tmp_path).put_similarity(unknown)
+    assert np.isnan(Store(tmp_path).similarities()[0].gap)
     assert np.array_equal(back.grid, similarity.grid)
     assert np.array_equal(back.angles, similarity.angles)
 

@@ -14,6 +14,7 @@ from spectra.types import Spectrum
 
 Side = Literal["left", "right"]
 SIDES: tuple[Side, ...] = get_args(Side)
+_TIE = 1e-7  # of σ_k: a smaller gap leaves the computed directions uncertain by a thousandth and more
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,9 @@ class SubspaceSimilarity:
         grid: (k_used, k_used), φ ∈ [0, 1]; entry [i − 1, j − 1] is φ(i, j).
         chance: (k_used, k_used), the expectation for random subspaces, max(i, j)/d.
         angles: principal angles between the two top-k_used subspaces, ascending, in radians.
-        note: why k_used is less than asked, or what was pooled; "" for nothing.
+        note: why k_used is less than asked, what was pooled, or where φ is not determined; "" for nothing.
+        other: the second update's name where it is of another weight, else "".
+        gap: the smaller of the two updates' (σ_k − σ_{k+1})/σ_k at k_used; NaN where it is not known.
     """
 
     name: str
@@ -37,6 +40,13 @@ class SubspaceSimilarity:
     chance: np.ndarray
     angles: np.ndarray
     note: str = ""
+    other: str = ""
+    gap: float = float("nan")
+
+    @property
+    def title(self) -> str:
+        """The weight's name; where two were compared, both."""
+        return f"{self.name} against {self.other}" if self.other else self.name
 
     @property
     def role(self) -> str:
@@ -50,7 +60,7 @@ class SubspaceSimilarity:
 
     def __repr__(self) -> str:
         note = f", {self.note}" if self.note else ""
-        return f"SubspaceSimilarity({self.name}, {self.side}, {display.corner(self)}{note})"
+        return f"SubspaceSimilarity({self.title}, {self.side}, {display.corner(self)}{note})"
 
     def _repr_html_(self) -> str:
         return display.html_of_similarity(self)
@@ -62,11 +72,12 @@ def subspace_similarity(a: Spectrum, b: Spectrum, *, top: int = 30, side: Side =
     Equal to 1 where the smaller subspace lies in the larger one, 0 where they are orthogonal, and
     max(i, j)/d on average for random subspaces of ℝᵈ. It does not depend on the basis, so it is
     unchanged by (A, B) → (RA, BR⁻¹). k is `top`, clamped to the resolved values of both updates, to
-    those above the storage-rounding edge, and to the vectors that are kept.
+    those above the storage-rounding edge, and to the vectors that are kept. Where two neighbouring singular
+    values are equal, the directions up to there are not determined, and the note says so.
 
     Args:
         a: one update with vectors.
-        b: another update of the same weight.
+        b: another update of the same weight, or of one that shares its inputs or outputs.
         top: how many directions.
         side: "left" compares columns of U (out), "right" rows of Vh (in).
 
@@ -103,8 +114,21 @@ def subspace_similarity(a: Spectrum, b: Spectrum, *, top: int = 30, side: Side =
         grid=grid,
         chance=chance_level(k, basis_a.shape[0]),  # type: ignore[union-attr]
         angles=principal_angles(basis_a[:, :k], basis_b[:, :k]),  # type: ignore[index]
-        note=note,
+        note="; ".join(text for text in (note, _tied("first", a, k), _tied("second", b, k)) if text),
+        other=b.name if b.name != a.name else "",
+        gap=float(np.min([a.gap(k), b.gap(k)])),
     )
+
+
+def _tied(which: str, spectrum: Spectrum, k: int) -> str:
+    """Where the top directions of an update are not determined, up to k; "" for nowhere."""
+    for i in range(1, k + 1):
+        if spectrum.gap(i) <= _TIE:
+            return (
+                f"σ_{i} and σ_{i + 1} of the {which} update are equal to {_TIE:g}: "
+                f"its top {i} directions, and φ there, are not determined"
+            )
+    return ""
 
 
 def similarity_grid(
@@ -183,6 +207,7 @@ def pool(similarities: list[SubspaceSimilarity], name: str) -> SubspaceSimilarit
         chance=np.mean([item.chance[:k, :k] for item in similarities], axis=0),
         angles=np.mean([item.angles[:k] for item in similarities], axis=0),
         note=f"mean over {len(similarities)} matrices{short}",
+        gap=float(np.min([item.gap for item in similarities])),
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spectra.display import matrices
 from spectra.errors import SelectionError
 from spectra.plots.style import curves, new_axes
 from spectra.types import DONE, Spectrum
@@ -54,10 +55,10 @@ class PooledValues:
         """The curve's line in the legend: how many values are drawn, and how many are not and why."""
         counts = [(self.zero, "zero"), (self.unresolved, "unresolved")]
         left_out = ", ".join(f"{count:,} {why}" for count, why in counts if count)
-        parts = [f"{self.label}: {len(self.x):,} values of {self.matrices} matrices" if self.label else ""]
-        parts[0] = parts[0] or f"{len(self.x):,} values of {self.matrices} matrices"
+        drawn = f"{len(self.x):,} {'value' if len(self.x) == 1 else 'values'} of {matrices(self.matrices)}"
+        parts = [f"{self.label}: {drawn}" if self.label else drawn]
         parts += [f"left out: {left_out}"] if left_out else []
-        parts += [f"{self.missing} matrices without spectrum"] if self.missing else []
+        parts += [f"{matrices(self.missing)} without spectrum"] if self.missing else []
         parts += ["top of the spectra only"] if self.truncated else []
         return "; ".join(parts)
 
@@ -156,6 +157,7 @@ def plot_histogram(
     bins: int = BINS,
     close_up: float | None = None,
     stat: str = "percent",
+    legend: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """Histogram of −ln σ, large σ at the left; several updates overlaid on shared bin edges.
@@ -167,6 +169,7 @@ def plot_histogram(
             share of the values of one of the curves lies to the left; None for everything.
         stat: "percent" of each curve's values, "per_matrix" for their number divided by the number of
             matrices, which compares updates of unequal rank, or "count".
+        legend: whether to say in the axes which curve is which, how many values it shows and how many not.
         ax: where to draw; None for a new figure.
 
     Raises:
@@ -175,7 +178,10 @@ def plot_histogram(
     Reference: Wang et al. 2023, Figs. 1 and 5. The natural logarithm, the shared edges and the number
     of bins are this toolkit's choices; the paper does not state its own.
     """
-    return draw_binned(bin_pooled(pool_curves(spectra), bins=bins, close_up=close_up, stat=stat), ax)
+    ax = draw_binned(bin_pooled(pool_curves(spectra), bins=bins, close_up=close_up, stat=stat), ax)
+    if legend:
+        ax.legend(fontsize=8)
+    return ax
 
 
 def bin_pooled(

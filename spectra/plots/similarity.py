@@ -65,7 +65,7 @@ def heading(similarity: SubspaceSimilarity, title: str | None = None, width: int
     k = similarity.k_used
     facts = [similarity.side, f"φ({k}, {k}) = {similarity.phi:.2f}", f"chance {similarity.chance[-1, -1]:.2f}"]
     unbroken = ", ".join(fact.replace(" ", "\u00a0") for fact in facts)
-    name = title if title is not None else similarity.name
+    name = title if title is not None else similarity.title
     parts = [_wrapped(name, width), _wrapped(unbroken, width).replace("\u00a0", " "), _wrapped(similarity.note, width)]
     return "\n".join(part for part in parts if part)
 

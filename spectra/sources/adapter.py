@@ -11,12 +11,13 @@ from typing import Any
 from spectra.errors import BaseRequiredError, SourceError
 from spectra.naming import role_of
 from spectra.sources import architectures, renames
-from spectra.sources.checkpoint import as_matrix, subtract
+from spectra.sources.difference import subtract
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.pairing import align, unwrap
 from spectra.sources.recipes import Factors, Placed, Term, Update
 from spectra.sources.tensors import TensorRef
+from spectra.sources.weights import as_matrix
 
 Slots = dict[str, TensorRef]
 

@@ -129,6 +129,29 @@ def test_what_cannot_be_compared_is_refused():
         spectra.subspace_similarity(a, a, top=0)
 
 
+def test_the_gap_says_how_well_the_directions_are_determined():
+    values = np.array([5.0, 4.0, 1.0, 1.0, 0.5])
+    apart = np.array([11.5, 6.5, 2.5, 1.5, 0.5])
+    a, b = (Spectrum("w", (5, 5), S=S, U=np.eye(5)[:, :4], Vh=np.eye(5)[:4]) for S in (values, apart))
+    assert spectra.subspace_similarity(a, b, top=2).gap == pytest.approx(min(3 / 4, 4 / 6.5))
+    assert spectra.subspace_similarity(a, a, top=2).note == ""
+    tied = spectra.subspace_similarity(b, a, top=3)
+    assert tied.gap == 0
+    assert "σ_3 and σ_4 of the second update are equal to 1e-07: its top 3 directions" in tied.note
+    assert "top 3 directions" in spectra.subspace_similarity(a, b, top=4).note  # φ(3, 3) is in that grid, too
+    short = Spectrum("w", (5, 5), S=values[:2], U=a.U[:, :2], Vh=a.Vh[:2], norm=9.0)
+    assert np.isnan(spectra.subspace_similarity(a, short, top=2).gap)
+    assert np.isnan(pool([spectra.subspace_similarity(a, other, top=2) for other in (b, short)], "w").gap)
+
+
+def test_two_weights_are_both_named():
+    a, b = (Spectrum(name, (2, 2), S=[2.0, 1.0], U=np.eye(2), Vh=np.eye(2)) for name in ("q_proj", "k_proj"))
+    both = spectra.subspace_similarity(a, b, top=1)
+    assert (both.name, both.other, both.title) == ("q_proj", "k_proj", "q_proj against k_proj")
+    assert repr(both).startswith("SubspaceSimilarity(q_proj against k_proj, left")
+    assert spectra.subspace_similarity(a, a, top=1).title == "q_proj"
+
+
 def test_pooling_is_the_mean_as_far_as_all_reach():
     rng = np.random.default_rng(2)
     spectra_ = [decomposed(rng.standard_normal((9, 7))) for _ in range(3)]
@@ -158,6 +181,7 @@ def test_compare_streams_pairs_and_names_what_is_on_one_side_only():
     assert "unchanged" in others[a[35].name]
     assert others[a[39].name] == "only in the first update"
     one = spectra.subspace_similarity(*(next(iter(spectra.decompose([x], top=3))) for x in (a[7], b[7])), top=3)
-    assert np.array_equal(compared[a[7].name, "left"].grid, one.grid)
+    assert np.allclose(compared[a[7].name, "left"].grid, one.grid, atol=1e-12)
+    assert compared[a[7].name, "left"].gap == pytest.approx(one.gap)
     with pytest.raises(SelectionError, match="share no matrix"):
         list(spectra.compare(a, [WeightDelta.from_tensor("other", torch.eye(2))]))

@@ -89,8 +89,16 @@ def test_what_is_left_out_is_in_the_legend():
     )
     assert len(found.x) == 2
     assert (found.zero, found.unresolved, found.missing, found.truncated) == (3, 1, 1, True)
-    for words in ("mine: 2 values of 3 matrices", "3 zero", "1 unresolved", "1 matrices without", "top of the spectra"):
+    for words in ("mine: 2 values of 3 matrices", "3 zero", "1 unresolved", "1 matrix without", "top of the spectra"):
         assert words in found.legend
+
+
+def test_the_legend_says_what_is_drawn_unless_it_is_not_wanted():
+    curves = {"a": [spectrum([1.0, 0.5, 0.0])], "b": [spectrum([0.1])]}
+    texts = [text.get_text() for text in spectra.plot_histogram(curves).get_legend().get_texts()]
+    assert texts == ["a: 2 values of 1 matrix; left out: 1 zero", "b: 1 value of 1 matrix"]
+    assert spectra.plot_histogram(curves, legend=False).get_legend() is None
+    plt.close("all")
 
 
 def test_the_rounding_edge_is_shaded_where_it_falls_into_the_picture():

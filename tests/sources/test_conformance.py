@@ -40,7 +40,7 @@ def test_only_the_files_of_formats_that_come_into_question_are_imported(tmp_path
     code = f"import sys, spectra; spectra.open_source({str(tuned)!r}, base={str(base)!r}); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     homes = {f"spectra.sources.{row.opener.split('.')[0]}" for row in FORMATS}
-    assert homes & set(loaded) == {"spectra.sources.checkpoint"}
+    assert homes & set(loaded) == {"spectra.sources.formats.checkpoint"}
 
 
 def test_the_update_is_the_oracles(example):

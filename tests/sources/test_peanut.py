@@ -18,7 +18,7 @@ from support.peft_oracle import assert_matches, make_oracle
 
 import spectra
 from spectra.errors import SourceError
-from spectra.sources.peanut import ACTIVATIONS
+from spectra.sources.formats.peanut import ACTIVATIONS
 
 CASES = {
     "flat": ("llama", {"r": 3, "target_modules": ["q_proj", "v_proj", "down_proj"]}),

@@ -20,9 +20,9 @@ from spectra.sources.adapter import (
     unusable,
 )
 from spectra.sources.folder import Folder
+from spectra.sources.formats.trainable_tokens import add_tokens
 from spectra.sources.ledger import Ledger
 from spectra.sources.recipes import Factors, Term
-from spectra.sources.trainable_tokens import add_tokens
 from spectra.types import Source
 
 KIND = "adalora"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from spectra.errors import SourceError, UnsupportedFormatError
-from spectra.sources import architectures, dora, experts
+from spectra.sources import architectures
 from spectra.sources.adapter import (
     Slots,
     Target,
@@ -28,12 +28,13 @@ from spectra.sources.adapter import (
     weight_targets,
 )
 from spectra.sources.folder import Folder
+from spectra.sources.formats import dora, experts
+from spectra.sources.formats.residual import FromOriginal, Method
+from spectra.sources.formats.trainable_tokens import add_tokens
 from spectra.sources.ledger import Ledger
 from spectra.sources.recipes import Factors, Term, Update
-from spectra.sources.residual import FromOriginal, Method
 from spectra.sources.scaling import scaling
 from spectra.sources.tensors import TensorRef
-from spectra.sources.trainable_tokens import add_tokens
 from spectra.sources.weights import as_matrix
 from spectra.types import Source
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from spectra.errors import SourceError
 from spectra.sources.adapter import Slots, unusable
-from spectra.sources.dora import Axis, Dora
-from spectra.sources.loha import cp_product
+from spectra.sources.formats.dora import Axis, Dora
+from spectra.sources.formats.loha import cp_product
 from spectra.sources.products import HadamardProduct, KroneckerProduct, Product
 from spectra.sources.recipes import Factors, Term, Update
 from spectra.sources.tensors import TensorRef

@@ -18,8 +18,8 @@ from spectra.sources.adapter import (
     unusable,
 )
 from spectra.sources.folder import Folder
+from spectra.sources.formats.oft import CayleyMap, rotation_minus_identity, times_blocks
 from spectra.sources.ledger import Ledger
-from spectra.sources.oft import CayleyMap, rotation_minus_identity, times_blocks
 from spectra.sources.recipes import OnBase
 from spectra.sources.tensors import TensorRef
 from spectra.types import Dense, Source

@@ -8,8 +8,8 @@ from functools import partial
 
 from spectra.sources.adapter import Slots, add_modules, add_rest, modules_of, refuse_heads, slot_pattern, unusable
 from spectra.sources.folder import Folder
+from spectra.sources.formats.loha import check_scale, cp_product, scale_of
 from spectra.sources.ledger import Ledger
-from spectra.sources.loha import check_scale, cp_product, scale_of
 from spectra.sources.products import KroneckerProduct, Product
 from spectra.sources.tensors import TensorRef
 from spectra.types import Source

@@ -21,9 +21,9 @@ from spectra.sources.adapter import (
     unusable,
 )
 from spectra.sources.folder import Folder
+from spectra.sources.formats.vera import refuse_unsaved
 from spectra.sources.ledger import Ledger
 from spectra.sources.tensors import TensorRef
-from spectra.sources.vera import refuse_unsaved
 from spectra.types import Dense, Source
 
 KIND = "randlora"

@@ -15,15 +15,15 @@ from functools import partial
 from typing import Any
 
 from spectra.errors import SourceError
-from spectra.sources import lycoris
 from spectra.sources.adapter import Slots, add_update, need_base, refuse_heads, weight_targets
-from spectra.sources.checkpoint import as_matrix
 from spectra.sources.folder import Folder
+from spectra.sources.formats import lycoris
 from spectra.sources.ledger import Ledger
 from spectra.sources.pairing import unwrap
 from spectra.sources.recipes import Update
 from spectra.sources.scaling import scaling
 from spectra.sources.tensors import TensorRef
+from spectra.sources.weights import as_matrix
 from spectra.types import Source
 
 KIND = "kohya"
