@@ -97,18 +97,22 @@ def draw(path: Path, outcomes: list[Outcome], grown: list[Point]) -> None:
     """Ratios beside what was wanted, and the growth curves."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 5), layout="constrained")
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.barh([o.case for o in outcomes], [o.ratio for o in outcomes], color="C0")
+    left.barh([o.case for o in outcomes], [o.ratio for o in outcomes], color="C0", alpha=0.75)
+    for place, o in enumerate(outcomes):
+        left.text(1.12 * max(o.ratio, o.wanted), place, f"{o.ratio:.3g}×", fontsize=8, va="center")
     left.plot([o.wanted for o in outcomes], range(len(outcomes)), "k|", markersize=14, label="wanted")
-    left.set(xscale="log", xlabel="times faster than the peer")
+    left.set(xscale="log", xlabel="times as fast as the peer", title=processor())
     left.invert_yaxis()
-    left.legend()
+    left.margins(x=0.12)
+    left.legend(loc="center right")
     for what in dict.fromkeys(point["what"] for point in grown):
         curve = [point for point in grown if point["what"] == what]
         right.plot([p["x"] for p in curve], [p["seconds"] for p in curve], "o-", label=what)
-    right.set(xscale="log", yscale="log", xlabel="size, rank or number", ylabel="seconds")
-    right.legend()
+    right.set(xscale="log", yscale="log", xlabel="size, rank or number", ylabel="seconds", title="how time grows")
+    right.grid(alpha=0.25)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize=8)
     figure.savefig(path, dpi=120)
 
 

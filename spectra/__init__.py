@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from spectra.comparison import NotCompared, compare
     from spectra.engine.decompose import decompose
     from spectra.errors import SpectraError
+    from spectra.forms import Dense, Kronecker, LowRank
     from spectra.metrics import METRICS
     from spectra.metrics.similarity import SubspaceSimilarity, chance_level, principal_angles, subspace_similarity
     from spectra.plots import histogram_figure, plot_histogram, plot_similarity, similarity_figure
     from spectra.sources import FORMATS, open_source
     from spectra.store import load, save
     from spectra.tables import summarize
-    from spectra.types import Coverage, Dense, Kronecker, LowRank, Source, Spectrum, WeightDelta
+    from spectra.types import Coverage, Source, Spectrum, WeightDelta
 
 __all__ = [
     "FORMATS",
@@ -63,6 +64,7 @@ _HOMES = {
     "spectra.comparison": ("NotCompared", "compare"),
     "spectra.engine.decompose": ("decompose",),
     "spectra.errors": ("SpectraError",),
+    "spectra.forms": ("Dense", "Kronecker", "LowRank"),
     "spectra.metrics": ("METRICS",),
     "spectra.metrics.similarity": (
         "SubspaceSimilarity",
@@ -74,7 +76,7 @@ _HOMES = {
     "spectra.sources": ("FORMATS", "open_source"),
     "spectra.store": ("load", "save"),
     "spectra.tables": ("summarize",),
-    "spectra.types": ("Coverage", "Dense", "Kronecker", "LowRank", "Source", "Spectrum", "WeightDelta"),
+    "spectra.types": ("Coverage", "Source", "Spectrum", "WeightDelta"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import spectra
+from spectra.forms import Dense, Kronecker, LowRank
 from spectra.metrics.similarity import SubspaceSimilarity
-from spectra.types import STATUSES, Coverage, Dense, Kronecker, LowRank, Source, Spectrum, WeightDelta
+from spectra.types import STATUSES, Coverage, Source, Spectrum, WeightDelta
 
 HOSTILE = "layers.0.<script>alert('x')</script>&\"q_proj\".weight"
 ALLOWED = {"div", "p", "b", "table", "thead", "tbody", "tr", "th", "td"}

@@ -29,7 +29,8 @@ from spectra.engine.solve import (
     with_status,
 )
 from spectra.errors import SpectraError
-from spectra.types import Dense, Form, Kronecker, LowRank, Spectrum, WeightDelta
+from spectra.forms import Dense, Form, Kronecker, LowRank
+from spectra.types import Spectrum, WeightDelta
 
 Read = list[Form | Spectrum]  # a form, or the result if there is none to solve
 

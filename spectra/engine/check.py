@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectra.engine import kronecker
 from spectra.engine.thin import times
-from spectra.types import Dense, Form, Kronecker, LowRank
+from spectra.forms import Dense, Form, Kronecker, LowRank
 
 FROBENIUS_BOUND = 1e-9  # on |Σσ² − ‖ΔW‖²| / ‖ΔW‖²; float64 solvers stay below 1e-12
 VECTOR_BOUND = 1e-6  # on ‖ΔW v − σu‖ and ‖ΔWᵀu − σv‖ relative to σ₁, root mean square, where σ is resolved

@@ -10,7 +10,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from spectra.engine.thin import times
-from spectra.types import LowRank
+from spectra.forms import LowRank
 
 QR = tuple[Callable[[Tensor], Tensor], Tensor]  # block ↦ Q · block, and the triangle
 

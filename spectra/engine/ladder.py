@@ -9,7 +9,7 @@ from functools import cache, singledispatch
 from torch import Tensor
 
 from spectra.engine import dense, factored, kronecker, topk
-from spectra.types import Dense, Form, Kronecker, LowRank
+from spectra.forms import Dense, Form, Kronecker, LowRank
 
 Numbers = tuple[Tensor, Tensor | None, Tensor | None]  # S, U, Vh
 

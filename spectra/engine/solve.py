@@ -13,7 +13,8 @@ from spectra.engine import check, factored
 from spectra.engine.ladder import Numbers, Rung, Solver, solvers
 from spectra.engine.topk import NotConvergedError
 from spectra.errors import SpectraError
-from spectra.types import Dense, Form, Kronecker, LowRank, Spectrum, Status, WeightDelta
+from spectra.forms import Dense, Form, Kronecker, LowRank
+from spectra.types import Spectrum, Status, WeightDelta
 
 _ROUNDING = 1e-14  # float64, with room for the length of the sums
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "Cannot allocate memory")

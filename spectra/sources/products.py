@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from spectra.forms import Dense, Kronecker, LowRank
 from spectra.sources.tensors import TensorRef
-from spectra.types import Dense, Kronecker, LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
+from spectra.forms import Dense, Form, Kronecker, LowRank
 from spectra.sources.tensors import TensorRef
-from spectra.types import Dense, Form, Kronecker, LowRank, Recipe
+from spectra.types import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor

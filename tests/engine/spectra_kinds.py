@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectra.types import Dense, WeightDelta
+from spectra.forms import Dense
+from spectra.types import WeightDelta
 
 KINDS = (
     "gaussian", "power", "exponential", "clustered", "rank deficient", "bf16 noise", "bf16 merge",

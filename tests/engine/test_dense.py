@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from spectra_kinds import KINDS, angle, matrix_of, oracle
 
 from spectra.engine import check, dense
-from spectra.types import Dense
+from spectra.forms import Dense
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (40, 40), (30, 90), (90, 30), (300, 280)]
 

@@ -10,7 +10,8 @@ from spectra_kinds import matrix_of, oracle
 
 from spectra.engine import check, dense, factored
 from spectra.engine.solve import solve
-from spectra.types import LowRank, WeightDelta
+from spectra.forms import LowRank
+from spectra.types import WeightDelta
 
 
 def _factors(rows, rank, columns, seed=0):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import spectra
 from spectra.engine.kronecker import kronecker_svd, product
 from spectra.engine.solve import blank_for, solve_form
-from spectra.types import Kronecker, WeightDelta
+from spectra.forms import Kronecker
+from spectra.types import WeightDelta
 
 sides = st.tuples(*[st.integers(1, 5)] * 4, st.integers(0, 10**6))
 

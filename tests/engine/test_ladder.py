@@ -12,7 +12,8 @@ from spectra_kinds import matrix_of, oracle
 from spectra.engine import check, dense, factored
 from spectra.engine.decompose import decompose, decompose_indexed
 from spectra.engine.solve import out_of_memory, solve
-from spectra.types import Dense, WeightDelta
+from spectra.forms import Dense
+from spectra.types import WeightDelta
 
 A = matrix_of("gaussian", 30, 20)
 

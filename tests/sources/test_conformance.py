@@ -39,7 +39,7 @@ def test_only_the_files_of_formats_that_come_into_question_are_imported(tmp_path
     base, tuned = (write_checkpoint(tmp_path / name, llama_tensors()) for name in ("base", "tuned"))
     code = f"import sys, spectra; spectra.open_source({str(tuned)!r}, base={str(base)!r}); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    homes = {f"spectra.sources.{row.opener.split('.')[0]}" for row in FORMATS}
+    homes = {f"spectra.sources.formats.{row.opener.split('.')[0]}" for row in FORMATS}
     assert homes & set(loaded) == {"spectra.sources.formats.checkpoint"}
 
 

@@ -12,7 +12,7 @@ from support.peft_oracle import assert_matches, make_oracle
 
 import spectra
 from spectra.errors import BaseRequiredError, SourceError
-from spectra.types import Dense, LowRank
+from spectra.forms import Dense, LowRank
 
 # PEFT transforms in float32 whatever the model's dtype.
 TOLERANCE = 1e-6

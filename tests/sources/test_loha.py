@@ -12,7 +12,7 @@ from support.peft_oracle import Convolutions, assert_matches, make_oracle
 
 import spectra
 from spectra.errors import SourceError
-from spectra.types import Dense, LowRank
+from spectra.forms import Dense, LowRank
 
 PATTERNS = {"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 6}}
 CASES = {

@@ -12,7 +12,7 @@ from support.peft_oracle import assert_matches, make_oracle
 
 import spectra
 from spectra.errors import BaseRequiredError, SourceError
-from spectra.types import Dense, LowRank
+from spectra.forms import Dense, LowRank
 
 CASES = {
     "llama": ("llama", peft.TrainableTokensConfig(token_indices=[5, 0, 39], target_modules=["embed_tokens"])),

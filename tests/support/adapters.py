@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import spectra
 from spectra.errors import BaseRequiredError
-from spectra.types import LowRank, Source
+from spectra.forms import LowRank
+from spectra.types import Source
 
 Tensors = dict[str, torch.Tensor]
 

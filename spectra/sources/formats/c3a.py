@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from spectra.forms import Dense
 from spectra.sources.adapter import (
     Slots,
     add_modules,
@@ -18,7 +19,7 @@ from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.scaling import override
 from spectra.sources.tensors import TensorRef
-from spectra.types import Dense, Source
+from spectra.types import Source
 
 KIND = "c3a"
 _SLOTS = slot_pattern("c3a_kernel")

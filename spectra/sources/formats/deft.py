@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from spectra.errors import SourceError
+from spectra.forms import LowRank
 from spectra.sources.adapter import (
     Slots,
     add_modules_on_base,
@@ -25,7 +26,7 @@ from spectra.sources.adapter import (
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.tensors import TensorRef
-from spectra.types import LowRank, Source
+from spectra.types import Source
 
 KIND = "deft"
 _SLOTS = slot_pattern("deft_P|deft_R")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from spectra.forms import LowRank
 from spectra.sources.adapter import (
     Slots,
     add_modules,
@@ -21,7 +22,7 @@ from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.scaling import rank_of
 from spectra.sources.tensors import TensorRef
-from spectra.types import LowRank, Source
+from spectra.types import Source
 
 KIND = "delora"
 _NAMES = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")

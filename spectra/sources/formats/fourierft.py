@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from spectra.errors import SourceError
+from spectra.forms import Dense, LowRank
 from spectra.sources.adapter import (
     Slots,
     add_modules_on_base,
@@ -27,7 +28,7 @@ from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.scaling import override
 from spectra.sources.tensors import TensorRef
-from spectra.types import Dense, LowRank, Source
+from spectra.types import Source
 
 if TYPE_CHECKING:
     from torch import Tensor

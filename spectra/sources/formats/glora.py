@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from spectra.forms import Dense
 from spectra.sources.adapter import (
     Slots,
     add_modules_on_base,
@@ -22,7 +23,7 @@ from spectra.sources.ledger import Ledger
 from spectra.sources.pairing import unwrap
 from spectra.sources.recipes import OnBase
 from spectra.sources.tensors import TensorRef
-from spectra.types import Dense, Source
+from spectra.types import Source
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from spectra.errors import SourceError
+from spectra.forms import LowRank
 from spectra.sources.adapter import (
     Slots,
     add_modules,
@@ -23,7 +24,7 @@ from spectra.sources.adapter import (
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.tensors import TensorRef
-from spectra.types import LowRank, Source
+from spectra.types import Source
 
 KIND = "gralora"
 _BLOCKS = ("gralora_A", "gralora_B")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from spectra.forms import Dense
 from spectra.sources.adapter import (
     Slots,
     add_modules_on_base,
@@ -24,7 +25,7 @@ from spectra.sources.ledger import Ledger
 from spectra.sources.recipes import OnBase
 from spectra.sources.scaling import rank_of
 from spectra.sources.tensors import TensorRef
-from spectra.types import Dense, Source
+from spectra.types import Source
 
 KIND = "hira"
 _SLOTS = slot_pattern("hira_A|hira_B|hira_embedding_A|hira_embedding_B")

@@ -14,6 +14,7 @@ from typing import Any
 import regex
 
 from spectra.errors import SourceError
+from spectra.forms import Dense
 from spectra.naming import split_parts
 from spectra.sources.adapter import (
     Slots,
@@ -29,7 +30,7 @@ from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.recipes import OnBase
 from spectra.sources.tensors import TensorRef
-from spectra.types import Dense, Source
+from spectra.types import Source
 
 KIND = "ia3"
 _SLOTS = slot_pattern("ia3_l")

@@ -19,13 +19,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from spectra.errors import SelectionError, SourceError, UnsupportedFormatError
+from spectra.forms import LowRank
 from spectra.sources.adapter import Slots, Target, add_rest, add_update, modules_of, real, targets, unusable
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.recipes import Factors, Term, Update
 from spectra.sources.scaling import scaling
 from spectra.sources.tensors import TensorRef
-from spectra.types import LowRank, Source
+from spectra.types import Source
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from spectra.errors import SourceError
+from spectra.forms import Dense
 from spectra.sources.adapter import (
     Slots,
     add_modules_on_base,
@@ -26,7 +27,7 @@ from spectra.sources.adapter import (
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.tensors import TensorRef
-from spectra.types import Dense, Source
+from spectra.types import Source
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,6 +10,7 @@ from typing import Any
 import regex
 
 from spectra.errors import SourceError
+from spectra.forms import Dense, Form, LowRank
 from spectra.sources.adapter import (
     Slots,
     add_modules_on_base,
@@ -24,7 +25,7 @@ from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.recipes import svd_bytes
 from spectra.sources.tensors import TensorRef
-from spectra.types import Dense, Form, LowRank, Source
+from spectra.types import Source
 
 KIND = "osf"
 _NAMES = ("U_low", "S_low", "V_low")

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
+from spectra.forms import Dense
 from spectra.sources.adapter import (
     Slots,
     add_modules_on_base,
@@ -24,7 +25,7 @@ from spectra.sources.folder import Folder
 from spectra.sources.formats.vera import refuse_unsaved
 from spectra.sources.ledger import Ledger
 from spectra.sources.tensors import TensorRef
-from spectra.types import Dense, Source
+from spectra.types import Source
 
 KIND = "randlora"
 _SLOTS = slot_pattern("randlora_lambda|randlora_gamma")

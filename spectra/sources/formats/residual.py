@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from spectra.forms import LowRank
 from spectra.sources.recipes import Update, svd_bytes
 from spectra.sources.tensors import TensorRef
-from spectra.types import LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor

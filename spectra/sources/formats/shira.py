@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spectra.errors import SourceError
+from spectra.forms import Dense
 from spectra.sources.adapter import (
     Slots,
     add_modules_on_base,
@@ -18,7 +19,7 @@ from spectra.sources.adapter import (
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.tensors import TensorRef
-from spectra.types import Dense, Source
+from spectra.types import Source
 
 KIND = "shira"
 _SLOTS = slot_pattern("shira_weight|shira_indices")

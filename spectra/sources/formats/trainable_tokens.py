@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from spectra.errors import SourceError
+from spectra.forms import Dense, LowRank
 from spectra.naming import role_of
 from spectra.sources.adapter import (
     add_modules_on_base,
@@ -22,7 +23,7 @@ from spectra.sources.adapter import (
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.tensors import TensorRef
-from spectra.types import Dense, LowRank, Source
+from spectra.types import Source
 
 KIND = "trainable_tokens"
 _SLOTS = "(?:token_adapter\\.)?" + slot_pattern("trainable_tokens_delta")

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from spectra.errors import SourceError, UnsupportedFormatError
+from spectra.forms import LowRank
 from spectra.sources.adapter import (
     Slots,
     add_modules,
@@ -22,7 +23,7 @@ from spectra.sources.adapter import (
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.tensors import TensorRef
-from spectra.types import LowRank, Source
+from spectra.types import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
