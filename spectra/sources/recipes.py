@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from spectra.forms import Dense, Form, Kronecker, LowRank
 from spectra.sources.tensors import TensorRef
@@ -13,7 +13,7 @@ from spectra.types import Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ROWS = 512  # of a block in which weights are subtracted
+_BLOCK_ENTRIES = 2**20  # of a block in which weights are subtracted: 8 MiB in float64, however wide a row is
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +70,11 @@ class Difference:
         """Both stored weights."""
         return (self.tuned, self.base)
 
+    @property
+    def reading_bytes(self) -> int:
+        """ΔW, and a block of the base in float64 with its squares."""
+        return 8 * (self.tuned.numel + 3 * _BLOCK_ENTRIES)
+
     def read(self, device: str = "cpu") -> Dense:
         """Subtract, and note what the stored weights tell about the difference."""
         import torch
@@ -79,10 +84,12 @@ class Difference:
         tuned, base = self.tuned.read_real(device), self.base.read_real(device)
         delta = tuned.to(torch.float64, copy=True)
         squares, unmoved = 0.0, 0
-        for start in range(0, delta.shape[0], _ROWS):  # never both weights in float64: half of the memory
-            before, rows = base[start : start + _ROWS].to(torch.float64), delta[start : start + _ROWS]
+        height = max(1, _BLOCK_ENTRIES // max(1, delta.shape[1]))
+        for start in range(0, delta.shape[0], height):  # never both weights in float64: half of the memory
+            before, rows = base[start : start + height].to(torch.float64), delta[start : start + height]
             squares += float(before.square().sum())
             unmoved += rows.numel() - int(rows.sub_(before).count_nonzero())
+        del base
         return Dense(
             matrix=delta,
             base_norm=math.sqrt(squares),
@@ -225,12 +232,14 @@ class Update(Recipe, Protocol):
 
 @dataclass(frozen=True)
 class OnBase:
-    """What updates share that are formed from W₀ entry by entry: its shape, and full rank.
+    """What updates share that are formed from W₀ entry by entry: its shape, full rank, and what forming them takes.
 
     Attributes:
         base: W₀ (out, in).
+        copies: how many matrices of W₀'s size there are in float64 at most while `read` is at work.
     """
 
+    copies: ClassVar[int] = 3
     base: TensorRef
 
     @property
@@ -247,6 +256,11 @@ class OnBase:
     def rank(self) -> int:
         """Full."""
         return min(self.shape)
+
+    @property
+    def reading_bytes(self) -> int:
+        """W₀ and everything of its size on the way to ΔW."""
+        return 8 * self.copies * self.base.numel
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _FORMATS = {"F64": (52, -1022), "F32": (23, -126), "F16": (10, -14), "BF16": (7, -126)}
 _BLOCK_ENTRIES = 2**16  # half a MiB, which stays in the cache
 _GRID = 400
+_MOST_TERMS = 4096  # rows or columns at once, 13 MB
 # The 99 % quantile of the Tracy–Widom law (real case) is 2.02; relative to the edge of σ for a square matrix
 # of size s one unit of it is 0.315·s^(−2/3) (Johnstone 2001, Theorem 1.1).
 _FLUCTUATION = 2.02 * 0.315
@@ -56,7 +57,7 @@ def rounding_edge(stored: Tensor, dtype: str) -> float | None:
 
     if dtype not in _FORMATS or stored.numel() == 0:
         return None
-    if not math.isfinite(float(stored.sum(dtype=torch.float64))):
+    if not all(math.isfinite(extreme) for extreme in torch.aminmax(stored)):  # a sum would make a float64 copy
         return None
     rows, columns, highest = _variance_sums(stored, dtype)
     edge = separable_edge(rows, columns)
@@ -97,10 +98,13 @@ def separable_edge(rows: np.ndarray, columns: np.ndarray) -> float:
 
 def _resolvent(a: np.ndarray, w: np.ndarray) -> np.ndarray:
     """Σ aᵢ/(1 − w aᵢ) for every w."""
-    terms = np.multiply.outer(a, -w)  # one array for all steps: fresh memory is what takes the time here
-    terms += 1
-    np.divide(a[:, None], terms, out=terms)
-    found: np.ndarray = terms.sum(0)
+    found = np.zeros(len(w))
+    for start in range(0, len(a), _MOST_TERMS):
+        some = a[start : start + _MOST_TERMS]
+        terms = np.multiply.outer(some, -w)  # one array for all steps: fresh memory is what takes the time here
+        terms += 1
+        np.divide(some[:, None], terms, out=terms)
+        found += terms.sum(0)
     return found
 
 

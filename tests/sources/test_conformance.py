@@ -12,9 +12,11 @@ import pytest
 import torch
 from support.checkpoints import llama_tensors, write_adapter, write_checkpoint
 from support.examples import EXAMPLES, stored_tensors
+from support.peak import peak_bytes
 from support.peft_oracle import assert_matches
 
 import spectra
+from spectra.engine.plan import needed
 from spectra.errors import BaseRequiredError, SpectraError
 from spectra.sources import FORMATS, Format
 from spectra.sources.folder import open_folder
@@ -137,3 +139,11 @@ def test_the_example_of_a_new_format_in_contributing_works(tmp_path):
     source = scope["open_myformat"](folder, None, split=True, heads="mean", scale=None)
     assert source.kind == "myformat"
     assert_matches(source, {"layers.0.q_proj.weight": B.double() @ A.double()})
+
+
+def test_reading_takes_no_more_memory_than_the_planner_counts_with(example):
+    """At these sizes a block of rows is the whole matrix, and a header's reading is no tensor."""
+    _, oracle = example
+    for delta in spectra.open_source(oracle.adapter, oracle.base):
+        delta.read("cpu")  # what is read once for all matrices is there
+        assert peak_bytes(lambda delta=delta: delta.read("cpu")) <= needed(delta, None), delta

@@ -42,6 +42,7 @@ class Butterfly(OnBase):
         scales: s (out,).
     """
 
+    copies = 6
     blocks: TensorRef
     scales: TensorRef
 

@@ -56,6 +56,11 @@ class CirculantBlocks:
         """Full."""
         return min(self.shape)
 
+    @property
+    def reading_bytes(self) -> int:
+        """The blocks, in the matrix's order, and scaled."""
+        return 24 * self.shape[0] * self.shape[1]
+
     def read(self, device: str = "cpu") -> Dense:
         """The matrix in float64."""
         import torch

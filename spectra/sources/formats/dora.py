@@ -53,6 +53,11 @@ class Dora:
         """Full."""
         return min(self.shape)
 
+    @property
+    def reading_bytes(self) -> int:
+        """W, V, W + V and what that becomes."""
+        return 8 * 4 * self.base.numel
+
     def read(self, device: str = "cpu") -> Dense:
         """Add, normalise, rescale and subtract in float64."""
         base = self.base.read_float64(device)

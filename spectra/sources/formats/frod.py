@@ -59,6 +59,11 @@ class SharedBasis(OnBase):
         """W₀ and the adapter's tensors."""
         return (self.base, self.basis, self.diagonal, self.values, self.places, self.extent)
 
+    @property
+    def reading_bytes(self) -> int:
+        """V, its LU factors and S, (in, in), and W₀, U and ΔW."""
+        return 8 * (4 * self.basis.numel + 4 * self.base.numel)
+
     def read(self, device: str = "cpu") -> Dense:
         """U and λ₀ from W₀V⁻ᵀ, as PEFT finds them when it loads the adapter.
 

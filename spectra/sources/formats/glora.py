@@ -44,6 +44,7 @@ class ScaledShifted(OnBase):
         shift: B, likewise.
     """
 
+    copies = 5
     factor: tuple[TensorRef, ...]
     shift: tuple[TensorRef, ...]
 

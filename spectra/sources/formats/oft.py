@@ -26,6 +26,7 @@ from spectra.sources.adapter import (
 )
 from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
+from spectra.sources.recipes import OnBase
 from spectra.sources.tensors import TensorRef
 from spectra.types import Source
 
@@ -54,7 +55,7 @@ class CayleyMap:
 
 
 @dataclass(frozen=True)
-class Rotated:
+class Rotated(OnBase):
     """ΔW = W₀(Rᵀ − I) of a linear layer or convolution, W₀(R − I) of an embedding.
 
     Attributes:
@@ -65,26 +66,15 @@ class Rotated:
         embedding: whether W₀'s rows are turned as they are, and not by the transpose.
     """
 
-    base: TensorRef
     angles: TensorRef
     block: int
     cayley: CayleyMap
     embedding: bool = False
 
     @property
-    def factored(self) -> bool:
-        """False."""
-        return False
-
-    @property
     def refs(self) -> tuple[TensorRef, ...]:
         """W₀ and the angles."""
         return (self.base, self.angles)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return (self.base.shape[0], self.base.shape[1])
 
     @property
     def rank(self) -> int:

@@ -50,6 +50,7 @@ class PairsTurned(OnBase):
         group: g.
     """
 
+    copies = 5
     angles: TensorRef
     scales: TensorRef
     group: int
