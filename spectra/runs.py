@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict
 from pathlib import Path
@@ -12,10 +12,10 @@ from typing import Any
 
 from spectra import fingerprint
 from spectra._version import __version__
-from spectra.comparison import NotCompared, compare
+from spectra.comparison import NotCompared, compare, compare_stored
 from spectra.engine.decompose import decompose_indexed, threads_for
 from spectra.metrics.similarity import Side, SubspaceSimilarity
-from spectra.store import Store
+from spectra.store import Store, StoredSpectra
 from spectra.types import Source, Spectrum
 
 
@@ -112,11 +112,51 @@ def compare_into(
             yield from (item for item in found if item)
     rest = [tuple(delta for delta in source if delta.name not in done) for source in (a, b)]
     if len(done) < len(keys) or not keys:
-        for item in compare(*rest, top=top, sides=sides, **compute):
-            if isinstance(item, SubspaceSimilarity):
-                store.put_similarity(item, keys[item.name])
-            yield item
+        yield from _keep(store, compare(*rest, top=top, sides=sides, **compute), keys)
     store.finish()
+
+
+def compare_stored_into(
+    out: str | Path | None,
+    a: StoredSpectra,
+    b: StoredSpectra,
+    inputs: Mapping[str, Any],
+    *,
+    top: int,
+    sides: Sequence[Side],
+) -> Iterator[SubspaceSimilarity | NotCompared]:
+    """The comparisons of the vectors that two results directories keep, stored; quick enough to do anew each time.
+
+    Args:
+        out: the results directory, or None to store nothing.
+        a: one run's spectra.
+        b: the other's.
+        inputs: what identifies the comparison.
+        top: as for `compare`.
+        sides: as for `compare`.
+
+    Raises:
+        StoreError: the directory holds results of other inputs, or cannot be written to.
+        SelectionError: the two share no name.
+    """
+    found = compare_stored(a, b, top=top, sides=sides)
+    if out is None:
+        yield from found
+        return
+    store = Store(out)
+    store.begin({**inputs, "top": top}, {"command": sys.argv, "sides": sides})
+    yield from _keep(store, found, {})
+    store.finish()
+
+
+def _keep(
+    store: Store, found: Iterable[SubspaceSimilarity | NotCompared], keys: Mapping[str, str]
+) -> Iterator[SubspaceSimilarity | NotCompared]:
+    """Store every comparison before it is passed on."""
+    for item in found:
+        if isinstance(item, SubspaceSimilarity):
+            store.put_similarity(item, keys.get(item.name, ""))
+        yield item
 
 
 def _threads(store: Store, source: Source, top: int | None, device: str, budget: int | str | None) -> int | None:

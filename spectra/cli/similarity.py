@@ -90,7 +90,7 @@ def _compare(
     out: str | None,
 ) -> tuple[dict[str, Any], int, dict[str, int], Iterator[SubspaceSimilarity | NotCompared]]:
     """What is compared, how many comparisons that makes, each matrix's place, and the stream."""
-    from spectra import comparison, runs
+    from spectra import runs
     from spectra.sources import open_source
     from spectra.store import load
 
@@ -100,8 +100,8 @@ def _compare(
         loaded = [load(path) for path in (a, b)]
         loaded = [run.select(layers) for run in loaded] if layers else loaded
         total, order = _count([run.names for run in loaded], sides)
-        found = comparison.compare_stored(*loaded, top=top, sides=sides)
-        return inputs, total, order, _kept(out, {**inputs, "top": top}, found)
+        one, other = loaded
+        return inputs, total, order, runs.compare_stored_into(out, one, other, inputs, top=top, sides=sides)
     if any(stored):
         raise click.UsageError("one of A and B holds stored results and the other weights: give two of a kind")
     sources = [open_source(path, base, **settings) for path in (a, b)]
@@ -117,25 +117,6 @@ def _compare(
 def _count(names: Sequence[Sequence[str]], sides: tuple[Any, ...]) -> tuple[int, dict[str, int]]:
     a, b = map(set, names)
     return len(a & b) * len(sides) + len(a ^ b), {name: place for place, name in enumerate(names[0])}
-
-
-def _kept(
-    out: str | None, inputs: dict[str, Any], found: Iterator[SubspaceSimilarity | NotCompared]
-) -> Iterator[SubspaceSimilarity | NotCompared]:
-    """Store what comes from stored vectors, which is quick enough to do again."""
-    if not out:
-        yield from found
-        return
-    from spectra.comparison import NotCompared
-    from spectra.store import Store
-
-    store = Store(out)
-    store.begin(inputs, {"command": sys.argv})
-    for item in found:
-        if not isinstance(item, NotCompared):
-            store.put_similarity(item)
-        yield item
-    store.finish()
 
 
 def _draw(out: str, done: list[SubspaceSimilarity]) -> list[str]:
