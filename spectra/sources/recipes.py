@@ -73,7 +73,7 @@ class Difference:
     @property
     def reading_bytes(self) -> int:
         """ΔW, and a block of the base in float64 with its squares."""
-        return 8 * (self.tuned.numel + 3 * _BLOCK_ENTRIES)
+        return 8 * (self.tuned.numel + 3 * min(self.tuned.numel, _BLOCK_ENTRIES))
 
     def read(self, device: str = "cpu") -> Dense:
         """Subtract, and note what the stored weights tell about the difference."""
