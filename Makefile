@@ -1,4 +1,4 @@
-# Commands for a fresh machine (Python 3.10+, make, a package registry):
+# Commands for a fresh machine (Python 3.11+, make, a package registry):
 #   make demo    environment, a real base model and its fine-tune, the main job, figures
 #   make test    environment, all tests
 #   make reproduce   the MultiLoRA paper's experiment on a small real model, about two hours on two cores
@@ -38,7 +38,7 @@ reproduce: $(VENV)/.reproduce $(DATA)/.fetched
 
 # torch comes first and pinned, so that nothing that depends on it brings another build.
 $(VENV)/.torch:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet '$(TORCH)'

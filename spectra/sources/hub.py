@@ -95,12 +95,10 @@ def _not_found(name: str, tried: list[str]) -> NotFoundError:
 
 
 def _user_aliases(config: Path) -> dict[str, str]:
+    import tomllib
+
     if not config.is_file():
         return {}
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
     try:
         content: dict[str, Any] = tomllib.loads(config.read_text(encoding="utf-8"))
     except (ValueError, OSError) as problem:
