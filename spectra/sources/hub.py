@@ -95,10 +95,10 @@ def _not_found(name: str, tried: list[str]) -> NotFoundError:
 
 
 def _user_aliases(config: Path) -> dict[str, str]:
-    import tomllib
-
     if not config.is_file():
         return {}
+    import tomllib
+
     try:
         content: dict[str, Any] = tomllib.loads(config.read_text(encoding="utf-8"))
     except (ValueError, OSError) as problem:
