@@ -178,6 +178,17 @@ def test_similarity_of_stored_runs_equals_that_of_their_sources(llama):
     assert "two of a kind" in err
 
 
+def test_a_histogram_has_room_for_seven_roles_and_names_what_it_leaves_out(tmp_path):
+    roles = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+    values = {role: [1.0] if role == "lm_head" else [3.0, 2.0, 1.0] for role in roles}
+    found = [spectra.Spectrum(f"layers.0.{role}.weight", (3, 3), S=S, max_rank=len(S)) for role, S in values.items()]
+    spectra.save(found, tmp_path / "run")
+    _, notes = run("plot", tmp_path / "run")
+    assert "not drawn, to keep the figure readable: lm_head; draw them with --layer" in notes
+    with (tmp_path / "run" / "histogram.csv").open() as file:
+        assert {row["curve"] for row in csv.DictReader(file)} == set(roles[:7])
+
+
 def test_plot_redraws_and_overlays_without_computing(llama, monkeypatch):
     for tuned in ("ckpt", "models/llama-7b"):
         name = tuned.split("/")[-1]
