@@ -15,6 +15,7 @@ from spectra.forms import LowRank
 QR = tuple[Callable[[Tensor], Tensor], Tensor]  # block ↦ Q · block, and the triangle
 
 _BLOCK = 512
+_BENIGN = 10.0  # times r: ‖T‖_F‖T⁻¹‖_F up to which T⁻¹ is as good as a solve
 _MOST_SKEW = 0.01  # entries of Q₁ᵀQ₁ − I; the second pass then ends at ε
 _CANCELLED = 1e-6  # below this share of (‖L‖‖R‖)², ⟨LᵀL, RRᵀ⟩ has lost more than six of its digits
 
@@ -72,7 +73,17 @@ def cholesky(factor: Float64[Tensor, "*batch m r"], gram: Float64[Tensor, "*batc
 
 
 def _divided(tall: Tensor, triangle: Tensor) -> Tensor:
-    """tall · triangle⁻¹, solved in the order in which tall is stored: two to three times as fast as the other way."""
+    """tall · triangle⁻¹, in the order in which tall is stored: two to three times as fast as the other way.
+
+    Where the triangle is far from singular, as for every factor that is still close to its random start, its inverse
+    does it in half of the time of a triangular solve. What that can cost is the condition times ε; up to the limit
+    nothing could be measured of it.
+    """
+    eye = torch.eye(triangle.shape[-1], dtype=triangle.dtype, device=triangle.device).expand_as(triangle)
+    inverse = torch.linalg.solve_triangular(triangle, eye, upper=True)
+    condition = torch.linalg.matrix_norm(triangle) * torch.linalg.matrix_norm(inverse)
+    if float(condition.max()) <= _BENIGN * triangle.shape[-1]:
+        return (inverse.mT @ tall.mT).mT if tall.mT.is_contiguous() else tall @ inverse
     if tall.mT.is_contiguous():
         return torch.linalg.solve_triangular(triangle, tall, upper=True, left=False)
     return torch.linalg.solve_triangular(triangle.mT, tall.mT, upper=False).mT
