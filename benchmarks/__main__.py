@@ -35,7 +35,7 @@ def main() -> None:
         if options.only in case.name:
             with tempfile.TemporaryDirectory() as folder:
                 ours, peer = case.make(Path(folder))
-                repeats = min(options.repeats, case.most_repeats)
+                repeats = min(options.repeats, case.most_repeats or options.repeats)
                 outcome = compare(case.name, case.peer, case.wanted, ours, peer, repeats)
             outcomes.append(outcome)
             print(line(outcome), flush=True)

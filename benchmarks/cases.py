@@ -24,14 +24,14 @@ DATA = Path(__file__).resolve().parent.parent / ".demo"  # `make data` fetches t
 class Case:
     """One row: `make` gives our way and the peer's, given a scratch folder.
 
-    `most_repeats`: runs at most, where one run is long and already made of many equal pieces.
+    `most_repeats`: runs at most, where one run is long and already made of many equal pieces; None for no limit.
     """
 
     name: str
     peer: str
     wanted: float
     make: Callable[[Path], tuple[Way, Way]]
-    most_repeats: int = 99
+    most_repeats: int | None = None
 
 
 def _ours(matrices: list[Tensor], top: int | None = None) -> Way:
@@ -110,7 +110,7 @@ def cases(layers: int) -> Iterator[Case]:
     yield Case("process: 3×32 MultiLoRA, 128 × 4096², top 30", "bare script: QR + core SVD, float32", 1.0, _multilora)
     yield Case("process: MiniLM pair, 36 matrices, values", "naive svdvals script", 1.0, _minilm)
     full = f"process: v_proj of a full fine-tune, {layers} × 4096², top 30"
-    yield Case(full, "naive script", 4.0, _pair(layers), most_repeats=1 if layers >= 16 else 99)
+    yield Case(full, "naive script", 4.0, _pair(layers), most_repeats=1 if layers >= 16 else None)
 
 
 def cost_of_figures(repeats: int) -> str:

@@ -206,8 +206,10 @@ def _numbers(forms: list[Form], top: int) -> Iterator[Numbers]:
     if isinstance(forms[0], LowRank):
         pairs = [form for form in forms if isinstance(form, LowRank)]
         lefts, rights = torch.stack([p.left for p in pairs]), torch.stack([p.right for p in pairs])
-        grams = torch.stack([p.grams[0] for p in pairs]), torch.stack([p.grams[1] for p in pairs])
-        found = factored.factored_svd(lefts, rights, top, grams if batched(pairs[0], top) == CHOLESKY_CORE else None)
+        grams = None
+        if batched(pairs[0], top) == CHOLESKY_CORE:
+            grams = torch.stack([p.grams[0] for p in pairs]), torch.stack([p.grams[1] for p in pairs])
+        found = factored.factored_svd(lefts, rights, top, grams)
     else:
         stacked = torch.stack([form.matrix for form in forms if isinstance(form, Dense)])
         found = dense.gram_top(stacked, top) if top else (dense.gram_values(stacked), None, None)

@@ -83,7 +83,7 @@ def _divided(tall: Tensor, triangle: Tensor) -> Tensor:
     inverse = torch.linalg.solve_triangular(triangle, eye, upper=True)
     condition = torch.linalg.matrix_norm(triangle) * torch.linalg.matrix_norm(inverse)
     if float(condition.max()) <= _BENIGN * triangle.shape[-1]:
-        return (inverse.mT @ tall.mT).mT if tall.mT.is_contiguous() else tall @ inverse
+        return times(tall, inverse)
     if tall.mT.is_contiguous():
         return torch.linalg.solve_triangular(triangle, tall, upper=True, left=False)
     return torch.linalg.solve_triangular(triangle.mT, tall.mT, upper=False).mT

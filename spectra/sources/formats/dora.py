@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from spectra.forms import Dense
-from spectra.sources.recipes import Update
+from spectra.sources.recipes import OnBase, Update
 from spectra.sources.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -16,26 +16,21 @@ Axis = Literal["rows", "columns"]
 
 
 @dataclass(frozen=True)
-class Dora:
+class Dora(OnBase):
     """ΔW = m ∘ (W + V) / ‖W + V‖ − W, of full rank although V is not.
 
     Attributes:
+        base: W, (out, in).
         update: V, what the factors give.
         magnitude: m, one entry per row or per column in any shape. With fewer entries than columns, as
             for a convolution (out, in·kh·kw), an entry is for that many columns that lie side by side.
-        base: W, (out, in).
         axis: "rows" for a magnitude per output; "columns" per input, as for embeddings (vocabulary, dim).
     """
 
+    copies = 4
     update: Update
     magnitude: TensorRef
-    base: TensorRef
     axis: Axis = "rows"
-
-    @property
-    def factored(self) -> bool:
-        """False."""
-        return False
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
@@ -45,18 +40,8 @@ class Dora:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
+        """(out, in) of V, which is checked against the base's."""
         return self.update.shape
-
-    @property
-    def rank(self) -> int:
-        """Full."""
-        return min(self.shape)
-
-    @property
-    def reading_bytes(self) -> int:
-        """W, V, W + V and what that becomes."""
-        return 8 * 4 * self.base.numel
 
     def read(self, device: str = "cpu") -> Dense:
         """Add, normalise, rescale and subtract in float64."""

@@ -240,7 +240,7 @@ def _on_base(item: _Module, method: Method | None, ref: TensorRef) -> Update:
     if method is not None:
         update = FromOriginal(update, method, item.term.right.shape[0], item.term.scale, ref)
     if item.magnitude is not None:
-        update = dora.Dora(update, item.magnitude, ref, "columns" if item.embedding else "rows")
+        update = dora.Dora(ref, update, item.magnitude, "columns" if item.embedding else "rows")
     return update
 
 

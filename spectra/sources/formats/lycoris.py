@@ -248,4 +248,4 @@ def rescaled(update: Update, magnitude: TensorRef, base: TensorRef, channels: in
         fits.append("columns")
     if len(fits) != 1:
         return f"dora_scale {list(shape)} is neither ({out}, 1) nor (1, {channels})"
-    return Dora(update, magnitude, base, fits[0])
+    return Dora(base, update, magnitude, fits[0])
