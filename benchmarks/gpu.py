@@ -17,8 +17,8 @@ import torch
 
 from benchmarks import inputs
 from spectra import Spectrum, WeightDelta, decompose
-from spectra.engine.batch import decompose_batches
-from spectra.engine.plan import batches, plan, slow_double
+from spectra.engine.executors.device import decompose_batches
+from spectra.engine.schedule import batches, plan, slow_double
 
 _VALUES = 1e-7  # of σ₁
 _ANGLE = 1e-5

@@ -18,17 +18,19 @@ from typing import TYPE_CHECKING, Any
 from spectra._version import __version__
 
 if TYPE_CHECKING:
-    from spectra.comparison import NotCompared, compare
+    from spectra.deltas.delta import WeightDelta
+    from spectra.deltas.forms import Dense, Kronecker, LowRank
+    from spectra.deltas.source import Coverage, Source
     from spectra.engine.decompose import decompose
     from spectra.errors import SpectraError
-    from spectra.forms import Dense, Kronecker, LowRank
     from spectra.metrics import METRICS
     from spectra.metrics.similarity import SubspaceSimilarity, chance_level, principal_angles, subspace_similarity
     from spectra.plots import histogram_figure, plot_histogram, plot_similarity, similarity_figure
+    from spectra.results.comparison import NotCompared, compare
+    from spectra.results.store import load, save
+    from spectra.results.tables import summarize
     from spectra.sources import FORMATS, open_source
-    from spectra.store import load, save
-    from spectra.tables import summarize
-    from spectra.types import Coverage, Source, Spectrum, WeightDelta
+    from spectra.spectrum import Spectrum
 
 __all__ = [
     "FORMATS",
@@ -61,10 +63,10 @@ __all__ = [
 
 # Where each public name lives. Looked up on first use, so that `import spectra` loads no torch.
 _HOMES = {
-    "spectra.comparison": ("NotCompared", "compare"),
+    "spectra.results.comparison": ("NotCompared", "compare"),
     "spectra.engine.decompose": ("decompose",),
     "spectra.errors": ("SpectraError",),
-    "spectra.forms": ("Dense", "Kronecker", "LowRank"),
+    "spectra.deltas.forms": ("Dense", "Kronecker", "LowRank"),
     "spectra.metrics": ("METRICS",),
     "spectra.metrics.similarity": (
         "SubspaceSimilarity",
@@ -74,9 +76,11 @@ _HOMES = {
     ),
     "spectra.plots": ("histogram_figure", "plot_histogram", "plot_similarity", "similarity_figure"),
     "spectra.sources": ("FORMATS", "open_source"),
-    "spectra.store": ("load", "save"),
-    "spectra.tables": ("summarize",),
-    "spectra.types": ("Coverage", "Source", "Spectrum", "WeightDelta"),
+    "spectra.results.store": ("load", "save"),
+    "spectra.results.tables": ("summarize",),
+    "spectra.deltas.delta": ("WeightDelta",),
+    "spectra.deltas.source": ("Coverage", "Source"),
+    "spectra.spectrum": ("Spectrum",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

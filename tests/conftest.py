@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from support.checkpoints import llama_tensors, nudged, write_checkpoint
 
 import spectra
-from spectra.types import Source
+from spectra.deltas.source import Source
 
 mpl.use("Agg")
 settings.register_profile("spectra", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])

@@ -10,8 +10,8 @@ from spectra.cli import report
 from spectra.cli.options import HeadsType
 
 if TYPE_CHECKING:
-    from spectra.sources.folder import Folder
-    from spectra.types import Source
+    from spectra.deltas.source import Source
+    from spectra.files.folder import Folder
 
 
 @click.command("inspect", short_help="What a model or adapter holds, from headers only.")
@@ -26,8 +26,9 @@ def command(path: str, base: str | None, heads: str | int, scale: float | None, 
     Reads headers only. A full checkpoint is listed on its own, or paired where --base is given.
     """
     from spectra.errors import BaseRequiredError
-    from spectra.sources import format_of, hub, source_of
-    from spectra.sources.folder import open_folder
+    from spectra.files import hub
+    from spectra.files.folder import open_folder
+    from spectra.sources import format_of, source_of
 
     folder = open_folder(hub.resolve(path))
     kind = format_of(folder).kind
@@ -128,6 +129,6 @@ def _print(document: dict[str, Any], source: Source | None) -> None:
 
 
 def _size(count: int) -> str:
-    from spectra.engine.plan import readable_size
+    from spectra.engine.schedule import readable_size
 
     return readable_size(count)

@@ -81,12 +81,12 @@ def _apply(command: _Command, options: tuple[Callable[[Any], Any], ...]) -> _Com
 def executor_for(workers: int | None, cluster: str | None) -> Iterator[Executor | None]:
     """The executor that the options ask for; None to run in this process."""
     if cluster:
-        from spectra.engine.cluster import cluster_executor
+        from spectra.engine.executors.dask_cluster import cluster_executor
 
         with cluster_executor(cluster) as there:
             yield there
     elif workers:
-        from spectra.engine.local import thread_executor
+        from spectra.engine.executors.threads import thread_executor
 
         with thread_executor(workers) as pool:
             yield pool

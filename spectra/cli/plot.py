@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from spectra.metrics.similarity import SubspaceSimilarity
-    from spectra.types import Spectrum
+    from spectra.spectrum import Spectrum
 
 _BINS = 100
 _CLOSE_UP = 0.05
@@ -128,7 +128,7 @@ def _stored(
     """The spectra and the comparisons that the directories hold, as far as --layer and --side mean them."""
     from spectra import naming
     from spectra.errors import SelectionError, StoreError
-    from spectra.store import Store, StoredSpectra
+    from spectra.results.store import Store, StoredSpectra
 
     runs: dict[str, Sequence[Spectrum]] = {}
     compared: list[_Comparison] = []
@@ -229,9 +229,9 @@ def _draw_similarity(compared: Sequence[_Comparison], target: Path, title: str, 
 
 def _keep(figure: Figure, path: Path, rows: list[dict[str, Any]], table: Path) -> list[str]:
     """Save a figure and the numbers that it shows."""
-    from spectra import tables
     from spectra.plots import save_figure
-    from spectra.store import write
+    from spectra.results import tables
+    from spectra.results.store import write
 
     write(table, tables.to_csv(rows).encode())  # makes the directory, too
     return [str(written) for written in [*save_figure(figure, path), table]]

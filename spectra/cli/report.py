@@ -14,7 +14,7 @@ _MOST_NAMES = 5
 
 def print_json(document: dict[str, Any]) -> None:
     """One strict JSON document on stdout: NaN and infinities become null."""
-    from spectra.tables import strict
+    from spectra.results.tables import strict
 
     click.echo(json.dumps(strict(document), indent=1, allow_nan=False, ensure_ascii=False))
 

@@ -13,8 +13,8 @@ from spectra.cli import report
 from spectra.cli.options import compute_options, executor_for, result_options, source_options
 
 if TYPE_CHECKING:
-    from spectra.comparison import NotCompared
     from spectra.metrics.similarity import SubspaceSimilarity
+    from spectra.results.comparison import NotCompared
 
 _MOST_LINES = 12
 
@@ -53,7 +53,7 @@ def command(
 
     A and B are tuned models, adapters, or directories that `spectra svd --top K --out` made.
     """
-    from spectra.comparison import NotCompared
+    from spectra.results.comparison import NotCompared
 
     sides = ("left", "right") if side == "both" else (side,)
     settings = {"heads": heads, "scale": scale, "split": split}
@@ -90,9 +90,9 @@ def _compare(
     out: str | None,
 ) -> tuple[dict[str, Any], int, dict[str, int], Iterator[SubspaceSimilarity | NotCompared]]:
     """What is compared, how many comparisons that makes, each matrix's place, and the stream."""
-    from spectra import runs
+    from spectra.results import resume as runs
+    from spectra.results.store import load
     from spectra.sources import open_source
-    from spectra.store import load
 
     stored = [Path(path, "run.json").is_file() for path in (a, b)]
     inputs: dict[str, Any] = {"kind": "similarity", "a": str(a), "b": str(b), "base": base, "options": settings}
@@ -126,8 +126,8 @@ def _draw(out: str, done: list[SubspaceSimilarity]) -> list[str]:
 
 
 def _document(inputs: dict[str, Any], done: list[SubspaceSimilarity], undone: list[NotCompared]) -> dict[str, Any]:
-    from spectra import tables
     from spectra._version import __version__
+    from spectra.results import tables
 
     return {
         "spectra": __version__,
@@ -141,7 +141,7 @@ def _document(inputs: dict[str, Any], done: list[SubspaceSimilarity], undone: li
 
 def _print(done: list[SubspaceSimilarity]) -> None:
     from spectra.metrics.similarity import pool
-    from spectra.tables import similarity_row
+    from spectra.results.tables import similarity_row
 
     header = ["matrix", "side", "k", "φ(k,k)", "chance", "φ(1,1)", "note"]
     shown = done

@@ -12,8 +12,8 @@ from spectra.cli.heavy import heavy_imports
 from spectra.cli.options import compute_options, executor_for, result_options, source_options
 
 if TYPE_CHECKING:
-    from spectra.tables import Row
-    from spectra.types import Source
+    from spectra.deltas.source import Source
+    from spectra.results.tables import Row
 
 _SHOWN = ("norm", "relative_norm", "stable_rank", "effective_rank", "rank_90", "top_8_share")
 _MOST_LINES = 12
@@ -76,7 +76,8 @@ def _run(
 ) -> tuple[list[Row], dict[str, list[float]]]:
     """Decompose everything that is not stored yet; rows in the source's order."""
     with heavy_imports():
-        from spectra import runs, tables
+        from spectra.results import resume as runs
+        from spectra.results import tables
 
     order = {delta.name: place for place, delta in enumerate(source)}
     rows: list[Row] = []
@@ -114,7 +115,7 @@ def _document(source: Source, rows: list[Row], values: dict[str, list[float]]) -
 
 
 def _print(rows: list[Row]) -> None:
-    from spectra.types import DONE
+    from spectra.spectrum import DONE
 
     done = [line for line in rows if line["status"] in DONE]
     if len(rows) <= _MOST_LINES:
@@ -145,7 +146,7 @@ def _median(rows: list[Row], key: str) -> float | None:
 
 def _close(rows: list[Row], out: str | None, written: list[str]) -> None:
     """Notes on the result, where things are, and the exit status."""
-    from spectra.types import DONE
+    from spectra.spectrum import DONE
 
     for text in sorted({line["note"] for line in rows if line["note"]}):
         report.note(f"note: {text}")

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from spectra.engine import kronecker
-from spectra.engine.thin import times
-from spectra.forms import Dense, Form, Kronecker, LowRank
+from spectra.deltas.forms import Dense, Form, Kronecker, LowRank
+from spectra.engine.solvers import kronecker
+from spectra.engine.solvers.thin import times
 
 FROBENIUS_BOUND = 1e-9  # on |Σσ² − ‖ΔW‖²| / ‖ΔW‖²; float64 solvers stay below 1e-12
 VECTOR_BOUND = 1e-6  # on ‖ΔW v − σu‖ and ‖ΔWᵀu − σv‖ relative to σ₁, root mean square, where σ is resolved

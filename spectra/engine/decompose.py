@@ -14,8 +14,9 @@ from concurrent.futures import (
 )
 from dataclasses import dataclass, replace
 
-from spectra.engine.batch import decompose_batches
-from spectra.engine.plan import (
+from spectra.deltas.delta import WeightDelta
+from spectra.engine.executors.device import decompose_batches
+from spectra.engine.schedule import (
     FRACTION_OF_FREE,
     Plan,
     Task,
@@ -26,7 +27,7 @@ from spectra.engine.plan import (
     side_by_side,
 )
 from spectra.errors import DeviceError, SelectionError
-from spectra.types import Spectrum, WeightDelta
+from spectra.spectrum import Spectrum
 
 _PER_WORKER = 2  # tasks in flight per worker of another process: one at work, one waiting
 
@@ -133,7 +134,7 @@ def _side_by_side(
     """On this machine's CPU: several matrices at once, each on its share of the cores."""
     import torch
 
-    from spectra.engine.local import keep_freed_memory, thread_executor
+    from spectra.engine.executors.threads import keep_freed_memory, thread_executor
 
     keep_freed_memory()
     cores = torch.get_num_threads()

@@ -8,8 +8,8 @@ from functools import cache, singledispatch
 
 from torch import Tensor
 
-from spectra.engine import dense, factored, kronecker, topk
-from spectra.forms import Dense, Form, Kronecker, LowRank
+from spectra.deltas.forms import Dense, Form, Kronecker, LowRank
+from spectra.engine.solvers import dense, factored, kronecker, topk
 
 Numbers = tuple[Tensor, Tensor | None, Tensor | None]  # S, U, Vh
 

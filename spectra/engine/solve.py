@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import OutOfMemoryError, Tensor
 
-from spectra.engine import check, factored
+from spectra.deltas.delta import WeightDelta
+from spectra.deltas.forms import Dense, Form, Kronecker, LowRank
+from spectra.engine import check
 from spectra.engine.ladder import Numbers, Rung, Solver, solvers
-from spectra.engine.topk import NotConvergedError
+from spectra.engine.solvers import factored
+from spectra.engine.solvers.topk import NotConvergedError
 from spectra.errors import SpectraError
-from spectra.forms import Dense, Form, Kronecker, LowRank
-from spectra.types import Spectrum, Status, WeightDelta
+from spectra.spectrum import Spectrum, Status
 
 _ROUNDING = 1e-14  # float64, with room for the length of the sums
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "Cannot allocate memory")

@@ -21,7 +21,7 @@ from spectra.metrics.rank import (
     rank_at,
     stable_rank,
 )
-from spectra.types import Spectrum
+from spectra.spectrum import Spectrum
 
 METRICS: dict[str, Callable[[Spectrum], float]] = {
     "norm": frobenius_norm,

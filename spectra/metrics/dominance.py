@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from spectra.metrics.rank import values
-from spectra.types import Spectrum
+from spectra.spectrum import Spectrum
 
 
 def top_k_share(spectrum: Spectrum, k: int) -> float:

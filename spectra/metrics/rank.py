@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from spectra.errors import TruncatedSpectrumError
-from spectra.types import Spectrum
+from spectra.spectrum import Spectrum
 
 
 def values(spectrum: Spectrum, metric: str) -> np.ndarray:

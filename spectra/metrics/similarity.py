@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float64
 
-from spectra import display, naming
+from spectra import naming, text
 from spectra.errors import SelectionError
-from spectra.types import Spectrum
+from spectra.spectrum import Spectrum
 
 Side = Literal["left", "right"]
 SIDES: tuple[Side, ...] = get_args(Side)
@@ -60,10 +61,39 @@ class SubspaceSimilarity:
 
     def __repr__(self) -> str:
         note = f", {self.note}" if self.note else ""
-        return f"SubspaceSimilarity({self.title}, {self.side}, {display.corner(self)}{note})"
+        return f"SubspaceSimilarity({self.title}, {self.side}, {_corner(self)}{note})"
 
     def _repr_html_(self) -> str:
-        return display.html_of_similarity(self)
+        axis = {"left": "left singular vectors (out)", "right": "right singular vectors (in)"}
+        facts: dict[str, object] = {
+            "side": axis[self.side],
+            "directions": f"k = {self.k_used}",
+            "gap behind them": "" if math.isnan(self.gap) else f"{self.gap:.2g} σ_k",
+        }
+        rows = []
+        if self.grid.size:
+            corners = {1: (0, 0), self.k_used: (-1, -1)}
+            rows = [(f"φ({k}, {k})", f"{self.grid[at]:.3f}", f"{self.chance[at]:.3f}") for k, at in corners.items()]
+        return text.page(
+            f"SubspaceSimilarity: {self.title}",
+            facts | {"note": self.note},
+            ("", "value", "chance"),
+            rows,
+        )
+
+
+def _corner(similarity: SubspaceSimilarity) -> str:
+    """φ(k, k) and its chance level.
+
+    >>> import numpy as np
+    >>> one = np.ones((1, 1))
+    >>> _corner(SubspaceSimilarity("a", "left", 1, one, one / 4, np.zeros(1)))
+    'φ(1, 1) = 1.000, chance 0.250'
+    """
+    k = similarity.k_used
+    if not similarity.grid.size:
+        return "nothing compared"
+    return f"φ({k}, {k}) = {similarity.phi:.3f}, chance {similarity.chance[-1, -1]:.3f}"
 
 
 def subspace_similarity(a: Spectrum, b: Spectrum, *, top: int = 30, side: Side = "left") -> SubspaceSimilarity:
@@ -114,7 +144,7 @@ def subspace_similarity(a: Spectrum, b: Spectrum, *, top: int = 30, side: Side =
         grid=grid,
         chance=chance_level(k, basis_a.shape[0]),  # type: ignore[union-attr]
         angles=principal_angles(basis_a[:, :k], basis_b[:, :k]),  # type: ignore[index]
-        note="; ".join(text for text in (note, _tied("first", a, k), _tied("second", b, k)) if text),
+        note="; ".join(part for part in (note, _tied("first", a, k), _tied("second", b, k)) if part),
         other=b.name if b.name != a.name else "",
         gap=float(np.min([a.gap(k), b.gap(k)])),
     )

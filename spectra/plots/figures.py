@@ -12,7 +12,7 @@ from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.plots.histogram import BINS, BinnedPanel, bin_pooled, draw_binned, pool_curves
 from spectra.plots.similarity import add_colorbar, heading, plot_similarity
 from spectra.plots.style import look
-from spectra.types import Spectrum
+from spectra.spectrum import Spectrum
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

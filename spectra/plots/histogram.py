@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spectra.display import matrices
 from spectra.errors import SelectionError
 from spectra.plots.style import curves, new_axes
-from spectra.types import DONE, Spectrum
+from spectra.spectrum import DONE, Spectrum
+from spectra.text import matrices
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from spectra.adapters import MultiLoRAConfig, RLoRAConfig, inject_adapter, save_adapter
 from spectra.errors import MissingExtraError, SpectraError
+from spectra.training import MultiLoRAConfig, RLoRAConfig, inject_adapter, save_adapter
 
 # What every adapter is attached to: all projections of a Llama block, as in Wang et al. 2023.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

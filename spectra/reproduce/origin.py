@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from spectra.adapters import MultiLoRA, load_adapter, save_adapter
 from spectra.reproduce.base import load_model
 from spectra.reproduce.folders import whole_folder
 from spectra.reproduce.methods import attach
 from spectra.reproduce.plan import Run
 from spectra.reproduce.train import snapshot
+from spectra.training import MultiLoRA, load_adapter, save_adapter
 
 
 def origin_of(directory: Path, run: Run, step: int) -> Path:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from spectra.deltas.source import Source
 from spectra.errors import SelectionError, SourceError, UnsupportedFormatError
-from spectra.sources import hub, recognised
-from spectra.sources.folder import Folder, open_folder
+from spectra.files import hub
+from spectra.files.folder import Folder, open_folder
+from spectra.sources import recognised
 from spectra.sources.formats import FORMATS, Format
-from spectra.types import Source
 
 __all__ = ["FORMATS", "Format", "format_of", "open_source", "source_of"]
 

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from spectra.deltas.recipes import Factors, Placed, Term, Update
 from spectra.errors import BaseRequiredError, SourceError
+from spectra.files.folder import Folder
+from spectra.files.tensors import TensorRef
+from spectra.models import architectures, renames
+from spectra.models.matrices import as_matrix
+from spectra.models.pairing import align, unwrap
 from spectra.naming import role_of
-from spectra.sources import architectures, renames
 from spectra.sources.difference import subtract
-from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
-from spectra.sources.pairing import align, unwrap
-from spectra.sources.recipes import Factors, Placed, Term, Update
-from spectra.sources.tensors import TensorRef
-from spectra.sources.weights import as_matrix
 
 Slots = dict[str, TensorRef]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from spectra.deltas.recipes import Difference
+from spectra.files.tensors import TensorRef
+from spectra.models import architectures, tied
 from spectra.naming import role_of
-from spectra.sources import architectures, tied
 from spectra.sources.ledger import Ledger
-from spectra.sources.recipes import Difference
-from spectra.sources.tensors import TensorRef
 
 _VOCABULARY = ("embed_tokens", "lm_head")
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from spectra.sources.folder import Folder
-from spectra.types import Coverage, Recipe, Source, Status, WeightDelta
+from spectra.deltas.delta import Recipe, WeightDelta
+from spectra.deltas.source import Coverage, Source
+from spectra.files.folder import Folder
+from spectra.spectrum import Status
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from spectra.sources.folder import Folder
+from spectra.files.folder import Folder
 
 _BY_KEY: tuple[tuple[str, str], ...] = (
     (r"\.oft_r(\.|$)", "an OFT of PEFT before 0.16, another parametrisation under the same peft_type"),

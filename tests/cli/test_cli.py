@@ -150,7 +150,7 @@ def test_similarity_resumes_and_is_never_replaced_by_less(llama, monkeypatch):
     arguments = ["similarity", "ckpt", "other", "--base", "llama-7b", "--out", "sim", "--no-figures"]
     first, _ = run(*arguments, "--layer", "v_proj", "--top", 5)
     with monkeypatch.context() as patch:
-        patch.setattr(spectra.types.WeightDelta, "read", None)
+        patch.setattr(spectra.deltas.delta.WeightDelta, "read", None)
         assert run(*arguments, "--layer", "v_proj", "--top", 5)[0] == first
     _, err = run(*arguments, "--layer", "v_proj", "--top", 2, status=1)
     assert "different: top" in err
@@ -194,7 +194,7 @@ def test_plot_redraws_and_overlays_without_computing(llama, monkeypatch):
         name = tuned.split("/")[-1]
         lora_folder(llama / f"lora-{name}", seed=3)
         run("svd", "--tuned", f"lora-{name}", "--out", f"run-{name}", "--no-figures")
-    monkeypatch.setattr(spectra.types.WeightDelta, "read", None)
+    monkeypatch.setattr(spectra.deltas.delta.WeightDelta, "read", None)
     out, _ = run("plot", "run-ckpt", "--per-layer")
     assert out.split() == [f"run-ckpt/histogram.{kind}" for kind in ("png", "pdf", "csv")]
     out, _ = run("plot", "run-ckpt", "run-llama-7b", "--label", "a", "--label", "b", "--out", "both")
@@ -206,7 +206,7 @@ def test_plot_redraws_and_overlays_without_computing(llama, monkeypatch):
 
 
 def test_inspect_reads_headers_only(llama, monkeypatch):
-    monkeypatch.setattr(spectra.sources.tensors.TensorRef, "read", None)
+    monkeypatch.setattr(spectra.files.tensors.TensorRef, "read", None)
     out, _ = run("inspect", "ckpt")
     assert "checkpoint (llama)" in out
     assert "pass --base" in out

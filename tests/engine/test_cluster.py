@@ -11,21 +11,21 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from spectra_kinds import slow_deltas
+from support.spectra_kinds import slow_deltas
 
 import spectra
+from spectra.deltas.source import Source
 from spectra.engine.decompose import Work, decompose_indexed
 from spectra.errors import SpectraError
-from spectra.runs import decompose_into
-from spectra.types import Source
+from spectra.results.resume import decompose_into
 
 pytest.importorskip("distributed")
-HERE = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 
 
 def _start(module, *arguments):
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent.parent)]),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.Popen(
@@ -58,7 +58,7 @@ def cluster(tmp_path_factory):
 
 
 def test_a_worker_killed_in_the_middle_costs_nothing(cluster, tmp_path):
-    from spectra.engine.cluster import cluster_executor
+    from spectra.engine.executors.dask_cluster import cluster_executor
 
     address, workers = cluster
     deltas = slow_deltas(14)
@@ -81,7 +81,7 @@ def test_a_worker_killed_in_the_middle_costs_nothing(cluster, tmp_path):
 
 
 def test_a_matrix_above_a_workers_memory_is_named(cluster):
-    from spectra.engine.cluster import cluster_executor
+    from spectra.engine.executors.dask_cluster import cluster_executor
 
     with cluster_executor(cluster[0]) as executor:
         found = dict(decompose_indexed(slow_deltas(1, size=9000), executor=executor))
@@ -89,7 +89,7 @@ def test_a_matrix_above_a_workers_memory_is_named(cluster):
 
 
 def test_work_for_a_gpu_goes_to_workers_that_offer_one():
-    from spectra.engine.cluster import ClusterExecutor
+    from spectra.engine.executors.dask_cluster import ClusterExecutor
 
     asked = []
 
@@ -112,7 +112,8 @@ def test_work_for_a_gpu_goes_to_workers_that_offer_one():
 
 
 def test_nobody_at_the_address():
-    from spectra.engine import cluster as module
+
+    from spectra.engine.executors import dask_cluster as module
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_CONNECT", "1s")

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spectra_kinds import KINDS, angle, matrix_of, oracle
+from support.spectra_kinds import KINDS, angle, matrix_of, oracle
 
-from spectra.engine import check, dense
-from spectra.forms import Dense
+from spectra.deltas.forms import Dense
+from spectra.engine import check
+from spectra.engine.solvers import dense
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (40, 40), (30, 90), (90, 30), (300, 280)]
 

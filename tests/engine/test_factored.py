@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spectra_kinds import matrix_of, oracle
+from support.spectra_kinds import matrix_of, oracle
 
-from spectra.engine import check, dense, factored
+from spectra.deltas.delta import WeightDelta
+from spectra.deltas.forms import LowRank
+from spectra.engine import check
 from spectra.engine.solve import solve
-from spectra.forms import LowRank
-from spectra.types import WeightDelta
+from spectra.engine.solvers import dense, factored
 
 
 def _factors(rows, rank, columns, seed=0):

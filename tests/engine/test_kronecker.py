@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import spectra
-from spectra.engine.kronecker import kronecker_svd, product
+from spectra.deltas.delta import WeightDelta
+from spectra.deltas.forms import Kronecker
 from spectra.engine.solve import blank_for, solve_form
-from spectra.forms import Kronecker
-from spectra.types import WeightDelta
+from spectra.engine.solvers.kronecker import kronecker_svd, product
 
 sides = st.tuples(*[st.integers(1, 5)] * 4, st.integers(0, 10**6))
 

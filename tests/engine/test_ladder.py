@@ -7,13 +7,14 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
-from spectra_kinds import matrix_of, oracle
+from support.spectra_kinds import matrix_of, oracle
 
-from spectra.engine import check, dense, factored
+from spectra.deltas.delta import WeightDelta
+from spectra.deltas.forms import Dense
+from spectra.engine import check
 from spectra.engine.decompose import decompose, decompose_indexed
 from spectra.engine.solve import out_of_memory, solve
-from spectra.forms import Dense
-from spectra.types import WeightDelta
+from spectra.engine.solvers import dense, factored
 
 A = matrix_of("gaussian", 30, 20)
 

@@ -15,9 +15,9 @@ import json, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from spectra import open_source
-from spectra.engine.plan import needed
+from spectra.engine.schedule import needed
 from spectra.engine.solve import solve
-from spectra.types import WeightDelta
+from spectra.deltas.delta import WeightDelta
 
 def status(field):
     lines = open("/proc/self/status").read().splitlines()

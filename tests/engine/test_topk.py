@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from spectra_kinds import angle, matrix_of, oracle
+from support.spectra_kinds import angle, matrix_of, oracle
 
-from spectra.engine import dense, topk
+from spectra.deltas.delta import WeightDelta
 from spectra.engine.ladder import GRAM_CERTIFIED, GRAM_EIGH, GRAM_LANCZOS
-from spectra.engine.lanczos import Krylov
 from spectra.engine.solve import solve
-from spectra.types import WeightDelta
+from spectra.engine.solvers import dense, topk
+from spectra.engine.solvers.lanczos import Krylov
 
 SIZE, K = 320, 8
 PLACE = torch.arange(SIZE).double()

@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 from spectra.errors import TruncatedSpectrumError
 from spectra.metrics import METRICS, gini, rank_at, top_k_share
-from spectra.types import Spectrum
+from spectra.spectrum import Spectrum
 
 values = arrays(np.float64, st.integers(1, 12), elements=st.floats(1e-3, 10.0)).map(lambda s: np.sort(s)[::-1])
 

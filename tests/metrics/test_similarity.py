@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import spectra
+from spectra.deltas.delta import WeightDelta
 from spectra.errors import SelectionError
 from spectra.metrics.similarity import chance_level, pool, principal_angles, similarity_grid
-from spectra.types import Spectrum, WeightDelta
+from spectra.spectrum import Spectrum
 
 seeds = st.integers(0, 10**6)
 

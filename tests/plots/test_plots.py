@@ -19,7 +19,7 @@ from spectra import plots
 from spectra.errors import SelectionError
 from spectra.plots.histogram import pool_values
 from spectra.plots.style import COLOURS, LINES, curves
-from spectra.types import Spectrum
+from spectra.spectrum import Spectrum
 
 rng = np.random.default_rng(0)
 

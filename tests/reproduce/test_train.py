@@ -13,7 +13,6 @@ from reproduce.tiny import WORDNET, tiny_model
 from safetensors.torch import load_file
 
 import spectra
-from spectra.adapters import merge_adapter
 from spectra.cli import main
 from spectra.errors import StoreError
 from spectra.reproduce import methods
@@ -24,6 +23,7 @@ from spectra.reproduce.plan import FULL, QUICK, Run
 from spectra.reproduce.tasks import mix
 from spectra.reproduce.train import order, snapshot, train
 from spectra.reproduce.wordnet import read_wordnet
+from spectra.training import merge_adapter
 
 PLAN = replace(QUICK, steps=5, early=2, held_out=2, r=2)
 METHODS = {

@@ -16,11 +16,11 @@ from support.peak import peak_bytes
 from support.peft_oracle import assert_matches
 
 import spectra
-from spectra.engine.plan import needed
+from spectra.engine.schedule import needed
 from spectra.errors import BaseRequiredError, SpectraError
+from spectra.files.folder import open_folder
+from spectra.files.tensors import TensorRef
 from spectra.sources import FORMATS, Format
-from spectra.sources.folder import open_folder
-from spectra.sources.tensors import TensorRef
 
 ROWS = {row.kind: row for row in FORMATS}
 
@@ -127,9 +127,9 @@ def test_the_example_of_a_new_format_in_contributing_works(tmp_path):
     text = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text()
     block = text.split("```python\n")[1].split("```")[0]
     scope: dict = {}
-    for module in ("adapter", "folder", "ledger", "recipes"):
-        exec(f"from spectra.sources.{module} import *", scope)
-    exec("from __future__ import annotations\nfrom spectra.types import Source\n" + block, scope)
+    for module in ("sources.adapter", "files.folder", "sources.ledger", "deltas.recipes"):
+        exec(f"from spectra.{module} import *", scope)
+    exec("from __future__ import annotations\nfrom spectra.deltas.source import Source\n" + block, scope)
     A, B = torch.randn(2, 5), torch.randn(6, 2)
     prefix = "base_model.model.layers.0.q_proj"
     write_adapter(tmp_path, {f"{prefix}.my_A": A, f"{prefix}.my_B": B}, {"peft_type": "MINE"})

@@ -11,8 +11,8 @@ from support.checkpoints import write_adapter, write_checkpoint
 from support.peft_oracle import assert_matches, make_oracle
 
 import spectra
+from spectra.deltas.forms import Dense, LowRank
 from spectra.errors import BaseRequiredError, SourceError
-from spectra.forms import Dense, LowRank
 
 # PEFT transforms in float32 whatever the model's dtype.
 TOLERANCE = 1e-6

@@ -103,7 +103,7 @@ def test_a_linear_layer_with_its_alpha(tmp_path):
 
 def test_listing_reads_no_tensor(tmp_path, monkeypatch):
     path = file(tmp_path, lora() | lora(FLAT + "_conv", kernel=(K, K)))
-    monkeypatch.setattr("spectra.sources.tensors.TensorRef.read", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr("spectra.files.tensors.TensorRef.read", lambda *_: pytest.fail("a tensor was read"))
     assert len(spectra.open_source(path)) == 2
 
 

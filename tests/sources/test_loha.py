@@ -11,8 +11,8 @@ from support.checkpoints import write_adapter, write_checkpoint
 from support.peft_oracle import Convolutions, assert_matches, make_oracle
 
 import spectra
+from spectra.deltas.forms import Dense, LowRank
 from spectra.errors import SourceError
-from spectra.forms import Dense, LowRank
 
 PATTERNS = {"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 6}}
 CASES = {

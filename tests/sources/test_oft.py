@@ -186,6 +186,6 @@ def test_listing_reads_no_tensor(oracle, monkeypatch):
     def fail(*_):
         raise AssertionError("read")
 
-    monkeypatch.setattr("spectra.sources.tensors.TensorRef.read", fail)
+    monkeypatch.setattr("spectra.files.tensors.TensorRef.read", fail)
     assert len(spectra.open_source(oracle.adapter, oracle.base)) == 2
     assert json.loads((oracle.adapter / "adapter_config.json").read_text())["peft_type"] == "OFT"

@@ -11,8 +11,8 @@ from support.checkpoints import VOCABULARY, llama_tensors, write_adapter, write_
 from support.peft_oracle import assert_matches, make_oracle
 
 import spectra
+from spectra.deltas.forms import Dense, LowRank
 from spectra.errors import BaseRequiredError, SourceError
-from spectra.forms import Dense, LowRank
 
 CASES = {
     "llama": ("llama", peft.TrainableTokensConfig(token_indices=[5, 0, 39], target_modules=["embed_tokens"])),

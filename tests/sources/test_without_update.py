@@ -10,8 +10,8 @@ from support.peft_oracle import make_oracle, save_model, tiny_model
 
 import spectra
 from spectra.errors import UnsupportedFormatError
+from spectra.files.folder import open_folder
 from spectra.sources import recognised
-from spectra.sources.folder import open_folder
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
 SAVED = {

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import spectra
+from spectra.deltas.forms import LowRank
+from spectra.deltas.source import Source
 from spectra.errors import BaseRequiredError
-from spectra.forms import LowRank
-from spectra.types import Source
 
 Tensors = dict[str, torch.Tensor]
 

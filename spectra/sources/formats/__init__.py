@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from spectra.sources.folder import Folder
-from spectra.types import Source
+from spectra.deltas.source import Source
+from spectra.files.folder import Folder
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ FORMATS: tuple[Format, ...] = (
         "mixture",
         "LoRAMoE, MixLoRA, MOELoRA, MTL-LoRA (several pairs per module)",
         ("lora_",),
-        "lora_mixtures.open_mixture",
-        decider="lora_mixtures.matches",
+        "mixture.open_mixture",
+        decider="mixture.matches",
     ),
     Format(
         "dora",

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from spectra.deltas.recipes import Factors, Term
+from spectra.deltas.source import Source
 from spectra.errors import SourceError
+from spectra.files.folder import Folder
 from spectra.sources.adapter import (
     Slots,
     add_modules,
@@ -19,11 +22,8 @@ from spectra.sources.adapter import (
     slot_pattern,
     unusable,
 )
-from spectra.sources.folder import Folder
 from spectra.sources.formats.trainable_tokens import add_tokens
 from spectra.sources.ledger import Ledger
-from spectra.sources.recipes import Factors, Term
-from spectra.types import Source
 
 KIND = "adalora"
 _SLOTS = slot_pattern("lora_[ABE]")

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from spectra.forms import Dense
+from spectra.deltas.forms import Dense
+from spectra.deltas.source import Source
+from spectra.files.folder import Folder
+from spectra.files.tensors import TensorRef
 from spectra.sources.adapter import (
     Slots,
     add_modules,
@@ -15,11 +18,8 @@ from spectra.sources.adapter import (
     slot_pattern,
     unusable,
 )
-from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.scaling import override
-from spectra.sources.tensors import TensorRef
-from spectra.types import Source
 
 KIND = "c3a"
 _SLOTS = slot_pattern("c3a_kernel")

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from spectra.deltas.source import Source
 from spectra.errors import BaseRequiredError
-from spectra.sources import mixtures, recognised, tied
+from spectra.files.folder import Folder
+from spectra.models import experts, tied
+from spectra.models.matrices import Weight, stacks_experts, weights_of
+from spectra.models.pairing import align
+from spectra.sources import recognised
 from spectra.sources.difference import subtract
-from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
-from spectra.sources.pairing import align
-from spectra.sources.weights import Weight, stacks_experts, weights_of
-from spectra.types import Source
 
 KIND = "checkpoint"
 
@@ -108,7 +109,7 @@ def _embedding(weights: Mapping[str, Weight]) -> str | None:
 def _base_weight(pairs: _Pairs, key: str) -> None:
     """Enter one name of the base."""
     ledger, base, tuned = pairs.ledger, pairs.base[key], pairs.tuned.get(key)
-    stack = pairs.tuned.get(mixtures.stack_of(key) or "")
+    stack = pairs.tuned.get(experts.stack_of(key) or "")
     if tuned is not None and base.same_as and tuned.same_as:
         ledger.skipped[base.name] = f"the same tensor as {base.same_as}, and reported as that"
     elif tuned is not None:
@@ -116,9 +117,9 @@ def _base_weight(pairs: _Pairs, key: str) -> None:
     elif base.same_as:
         ledger.skipped[base.name] = f"the same tensor as {base.same_as}, and reported as that"
     elif stack is not None and stack.ref is None:
-        pairs.used.add(mixtures.stack_of(key) or "")
+        pairs.used.add(experts.stack_of(key) or "")
         ledger.refuse(base.name, base.shape, stack.status, stack.why)
-    elif base.ref is None and any(mixtures.stack_of(other) == key for other in pairs.tuned):
+    elif base.ref is None and any(experts.stack_of(other) == key for other in pairs.tuned):
         ledger.refuse(base.name, (), base.status, base.why)
     elif not _with_embedding(pairs, base.name, key, base, "tuned"):
         ledger.base_only[base.name] = "not in the tuned model"

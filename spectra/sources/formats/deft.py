@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from spectra.deltas.forms import LowRank
+from spectra.deltas.source import Source
 from spectra.errors import SourceError
-from spectra.forms import LowRank
+from spectra.files.folder import Folder
+from spectra.files.tensors import TensorRef
 from spectra.sources.adapter import (
     Slots,
     add_modules_on_base,
@@ -23,10 +26,7 @@ from spectra.sources.adapter import (
     slot_pattern,
     unusable,
 )
-from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
-from spectra.sources.tensors import TensorRef
-from spectra.types import Source
 
 KIND = "deft"
 _SLOTS = slot_pattern("deft_P|deft_R")

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from spectra.forms import LowRank
+from spectra.deltas.forms import LowRank
+from spectra.deltas.source import Source
+from spectra.files.folder import Folder
+from spectra.files.tensors import TensorRef
 from spectra.sources.adapter import (
     Slots,
     add_modules,
@@ -18,11 +21,8 @@ from spectra.sources.adapter import (
     slot_pattern,
     unusable,
 )
-from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
 from spectra.sources.scaling import rank_of
-from spectra.sources.tensors import TensorRef
-from spectra.types import Source
 
 KIND = "delora"
 _NAMES = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")

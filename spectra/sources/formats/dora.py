@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from spectra.forms import Dense
-from spectra.sources.recipes import OnBase, Update
-from spectra.sources.tensors import TensorRef
+from spectra.deltas.forms import Dense
+from spectra.deltas.recipes import OnBase, Update
+from spectra.files.tensors import TensorRef
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from spectra.forms import Dense
+from spectra.deltas.forms import Dense
+from spectra.deltas.recipes import OnBase
+from spectra.deltas.source import Source
+from spectra.files.folder import Folder
+from spectra.files.tensors import TensorRef
 from spectra.sources.adapter import (
     Slots,
     add_modules_on_base,
@@ -20,12 +24,8 @@ from spectra.sources.adapter import (
     slot_pattern,
     unusable,
 )
-from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
-from spectra.sources.recipes import OnBase
 from spectra.sources.scaling import rank_of
-from spectra.sources.tensors import TensorRef
-from spectra.types import Source
 
 KIND = "hira"
 _SLOTS = slot_pattern("hira_A|hira_B|hira_embedding_A|hira_embedding_B")

@@ -13,8 +13,12 @@ from typing import Any
 
 import regex
 
+from spectra.deltas.forms import Dense
+from spectra.deltas.recipes import OnBase
+from spectra.deltas.source import Source
 from spectra.errors import SourceError
-from spectra.forms import Dense
+from spectra.files.folder import Folder
+from spectra.files.tensors import TensorRef
 from spectra.naming import split_parts
 from spectra.sources.adapter import (
     Slots,
@@ -26,11 +30,7 @@ from spectra.sources.adapter import (
     slot_pattern,
     unusable,
 )
-from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
-from spectra.sources.recipes import OnBase
-from spectra.sources.tensors import TensorRef
-from spectra.types import Source
 
 KIND = "ia3"
 _SLOTS = slot_pattern("ia3_l")

@@ -14,17 +14,17 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from spectra.deltas.recipes import Update
+from spectra.deltas.source import Source
 from spectra.errors import SourceError
+from spectra.files.folder import Folder
+from spectra.files.tensors import TensorRef
+from spectra.models.matrices import as_matrix
+from spectra.models.pairing import unwrap
 from spectra.sources.adapter import Slots, add_update, need_base, refuse_heads, weight_targets
-from spectra.sources.folder import Folder
 from spectra.sources.formats import lycoris
 from spectra.sources.ledger import Ledger
-from spectra.sources.pairing import unwrap
-from spectra.sources.recipes import Update
 from spectra.sources.scaling import scaling
-from spectra.sources.tensors import TensorRef
-from spectra.sources.weights import as_matrix
-from spectra.types import Source
 
 KIND = "kohya"
 KIND_DIFFUSERS = "diffusers"

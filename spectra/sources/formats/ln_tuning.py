@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from spectra.deltas.source import Source
 from spectra.errors import UnsupportedFormatError
+from spectra.files.folder import Folder
 from spectra.sources.adapter import add_rest, modules_of, refuse_options, slot_pattern
-from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
-from spectra.types import Source
 
 KIND = "ln_tuning"
 _LAYER = ".ln_tuning_layers."

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+from spectra.deltas.products import HadamardProduct, Product
+from spectra.deltas.source import Source
 from spectra.errors import SourceError
+from spectra.files.folder import Folder
+from spectra.files.tensors import TensorRef
 from spectra.sources.adapter import (
     Slots,
     add_modules,
@@ -15,12 +19,8 @@ from spectra.sources.adapter import (
     slot_pattern,
     unusable,
 )
-from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
-from spectra.sources.products import HadamardProduct, Product
 from spectra.sources.scaling import scaling
-from spectra.sources.tensors import TensorRef
-from spectra.types import Source
 
 KIND = "loha"
 _SLOTS = slot_pattern(r"hada_w[12]_[ab]|hada_t[12]")

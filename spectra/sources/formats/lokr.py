@@ -6,13 +6,13 @@ import math
 from dataclasses import replace
 from functools import partial
 
+from spectra.deltas.products import KroneckerProduct, Product
+from spectra.deltas.source import Source
+from spectra.files.folder import Folder
+from spectra.files.tensors import TensorRef
 from spectra.sources.adapter import Slots, add_modules, add_rest, modules_of, refuse_heads, slot_pattern, unusable
-from spectra.sources.folder import Folder
 from spectra.sources.formats.loha import check_scale, cp_product, scale_of
 from spectra.sources.ledger import Ledger
-from spectra.sources.products import KroneckerProduct, Product
-from spectra.sources.tensors import TensorRef
-from spectra.types import Source
 
 KIND = "lokr"
 _SLOTS = slot_pattern(r"lokr_w[12](?:_[ab])?|lokr_t2")

@@ -12,8 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from spectra.deltas.recipes import Factors, Term, Update
+from spectra.deltas.source import Source
 from spectra.errors import SourceError, UnsupportedFormatError
-from spectra.sources import architectures
+from spectra.files.folder import Folder
+from spectra.files.tensors import TensorRef
+from spectra.models import architectures
+from spectra.models.matrices import as_matrix
 from spectra.sources.adapter import (
     Slots,
     Target,
@@ -27,16 +32,11 @@ from spectra.sources.adapter import (
     unusable,
     weight_targets,
 )
-from spectra.sources.folder import Folder
-from spectra.sources.formats import dora, experts
+from spectra.sources.formats import dora, lora_experts
 from spectra.sources.formats.residual import FromOriginal, Method
 from spectra.sources.formats.trainable_tokens import add_tokens
 from spectra.sources.ledger import Ledger
-from spectra.sources.recipes import Factors, Term, Update
 from spectra.sources.scaling import scaling
-from spectra.sources.tensors import TensorRef
-from spectra.sources.weights import as_matrix
-from spectra.types import Source
 
 KIND = "lora"
 KIND_DORA = "dora"
@@ -108,7 +108,7 @@ def open_lora(tuned: Folder, base: Folder | None, *, split: bool, heads: str | i
         ledger.base = None
         ledger.warnings.append("layer_replication: names are those of the enlarged model, and the base was not used")
     groups, rest = modules_of(ledger, _SLOTS)
-    stacks = {module: slots for module, slots in groups.items() if experts.parameters_of(config, module)}
+    stacks = {module: slots for module, slots in groups.items() if lora_experts.parameters_of(config, module)}
     found: dict[str, _Module] = {}
     for module in groups:
         if module not in stacks:
@@ -120,7 +120,7 @@ def open_lora(tuned: Folder, base: Folder | None, *, split: bool, heads: str | i
     if any(item.magnitude is not None for item in found.values()):
         need_base(ledger, "DoRA")
     _add_modules(ledger, config, found, split)
-    experts.add_stacks(ledger, config, stacks, split=split)
+    lora_experts.add_stacks(ledger, config, stacks, split=split)
     rest = add_tokens(ledger, rest)
     idle = [name for name in rest if any(word in name for word in _TRAINING_ONLY)]
     ledger.skipped.update(dict.fromkeys(idle, "used while training only"))
@@ -137,13 +137,13 @@ def _read(
     own, are those of the wrapper. The output projection's lie inside it, and PEFT (0.21 and before) adds
     them twice, in every forward pass as in the merge: so did the training.
     """
-    owner, inside = experts.owner_of(module), ".base_layer.out_proj"
+    owner, inside = lora_experts.owner_of(module), ".base_layer.out_proj"
     if f"{module}{inside}" in modules:
         return f"{owner}.in_proj_weight", _module(config, owner, modules[module], scale, where)
     around = module.removesuffix(inside)
     if around == module or around not in modules:
         return f"{owner}.weight", _module(config, owner, modules[module], scale, where)
-    item = _module(config, experts.owner_of(around), modules[module], scale, where)
+    item = _module(config, lora_experts.owner_of(around), modules[module], scale, where)
     if not isinstance(item, str):
         note = "twice s·B·A, as PEFT applies it to the output projection of nn.MultiheadAttention"
         item = replace(item, term=replace(item.term, scale=2 * item.term.scale), note=note)

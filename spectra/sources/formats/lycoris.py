@@ -10,15 +10,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from spectra.deltas.forms import Dense, Form, Kronecker, LowRank
+from spectra.deltas.products import HadamardProduct, KroneckerProduct, Product
+from spectra.deltas.recipes import Factors, Term, Update
 from spectra.errors import SourceError
-from spectra.forms import Dense, Form, Kronecker, LowRank
+from spectra.files.tensors import TensorRef
+from spectra.models.matrices import as_matrix
 from spectra.sources.adapter import Slots, unusable
 from spectra.sources.formats.dora import Axis, Dora
 from spectra.sources.formats.loha import cp_product
-from spectra.sources.products import HadamardProduct, KroneckerProduct, Product
-from spectra.sources.recipes import Factors, Term, Update
-from spectra.sources.tensors import TensorRef
-from spectra.sources.weights import as_matrix
 
 # What a module's tensors are called, and what is left of that: down and up are A and B in PEFT's words.
 _SAME = {

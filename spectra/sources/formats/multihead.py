@@ -10,14 +10,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from spectra.deltas.recipes import Term
+from spectra.deltas.source import Source
 from spectra.errors import SelectionError, SourceError
+from spectra.files.folder import Folder
+from spectra.files.tensors import TensorRef
 from spectra.sources.adapter import Slots, Target, add_factored, add_rest, modules_of, targets
-from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
-from spectra.sources.recipes import Term
 from spectra.sources.scaling import scaling
-from spectra.sources.tensors import TensorRef
-from spectra.types import Source
 
 KIND = "multihead"
 _SLOTS = (

@@ -9,8 +9,12 @@ from typing import Any
 
 import regex
 
+from spectra.deltas.forms import Dense, Form, LowRank
+from spectra.deltas.recipes import svd_bytes
+from spectra.deltas.source import Source
 from spectra.errors import SourceError
-from spectra.forms import Dense, Form, LowRank
+from spectra.files.folder import Folder
+from spectra.files.tensors import TensorRef
 from spectra.sources.adapter import (
     Slots,
     add_modules_on_base,
@@ -21,11 +25,7 @@ from spectra.sources.adapter import (
     refuse_options,
     unusable,
 )
-from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
-from spectra.sources.recipes import svd_bytes
-from spectra.sources.tensors import TensorRef
-from spectra.types import Source
 
 KIND = "osf"
 _NAMES = ("U_low", "S_low", "V_low")

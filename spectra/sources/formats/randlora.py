@@ -6,7 +6,10 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from spectra.forms import Dense
+from spectra.deltas.forms import Dense
+from spectra.deltas.source import Source
+from spectra.files.folder import Folder
+from spectra.files.tensors import TensorRef
 from spectra.sources.adapter import (
     Slots,
     add_modules_on_base,
@@ -21,11 +24,8 @@ from spectra.sources.adapter import (
     slot_pattern,
     unusable,
 )
-from spectra.sources.folder import Folder
 from spectra.sources.formats.vera import refuse_unsaved
 from spectra.sources.ledger import Ledger
-from spectra.sources.tensors import TensorRef
-from spectra.types import Source
 
 KIND = "randlora"
 _SLOTS = slot_pattern("randlora_lambda|randlora_gamma")

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from spectra.forms import LowRank
-from spectra.sources.recipes import Update, svd_bytes
-from spectra.sources.tensors import TensorRef
+from spectra.deltas.forms import LowRank
+from spectra.deltas.recipes import Update, svd_bytes
+from spectra.files.tensors import TensorRef
 
 if TYPE_CHECKING:
     from torch import Tensor

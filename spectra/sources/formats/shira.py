@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from spectra.deltas.forms import Dense
+from spectra.deltas.source import Source
 from spectra.errors import SourceError
-from spectra.forms import Dense
+from spectra.files.folder import Folder
+from spectra.files.tensors import TensorRef
 from spectra.sources.adapter import (
     Slots,
     add_modules_on_base,
@@ -16,10 +19,7 @@ from spectra.sources.adapter import (
     slot_pattern,
     unusable,
 )
-from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
-from spectra.sources.tensors import TensorRef
-from spectra.types import Source
 
 KIND = "shira"
 _SLOTS = slot_pattern("shira_weight|shira_indices")

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from spectra.deltas.forms import Dense
+from spectra.deltas.source import Source
 from spectra.errors import SourceError
-from spectra.forms import Dense
+from spectra.files.folder import Folder
+from spectra.files.tensors import TensorRef
 from spectra.sources.adapter import (
     Slots,
     add_modules_on_base,
@@ -22,10 +25,7 @@ from spectra.sources.adapter import (
     slot_pattern,
     unusable,
 )
-from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
-from spectra.sources.tensors import TensorRef
-from spectra.types import Source
 
 KIND = "supertuning"
 _LORA = ("supertuning_lora_A", "supertuning_lora_B")

@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from spectra.deltas.forms import Dense, LowRank
+from spectra.deltas.source import Source
 from spectra.errors import SourceError
-from spectra.forms import Dense, LowRank
+from spectra.files.folder import Folder
+from spectra.files.tensors import TensorRef
 from spectra.naming import role_of
 from spectra.sources.adapter import (
     add_modules_on_base,
@@ -20,10 +23,7 @@ from spectra.sources.adapter import (
     refuse_options,
     slot_pattern,
 )
-from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
-from spectra.sources.tensors import TensorRef
-from spectra.types import Source
 
 KIND = "trainable_tokens"
 _SLOTS = "(?:token_adapter\\.)?" + slot_pattern("trainable_tokens_delta")

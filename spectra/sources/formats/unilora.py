@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from spectra.deltas.forms import LowRank
+from spectra.deltas.source import Source
 from spectra.errors import SourceError, UnsupportedFormatError
-from spectra.forms import LowRank
+from spectra.files.folder import Folder
+from spectra.files.tensors import TensorRef
 from spectra.sources.adapter import (
     Slots,
     add_modules,
@@ -20,10 +23,7 @@ from spectra.sources.adapter import (
     slot_pattern,
     unusable,
 )
-from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
-from spectra.sources.tensors import TensorRef
-from spectra.types import Source
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,11 @@ from __future__ import annotations
 from functools import partial
 from typing import NoReturn
 
+from spectra.deltas.recipes import Factors, Term
+from spectra.deltas.source import Source
 from spectra.errors import UnsupportedFormatError
+from spectra.files.folder import Folder
+from spectra.files.tensors import TensorRef
 from spectra.sources.adapter import (
     Slots,
     add_modules_on_base,
@@ -21,11 +25,7 @@ from spectra.sources.adapter import (
     slot_pattern,
     unusable,
 )
-from spectra.sources.folder import Folder
 from spectra.sources.ledger import Ledger
-from spectra.sources.recipes import Factors, Term
-from spectra.sources.tensors import TensorRef
-from spectra.types import Source
 
 KIND = "vera"
 KIND_PVERA = "pvera"

@@ -1,0 +1,313 @@
+"""Recipes: how to form one ΔW from stored tensors, in float64. Frozen, picklable, unread."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from spectra.deltas.delta import Recipe
+from spectra.deltas.forms import Dense, Form, Kronecker, LowRank
+from spectra.files.tensors import TensorRef
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BLOCK_ENTRIES = 2**20  # of a block in which weights are subtracted: 8 MiB in float64, however wide a row is
+
+
+@dataclass(frozen=True, eq=False)
+class InMemory:
+    """A matrix, or two factors, that is already here."""
+
+    factors: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, *factors: Tensor) -> InMemory:
+        """From one matrix (out, in), or left (out, r) and right (r, in)."""
+        import torch
+
+        tensors = tuple(torch.as_tensor(factor) for factor in factors)
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        if any(len(shape) != 2 for shape in shapes):
+            raise ValueError(f"a weight delta needs matrices, not shapes {shapes}")
+        if len(shapes) == 2 and shapes[0][1] != shapes[1][0]:
+            raise ValueError(f"factors of shapes {shapes[0]} and {shapes[1]} cannot be multiplied")
+        return cls(tensors)
+
+    @property
+    def factored(self) -> bool:
+        """True for two factors."""
+        return len(self.factors) == 2
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Nothing is stored."""
+        return ()
+
+    def read(self, device: str = "cpu") -> Form:
+        """The matrix or the factors in float64."""
+        import torch
+
+        tensors = [factor.detach().to(device=device, dtype=torch.float64) for factor in self.factors]
+        return LowRank(tensors[0], tensors[1]) if self.factored else Dense(tensors[0])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """ΔW = tuned − base, subtracted in float64, in which it is exact."""
+
+    tuned: TensorRef
+    base: TensorRef
+
+    @property
+    def factored(self) -> bool:
+        """False."""
+        return False
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Both stored weights."""
+        return (self.tuned, self.base)
+
+    @property
+    def reading_bytes(self) -> int:
+        """ΔW, and a block of the base in float64 with its squares."""
+        return 8 * (self.tuned.numel + 3 * min(self.tuned.numel, _BLOCK_ENTRIES))
+
+    def read(self, device: str = "cpu") -> Dense:
+        """Subtract, and note what the stored weights tell about the difference."""
+        import torch
+
+        from spectra.deltas.rounding import rounding_edge
+
+        tuned, base = self.tuned.read_real(device), self.base.read_real(device)
+        delta = tuned.to(torch.float64, copy=True)
+        squares, unmoved = 0.0, 0
+        height = max(1, _BLOCK_ENTRIES // max(1, delta.shape[1]))
+        for start in range(0, delta.shape[0], height):  # never both weights in float64: half of the memory
+            before, rows = base[start : start + height].to(torch.float64), delta[start : start + height]
+            squares += float(before.square().sum())
+            unmoved += rows.numel() - int(rows.sub_(before).count_nonzero())
+        del base
+        return Dense(
+            matrix=delta,
+            base_norm=math.sqrt(squares),
+            noise_edge=rounding_edge(tuned, self.tuned.dtype),
+            unchanged=unmoved / delta.numel() if delta.numel() else None,
+        )
+
+
+@dataclass(frozen=True)
+class Term:
+    """scale · diag(row_scale) · (Σ lefts) · diag(inner_scale) · core · right, one summand of an update.
+
+    Attributes:
+        lefts: (out, r) each; several where heads that share `right` are added up.
+        right: (r, in).
+        scale: a number, α/r and the like.
+        row_scale: (out,) or a single entry, or None.
+        inner_scale: (r,), or None.
+        core: (r, r') between the factors, or (r, r', kh, kw) where a convolution is CP-decomposed; right is (r', in).
+    """
+
+    lefts: tuple[TensorRef, ...]
+    right: TensorRef
+    scale: float = 1.0
+    row_scale: TensorRef | None = None
+    inner_scale: TensorRef | None = None
+    core: TensorRef | None = None
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """All stored factors and scales."""
+        others = (self.row_scale, self.inner_scale, self.core)
+        return (*self.lefts, self.right, *(ref for ref in others if ref is not None))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        kernel = math.prod(self.core.shape[2:]) if self.core else 1
+        return (self.lefts[0].shape[0], self.right.shape[1] * kernel)
+
+    @property
+    def width(self) -> int:
+        """What the rank of the summand cannot exceed."""
+        return self.lefts[0].shape[1]
+
+    def read(self, device: str) -> tuple[Tensor, Tensor]:
+        """The two factors in float64, all scales in the left one."""
+        left, right = _blank(self.shape, self.width, device)
+        self.write(left, right)
+        return left, right
+
+    def write(self, left: Tensor, right: Tensor) -> None:
+        """Read the two factors into their places, all scales in the left one."""
+        import torch
+
+        device = str(left.device)
+        left.copy_(self.lefts[0].read_real(device))
+        for ref in self.lefts[1:]:
+            left += ref.read_float64(device)
+        if self.row_scale is not None:
+            left *= self.row_scale.read_float64(device).reshape(-1, 1)
+        if self.inner_scale is not None:
+            left *= self.inner_scale.read_float64(device).reshape(1, -1)
+        if self.scale != 1:
+            left *= self.scale
+        if self.core is None:
+            right.copy_(self.right.read_real(device))
+            return
+        core = self.core.read_float64(device)
+        product = torch.einsum("pq...,qj->pj...", core, self.right.read_float64(device))
+        right.copy_(product.reshape(right.shape))
+
+
+def _blank(shape: tuple[int, int], width: int, device: str) -> tuple[Tensor, Tensor]:
+    """Places for the two factors of a ΔW of a shape."""
+    import torch
+
+    left = torch.empty((shape[0], width), dtype=torch.float64, device=device)
+    return left, torch.empty((width, shape[1]), dtype=torch.float64, device=device)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """ΔW = Σ terms, as one pair of factors [L₁ | … | L_n] · [R₁; …; R_n]."""
+
+    terms: tuple[Term, ...]
+    base: TensorRef | None = None  # only its norm is read
+
+    @property
+    def factored(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """All stored factors and scales."""
+        found = tuple(ref for term in self.terms for ref in term.refs)
+        return (*found, self.base) if self.base else found
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.terms[0].shape
+
+    @property
+    def rank(self) -> int:
+        """The sum of the factor widths, at most min(out, in)."""
+        return min(sum(term.width for term in self.terms), *self.shape)
+
+    def read(self, device: str = "cpu") -> LowRank:
+        """The factors in float64."""
+        left, right = _blank(self.shape, sum(term.width for term in self.terms), device)
+        start = 0
+        for term in self.terms:
+            columns = slice(start, start + term.width)
+            term.write(left[:, columns], right[columns])
+            start += term.width
+        return LowRank(left, right, float(self.base.read_float64(device).norm()) if self.base else None)
+
+
+def svd_bytes(m: int, n: int) -> int:
+    """What a matrix (m, n) in float64 takes with LAPACK's copy, all its singular vectors and the work space."""
+    short = min(m, n)
+    return 8 * (2 * m * n + short * (m + n) + 4 * short**2)
+
+
+class Update(Recipe, Protocol):
+    """A recipe that knows the size of its ΔW before it is read."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """What the rank of ΔW cannot exceed."""
+        ...
+
+
+@dataclass(frozen=True)
+class OnBase:
+    """What updates share that are formed from W₀ entry by entry: its shape, full rank, and what forming them takes.
+
+    Attributes:
+        base: W₀ (out, in).
+        copies: how many matrices of W₀'s size there are in float64 at most while `read` is at work.
+    """
+
+    copies: ClassVar[int] = 3
+    base: TensorRef
+
+    @property
+    def factored(self) -> bool:
+        """False."""
+        return False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return (self.base.shape[0], self.base.shape[1])
+
+    @property
+    def rank(self) -> int:
+        """Full."""
+        return min(self.shape)
+
+    @property
+    def reading_bytes(self) -> int:
+        """W₀ and everything of its size on the way to ΔW."""
+        return 8 * self.copies * self.base.numel
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An update at its place in the base: those of its rows that one part of a fused weight has, and the base's norm.
+
+    Attributes:
+        whole: the update of the whole weight.
+        rows: which rows, as the view of a column of the whole's row numbers; None for all.
+        base: the base's weight, or its part; only its norm is read.
+    """
+
+    whole: Recipe
+    rows: TensorRef | None = None
+    base: TensorRef | None = None
+
+    @property
+    def factored(self) -> bool:
+        """As the whole update."""
+        return self.whole.factored
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Those of the whole update, and the base's weight."""
+        return (*self.whole.refs, self.base) if self.base else self.whole.refs
+
+    @property
+    def reading_bytes(self) -> int:
+        """What reading the whole update takes."""
+        needed: int = getattr(self.whole, "reading_bytes", 0)
+        return needed
+
+    def read(self, device: str = "cpu") -> Form:
+        """Form the whole update, keep the part."""
+        form = self.whole.read(device)
+        norm = float(self.base.read_float64(device).norm()) if self.base else form.base_norm
+        if isinstance(form, LowRank):
+            return replace(form, left=self._part(form.left), base_norm=norm)
+        if isinstance(form, Kronecker):
+            # Rows of a product are no product: a part is formed.
+            return replace(form, base_norm=norm) if self.rows is None else Dense(self._part(form.to_dense()), norm)
+        return replace(form, matrix=self._part(form.matrix), base_norm=norm)
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        import torch
+
+        if self.rows is None:
+            return tensor
+        numbers = torch.arange(tensor.shape[0], device=tensor.device).reshape(-1, 1)
+        return tensor[self.rows.view(numbers).flatten()]

@@ -1,0 +1,146 @@
+"""`Source`: the updates that one tuned model or adapter holds, and `Coverage`: what of it was not used, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from spectra import naming, text
+from spectra.deltas.delta import WeightDelta
+from spectra.text import Row
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What of the two inputs was not paired or not used: name → reason, and warnings.
+
+    `str()` names every one.
+    """
+
+    base_only: Mapping[str, str] = field(default_factory=dict)
+    tuned_only: Mapping[str, str] = field(default_factory=dict)
+    shape_mismatch: Mapping[str, str] = field(default_factory=dict)
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many entries each list has."""
+        return {key: len(getattr(self, key)) for key in _COVERAGE_LISTS}
+
+    def __str__(self) -> str:
+        lines = [f"warning: {line}" for line in self.warnings]
+        for key in _COVERAGE_LISTS:
+            listed: Mapping[str, str] = getattr(self, key)
+            lines += [f"{key}: {name}: {reason}" for name, reason in listed.items()]
+        return "\n".join(lines) or "everything was paired and used"
+
+    def __repr__(self) -> str:
+        warnings = f"; warnings: {len(self.warnings)}" if self.warnings else ""
+        return f"Coverage({_left_out(self) or 'everything was paired and used'}{warnings})"
+
+    def _repr_html_(self) -> str:
+        found: dict[tuple[str, str], list[Any]] = {}
+        for key in self.counts:
+            listed: Mapping[str, str] = getattr(self, key)
+            for name, reason in listed.items():
+                found.setdefault((key, reason), [0, name])[0] += 1
+        rows = [(key, reason, count, example) for (key, reason), (count, example) in found.items()]
+        warnings = [f"warning: {line}" for line in self.warnings]
+        heading = f"Coverage: {_left_out(self) or 'everything was paired and used'}"
+        return text.page(heading, {}, ("list", "reason", "entries", "for example"), rows, text.first_lines(warnings))
+
+
+_COVERAGE_LISTS = tuple(item.name for item in fields(Coverage) if item.name != "warnings")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The updates that one tuned model or adapter holds: metadata only, lazily read.
+
+    Attributes:
+        kind: the format, such as "checkpoint", "lora", "multilora", "multihead".
+        deltas: one `WeightDelta` per matrix.
+        coverage: what was not paired or not used.
+        tuned: where the update was read from.
+        base: where the base was read from, or None.
+
+    Example:
+        >>> import torch
+        >>> delta = WeightDelta.from_tensor("layers.0.v_proj.weight", torch.eye(2))
+        >>> source = Source("checkpoint", (delta,))
+        >>> len(source), source["layers.0.v_proj.weight"].layer, source.select("v_proj").kind
+        (1, 0, 'checkpoint')
+    """
+
+    kind: str
+    deltas: tuple[WeightDelta, ...]
+    coverage: Coverage = field(default_factory=Coverage)
+    tuned: str = ""
+    base: str | None = None
+
+    def __iter__(self) -> Iterator[WeightDelta]:
+        return iter(self.deltas)
+
+    def __len__(self) -> int:
+        return len(self.deltas)
+
+    def __getitem__(self, name: str) -> WeightDelta:
+        for delta in self.deltas:
+            if delta.name == name:
+                return delta
+        raise KeyError(f"{name!r} is not among the {len(self)} matrices of {self.tuned or 'this source'}")
+
+    def select(self, patterns: str | Sequence[str]) -> Source:
+        """The same source with only the matrices that the patterns mean, as `--layer` does.
+
+        Raises:
+            SelectionError: a pattern matches nothing; the message lists what there is.
+        """
+        wanted = set(naming.select(patterns, [delta.name for delta in self.deltas]))
+        return replace(self, deltas=tuple(delta for delta in self.deltas if delta.name in wanted))
+
+    def __repr__(self) -> str:
+        left_out, warnings = _left_out(self.coverage), len(self.coverage.warnings)
+        return (
+            f"Source({self.kind}, {text.contents([delta.name for delta in self.deltas])}"
+            + (f"; not used: {left_out}" if left_out else "")
+            + (f"; warnings: {warnings}" if warnings else "")
+            + ")"
+        )
+
+    def _repr_html_(self) -> str:
+        facts = {"tuned": self.tuned, "base": self.base or "none", "not used": _left_out(self.coverage) or "nothing"}
+        lines = [f"warning: {line}" for line in self.coverage.warnings]
+        notes = [f"note: {line}" for line in dict.fromkeys(delta.note for delta in self.deltas) if line]
+        columns = ("role", "matrices", "shape", "rank ≤", "status")
+        table = _by_role(self.deltas)
+        return text.page(
+            f"Source: {self.kind}, {text.matrices(len(self))}",
+            facts,
+            columns,
+            table,
+            text.first_lines(lines) + text.first_lines(notes),
+        )
+
+
+def _left_out(coverage: Coverage) -> str:
+    """What was not used, as counts; "" for nothing.
+
+    >>> _left_out(Coverage(skipped={"a.bias": "a vector", "b.bias": "a vector"}))
+    '2 skipped'
+    """
+    return ", ".join(f"{count:,} {key}" for key, count in coverage.counts.items() if count)
+
+
+def _by_role(deltas: Iterable[WeightDelta]) -> list[Row]:
+    """One row per role, shape and status; the ranks of one row as a range."""
+    ranks: dict[tuple[str, str, str], list[int]] = {}
+    for delta in deltas:
+        ranks.setdefault((delta.role, text.size(delta.shape), delta.status), []).append(delta.max_rank)
+    return [
+        (role, len(found), shape, text.number_range(found) if status == "ok" else "–", status)
+        for (role, shape, status), found in ranks.items()
+    ]

@@ -1,0 +1,1 @@
+"""Stored tensors: where they are, what their headers say, and how their bytes are read."""

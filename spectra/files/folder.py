@@ -1,0 +1,217 @@
+"""What lies at a path: the tensors of its weight files by name, unread, and the configs beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from spectra.errors import NotFoundError, SourceError
+from spectra.files import quantised, safetensors_file, torch_file
+from spectra.files.choice import PIPELINE, WEIGHT_SUFFIXES, Choice, choose, inside, read_json
+from spectra.files.tensors import TensorRef
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The tensors at a path, unread.
+
+    Attributes:
+        path: what was opened, a folder or one file.
+        tensors: name → reference; fp8 weights with their scales attached, GGUF under transformers' names.
+        broken: name → why it cannot be read.
+        config: the model's `config.json`, or what a GGUF file's metadata amount to, or {}.
+        adapter_config: the adapter's `adapter_config.json`, or None.
+        metadata: strings from the files' headers; where a tensor is stored once under two names, the
+            second name → the first.
+        warnings: what was chosen where there was a choice.
+        packed: name → why its quantised codes are not decoded.
+        components: the config of each component of a diffusers pipeline; its names start with the component.
+    """
+
+    path: Path
+    tensors: dict[str, TensorRef]
+    broken: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    adapter_config: dict[str, Any] | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    packed: dict[str, str] = field(default_factory=dict)
+    components: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the files or the config beside them say that this is an adapter."""
+        return self.adapter_config is not None
+
+    @property
+    def unusable(self) -> dict[str, str]:
+        """Every name that is there and gives no numbers: broken or packed → why."""
+        return self.broken | self.packed
+
+    @property
+    def same(self) -> dict[str, str]:
+        """Names that are stored once: second name → first name, which is the one to read."""
+        return {
+            name: first
+            for name, first in self.metadata.items()
+            if first in self.tensors and (name not in self.tensors or self.tensors[name].container == "torch")
+        }
+
+    @cached_property
+    def listing(self) -> str:
+        """The tensors' names, each between two line breaks: one text to search for a piece of any of them."""
+        return "\n".join(["", *self.tensors, ""])
+
+    def config_of(self, name: str) -> dict[str, Any]:
+        """The config that a weight belongs to: its component's in a pipeline, else the model's."""
+        return self.components.get(name.partition(".")[0], self.config)
+
+
+def open_folder(path: Path) -> Folder:
+    """Read the headers of the weights at a path.
+
+    Raises:
+        NotFoundError: there are no weights.
+        SourceError: an index, a config or the only weights file is broken.
+        MissingExtraError: a GGUF file is quantised and the `gguf` package is not installed.
+    """
+    if path.is_dir() and (path / PIPELINE).is_file():
+        return _pipeline(path)
+    if path.is_dir():
+        choice, home = choose(path), path
+    else:
+        choice, home = Choice([path]), path.parent
+    read = _read_all(choice)
+    is_adapter = any(file.name.startswith("adapter_model") for file in choice.files)
+    beside_model = path.is_dir() or path.name.startswith(("model", "pytorch_model", "diffusion_pytorch_model"))
+    config = _beside(home, "config.json")
+    adapter_config = _beside(home, "adapter_config.json") if is_adapter or not beside_model else None
+    folder = replace(
+        read,
+        path=path,
+        config=read.config or config or {},
+        adapter_config=adapter_config,
+        warnings=(*choice.warnings, *read.warnings),
+    )
+    return folder if folder.is_adapter else _decoded(folder)
+
+
+def _beside(home: Path, name: str) -> dict[str, Any] | None:
+    """A config beside the weights, or None."""
+    return read_json(inside(home, home / name)) if (home / name).is_file() else None
+
+
+def _decoded(folder: Folder) -> Folder:
+    decoded = quantised.decode(folder.tensors, folder.config)
+    return replace(
+        folder,
+        tensors=decoded.tensors,
+        packed=decoded.packed,
+        warnings=(*folder.warnings, *decoded.warnings),
+    )
+
+
+def _read_all(choice: Choice) -> Folder:
+    """The headers of all files, merged; a broken shard costs its own tensors only."""
+    if choice.files[0].suffix == ".gguf":
+        return _gguf(choice.files)
+    tensors: dict[str, TensorRef] = {}
+    broken: dict[str, str] = {}
+    metadata: dict[str, str] = {}
+    warnings: list[str] = []
+    lost: dict[str, str] = {}
+    for file in choice.files:
+        try:
+            found, cut_off, notes = read_header(file)
+        except SourceError as problem:
+            if len(choice.files) == 1:
+                raise
+            warnings.append(str(problem))
+            lost[file.name] = str(problem)
+            continue
+        twice = sorted(set(found) & set(tensors))
+        if twice:
+            raise SourceError(f"{twice[0]} is in both {tensors[twice[0]].path} and {file}; name one of the files")
+        tensors.update(found)
+        broken.update(cut_off)
+        metadata.update(notes)
+    for name, shard in choice.expected.items():
+        if name not in tensors and name not in broken:
+            why = lost.get(Path(shard).name) or f"{shard} does not hold it; download the model again"
+            broken[name] = choice.broken.get(name, why)
+    broken = {name: why for name, why in broken.items() if name not in tensors}
+    return Folder(choice.files[0], tensors, broken, metadata=metadata, warnings=tuple(warnings))
+
+
+def _gguf(files: list[Path]) -> Folder:
+    """One GGUF file, or the parts that llama.cpp split it into, of which the first has the metadata."""
+    from spectra.files import gguf_file, gguf_names
+
+    whole = gguf_file.Header()
+    for file in files:
+        header = gguf_file.read_header(file)
+        twice = sorted(set(header.tensors) & set(whole.tensors))
+        if twice:
+            raise SourceError(f"{twice[0]} is in both {whole.tensors[twice[0]].path} and {file}; name one of the files")
+        whole = gguf_file.Header(
+            header.values | whole.values, whole.tensors | header.tensors, whole.broken | header.broken
+        )
+    named = gguf_names.named(whole, str(files[0]))
+    coded = sorted({ref.dtype for ref in named.tensors.values() if ref.dtype not in gguf_file.PLAIN})
+    said = f"{files[0]}: weights are quantised ({', '.join(coded)}), so ΔW includes what quantisation rounded away"
+    warnings = (*named.warnings, said) if coded else named.warnings
+    return Folder(files[0], named.tensors, named.broken, named.config, warnings=warnings)
+
+
+def _pipeline(path: Path) -> Folder:
+    """A diffusers pipeline: every component's tensors under the component's name."""
+    whole = Folder(path, {})
+    for component, entry in read_json(inside(path, path / PIPELINE)).items():
+        place = path / component
+        if not isinstance(entry, list) or "/" in component or component in ("", ".", "..") or not place.is_dir():
+            continue
+        try:
+            part = open_folder(inside(path, place))
+        except NotFoundError:
+            continue  # tokenizers, schedulers and feature extractors have no weights
+        except SourceError as problem:
+            whole = replace(whole, warnings=(*whole.warnings, f"{component} was left out: {problem}"))
+            continue
+        whole = _joined(whole, component, part)
+    if not whole.tensors:
+        raise NotFoundError(f"{path} is a diffusers pipeline without readable weights: {'; '.join(whole.warnings)}")
+    return whole
+
+
+def _joined(whole: Folder, component: str, part: Folder) -> Folder:
+    def prefixed(entries: dict[str, Any]) -> dict[str, Any]:
+        return {f"{component}.{name}": value for name, value in entries.items()}
+
+    same = {f"{component}.{name}": f"{component}.{first}" for name, first in part.same.items()}
+    return replace(
+        whole,
+        tensors=whole.tensors | prefixed(part.tensors),
+        broken=whole.broken | prefixed(part.broken),
+        packed=whole.packed | prefixed(part.packed),
+        metadata=whole.metadata | same,
+        components=whole.components | {component: part.config},
+        warnings=(*whole.warnings, *part.warnings),
+    )
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorRef], dict[str, str], dict[str, str]]:
+    """Tensors, broken tensors and metadata of one weights file, by its suffix.
+
+    Raises:
+        NotFoundError: there is no such file.
+        SourceError: its kind is not known, or it is broken.
+    """
+    if not path.is_file():
+        raise NotFoundError(f"{path} does not exist; the download may be incomplete")
+    if path.suffix == ".safetensors":
+        return safetensors_file.read_header(path)
+    if path.suffix in WEIGHT_SUFFIXES:
+        return torch_file.read_header(path)
+    raise SourceError(f"{path} is not a weights file: known suffixes are {', '.join(WEIGHT_SUFFIXES)}")

@@ -1,0 +1,1 @@
+"""What is known of architectures: names and renames, fused parts, experts, orientation, ties, pairing."""

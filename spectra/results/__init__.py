@@ -1,0 +1,1 @@
+"""What was found: tables, comparisons, and one directory per run that resumes."""

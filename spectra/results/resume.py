@@ -1,0 +1,198 @@
+"""Computing into a results directory: what is stored is not computed again."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from spectra._version import __version__
+from spectra.deltas.source import Source
+from spectra.engine.decompose import decompose_indexed, threads_for
+from spectra.metrics.similarity import Side, SubspaceSimilarity
+from spectra.results import fingerprint
+from spectra.results.comparison import NotCompared, compare, compare_stored
+from spectra.results.store import Store, StoredSpectra
+from spectra.spectrum import Spectrum
+
+
+def decompose_into(
+    out: str | Path | None,
+    source: Source,
+    settings: Mapping[str, Any],
+    *,
+    top: int | None = None,
+    device: str = "auto",
+    executor: Executor | None = None,
+    budget: int | str | None = None,
+) -> Iterator[Spectrum]:
+    """The spectra of a source, stored ones first, new ones as they finish and are stored.
+
+    A stored result counts if it comes from the same files, recipe and code version and holds at
+    least what is asked for. Where more vectors are stored than asked for, as many are computed.
+
+    Args:
+        out: the results directory, or None to store nothing.
+        source: what to decompose.
+        settings: the options that the source was opened with; part of the run's identity.
+        top: as for `decompose`.
+        device: as for `decompose`.
+        executor: as for `decompose`.
+        budget: as `memory_budget` for `decompose`.
+
+    Raises:
+        StoreError: the directory holds results of other inputs, or cannot be written to.
+    """
+    if out is None:
+        for _, spectrum in decompose_indexed(source.deltas, top=top, device=device, executor=executor, budget=budget):
+            yield spectrum
+        return
+    store = Store(out)
+    threads = None if executor else _threads(store, source, top, device, budget)
+    store.begin(_inputs(source, settings), _details(source, top, device, threads))
+    missing: dict[int, list[int]] = {}
+    keys = [fingerprint.of_delta(delta) for delta in source]
+    for place, delta in enumerate(source):
+        if store.has(delta.name, keys[place], top, only_top=False):
+            yield store.get(delta.name)
+        else:
+            missing.setdefault(max(top or 0, store.stored_k(delta.name)), []).append(place)
+    for k, places in missing.items():
+        deltas = [source.deltas[place] for place in places]
+        found = decompose_indexed(
+            deltas, top=k or None, device=device, executor=executor, budget=budget, threads=threads
+        )
+        for index, spectrum in found:
+            store.put(spectrum, keys[places[index]])
+            yield spectrum
+    store.finish()
+
+
+def compare_into(
+    out: str | Path | None,
+    a: Source,
+    b: Source,
+    inputs: Mapping[str, Any],
+    *,
+    top: int,
+    sides: Sequence[Side],
+    **compute: Any,
+) -> Iterator[SubspaceSimilarity | NotCompared]:
+    """The comparisons of two sources, stored ones first, new ones as they finish and are stored.
+
+    Args:
+        out: the results directory, or None to store nothing.
+        a: one source.
+        b: the other.
+        inputs: what identifies the run beside the files.
+        top: as for `compare`.
+        sides: as for `compare`.
+        compute: device, executor and memory_budget, as for `compare`.
+
+    Raises:
+        StoreError: the directory holds results of other inputs, or cannot be written to.
+        SelectionError: the two share no name.
+    """
+    if out is None:
+        yield from compare(a, b, top=top, sides=sides, **compute)
+        return
+    store = Store(out)
+    files = fingerprint.of_files(a) | fingerprint.of_files(b)
+    store.begin({**inputs, "top": top, "files": files}, {"command": sys.argv, "sides": sides})
+    partners = {delta.name: delta for delta in b}
+    keys = {d.name: fingerprint.of_pair(d, partners[d.name]) for d in a if d.name in partners}
+    done: set[str] = set()
+    for name, key in keys.items():
+        found = [store.similarity_of(name, side, key) for side in sides]
+        if all(found):
+            done.add(name)
+            yield from (item for item in found if item)
+    rest = [tuple(delta for delta in source if delta.name not in done) for source in (a, b)]
+    if len(done) < len(keys) or not keys:
+        yield from _keep(store, compare(*rest, top=top, sides=sides, **compute), keys)
+    store.finish()
+
+
+def compare_stored_into(
+    out: str | Path | None,
+    a: StoredSpectra,
+    b: StoredSpectra,
+    inputs: Mapping[str, Any],
+    *,
+    top: int,
+    sides: Sequence[Side],
+) -> Iterator[SubspaceSimilarity | NotCompared]:
+    """The comparisons of the vectors that two results directories keep, stored; quick enough to do anew each time.
+
+    Args:
+        out: the results directory, or None to store nothing.
+        a: one run's spectra.
+        b: the other's.
+        inputs: what identifies the comparison.
+        top: as for `compare`.
+        sides: as for `compare`.
+
+    Raises:
+        StoreError: the directory holds results of other inputs, or cannot be written to.
+        SelectionError: the two share no name.
+    """
+    found = compare_stored(a, b, top=top, sides=sides)
+    if out is None:
+        yield from found
+        return
+    store = Store(out)
+    store.begin({**inputs, "top": top}, {"command": sys.argv, "sides": sides})
+    yield from _keep(store, found, {})
+    store.finish()
+
+
+def _keep(
+    store: Store, found: Iterable[SubspaceSimilarity | NotCompared], keys: Mapping[str, str]
+) -> Iterator[SubspaceSimilarity | NotCompared]:
+    """Store every comparison before it is passed on."""
+    for item in found:
+        if isinstance(item, SubspaceSimilarity):
+            store.put_similarity(item, keys.get(item.name, ""))
+        yield item
+
+
+def _threads(store: Store, source: Source, top: int | None, device: str, budget: int | str | None) -> int | None:
+    """Threads per matrix: as this run began, or as all of its matrices need, however many are left.
+
+    The last bits of a result depend on it, and a resumed run has to equal an undisturbed one.
+    """
+    stored = store.run().get("threads_per_matrix")
+    return int(stored) if stored else threads_for(source.deltas, top=top, device=device, budget=budget)
+
+
+def _inputs(source: Source, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "kind": source.kind,
+        "tuned": str(Path(source.tuned).resolve()),
+        "base": str(Path(source.base).resolve()) if source.base else None,
+        "options": dict(settings),
+        "files": fingerprint.of_files(source),
+    }
+
+
+def _details(source: Source, top: int | None, device: str, threads: int | None) -> dict[str, Any]:
+    import numpy
+    import torch
+
+    return {
+        "command": sys.argv,
+        "top": top,
+        "device": device,
+        "threads_per_matrix": threads,
+        "coverage": asdict(source.coverage),
+        "versions": {
+            "spectra": __version__,
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "python": platform.python_version(),
+        },
+    }

@@ -1,0 +1,383 @@
+"""Results on disk: one directory per run, written matrix by matrix, resumable, loaded lazily.
+
+    DIR/run.json              what was run on what, with which versions, and the method per matrix
+    DIR/summary.csv           one row per matrix
+    DIR/spectra/NAME.safetensors     S, and U and Vh where they were asked for, float64
+    DIR/similarity/NAME.safetensors  φ, chance and angles, for a comparison
+
+Every file is written beside its place and then renamed, so a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, overload
+from urllib.parse import quote, unquote
+
+import numpy as np
+
+from spectra import naming, text
+from spectra.errors import StoreError
+from spectra.metrics.similarity import SubspaceSimilarity
+from spectra.results import tables
+from spectra.spectrum import DONE, Spectrum
+from spectra.text import Row
+
+RUN = "run.json"
+SUMMARY = "summary.csv"
+_ARRAYS = ("S", "U", "Vh")
+_STORED = 12  # files that are opened to show a results directory
+_SIMILARITY_ARRAYS = ("grid", "chance", "angles")
+_FINAL = (*DONE, "nonfinite", "shape_mismatch", "unsupported")  # not worth trying again on the same input
+
+
+class Shelf:
+    """Named records of arrays and a small JSON object, one safetensors file each."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, name: str) -> Path:
+        """Where the record lies."""
+        return self.directory / f"{quote(name, safe='[]')}.safetensors"
+
+    def names(self) -> list[str]:
+        """The records that are there, numbers in names in numerical order."""
+        found = [unquote(file.name.removesuffix(".safetensors")) for file in self.directory.glob("*.safetensors")]
+        return sorted(found, key=_natural)
+
+    def put(self, name: str, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
+        """Write one record.
+
+        Raises:
+            StoreError: the directory cannot be written to.
+        """
+        from safetensors.numpy import save
+
+        contiguous = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+        write(self.path(name), save(contiguous, {"record": _json(record)}))
+
+    def record(self, name: str) -> dict[str, Any]:
+        """The JSON object of a record, without its arrays.
+
+        Raises:
+            StoreError: the record is missing or damaged.
+        """
+        return self._open(name, ())[1]
+
+    def get(self, name: str, only: Sequence[str] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The arrays and the JSON object of a record.
+
+        Raises:
+            StoreError: the record is missing or damaged.
+        """
+        return self._open(name, only)
+
+    def _open(self, name: str, only: Sequence[str] | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path(name)
+        try:
+            with safe_open(path, framework="np") as file:
+                keys = [key for key in file.keys() if only is None or key in only]  # noqa: SIM118
+                arrays = {key: file.get_tensor(key) for key in keys}
+                return arrays, json.loads((file.metadata() or {})["record"])
+        except (OSError, SafetensorError, KeyError, ValueError) as problem:
+            raise StoreError(f"{path} is missing or damaged ({problem}); delete it and run the command again") from None
+
+
+class Store:
+    """The results directory of one run. Only the driving process writes to it."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory).expanduser()
+        self.spectra = Shelf(self.directory / "spectra")
+        self.similarity = Shelf(self.directory / "similarity")
+
+    def run(self) -> dict[str, Any]:
+        """What `run.json` says, or {}.
+
+        Raises:
+            StoreError: it is damaged.
+        """
+        path = self.directory / RUN
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        except (OSError, ValueError) as problem:
+            raise StoreError(f"{path} is damaged ({problem}); choose another --out") from None
+
+    def begin(self, inputs: Mapping[str, Any], details: Mapping[str, Any]) -> None:
+        """Claim the directory for these inputs, or resume if it already holds their results.
+
+        Raises:
+            StoreError: it holds the results of other inputs, or cannot be written to.
+        """
+        stored = self.run()
+        before = stored.get("inputs")
+        wanted = json.loads(_json(inputs))
+        changed = _differences(before, wanted) if before is not None else []
+        if changed:
+            raise StoreError(
+                f"{self.directory} holds results of other inputs (different: {', '.join(changed)}); "
+                "nothing was changed there: choose another --out"
+            )
+        if before is None and self.spectra.names():
+            raise StoreError(f"{self.directory} holds results without a {RUN}; choose another --out")
+        started = stored.get("started") or _now()
+        wanted["files"] = {**(before or {}).get("files", {}), **wanted.get("files", {})}
+        write(self.directory / RUN, _json({"inputs": wanted, "started": started, **details}, indent=1).encode())
+
+    def has(self, name: str, key: str, top: int | None, only_top: bool) -> bool:
+        """Whether a final result for this key is stored that holds at least what is asked for."""
+        if not self.spectra.path(name).is_file():
+            return False
+        try:
+            record = self.spectra.record(name)
+        except StoreError:
+            return False  # damaged: computed again
+        if record.get("key") != key or record["status"] not in _FINAL:
+            return False
+        if record["status"] != "ok":
+            return True
+        wanted = min(top or 0, record["max_rank"])
+        return record["k"] >= wanted and (record["values"] >= record["max_rank"] or only_top)
+
+    def stored_k(self, name: str) -> int:
+        """How many vectors are stored for a matrix; 0 if what is stored is damaged."""
+        try:
+            return int(self.spectra.record(name).get("k", 0)) if self.spectra.path(name).is_file() else 0
+        except StoreError:
+            return 0
+
+    def put(self, spectrum: Spectrum, key: str = "") -> None:
+        """Store one spectrum in its final place."""
+        record = {item.name: getattr(spectrum, item.name) for item in fields(Spectrum) if item.name not in _ARRAYS}
+        record |= {"k": spectrum.k, "values": len(spectrum.S), "key": key}
+        arrays = {name: getattr(spectrum, name) for name in _ARRAYS if getattr(spectrum, name) is not None}
+        self.spectra.put(spectrum.name, arrays, record)
+
+    def get(self, name: str, vectors: bool = True) -> Spectrum:
+        """One stored spectrum, with its vectors or without reading them.
+
+        Raises:
+            StoreError: it is missing or damaged.
+        """
+        arrays, record = self.spectra.get(name, None if vectors else ("S",))
+        known = {item.name for item in fields(Spectrum)} - set(_ARRAYS)
+        given: dict[str, Any] = {**{key: value for key, value in record.items() if key in known}, **arrays}
+        return Spectrum(**given)
+
+    def similarity_of(self, name: str, side: str, key: str) -> SubspaceSimilarity | None:
+        """A stored comparison, if it was made from the same inputs."""
+        label = f"{name}.{side}"
+        if not self.similarity.path(label).is_file():
+            return None
+        try:
+            arrays, record = self.similarity.get(label)
+        except StoreError:
+            return None  # damaged: compared again
+        return _similarity(arrays, record) if record.get("key") == key else None
+
+    def put_similarity(self, similarity: SubspaceSimilarity, key: str = "") -> None:
+        """Store one comparison."""
+        record = {name: getattr(similarity, name) for name in ("name", "side", "k_used", "note", "other", "gap")}
+        arrays = {name: getattr(similarity, name) for name in _SIMILARITY_ARRAYS}
+        self.similarity.put(f"{similarity.name}.{similarity.side}", arrays, {**record, "key": key})
+
+    def similarities(self) -> list[SubspaceSimilarity]:
+        """All stored comparisons."""
+        return [_similarity(*self.similarity.get(name)) for name in self.similarity.names()]
+
+    def finish(self, details: Mapping[str, Any] | None = None) -> None:
+        """Write the tables from everything that is stored, and the methods into `run.json`."""
+        names = self.spectra.names()
+        rows = [tables.row(self.get(name, vectors=False)) | {"k": self.stored_k(name)} for name in names]
+        if rows:
+            write(self.directory / SUMMARY, tables.to_csv(rows).encode())
+        compared = [tables.similarity_row(similarity) for similarity in self.similarities()]
+        if compared:
+            write(self.directory / "similarity.csv", tables.to_csv(compared).encode())
+        run = self.run() | {"finished": _now(), "methods": {line["name"]: line["method"] for line in rows}}
+        write(self.directory / RUN, _json({**run, **(details or {})}, indent=1).encode())
+
+
+class StoredSpectra(Sequence[Spectrum]):
+    """The spectra of a results directory as a list, read one at a time; by name, too.
+
+    `run` holds what `run.json` says.
+    """
+
+    def __init__(self, directory: str | Path, names: Sequence[str] | None = None, vectors: bool = True) -> None:
+        self._store = Store(directory)
+        self._vectors = vectors
+        self.directory = self._store.directory
+        self.names = tuple(self._store.spectra.names() if names is None else names)
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """What `run.json` says."""
+        return self._store.run()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int | str) -> Spectrum: ...
+    @overload
+    def __getitem__(self, index: slice) -> StoredSpectra: ...
+    def __getitem__(self, index: int | str | slice) -> Spectrum | StoredSpectra:
+        if isinstance(index, slice):
+            return StoredSpectra(self.directory, self.names[index], self._vectors)
+        if isinstance(index, str) and index not in self.names:
+            raise KeyError(f"{index!r} is not among the {len(self)} matrices in {self.directory}")
+        return self._store.get(index if isinstance(index, str) else self.names[index], self._vectors)
+
+    def __iter__(self) -> Iterator[Spectrum]:
+        return (self._store.get(name, self._vectors) for name in self.names)
+
+    def select(self, patterns: str | Sequence[str]) -> StoredSpectra:
+        """Only the matrices that the patterns mean, as `--layer` does.
+
+        Raises:
+            SelectionError: a pattern matches nothing.
+        """
+        return StoredSpectra(self.directory, naming.select(patterns, self.names), self._vectors)
+
+    def __repr__(self) -> str:
+        return f"StoredSpectra({self.directory}, {text.contents(self.names)})"
+
+    def _repr_html_(self) -> str:
+        shown = self.names[:_STORED]
+        rows = [_stored_row(name, record) for name, record in zip(shown, map(self._header, shown), strict=True)]
+        if len(self.names) > _STORED:
+            rows.append((f"… and {len(self.names) - _STORED:,} more; spectra.summarize(…) shows all", *[""] * 6))
+        columns = ("name", "status", "shape", "‖ΔW‖_F", "rank ≤", "values", "vectors")
+        return text.page(f"StoredSpectra: {text.matrices(len(self.names))} in {self.directory}", {}, columns, rows)
+
+    def _header(self, name: str) -> dict[str, Any] | None:
+        try:
+            return self._store.spectra.record(name)
+        except StoreError:
+            return None  # shown as damaged; asking for it raises
+
+
+def _stored_row(name: str, record: Mapping[str, Any] | None) -> Row:
+    if record is None:
+        return (name, "missing or damaged", *["–"] * 5)
+    norm = record.get("norm")
+    return (
+        name,
+        record.get("status", "?"),
+        text.size(record.get("shape") or ()),
+        "–" if norm is None else f"{norm:.4g}",
+        record.get("max_rank", "–"),
+        record.get("values", "–"),
+        record.get("k", "–"),
+    )
+
+
+def save(spectra: Iterable[Spectrum], directory: str | Path) -> None:
+    """Store spectra as one run, each as soon as it comes, and write the table.
+
+    A stored result is replaced only by one that holds at least as much.
+
+    Raises:
+        StoreError: the directory cannot be written to, or holds more for one of the matrices.
+    """
+    store = Store(directory)
+    for spectrum in spectra:
+        if store.spectra.path(spectrum.name).is_file():
+            old = store.spectra.record(spectrum.name)
+            if old["k"] > spectrum.k or old["values"] > len(spectrum.S):
+                raise StoreError(
+                    f"{store.directory} holds {old['values']} values and {old['k']} vectors of {spectrum.name}, "
+                    f"more than the new {len(spectrum.S)} and {spectrum.k}; save to another directory"
+                )
+        store.put(spectrum)
+    store.finish()
+
+
+def load(directory: str | Path, *, vectors: bool = True) -> StoredSpectra:
+    """The spectra of a results directory, by index or name, read when they are asked for.
+
+    Args:
+        directory: what `save` or `spectra svd --out` made.
+        vectors: False leaves singular vectors on the disk, where most of the bytes are.
+
+    Raises:
+        StoreError: there are no results.
+    """
+    found = StoredSpectra(directory, vectors=vectors)
+    if not found.names:
+        raise StoreError(f"{directory} holds no spectra; make them with spectra svd … --out {directory}")
+    return found
+
+
+def write(path: Path, content: bytes) -> None:
+    """Put a file in its place in one step.
+
+    Raises:
+        StoreError: it cannot be written; what was there before is as it was.
+    """
+    partial = path.with_name(f".{path.name[-100:]}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as problem:
+        raise StoreError(
+            f"{path} cannot be written ({problem.strerror}); what was stored before is unharmed: "
+            "make room or choose another --out, and run the command again to go on"
+        ) from None
+
+
+def _similarity(arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> SubspaceSimilarity:
+    said = {key: value for key, value in record.items() if key != "key" and value is not None}
+    given: dict[str, Any] = said | dict(arrays)
+    return SubspaceSimilarity(**given)
+
+
+def _differences(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Which inputs differ. Other layers may lie in other files: those of before have to be as they were."""
+    changed = {key for key in {*before, *wanted} - {"files"} if before.get(key) != wanted.get(key)}
+    new = wanted.get("files", {})
+    if any(new[path] != file if path in new else not _as_it_was(path, file) for path, file in _files(before)):
+        changed.add("files")
+    return sorted(changed)
+
+
+def _files(inputs: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    files: Mapping[str, Mapping[str, Any]] = inputs.get("files", {})
+    return files.items()
+
+
+def _as_it_was(path: str, file: Mapping[str, Any]) -> bool:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    return bool((status.st_size, status.st_mtime_ns) == (file["size"], file["mtime_ns"]))
+
+
+def _json(content: Any, indent: int | None = None) -> str:
+    return json.dumps(tables.strict(content), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

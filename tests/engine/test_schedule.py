@@ -1,0 +1,120 @@
+"""The plan, without a device and without reading a tensor."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spectra.deltas.delta import WeightDelta
+from spectra.engine.decompose import decompose
+from spectra.engine.schedule import (
+    Plan,
+    Task,
+    batches,
+    flops,
+    full_rate_double,
+    memory_budget,
+    needed,
+    plan,
+    readable_size,
+    side_by_side,
+    slow_double,
+)
+from spectra.errors import SelectionError
+
+GIB = 2**30
+
+
+def _deltas(*shapes):
+    return [WeightDelta.from_tensor(str(i), torch.zeros(shape)) for i, shape in enumerate(shapes)]
+
+
+def test_longest_first_and_ties_in_input_order():
+    schedule = plan(_deltas((4, 4), (9, 9), (4, 4), (2, 30)), GIB)
+    assert [task.index for task in schedule.tasks] == [1, 2, 0, 3] or [t.index for t in schedule.tasks] == [1, 0, 2, 3]
+    work = [task.flops for task in schedule.tasks]
+    assert work == sorted(work, reverse=True)
+
+
+def test_above_the_budget_is_named_with_what_it_needs():
+    deltas = _deltas((300, 300), (3, 3))
+    found = {spectrum.name: spectrum for spectrum in decompose(deltas, memory_budget="100KB", device="cpu")}
+    assert found["0"].status == "too_large"
+    assert found["0"].reason.startswith(f"needs {readable_size(needed(deltas[0], None))}, the budget is 97.7 KiB")
+    assert found["1"].status == "unchanged"
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), max_size=12), st.integers(1, 30_000))
+def test_batches_hold_every_task_once_and_keep_to_the_budget(shapes, budget):
+    deltas = _deltas(*shapes)
+    schedule = plan(deltas, budget)
+    groups = batches(deltas, schedule, most=3)
+    indices = [task.index for batch in groups for task in batch.tasks]
+    assert sorted(indices) == sorted(task.index for task in schedule.tasks)
+    for batch in groups:
+        assert len({deltas[task.index].shape for task in batch.tasks}) == 1
+        assert len(batch.tasks) <= 3
+        assert batch.bytes <= max(budget / 2, batch.tasks[0].bytes)
+    for before, batch in pairwise(groups):
+        assert batch.ahead == (before.bytes + batch.bytes <= budget)
+
+
+@pytest.mark.parametrize("capability", [(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)])
+def test_data_centre_cards_have_full_rate_float64(capability):
+    assert full_rate_double(*capability)
+    assert slow_double(*capability) == ""
+
+
+@pytest.mark.parametrize("capability", [(5, 2), (6, 1), (7, 5), (8, 6), (8, 7), (8, 9), (10, 3), (12, 0), (99, 0)])
+def test_other_cards_and_unknown_ones_count_as_slow(capability):
+    assert not full_rate_double(*capability)
+    assert "compute capability {}.{}".format(*capability) in slow_double(*capability)
+
+
+@pytest.mark.parametrize(("budget", "cores", "expected"), [(1000, 2, 2), (1000, 9, 3), (250, 9, 2), (50, 9, 1)])
+def test_side_by_side_keeps_to_cores_matrices_and_bytes(budget, cores, expected):
+    assert side_by_side(Plan(tuple(Task(i, 1.0, 100) for i in range(3)), {}, budget), cores) == expected
+
+
+def test_more_work_costs_more():
+    small, large = _deltas((30, 40), (300, 400))
+    assert flops(small, None) < flops(large, None) < flops(large, 5)
+    assert needed(small, None) < needed(large, None)
+    refused = WeightDelta.refused("a", (3, 3), "unsupported", "no")
+    assert (flops(refused, None), needed(refused, None)) == (0, 0)
+
+
+@pytest.mark.parametrize(("text", "count"), [("1KiB", 1024), ("2 GB", 2 * 10**9), ("0.5MiB", 2**19), (77, 77)])
+def test_sizes(text, count):
+    assert memory_budget(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "4 apples", "-1GiB", "GiB"])
+def test_what_is_not_a_size(text):
+    with pytest.raises(SelectionError, match="is not a size"):
+        memory_budget(text)
+
+
+def test_the_plan_needs_no_torch():
+    code = "import sys, spectra.engine.schedule; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_reading_needs_for_a_while_counts():
+    """A recipe that decomposes its base while it is read says so, and the larger of both phases is the estimate."""
+    plain = WeightDelta.from_tensor("a", torch.zeros(64, 64))
+
+    class Greedy(type(plain.recipe)):
+        reading_bytes = 10**9
+
+    greedy = replace(plain, recipe=Greedy(**vars(plain.recipe)))
+    assert needed(greedy, None) >= 10**9 > needed(plain, None)
+    modest = replace(plain, recipe=type("Modest", (type(plain.recipe),), {"reading_bytes": 8})(**vars(plain.recipe)))
+    assert needed(modest, None) == needed(plain, None)

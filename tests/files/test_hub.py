@@ -1,0 +1,140 @@
+"""From what the user typed to a path: every route, and what is said when none leads anywhere."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+from support.checkpoints import llama_tensors, nudged, write_checkpoint
+
+import spectra
+from spectra.errors import NotFoundError, SourceError
+from spectra.files import hub
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A hub cache as huggingface_hub lays it out: snapshots of links to blobs."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def add(repo, commit, tensors, ref="main"):
+        folder = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
+        plain = write_checkpoint(tmp_path / "plain" / commit, tensors)
+        snapshot = folder / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (folder / "blobs").mkdir(exist_ok=True)
+        for file in plain.iterdir():
+            blob = folder / "blobs" / f"{commit}{file.name}"
+            blob.write_bytes(file.read_bytes())
+            (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / ref).write_text(commit)
+        return snapshot
+
+    return add
+
+
+def test_a_path_is_itself(tmp_path):
+    assert hub.resolve(tmp_path) == tmp_path
+
+
+def test_a_hub_id_is_found_in_the_cache_through_its_links(cache):
+    base = llama_tensors()
+    main = cache("org/base", "a" * 40, base)
+    old = cache("org/base", "b" * 40, nudged(base), ref="v1.0")
+    assert hub.resolve("org/base") == main
+    assert hub.resolve("org/base@v1.0") == old
+    assert hub.resolve(f"org/base@{'b' * 40}") == old
+    assert hub.resolve("org/base@bbbbbbbb") == old
+    source = spectra.open_source("org/base@v1.0", "org/base")
+    difference = nudged(base)["lm_head.weight"].double() - base["lm_head.weight"].double()
+    assert torch.equal(source["lm_head.weight"].read().to_dense(), difference)
+
+
+def test_the_built_in_aliases_name_the_llama_family(cache):
+    assert hub.resolve_alias("LLaMA-7B") == "huggyllama/llama-7b"
+    snapshot = cache("huggyllama/llama-7b", "c" * 40, llama_tensors())
+    assert hub.resolve("llama-7b") == snapshot
+
+
+def test_the_models_folder(tmp_path, monkeypatch):
+    (tmp_path / "llama-7b").mkdir()
+    monkeypatch.setenv("SPECTRA_MODELS", str(tmp_path))
+    assert hub.resolve("llama-7b") == tmp_path / "llama-7b"
+
+
+def test_the_users_aliases_come_before_the_built_in_ones(tmp_path, monkeypatch, cache):
+    config = tmp_path / "config.toml"
+    monkeypatch.setenv("SPECTRA_CONFIG", str(config))
+    (tmp_path / "mine").mkdir()
+    config.write_text(f'[aliases]\nllama-7b = "{tmp_path / "mine"}"\nother = "org/base@v2"\n')
+    assert hub.resolve("llama-7b") == tmp_path / "mine"
+    snapshot = cache("org/base", "d" * 40, llama_tensors(), ref="v2")
+    assert hub.resolve("other") == snapshot
+    config.write_text("[aliases]\nllama-7b = 3\n")
+    with pytest.raises(SourceError, match=r"config\.toml: \[aliases\]"):
+        hub.resolve("llama-7b")
+    config.write_text("[[[")
+    with pytest.raises(SourceError, match="not readable TOML"):
+        hub.resolve("llama-7b")
+
+
+def test_not_found_lists_what_was_tried():
+    with pytest.raises(NotFoundError) as caught:
+        hub.resolve("llama-7b")
+    for part in ("the path llama-7b", "config.toml", "$SPECTRA_MODELS", "huggyllama/llama-7b", "hub cache", "OFFLINE"):
+        assert part in str(caught.value)
+    with pytest.raises(NotFoundError, match=r"'no-such-thing' was not found. Tried: the path"):
+        hub.resolve("no-such-thing")
+
+
+def fake_hub(files, folder):
+    """A stand-in for huggingface_hub, which no test can reach."""
+    module = types.ModuleType("huggingface_hub")
+    module.calls = []
+    module.list_repo_files = lambda repo, revision: files
+    module.snapshot_download = lambda repo, **options: module.calls.append((repo, options)) or str(folder)
+    errors = types.ModuleType("huggingface_hub.errors")
+    errors.HfHubHTTPError = type("HfHubHTTPError", (Exception,), {})
+    errors.HFValidationError = type("HFValidationError", (Exception,), {})
+    module.errors = errors
+    return {"huggingface_hub": module, "huggingface_hub.errors": errors}
+
+
+@pytest.mark.parametrize(
+    ("files", "patterns"),
+    [
+        (["model.safetensors", "pytorch_model.bin", "modeling.py"], ["*.safetensors", "*.json"]),
+        (["pytorch_model.bin"], ["*.safetensors", "*.json", "*.bin"]),
+    ],
+)
+def test_a_download_takes_weights_and_json_only(monkeypatch, tmp_path, files, patterns):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    modules = fake_hub(files, tmp_path)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    assert hub.resolve("org/base@v1") == tmp_path
+    assert modules["huggingface_hub"].calls == [("org/base", {"revision": "v1", "allow_patterns": patterns})]
+
+
+def test_a_failed_download_is_one_message(monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    modules = fake_hub([], tmp_path)
+
+    def refuse(repo, revision):
+        raise modules["huggingface_hub.errors"].HfHubHTTPError("404 Client Error\nmore lines")
+
+    modules["huggingface_hub"].list_repo_files = refuse
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(NotFoundError, match=r"a download of org/base \(404 Client Error\)$"):
+        hub.resolve("org/base")
+
+
+def test_without_huggingface_hub_the_install_command_is_given(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(NotFoundError, match=r"weight-spectra\[hub\]"):
+        hub.resolve("org/base")
