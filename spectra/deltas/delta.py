@@ -6,11 +6,12 @@ Nothing here imports torch: listing a model touches no tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from spectra import naming, text
+from spectra.deltas.base import BaseWeight
 from spectra.deltas.forms import Form, LowRank
 from spectra.errors import SelectionError
 from spectra.files.tensors import TensorRef
@@ -55,6 +56,7 @@ class WeightDelta:
         status: "ok" until read, or why there is nothing to read.
         reason: one sentence that goes with the status.
         note: what the number stands for where that is not simply tuned − base.
+        base: where W₀ is, in the update's orientation and cut as the update is; None where no base was given.
 
     Example:
         >>> import torch
@@ -70,6 +72,7 @@ class WeightDelta:
     status: Status = "ok"
     reason: str = ""
     note: str = ""
+    base: BaseWeight | None = None
 
     @property
     def role(self) -> str:
@@ -80,6 +83,13 @@ class WeightDelta:
     def layer(self) -> int | None:
         """The index of its layer, or None."""
         return naming.layer_of(self.name)
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Every stored tensor that `read` opens, the base's weight included."""
+        of_recipe = self.recipe.refs if self.recipe is not None else ()
+        base = self.base.ref if self.base is not None and self.recipe is not None else None
+        return of_recipe if base is None or base in of_recipe else (*of_recipe, base)
 
     @property
     def factored(self) -> bool:
@@ -95,7 +105,10 @@ class WeightDelta:
         """
         if self.recipe is None:
             raise SelectionError(f"{self.name} cannot be read: {self.status}: {self.reason}")
-        return self.recipe.read(device)
+        form = self.recipe.read(device)
+        if self.base is not None and form.base_norm is None:
+            form = replace(form, base_norm=self.base.norm(device))
+        return form
 
     @classmethod
     def from_tensor(cls, name: str, matrix: Tensor) -> WeightDelta:
@@ -140,8 +153,9 @@ class WeightDelta:
             "status": text.with_reason(self.status, self.reason),
             "note": self.note,
         }
-        refs = self.recipe.refs if self.recipe else ()
-        rows = [(ref.name, ref.dtype, text.size(ref.shape), "/".join(PurePath(ref.path).parts[-2:])) for ref in refs]
+        rows = [
+            (ref.name, ref.dtype, text.size(ref.shape), "/".join(PurePath(ref.path).parts[-2:])) for ref in self.refs
+        ]
         return text.page(f"WeightDelta: {self.name}", facts, ("stored tensor", "dtype", "shape", "file"), rows)
 
 

@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from spectra.deltas.delta import Recipe
-from spectra.deltas.forms import Dense, Form, Kronecker, LowRank
+from spectra.deltas.forms import Dense, Form, LowRank
 from spectra.files.tensors import TensorRef
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _BLOCK_ENTRIES = 2**20  # of a block in which weights are subtracted: 8 MiB in float64, however wide a row is
+
+
+class FromTensors:
+    """What recipes share that are dataclasses of stored tensors: their `refs` are those of the fields, in order."""
+
+    @property
+    def factored(self) -> bool:
+        """False; a class whose ΔW always is a product of factors says `factored = True`."""
+        return False
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Every stored tensor among the fields, in tuples and in recipes that are fields; each once."""
+        found = (ref for item in fields(self) for ref in _refs(getattr(self, item.name)))  # type: ignore[arg-type]
+        return tuple(dict.fromkeys(found))
+
+
+def _refs(value: object) -> Iterator[TensorRef]:
+    if isinstance(value, TensorRef):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _refs(item)
+    elif not isinstance(value, type):
+        yield from getattr(value, "refs", ())
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,21 +80,11 @@ class InMemory:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(FromTensors):
     """ΔW = tuned − base, subtracted in float64, in which it is exact."""
 
     tuned: TensorRef
     base: TensorRef
-
-    @property
-    def factored(self) -> bool:
-        """False."""
-        return False
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """Both stored weights."""
-        return (self.tuned, self.base)
 
     @property
     def reading_bytes(self) -> int:
@@ -99,7 +115,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Term:
+class Term(FromTensors):
     """scale · diag(row_scale) · (Σ lefts) · diag(inner_scale) · core · right, one summand of an update.
 
     Attributes:
@@ -117,12 +133,6 @@ class Term:
     row_scale: TensorRef | None = None
     inner_scale: TensorRef | None = None
     core: TensorRef | None = None
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """All stored factors and scales."""
-        others = (self.row_scale, self.inner_scale, self.core)
-        return (*self.lefts, self.right, *(ref for ref in others if ref is not None))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -172,22 +182,11 @@ def _blank(shape: tuple[int, int], width: int, device: str) -> tuple[Tensor, Ten
 
 
 @dataclass(frozen=True)
-class Factors:
+class Factors(FromTensors):
     """ΔW = Σ terms, as one pair of factors [L₁ | … | L_n] · [R₁; …; R_n]."""
 
+    factored = True
     terms: tuple[Term, ...]
-    base: TensorRef | None = None  # only its norm is read
-
-    @property
-    def factored(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """All stored factors and scales."""
-        found = tuple(ref for term in self.terms for ref in term.refs)
-        return (*found, self.base) if self.base else found
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -207,7 +206,7 @@ class Factors:
             columns = slice(start, start + term.width)
             term.write(left[:, columns], right[columns])
             start += term.width
-        return LowRank(left, right, float(self.base.read_float64(device).norm()) if self.base else None)
+        return LowRank(left, right)
 
 
 def svd_bytes(m: int, n: int) -> int:
@@ -231,8 +230,8 @@ class Update(Recipe, Protocol):
 
 
 @dataclass(frozen=True)
-class OnBase:
-    """What updates share that are formed from W₀ entry by entry: its shape, full rank, and what forming them takes.
+class OnBase(FromTensors):
+    """What updates share that are formed from W₀: its shape, full rank, its norm, and what forming them takes.
 
     Attributes:
         base: W₀ (out, in).
@@ -243,18 +242,13 @@ class OnBase:
     base: TensorRef
 
     @property
-    def factored(self) -> bool:
-        """False."""
-        return False
-
-    @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return (self.base.shape[0], self.base.shape[1])
 
     @property
     def rank(self) -> int:
-        """Full."""
+        """What the rank of ΔW cannot exceed: min(out, in), unless the format says less."""
         return min(self.shape)
 
     @property
@@ -262,20 +256,27 @@ class OnBase:
         """W₀ and everything of its size on the way to ΔW."""
         return 8 * self.copies * self.base.numel
 
+    def read(self, device: str = "cpu") -> Form:
+        """Read W₀ once, for ΔW and for its norm."""
+        base = self.base.read_float64(device)
+        return replace(self.form(base), base_norm=float(base.norm()))
+
+    def form(self, base: Tensor) -> Form:
+        """ΔW from W₀ (out, in) in float64, on its device."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Placed:
-    """An update at its place in the base: those of its rows that one part of a fused weight has, and the base's norm.
+    """Those rows of an update that one part of a fused weight has.
 
     Attributes:
         whole: the update of the whole weight.
-        rows: which rows, as the view of a column of the whole's row numbers; None for all.
-        base: the base's weight, or its part; only its norm is read.
+        rows: which rows, as the view of a column of the whole's row numbers.
     """
 
     whole: Recipe
-    rows: TensorRef | None = None
-    base: TensorRef | None = None
+    rows: TensorRef
 
     @property
     def factored(self) -> bool:
@@ -284,8 +285,8 @@ class Placed:
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
-        """Those of the whole update, and the base's weight."""
-        return (*self.whole.refs, self.base) if self.base else self.whole.refs
+        """Those of the whole update."""
+        return self.whole.refs
 
     @property
     def reading_bytes(self) -> int:
@@ -294,20 +295,17 @@ class Placed:
         return needed
 
     def read(self, device: str = "cpu") -> Form:
-        """Form the whole update, keep the part."""
+        """Form the whole update and keep the part, without a norm: that of the whole base is not the part's.
+
+        Rows of a Kronecker product are no such product, and are formed.
+        """
         form = self.whole.read(device)
-        norm = float(self.base.read_float64(device).norm()) if self.base else form.base_norm
         if isinstance(form, LowRank):
-            return replace(form, left=self._part(form.left), base_norm=norm)
-        if isinstance(form, Kronecker):
-            # Rows of a product are no product: a part is formed.
-            return replace(form, base_norm=norm) if self.rows is None else Dense(self._part(form.to_dense()), norm)
-        return replace(form, matrix=self._part(form.matrix), base_norm=norm)
+            return LowRank(self._part(form.left), form.right)
+        return Dense(self._part(form.to_dense()))
 
     def _part(self, tensor: Tensor) -> Tensor:
         import torch
 
-        if self.rows is None:
-            return tensor
         numbers = torch.arange(tensor.shape[0], device=tensor.device).reshape(-1, 1)
         return tensor[self.rows.view(numbers).flatten()]

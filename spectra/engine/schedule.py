@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.products import KroneckerProduct
-from spectra.deltas.recipes import Placed
 from spectra.errors import SelectionError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -199,12 +198,11 @@ def _solving(delta: WeightDelta, top: int | None, stored: int) -> int:
 
 
 def _is_kronecker(delta: WeightDelta) -> bool:
-    recipe = delta.recipe.whole if isinstance(delta.recipe, Placed) and delta.recipe.rows is None else delta.recipe
-    return isinstance(recipe, KroneckerProduct)
+    return isinstance(delta.recipe, KroneckerProduct)
 
 
 def _refs(delta: WeightDelta) -> Sequence:
-    return delta.recipe.refs if delta.recipe is not None else ()
+    return delta.refs
 
 
 def _base_bytes(delta: WeightDelta) -> int:

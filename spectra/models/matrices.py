@@ -33,6 +33,7 @@ class Weight:
         status: the status that goes with `why`.
         skip: why it is not a matrix to analyse, "" if it is one.
         same_as: the name of the tensor that it shares its storage with.
+        stored: the tensor as it lies in the file, of which `ref` is a view.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Weight:
     status: Status = "unreadable"
     skip: str = ""
     same_as: str = ""
+    stored: TensorRef | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,7 +90,7 @@ def _of_tensor(
         return
     stacked = list(experts.unstacked(config, key, ref, split=split_experts)) if ref.is_float else []
     for expert in stacked:
-        yield expert.key, Weight(name + expert.part, expert.ref)
+        yield expert.key, Weight(name + expert.part, expert.ref, stored=ref)
     if not stacked:
         key = experts.single(config, key) or key
         yield key, _weight(config, name, ref, folder.same.get(name, ""))
@@ -101,7 +103,8 @@ def _weight(config: Mapping[str, Any], name: str, ref: TensorRef, same_as: str) 
     why = _unknown(name, ref)
     if why:
         return Weight(name, None, why, "unsupported", same_as=same_as)
-    return Weight(name, as_matrix(architectures.oriented(config, name, _positions(name, ref))), same_as=same_as)
+    matrix = as_matrix(architectures.oriented(config, name, _positions(name, ref)))
+    return Weight(name, matrix, same_as=same_as, stored=ref)
 
 
 def _not_a_matrix(name: str, ref: TensorRef) -> str:

@@ -48,7 +48,7 @@ def align(tuned: Mapping[str, Shape | None], base: Mapping[str, Shape]) -> tuple
     if best == 0 and not set(canonical) & set(bare.values()):
         raise SourceError(
             f"no weight of the tuned model is in the base: tuned has {_example(tuned)}, "
-            f"base has {_example(base)}; is --base the model that was tuned?"
+            f"base has {_example(base)}; is base= (--base) the model that was tuned?"
         )
     if "" not in winners and len(winners) > 1:
         raise SourceError(f"the tuned names fit the base in {len(winners)} ways: {'; '.join(winners)}; rename one side")

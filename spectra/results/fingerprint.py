@@ -17,7 +17,7 @@ _HEAD = 2**20
 
 def of_delta(delta: WeightDelta) -> str:
     """A key that changes with the delta's files, its recipe or the code's version."""
-    text = f"{__version__}|{delta.name}|{delta.status}|{delta.note}|{delta.recipe!r}"
+    text = f"{__version__}|{delta.name}|{delta.status}|{delta.note}|{delta.recipe!r}|{delta.base!r}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -28,7 +28,7 @@ def of_pair(a: WeightDelta, b: WeightDelta) -> str:
 
 def of_files(source: Source) -> dict[str, dict[str, Any]]:
     """Path → size, modification time and hash of the first MiB, for every file that the source reads."""
-    refs = (ref for delta in source.deltas if delta.recipe is not None for ref in delta.recipe.refs)
+    refs = (ref for delta in source.deltas for ref in delta.refs)
     return {path: _of_file(path, stamp) for path, stamp in sorted(_files(refs).items())}
 
 

@@ -55,7 +55,7 @@ def source_of(
     found = format_of(folder)
     base_folder = open_folder(hub.resolve(base)) if base is not None else None
     if base_folder is not None and base_folder.is_adapter:
-        raise SelectionError(f"{base_folder.path} is an adapter, not a base model; pass full weights as --base")
+        raise SelectionError(f"{base_folder.path} is an adapter, not a base model; pass full weights as base= (--base)")
     return found.open(folder, base_folder, split=split, heads=heads, scale=scale)
 
 

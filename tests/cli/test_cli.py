@@ -209,7 +209,7 @@ def test_inspect_reads_headers_only(llama, monkeypatch):
     monkeypatch.setattr(spectra.files.tensors.TensorRef, "read", None)
     out, _ = run("inspect", "ckpt")
     assert "checkpoint (llama)" in out
-    assert "pass --base" in out
+    assert "pass base= (--base)" in out
     out, _ = run("inspect", "ckpt", "--base", "llama-7b")
     assert "skipped: model.norm.weight: a vector, not a matrix" in out
     document = strict(run("inspect", lora_folder(llama / "a", seed=1), "--json")[0])
@@ -220,7 +220,7 @@ def test_inspect_reads_headers_only(llama, monkeypatch):
 
 MESSAGES = {
     "missing path": (["svd", "--tuned", "no/such"], 1, "'no/such' was not found. Tried:"),
-    "no base": (["svd", "--tuned", "ckpt"], 1, "pass --base"),
+    "no base": (["svd", "--tuned", "ckpt"], 1, "pass base= (--base)"),
     "wrong folder": (["svd", "--base", "llama-7b", "--tuned", "models"], 1, "did you mean one of them"),
     "no such layer": (["svd", "--base", "llama-7b", "--tuned", "ckpt", "--layer", "w_proj"], 1, "v_proj (2)"),
     "bad size": (["svd", "--base", "llama-7b", "--tuned", "ckpt", "--memory", "many"], 1, "write it as 4GiB"),

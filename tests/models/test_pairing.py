@@ -69,7 +69,7 @@ def test_a_task_model_meets_the_bare_encoder(tmp_path, prefix):
     task = prefixed(prefix, tuned) | {"classifier.weight": torch.randn(3, 8)}
     config = {"model_type": "bert"}
     if prefix[0].isdigit():  # an index is no prefix that a save adds
-        with pytest.raises(SourceError, match="is --base the model that was tuned"):
+        with pytest.raises(SourceError, match=r"is base= \(--base\) the model that was tuned"):
             compared(tmp_path, task, ENCODER, config, config)
         return
     source = compared(tmp_path / "down", task, ENCODER, config, config)

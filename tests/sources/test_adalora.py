@@ -7,6 +7,7 @@ import pickle
 import peft
 import pytest
 import torch
+from support.adapters import assert_an_unknown_tensor_is_refused
 from support.checkpoints import write_adapter
 from support.peft_oracle import assert_matches, make_oracle
 
@@ -98,6 +99,11 @@ def test_a_module_that_cannot_be_read_is_refused_and_the_others_are_done(tmp_pat
     assert source["model.layers.1.self_attn.q_proj.weight"].read().shape == (6, 5)
 
 
+def test_a_tensor_that_is_not_known_is_refused(tmp_path):
+    write_adapter(tmp_path, factors(0) | factors(1), CONFIG)
+    assert_an_unknown_tensor_is_refused(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -126,5 +132,5 @@ def test_a_missing_config_and_a_missing_lora_e_everywhere(tmp_path):
 def test_the_adapter_of_another_model_is_refused(tmp_path):
     oracle = make_oracle(tmp_path, "llama", peft.AdaLoraConfig(total_step=10, target_modules=["q_proj"]))
     other = make_oracle(tmp_path / "bert", "bert", peft.LoraConfig(r=2, target_modules=["query"]))
-    with pytest.raises(SourceError, match="is --base the model that was tuned"):
+    with pytest.raises(SourceError, match=r"is base= \(--base\) the model that was tuned"):
         spectra.open_source(oracle.adapter, other.base)

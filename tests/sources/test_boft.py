@@ -7,6 +7,7 @@ import peft.tuners.boft.layer
 import pytest
 import torch
 from support.adapters import (
+    assert_an_unknown_tensor_is_refused,
     assert_needs_the_base,
     assert_one_is_refused,
     assert_recipes_keep_their_laws,
@@ -110,6 +111,10 @@ def test_it_needs_the_base(oracle):
 def test_a_module_that_does_not_fit_is_refused(oracle, change, reason):
     damaged(oracle.adapter, change)
     assert_one_is_refused(spectra.open_source(oracle.adapter, oracle.base), reason)
+
+
+def test_a_tensor_that_is_not_known_is_refused(oracle):
+    assert_an_unknown_tensor_is_refused(oracle.adapter, oracle.base)
 
 
 def test_a_contradicting_config_is_named(oracle):

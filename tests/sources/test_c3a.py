@@ -7,6 +7,7 @@ import pickle
 import peft
 import pytest
 import torch
+from support.adapters import assert_an_unknown_tensor_is_refused
 from support.checkpoints import write_adapter
 from support.peft_oracle import assert_matches, make_oracle
 
@@ -67,6 +68,11 @@ def test_kernels_that_do_not_fit_are_refused_and_the_others_are_done(tmp_path, t
     source = spectra.open_source(tmp_path)
     assert reason in source.coverage.unsupported["model.layers.0.self_attn.q_proj.weight"]
     assert source["model.layers.1.self_attn.q_proj.weight"].read().shape == (6, 12)
+
+
+def test_a_tensor_that_is_not_known_is_refused(tmp_path):
+    write_adapter(tmp_path, kernels(0, torch.randn(2, 4, 3)) | kernels(1, torch.randn(2, 4, 3)), CONFIG)
+    assert_an_unknown_tensor_is_refused(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.adapters import (
+    assert_an_unknown_tensor_is_refused,
     assert_needs_the_base,
     assert_one_is_refused,
     assert_recipes_keep_their_laws,
@@ -94,6 +95,10 @@ def test_a_module_that_does_not_fit_is_refused(oracle, change, reason):
 def test_an_injection_that_the_config_denies(oracle):
     damaged(oracle.adapter, config={"para": True})
     assert len(spectra.open_source(oracle.adapter, oracle.base).coverage.unsupported) == 2
+
+
+def test_a_tensor_that_is_not_known_is_refused(oracle):
+    assert_an_unknown_tensor_is_refused(oracle.adapter, oracle.base)
 
 
 @pytest.mark.parametrize(

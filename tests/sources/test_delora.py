@@ -5,7 +5,15 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from support.adapters import assert_one_is_refused, assert_recipes_keep_their_laws, cast, damaged, reshaped, without
+from support.adapters import (
+    assert_an_unknown_tensor_is_refused,
+    assert_one_is_refused,
+    assert_recipes_keep_their_laws,
+    cast,
+    damaged,
+    reshaped,
+    without,
+)
 from support.peft_oracle import assert_matches, make_oracle
 
 import spectra
@@ -66,6 +74,10 @@ def oracle(tmp_path):
 def test_a_module_that_does_not_fit_is_refused(oracle, change, reason):
     damaged(oracle.adapter, change)
     assert_one_is_refused(spectra.open_source(oracle.adapter), reason)
+
+
+def test_a_tensor_that_is_not_known_is_refused(oracle):
+    assert_an_unknown_tensor_is_refused(oracle.adapter)
 
 
 @pytest.mark.parametrize(("config", "message"), [({"r": 0}, "r = 0"), ({"peft_type": "HRA"}, "those of DeLoRA")])

@@ -7,6 +7,7 @@ import pickle
 import peft
 import pytest
 import torch
+from support.adapters import assert_an_unknown_tensor_is_refused
 from support.checkpoints import write_adapter, write_checkpoint
 from support.peft_oracle import assert_matches, make_oracle
 
@@ -90,6 +91,11 @@ def test_coefficients_that_do_not_fit_are_refused(tmp_path, coefficients, config
     assert source[WEIGHT].status == "unsupported"
 
 
+def test_a_tensor_that_is_not_known_is_refused(tmp_path):
+    oracle = make_oracle(tmp_path, "llama", peft.FourierFTConfig(n_frequency=3, target_modules=["q_proj"]))
+    assert_an_unknown_tensor_is_refused(oracle.adapter, oracle.base)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -110,5 +116,5 @@ def test_the_config_and_the_base_are_needed(tmp_path):
     with pytest.raises(SourceError, match="put it back"):
         opened(tmp_path, torch.randn(3), None)
     opened(tmp_path, torch.randn(3), CONFIG)
-    with pytest.raises(BaseRequiredError, match="shapes of the weights"):
+    with pytest.raises(BaseRequiredError, match="the shapes of the weights, which ΔW needs: pass base="):
         spectra.open_source(tmp_path / "adapter")

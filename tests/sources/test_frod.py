@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.adapters import (
+    assert_an_unknown_tensor_is_refused,
     assert_needs_the_base,
     assert_one_is_refused,
     assert_recipes_keep_their_laws,
@@ -91,6 +92,18 @@ def test_without_a_shared_tensor_nothing_is_done(oracle, name):
     assert all("save_projection" in reason for reason in source.coverage.unsupported.values())
 
 
+def test_the_basis_of_a_role_without_a_module_is_no_weight(oracle):
+    file = oracle.adapter / "adapter_model.safetensors"
+    stored = load_file(file)
+    others = {n.replace("q_proj", "k_proj"): t.clone() for n, t in stored.items() if n.endswith(".self_attn_q_proj")}
+    assert len(others) == 3
+    before = spectra.open_source(oracle.adapter, oracle.base)
+    save_file(stored | others, file)
+    after = spectra.open_source(oracle.adapter, oracle.base)
+    assert [delta.name for delta in after] == [delta.name for delta in before]
+    assert str(after.coverage) == str(before.coverage)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
@@ -105,6 +118,10 @@ def test_shared_tensors_that_cannot_be_used(oracle, name, value, reason):
     found = list(spectra.decompose(spectra.open_source(oracle.adapter, oracle.base)))
     assert {spectrum.status for spectrum in found} == {"unreadable"}
     assert all(reason in spectrum.reason for spectrum in found)
+
+
+def test_a_tensor_that_is_not_known_is_refused(oracle):
+    assert_an_unknown_tensor_is_refused(oracle.adapter, oracle.base)
 
 
 def test_a_contradicting_config_is_named(oracle):

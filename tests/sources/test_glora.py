@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from support.adapters import (
+    assert_an_unknown_tensor_is_refused,
     assert_needs_the_base,
     assert_one_is_refused,
     assert_recipes_keep_their_laws,
@@ -67,6 +68,7 @@ def test_it_needs_the_base(oracle):
         (reshaped("glora_A.Xd", 16, 3), "do not fit r = 4"),
         (reshaped("glora_B.Xu", 16, 4), "do not fit r = 4"),
         (lambda t: t | {"glora_A.X": torch.ones(1)}, "not what config_A_B = 'lora' has"),
+        (lambda t: t | {"glora_C.gate": torch.ones(1)}, "glora_C.gate [1] of"),
     ],
 )
 def test_a_module_that_does_not_fit_is_refused(oracle, change, reason):
@@ -78,6 +80,10 @@ def test_a_module_that_does_not_fit_is_refused(oracle, change, reason):
 def test_a_path_that_contradicts_the_tensors(oracle, path):
     damaged(oracle.adapter, config={"config_A_B": path})
     assert len(spectra.open_source(oracle.adapter, oracle.base).coverage.unsupported) == 2
+
+
+def test_a_tensor_that_is_not_known_is_refused(oracle):
+    assert_an_unknown_tensor_is_refused(oracle.adapter, oracle.base)
 
 
 @pytest.mark.parametrize(("config", "message"), [({"r": 0}, "r = 0"), ({"peft_type": "LORA"}, "those of GLoRA")])

@@ -5,7 +5,15 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from support.adapters import assert_one_is_refused, assert_recipes_keep_their_laws, cast, damaged, reshaped, without
+from support.adapters import (
+    assert_an_unknown_tensor_is_refused,
+    assert_one_is_refused,
+    assert_recipes_keep_their_laws,
+    cast,
+    damaged,
+    reshaped,
+    without,
+)
 from support.peft_oracle import assert_matches, make_oracle
 
 import spectra
@@ -72,6 +80,10 @@ def test_a_rank_that_the_blocks_cannot_share(tmp_path):
     damaged(oracle.adapter, lambda _: odd, {"r": 3})
     reasons = spectra.open_source(oracle.adapter).coverage.unsupported
     assert "is not divisible by gralora_k" in reasons["model.layers.0.self_attn.q_proj.weight"]
+
+
+def test_a_tensor_that_is_not_known_is_refused(oracle):
+    assert_an_unknown_tensor_is_refused(oracle.adapter)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from support.adapters import (
+    assert_an_unknown_tensor_is_refused,
     assert_needs_the_base,
     assert_one_is_refused,
     assert_recipes_keep_their_laws,
@@ -67,6 +68,11 @@ def test_its_laws_and_its_base(oracle):
     ("change", "reason"),
     [
         (without("hira_A"), "hira_A is missing"),
+        (lambda t: t | {"hira_embedding_A": torch.ones(4, 16)}, "hira_embedding_B is missing"),
+        (
+            lambda t: t | {"hira_embedding_A": torch.ones(4, 16), "hira_embedding_B": torch.ones(16, 4)},
+            "of model.layers.0.self_attn.q_proj is no part of HiRA",
+        ),
         (cast(torch.uint8, "hira_B"), "not as real numbers"),
         (reshaped("hira_A", 16), "are no matrices"),
         (reshaped("hira_A", 16, 4), "cannot be multiplied"),
@@ -77,6 +83,10 @@ def test_its_laws_and_its_base(oracle):
 def test_a_module_that_does_not_fit_is_refused(oracle, change, reason):
     damaged(oracle.adapter, change)
     assert_one_is_refused(spectra.open_source(oracle.adapter, oracle.base), reason)
+
+
+def test_a_tensor_that_is_not_known_is_refused(oracle):
+    assert_an_unknown_tensor_is_refused(oracle.adapter, oracle.base)
 
 
 @pytest.mark.parametrize(("config", "message"), [({"r": "4"}, "r = '4'"), ({"peft_type": "LORA"}, "those of HiRA")])

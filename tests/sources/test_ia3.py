@@ -71,7 +71,7 @@ def test_a_recipe_survives_pickling(tmp_path):
     oracle = make_oracle(tmp_path, "llama", config)
     delta = spectra.open_source(oracle.adapter, oracle.base).deltas[0]
     assert torch.equal(pickle.loads(pickle.dumps(delta)).read().to_dense(), delta.read().to_dense())
-    with pytest.raises(BaseRequiredError, match="pass --base"):
+    with pytest.raises(BaseRequiredError, match="pass base="):
         spectra.open_source(oracle.adapter)
 
 

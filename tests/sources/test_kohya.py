@@ -1,92 +1,17 @@
-"""Flat and dotted files of the image-generation trainers, against formulas written out entry by entry."""
+"""Flat files of the image-generation trainers, against formulas written out entry by entry."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import pickle
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.pipeline import FLAT, IN, OUT, PATH, K, R, close, file, lora, only, pipeline, product, randn
 
 import spectra
 from spectra.errors import BaseRequiredError, SourceError, UnsupportedFormatError
-
-OUT, IN, R, K = 6, 5, 2, 3
-PATH = "down_blocks.0.attentions.0.to_q"
-FLAT = "lora_unet_down_blocks_0_attentions_0_to_q"
-BASE = {
-    "unet": {
-        "down_blocks.0.attentions.0.to_q.weight": (OUT, IN),
-        "down_blocks.0.attentions.0.to_out.0.weight": (IN, OUT),
-        "mid_block.conv.weight": (OUT, IN, K, K),
-        "mid_block.conv.bias": (OUT,),
-    },
-    "text_encoder": {"text_model.encoder.layers.0.self_attn.q_proj.weight": (8, 8)},
-    "text_encoder_2": {"text_model.encoder.layers.0.self_attn.q_proj.weight": (4, 4)},
-}
-
-
-def pipeline(folder):
-    """A diffusers pipeline folder, and its weights by their full names."""
-    torch.manual_seed(5)
-    folder.mkdir()
-    index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"]}
-    weights = {}
-    for component, shapes in BASE.items():
-        index[component] = ["diffusers", "Model"]
-        (folder / component).mkdir()
-        tensors = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
-        file = "diffusion_pytorch_model" if component == "unet" else "model"
-        save_file(tensors, folder / component / f"{file}.safetensors")
-        (folder / component / "config.json").write_text(json.dumps({"model_type": component}))
-        weights |= {f"{component}.{name}": tensor for name, tensor in tensors.items()}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder, weights
-
-
-def file(folder, tensors, metadata=None):
-    path = folder / "adapter.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
-    return path
-
-
-def randn(*shape):
-    return torch.randn(shape, dtype=torch.float64)
-
-
-def lora(module=FLAT, out=OUT, inside=IN, kernel=(), alpha=3.0):
-    torch.manual_seed(len(module))
-    tensors = {
-        f"{module}.lora_down.weight": randn(R, inside, *kernel),
-        f"{module}.lora_up.weight": randn(out, R, *[1 for _ in kernel]),
-    }
-    return tensors | ({f"{module}.alpha": torch.tensor(alpha)} if alpha is not None else {})
-
-
-def product(tensors, module=FLAT, s=1.5):
-    """s·up·down, one entry at a time, the kernel counted with the inputs."""
-    down = tensors[f"{module}.lora_down.weight"].flatten(1)
-    up = tensors[f"{module}.lora_up.weight"].flatten(1)
-    delta = torch.zeros(up.shape[0], down.shape[1], dtype=torch.float64)
-    for o, i, r in itertools.product(*map(range, (*delta.shape, down.shape[0]))):
-        delta[o, i] += s * up[o, r] * down[r, i]
-    return delta
-
-
-def only(source, name=None):
-    (delta,) = source
-    assert name is None or delta.name == name
-    assert torch.equal(pickle.loads(pickle.dumps(delta)).read().to_dense(), delta.read().to_dense())
-    assert len(pickle.dumps(delta)) < 4000
-    return delta
-
-
-def close(delta, expected, tolerance=1e-13):
-    actual = delta.read().to_dense()
-    assert delta.shape == tuple(actual.shape) == tuple(expected.shape)
-    assert torch.allclose(actual, expected, rtol=0, atol=tolerance * float(expected.norm()))
 
 
 def test_a_linear_layer_with_its_alpha(tmp_path):
@@ -111,7 +36,7 @@ def test_without_a_base_names_are_flat_and_a_warning_says_so(tmp_path):
     tensors = lora()
     source = spectra.open_source(file(tmp_path, tensors))
     close(only(source, f"{FLAT}.weight"), product(tensors))
-    assert any("underscores for dots: pass --base" in warning for warning in source.coverage.warnings)
+    assert any("underscores for dots: pass base= (--base)" in warning for warning in source.coverage.warnings)
 
 
 def test_a_convolution_is_out_by_inputs_and_kernel(tmp_path):
@@ -183,7 +108,7 @@ def test_an_ambiguous_flat_name_is_settled_by_the_shape_or_refused(shapes, statu
 
 def test_the_adapter_of_another_model_is_refused(tmp_path):
     base, _ = pipeline(tmp_path / "base")
-    with pytest.raises(SourceError, match="is --base the model that was tuned"):
+    with pytest.raises(SourceError, match=r"is base= \(--base\) the model that was tuned"):
         spectra.open_source(file(tmp_path, lora("lora_unet_input_blocks_1")), base)
 
 
@@ -380,88 +305,32 @@ def test_a_module_that_cannot_be_read_is_refused_and_the_others_are_done(tensors
     assert word in bad.reason
 
 
+def test_two_flat_names_of_one_weight_leave_it_without_a_number(tmp_path):
+    base, _ = pipeline(tmp_path / "base")
+    ends = "text_model_encoder_layers_0_self_attn_q_proj"
+    both = lora(f"lora_te_{ends}", 8, 8) | lora(f"lora_te1_{ends}", 8, 8)
+    (delta,) = spectra.open_source(file(tmp_path, both | lora("lora_unet_gone")), base)
+    assert delta.status == "unsupported"
+    assert f"lora_te1_{ends} and lora_te_{ends} all stand for" in delta.reason  # in the order of the file
+
+
+@pytest.mark.parametrize("ending", [".lora_xs", ".lora_down_extra.weight", ".lora_up.bias", "_gate.weight"])
+def test_a_tensor_of_a_module_that_no_rule_knows_costs_it_its_number(ending, tmp_path):
+    (delta,) = spectra.open_source(file(tmp_path, lora() | {f"{FLAT}{ending}": randn(R, R)}))
+    assert delta.status == "unsupported"
+    assert ending.strip("._").removesuffix(".weight") in delta.reason
+
+
+def test_an_alpha_beside_a_full_difference_means_nothing(tmp_path):
+    diff = randn(OUT, IN)
+    source = spectra.open_source(file(tmp_path, {f"{FLAT}.diff": diff, f"{FLAT}.alpha": torch.tensor(3.0)}))
+    close(only(source), diff)
+
+
 def test_factors_of_another_shape_than_the_weight(tmp_path):
     base, _ = pipeline(tmp_path / "base")
     (delta,) = spectra.open_source(file(tmp_path, lora(inside=IN + 1)), base)
     assert delta.status == "shape_mismatch"
-
-
-NAMES = {
-    "peft": ("unet.{}.lora_A.weight", "unet.{}.lora_B.weight"),
-    "kohya's words": ("unet.{}.lora_down.weight", "unet.{}.lora_up.weight"),
-    "lora as a child": ("unet.{}.lora.down.weight", "unet.{}.lora.up.weight"),
-    "lora_linear_layer": ("unet.{}.lora_linear_layer.down.weight", "unet.{}.lora_linear_layer.up.weight"),
-    "old processors": (
-        "unet.down_blocks.0.attentions.0.processor.to_q_lora.down.weight",
-        "unet.down_blocks.0.attentions.0.processor.to_q_lora.up.weight",
-    ),
-    "older, without a component": (
-        "down_blocks.0.attentions.0.processor.to_q_lora.down.weight",
-        "down_blocks.0.attentions.0.processor.to_q_lora.up.weight",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", NAMES)
-def test_diffusers_names(case, tmp_path):
-    base, _ = pipeline(tmp_path / "base")
-    down, up = (name.format(PATH) for name in NAMES[case])
-    plain = lora(alpha=None)
-    tensors = dict(zip((down, up), plain.values(), strict=True))
-    source = spectra.open_source(file(tmp_path, tensors), base)
-    assert source.kind == "diffusers"
-    close(only(source, f"unet.{PATH}.weight"), product(plain, s=1.0))
-    assert any("s = 1 was taken" in warning for warning in source.coverage.warnings)
-    alone = spectra.open_source(file(tmp_path, tensors), base / "unet", scale=0.5)
-    close(only(alone, f"{PATH}.weight"), product(plain, s=0.5))
-
-
-def test_the_output_of_an_old_processor_and_of_a_text_encoder(tmp_path):
-    base, _ = pipeline(tmp_path / "base")
-    plain = lora(FLAT, IN, OUT, alpha=None)
-    encoder = lora("e", 8, 8, alpha=None)
-    tensors = {
-        "unet.down_blocks.0.attentions.0.processor.to_out_lora.down.weight": plain[f"{FLAT}.lora_down.weight"],
-        "unet.down_blocks.0.attentions.0.processor.to_out_lora.up.weight": plain[f"{FLAT}.lora_up.weight"],
-        "text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.down.weight": encoder["e.lora_down.weight"],
-        "text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.up.weight": encoder["e.lora_up.weight"],
-    }
-    source = spectra.open_source(file(tmp_path, tensors), base)
-    close(source["unet.down_blocks.0.attentions.0.to_out.0.weight"], product(plain, s=1.0))
-    close(source["text_encoder.text_model.encoder.layers.0.self_attn.q_proj.weight"], product(encoder, "e", 1.0))
-
-
-def test_the_config_in_the_header(tmp_path):
-    plain = lora(alpha=None)
-    tensors = dict(zip((f"unet.{PATH}.lora_A.weight", f"unet.{PATH}.lora_B.weight"), plain.values(), strict=True))
-    config = {"unet.r": 8, "unet.lora_alpha": 3, "unet.use_rslora": True, "unet.rank_pattern": {"to_q": R}}
-    source = spectra.open_source(file(tmp_path, tensors, {"lora_adapter_metadata": json.dumps(config)}))
-    close(only(source), product(plain, s=3 / 2**0.5))
-    assert not source.coverage.warnings
-    wrong = spectra.open_source(
-        file(tmp_path, tensors, {"lora_adapter_metadata": json.dumps(config | {"unet.rank_pattern": {}})})
-    )
-    assert "the header says r = 8" in wrong.deltas[0].reason
-    with pytest.raises(SourceError, match="not a JSON object"):
-        spectra.open_source(file(tmp_path, tensors, {"lora_adapter_metadata": "[1]"}))
-
-
-def test_dora_under_diffusers_names(tmp_path):
-    base, weights = pipeline(tmp_path / "base")
-    plain = lora(alpha=None)
-    tensors = dict(zip((f"unet.{PATH}.lora_A.weight", f"unet.{PATH}.lora_B.weight"), plain.values(), strict=True))
-    magnitude = tensors[f"unet.{PATH}.lora_magnitude_vector"] = torch.rand(OUT, dtype=torch.float64)
-    weight = weights[f"unet.{PATH}.weight"]
-    merged = weight + product(plain, s=1.0)
-    delta = only(spectra.open_source(file(tmp_path, tensors), base))
-    close(delta, (magnitude / merged.norm(dim=1))[:, None] * merged - weight)
-
-
-def test_a_language_models_lora_without_a_config_is_not_taken_for_an_image_models(tmp_path):
-    names = ("transformer.h.0.attn.c_attn.lora_A.weight", "transformer.h.0.attn.c_attn.lora_B.weight")
-    path = file(tmp_path, dict(zip(names, lora(alpha=None).values(), strict=True)))
-    with pytest.raises(SourceError, match="pass --scale"):
-        spectra.open_source(path)
 
 
 def test_factors_under_other_names_are_no_checkpoint(tmp_path):

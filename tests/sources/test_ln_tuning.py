@@ -35,7 +35,7 @@ def test_a_head_saved_beside_them_is_read(tmp_path):
     assert "a vector" in source.coverage.skipped["model.layers.0.input_layernorm.weight"]
     assert len(source.coverage.skipped) == 2
     alone = spectra.open_source(tmp_path / "adapter")
-    assert "pass --base" in alone.coverage.skipped["lm_head.weight"]
+    assert "pass base=" in alone.coverage.skipped["lm_head.weight"]
 
 
 def test_biases_and_something_that_is_no_norm_are_listed(tmp_path):

@@ -181,7 +181,7 @@ def test_an_unusable_config_is_named(tmp_path, change, message):
 def test_without_a_config_the_scale_is_asked_for(tmp_path):
     tensors = factors()
     write_adapter(tmp_path, tensors, None)
-    with pytest.raises(SourceError, match="pass --scale"):
+    with pytest.raises(SourceError, match="pass scale="):
         spectra.open_source(tmp_path)
     (delta,) = spectra.open_source(tmp_path, scale=0.5)
     w1, a, b = (tensors[name].double() for name in sorted(tensors))

@@ -56,7 +56,7 @@ def test_modules_to_save_needs_the_base_and_says_so(tmp_path):
     assert "lm_head.weight" in oracle.deltas
     assert_matches(spectra.open_source(oracle.adapter, oracle.base), oracle.deltas)
     alone = spectra.open_source(oracle.adapter)
-    assert "pass --base" in alone.coverage.skipped["lm_head.weight"]
+    assert "pass base= (--base)" in alone.coverage.skipped["lm_head.weight"]
 
 
 def test_a_fused_projection_comes_in_parts_where_the_base_says_so(tmp_path):
@@ -125,7 +125,7 @@ def test_a_pattern_that_backtracks_forever_ends(tmp_path):
 def test_a_missing_config_asks_for_the_scale(tmp_path):
     tensors = factors()
     write_adapter(tmp_path, tensors, None)
-    with pytest.raises(SourceError, match=r"pass --scale"):
+    with pytest.raises(SourceError, match=r"pass scale= \(--scale\)"):
         spectra.open_source(tmp_path)
     (delta,) = spectra.open_source(tmp_path, scale=0.5)
     A, B = (tensors[name].double() for name in sorted(tensors))
@@ -173,7 +173,7 @@ def test_a_changed_base_is_said(tmp_path):
 def test_the_adapter_of_another_model_is_refused(tmp_path):
     oracle = make_oracle(tmp_path, "llama", peft.LoraConfig(r=2, target_modules=["q_proj"]))
     other = make_oracle(tmp_path / "bert", "bert", peft.LoraConfig(r=2, target_modules=["query"]))
-    with pytest.raises(SourceError, match="is --base the model that was tuned"):
+    with pytest.raises(SourceError, match=r"is base= \(--base\) the model that was tuned"):
         spectra.open_source(oracle.adapter, other.base)
 
 

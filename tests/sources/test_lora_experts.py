@@ -193,7 +193,7 @@ def test_a_square_expert_between_the_two_layouts_is_refused(tmp_path):
 
 def test_an_old_adapter_without_a_base_is_refused(tmp_path):
     adapter, _, _ = by_hand(tmp_path, 5, 7, version="0.18.1", swapped=True)
-    refused(spectra.open_source(adapter), "0.18.1", "pass --base")
+    refused(spectra.open_source(adapter), "0.18.1", "pass base= (--base)")
 
 
 def test_an_unknown_stack_of_the_base_is_refused(tmp_path):

@@ -251,7 +251,7 @@ def test_dora_over_several_pairs_is_refused_by_name(tmp_path):
 def test_without_a_config_the_scale_must_be_given(tmp_path):
     A, B = pairs()
     path = write(tmp_path, loramoe(A, B), None)
-    with pytest.raises(SourceError, match="pass --scale"):
+    with pytest.raises(SourceError, match=r"pass scale= \(--scale\)"):
         spectra.open_source(path)
     close(spectra.open_source(path, scale=2.0).deltas[0], delta(A, B, [1 / N] * N, 2.0))
 

@@ -132,7 +132,7 @@ def test_the_users_scale_wins_because_foreign_configs_are_not_to_be_trusted(tmp_
 def test_without_a_config_the_scale_must_be_given(tmp_path):
     A, B = heads_of()
     path = write(tmp_path, numbered(A, B), None)
-    with pytest.raises(SourceError, match="pass --scale"):
+    with pytest.raises(SourceError, match=r"pass scale= \(--scale\)"):
         spectra.open_source(path)
     close(spectra.open_source(path, scale=2.0).deltas[0], delta(A, B, 2.0, [1 / N] * N))
 

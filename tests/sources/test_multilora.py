@@ -74,7 +74,7 @@ def test_our_layout(scaling, with_base, tmp_path):
 def test_the_public_layout_takes_its_scale_from_the_user(prefix, tmp_path):
     parts = stacks()
     path = public(tmp_path, parts, prefix)
-    with pytest.raises(SourceError, match=r"pass --scale \(1 if it was trained with α = r\)"):
+    with pytest.raises(SourceError, match=r"pass scale= \(--scale\), which is 1 if it was trained with α = r"):
         spectra.open_source(path)
     (found,) = spectra.open_source(path, scale=0.5)
     assert found.name == f"{NAME}.weight"
@@ -139,12 +139,12 @@ def change(**changes):
         (change(A=None), {}, "A is missing"),
         (change(B=None), {}, "B is missing"),
         (change(scaling=None), {}, "scaling is missing"),
-        (change(A=randn(N, R + 1, IN)), {}, "are not (n, r, in) and (n, out, r)"),
-        (change(A=randn(R, IN)), {}, "are not (n, r, in) and (n, out, r)"),
-        (change(B=randn(N - 1, OUT, R)), {}, "are not (n, r, in) and (n, out, r)"),
-        (change(scaling=randn(N, OUT + 1)), {}, "scaling [3, 9] is none of"),
+        (change(A=randn(N, R + 1, IN)), {}, "are not (n, r, in), (n, out, r)"),
+        (change(A=randn(R, IN)), {}, "are not (n, r, in), (n, out, r)"),
+        (change(B=randn(N - 1, OUT, R)), {}, "are not (n, r, in), (n, out, r)"),
+        (change(scaling=randn(N, OUT + 1)), {}, "the scaling [3, 9] in"),
         (change(scaling=randn(1)), {}, "is none of"),
-        (change(A=torch.ones(N, R, IN, dtype=torch.int16)), {}, "not stored as real numbers"),
+        (change(A=torch.ones(N, R, IN, dtype=torch.int16)), {}, "not as real numbers"),
         (stacks(), {"r": R + 1}, "the config says r = 3"),
         (stacks(), {"num_modules": N + 1}, "is no stack of 4"),
         (
@@ -178,5 +178,5 @@ def test_what_lies_beside_the_stacks_is_accounted_for(tmp_path):
     tensors = {f"base_model.model.{NAME}.multilora_{k}": t for k, t in stacks().items()}
     tensors |= {"base_model.model.lm_head.weight": randn(32, 16), "base_model.model.lm_head.bias": randn(32)}
     source = spectra.open_source(write_adapter(tmp_path, tensors, CONFIG))
-    assert "pass --base" in source.coverage.skipped["lm_head.weight"]
+    assert "pass base= (--base)" in source.coverage.skipped["lm_head.weight"]
     assert source.coverage.skipped["lm_head.bias"] == "a bias, not a matrix"

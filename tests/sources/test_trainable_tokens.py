@@ -70,11 +70,11 @@ def test_few_rows_are_factors_and_many_are_not(tmp_path):
 
 def test_without_a_base_it_is_an_error_alone_and_a_line_beside_lora(tmp_path):
     alone = make_oracle(tmp_path / "alone", *CASES["llama"])
-    with pytest.raises(BaseRequiredError, match="pass --base"):
+    with pytest.raises(BaseRequiredError, match=r"pass base= \(--base\)"):
         spectra.open_source(alone.adapter)
     beside = make_oracle(tmp_path / "beside", *CASES["beside lora"])
     source = spectra.open_source(beside.adapter)
-    assert "pass --base" in source.coverage.skipped["model.embed_tokens.weight"]
+    assert "pass base= (--base)" in source.coverage.skipped["model.embed_tokens.weight"]
     assert len(source) == 2
 
 

@@ -41,7 +41,7 @@ def assert_recipes_keep_their_laws(source: Source, base: Path | None) -> None:
 
 def assert_needs_the_base(adapter: Path) -> None:
     """Without one there is a clear error, and no tensor was read for it."""
-    with pytest.raises(BaseRequiredError, match="pass --base"):
+    with pytest.raises(BaseRequiredError, match=r"pass base= \(--base\)"):
         spectra.open_source(adapter)
 
 
@@ -96,3 +96,14 @@ def assert_one_is_refused(source: Source, reason: str) -> None:
     assert bad[0].name in source.coverage.unsupported
     assert good
     assert all(spectrum.status == "ok" for spectrum in good)
+
+
+def assert_an_unknown_tensor_is_refused(adapter: Path, base: Path | None = None) -> None:
+    """A tensor that no format knows takes its module's number away, whether it lies under the module or beside it."""
+    file = adapter / "adapter_model.safetensors"
+    stored = load_file(file)
+    known = next(name for name in sorted(stored) if ".0." in name)
+    module, _, slot = known.partition("_proj.")
+    for extra, what in ((f"{known}_extra", f"{slot}_extra"), (f"{module}_proj_router.weight", "router.weight")):
+        save_file(stored | {extra: torch.ones(2, 3)}, file)
+        assert_one_is_refused(spectra.open_source(adapter, base), f"{what} [2, 3] of ")

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spectra.deltas.forms import Dense
 from spectra.deltas.recipes import OnBase
-from spectra.deltas.source import Source
-from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
-from spectra.sources.adapter import (
-    Slots,
-    add_modules_on_base,
-    add_rest,
-    modules_of,
-    need_base,
-    refuse_options,
-    slot_pattern,
-    unusable,
-)
+from spectra.sources.adapter import Refusal, Slots, add_modules_on_base, slot_pattern
 from spectra.sources.formats.oft import CayleyMap, rotation_minus_identity, times_blocks
 from spectra.sources.ledger import Ledger
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-KIND = "boft"
-_SLOTS = slot_pattern("boft_R|boft_s")
 
 
 @dataclass(frozen=True)
@@ -37,7 +21,6 @@ class Butterfly(OnBase):
     """ΔW = diag(s) W₀ Qᵀ − W₀ with Q = Q_N ⋯ Q₁, Qᵢ = Pᵢ bd(Rᵢ) Pᵢᵀ, Rᵢ the Cayley maps of the blocks.
 
     Attributes:
-        base: W₀ (out, in).
         blocks: (N, n, b, b), whose antisymmetric parts are mapped.
         scales: s (out,).
     """
@@ -46,14 +29,9 @@ class Butterfly(OnBase):
     blocks: TensorRef
     scales: TensorRef
 
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """W₀, the blocks and the scales."""
-        return (self.base, self.blocks, self.scales)
-
-    def read(self, device: str = "cpu") -> Dense:
+    def form(self, base: Tensor) -> Dense:
         """Turn W₀ by one factor after the other; neither a Q nor a P is formed."""
-        base = self.base.read_float64(device)
+        device = str(base.device)
         blocks = self.blocks.read_float64(device)
         factors, _, size, _ = blocks.shape
         turned = base
@@ -63,7 +41,7 @@ class Butterfly(OnBase):
             moved = times_blocks(turned[:, order.argsort()], turn.mT)
             turned = turned + moved[:, order]
         scales = self.scales.read_float64(device).reshape(-1, 1)
-        return Dense(scales * (turned - base) + (scales - 1) * base, base_norm=float(base.norm()))
+        return Dense(scales * (turned - base) + (scales - 1) * base)
 
 
 def _butterfly_order(inputs: int, size: int, level: int, device: str) -> Tensor:
@@ -77,42 +55,32 @@ def _butterfly_order(inputs: int, size: int, level: int, device: str) -> Tensor:
     return torch.cat((halves[:, 0::2], halves[:, 1::2]), 1).flatten()
 
 
-def open_boft(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
-    """Read the blocks and scales of every module.
+def read(ledger: Ledger) -> None:
+    """Enter the blocks and scales of every module.
 
     The number of factors is the tensor's: PEFT without its CUDA extension trains one whatever the config says.
-
-    Raises:
-        BaseRequiredError: there is no base.
     """
-    ledger = Ledger(tuned, base)
-    need_base(ledger, "BOFT")
-    refuse_options(ledger, heads, scale)
-    modules, rest = modules_of(ledger, _SLOTS)
-    build = partial(_butterfly, tuned.adapter_config or {}, str(tuned.path))
-    add_modules_on_base(ledger, modules, build, split=split)
-    add_rest(ledger, rest, split=split)
-    return ledger.source(KIND)
 
+    def build(module: str, slots: Slots, base: TensorRef) -> Butterfly:
+        blocks, scales = slots.real("boft_R", "boft_s")
+        if len(blocks.shape) != 4 or blocks.shape[2] != blocks.shape[3] or not blocks.numel:
+            raise Refusal(f"boft_R {list(blocks.shape)} of {module} is not (factors, blocks, size, size)")
+        factors, number, size, _ = blocks.shape
+        if number * size != base.shape[1] or scales.shape not in ((base.shape[0], 1), (1, base.shape[0])):
+            raise Refusal(
+                f"boft_R {list(blocks.shape)} and boft_s {list(scales.shape)} of {module} do not fit "
+                f"the base weight {list(base.shape)}"
+            )
+        if factors > 1 and (size % 2 or number % 2 ** (factors - 1)):
+            raise Refusal(
+                f"boft_R {list(blocks.shape)} of {module}: {factors} butterfly factors do not pair its blocks"
+            )
+        for key, there in (("boft_block_size", size), ("boft_block_num", number)):
+            said = ledger.config.get(key)
+            if isinstance(said, int) and said > 0 and said != there:
+                raise Refusal(
+                    f"the config says {key} = {said} for {module}, the tensors in {ledger.where} have {there}"
+                )
+        return Butterfly(base, blocks, scales.reshape(base.shape[0]))
 
-def _butterfly(config: Mapping[str, Any], where: str, module: str, slots: Slots, base: TensorRef) -> Butterfly | str:
-    """The factors of one module, or why there are none."""
-    why = unusable(slots, ("boft_R", "boft_s"))
-    if why:
-        return why
-    blocks, scales = slots["boft_R"], slots["boft_s"]
-    if len(blocks.shape) != 4 or blocks.shape[2] != blocks.shape[3] or not blocks.numel:
-        return f"boft_R {list(blocks.shape)} of {module} is not (factors, blocks, size, size)"
-    factors, number, size, _ = blocks.shape
-    if number * size != base.shape[1] or scales.shape not in ((base.shape[0], 1), (1, base.shape[0])):
-        return (
-            f"boft_R {list(blocks.shape)} and boft_s {list(scales.shape)} of {module} do not fit "
-            f"the base weight {list(base.shape)}"
-        )
-    if factors > 1 and (size % 2 or number % 2 ** (factors - 1)):
-        return f"boft_R {list(blocks.shape)} of {module}: {factors} butterfly factors do not pair its blocks"
-    for key, there in (("boft_block_size", size), ("boft_block_num", number)):
-        said = config.get(key)
-        if isinstance(said, int) and said > 0 and said != there:
-            return f"the config says {key} = {said} for {module}, the tensors in {where} have {there}"
-    return Butterfly(base, blocks, scales.reshape(base.shape[0]))
+    add_modules_on_base(ledger, ledger.modules(slot_pattern("boft_R|boft_s")), build)

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from spectra.deltas.source import Source
-from spectra.errors import BaseRequiredError
 from spectra.files.folder import Folder
 from spectra.models import experts, tied
 from spectra.models.matrices import Weight, stacks_experts, weights_of
@@ -15,8 +13,7 @@ from spectra.models.pairing import align
 from spectra.sources import recognised
 from spectra.sources.difference import subtract
 from spectra.sources.ledger import Ledger
-
-KIND = "checkpoint"
+from spectra.sources.targets import Target
 
 
 def matches(folder: Folder) -> bool:
@@ -24,29 +21,20 @@ def matches(folder: Folder) -> bool:
     return not folder.is_adapter and not recognised.has_factors(folder)
 
 
-def open_checkpoint(
-    tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None
-) -> Source:
+def read(ledger: Ledger) -> None:
     """Pair every weight of the tuned model with the base's.
 
     Raises:
-        BaseRequiredError: there is no base.
         SourceError: the two share no weight, or fit in several ways.
     """
-    if base is None:
-        raise BaseRequiredError(f"{tuned.path} holds full weights, so ΔW needs the model it started from: pass --base")
-    ledger = Ledger(tuned, base)
-    if scale is not None:
-        ledger.warnings.append("scale was ignored: full weights carry no scale")
-    if heads != "mean":
-        ledger.warnings.append(f"heads={heads!r} was ignored: full weights have no adapter heads")
-    pairs = _paired(ledger, tuned, base, split)
+    pairs = _paired(ledger, ledger.tuned, ledger.need_base())
     for key in pairs.base:
         _base_weight(pairs, key)
     for key in pairs.tuned:
         if key not in pairs.base:
             _tuned_weight(pairs, key)
-    return ledger.source(KIND)
+    ledger.named.update(ledger.tuned.tensors)  # each is in a pair or in the coverage
+    ledger.owners.update(dict.fromkeys(ledger.tuned.broken, ""))
 
 
 @dataclass
@@ -58,7 +46,6 @@ class _Pairs:
     base_folder: Folder
     tuned: dict[str, Weight]
     base: dict[str, Weight]
-    split: bool
     stands_for: dict[str, list[str]] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
 
@@ -66,19 +53,17 @@ class _Pairs:
         return self.base_folder.config_of(name) or self.tuned_folder.config_of(name)
 
 
-def _paired(ledger: Ledger, tuned: Folder, base: Folder, split: bool) -> _Pairs:
+def _paired(ledger: Ledger, tuned: Folder, base: Folder) -> _Pairs:
     stacked = (stacks_experts(tuned, base), stacks_experts(base, tuned))
-    apart = split or stacked[0] != stacked[1]
-    if apart and not split and any(stacked):
+    apart = ledger.split or stacked[0] != stacked[1]
+    if apart and not ledger.split and any(stacked):
         ledger.warnings.append("experts are stacked on one side only, so gate and up are reported apart")
     tuned_weights = weights_of(tuned, base, split_experts=apart)
     base_weights = weights_of(base, tuned, split_experts=apart)
     names, rule = align(_shapes(tuned_weights), _shapes(base_weights))
     if rule:
         ledger.warnings.append(rule)
-    pairs = _Pairs(
-        ledger, tuned, base, {names[key]: weight for key, weight in tuned_weights.items()}, base_weights, split
-    )
+    pairs = _Pairs(ledger, tuned, base, {names[key]: weight for key, weight in tuned_weights.items()}, base_weights)
     _note_tied(pairs)
     return pairs
 
@@ -143,10 +128,16 @@ def _with_embedding(pairs: _Pairs, name: str, key: str, head: Weight, side: str)
     other = weights[embedding]
     if other.ref is None:
         return False
-    tuned, base = (head.ref, other.ref) if side == "base" else (other.ref, head.ref)
+    tuned, base = (head, other) if side == "base" else (other, head)
     note = f"the {side} model's head is tied to {other.name}: compared with that"
-    subtract(pairs.ledger, name, tuned, base, pairs.config_of(name), pairs.split, note)
+    _subtract(pairs, name, tuned, base, note)
     return True
+
+
+def _subtract(pairs: _Pairs, name: str, tuned: Weight, base: Weight, note: str) -> None:
+    assert tuned.ref is not None
+    target = Target(base.name, base.ref, base.stored)
+    subtract(pairs.ledger, name, tuned.ref, target, pairs.config_of(name), note)
 
 
 def _pair(pairs: _Pairs, key: str, base: Weight, tuned: Weight) -> None:
@@ -170,4 +161,4 @@ def _pair(pairs: _Pairs, key: str, base: Weight, tuned: Weight) -> None:
     for side, weight in (("base", base), ("tuned", tuned)):
         if weight.same_as:
             notes.append(f"in the {side} model it is the same tensor as {weight.same_as}")
-    subtract(ledger, base.name, tuned.ref, base.ref, pairs.config_of(base.name), pairs.split, "; ".join(notes))
+    _subtract(pairs, base.name, tuned, base, "; ".join(notes))

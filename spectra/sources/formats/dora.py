@@ -20,7 +20,6 @@ class Dora(OnBase):
     """ΔW = m ∘ (W + V) / ‖W + V‖ − W, of full rank although V is not.
 
     Attributes:
-        base: W, (out, in).
         update: V, what the factors give.
         magnitude: m, one entry per row or per column in any shape. With fewer entries than columns, as
             for a convolution (out, in·kh·kw), an entry is for that many columns that lie side by side.
@@ -32,24 +31,13 @@ class Dora(OnBase):
     magnitude: TensorRef
     axis: Axis = "rows"
 
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """Those of V, the magnitude and the base's weight."""
-        own = (self.magnitude, self.base)
-        return (*(ref for ref in self.update.refs if ref != self.base), *own)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of V, which is checked against the base's."""
-        return self.update.shape
-
-    def read(self, device: str = "cpu") -> Dense:
+    def form(self, base: Tensor) -> Dense:
         """Add, normalise, rescale and subtract in float64."""
-        base = self.base.read_float64(device)
+        device = str(base.device)
         moved = base + self.update.read(device).to_dense()
         magnitude = self.magnitude.read_float64(device).reshape(-1)
         scaled = _rescaled(moved, magnitude) if self.axis == "rows" else _rescaled_columns(moved, magnitude)
-        return Dense(scaled - base, base_norm=float(base.norm()))
+        return Dense(scaled - base)
 
 
 def _rescaled(matrix: Tensor, magnitude: Tensor) -> Tensor:

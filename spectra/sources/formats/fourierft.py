@@ -7,38 +7,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from spectra.deltas.forms import Dense, LowRank
-from spectra.deltas.source import Source
+from spectra.deltas.recipes import FromTensors
 from spectra.errors import SourceError
-from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
-from spectra.sources.adapter import (
-    Slots,
-    add_modules_on_base,
-    add_rest,
-    config_of,
-    modules_of,
-    need_base,
-    real,
-    refuse_options,
-    slot_pattern,
-    unusable,
-)
+from spectra.sources.adapter import Refusal, Slots, add_modules_on_base, slot_pattern
 from spectra.sources.ledger import Ledger
-from spectra.sources.scaling import override
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KIND = "fourierft"
-_SLOTS = slot_pattern("fourierft_spectrum")
-
 
 @dataclass(frozen=True)
-class SparseSpectrum:
+class SparseSpectrum(FromTensors):
     r"""ΔW[p, q] = s/(mn) · Σ_j c_j cos(2π(u_j p/m + v_j q/n)), the real part of an inverse 2-D Fourier transform.
 
     cos(a + b) = cos a cos b − sin a sin b makes every coefficient two columns and two rows, so ΔW has
@@ -60,11 +43,6 @@ class SparseSpectrum:
     def factored(self) -> bool:
         """Whether factors are smaller than the matrix."""
         return 2 * self.coefficients.numel < min(self.shape)
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """The coefficients."""
-        return (self.coefficients,)
 
     @property
     def rank(self) -> int:
@@ -108,35 +86,24 @@ def _waves(frequencies: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def open_fourierft(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
-    """Read every module's coefficients.
+def read(ledger: Ledger) -> None:
+    """Enter the coefficients of every module; of the base, only the weights' shapes count.
 
     Raises:
-        BaseRequiredError: there is no base; the file does not hold the shapes of the weights.
-        SourceError: the config is missing or unusable.
+        SourceError: the config does not say the seed, or s.
     """
-    config = config_of(tuned, "the positions of FourierFT's coefficients")
-    s, seed = real(config, "scaling", tuned.path), config.get("random_loc_seed")
+    config = ledger.config
+    s, seed = config.real("scaling"), config.get("random_loc_seed")
     if type(seed) is not int or not -(2**63) <= seed < 2**63:
-        raise SourceError(f"{tuned.path}: random_loc_seed = {seed!r} is not a seed; mend adapter_config.json")
-    ledger = Ledger(tuned, base)
-    refuse_options(ledger, heads, scale)
-    need_base(ledger, "FourierFT", "needs the shapes of the weights, which its file does not hold")
-    modules, rest = modules_of(ledger, _SLOTS)
-    add_modules_on_base(ledger, modules, partial(_update, tuned, seed, s), split=split)
-    add_rest(ledger, rest, split=split)
-    return ledger.source(KIND)
+        raise SourceError(f"{ledger.where}: random_loc_seed = {seed!r} is not a seed; mend adapter_config.json")
 
+    def build(module: str, slots: Slots, base: TensorRef) -> SparseSpectrum:
+        (c,) = slots.real("fourierft_spectrum")
+        if len(c.shape) != 1 or not 0 < c.numel <= base.numel:
+            raise Refusal(f"fourierft_spectrum {list(c.shape)} is not a list of at most {base.numel} coefficients")
+        expected = config.override("n_frequency_pattern", module, config.get("n_frequency"))
+        if expected not in (None, c.numel):
+            raise Refusal(f"the config says n_frequency = {expected!r} for {module}, the file holds {c.numel}")
+        return SparseSpectrum(c, (base.shape[0], base.shape[1]), seed, s)
 
-def _update(tuned: Folder, seed: int, s: float, module: str, slots: Slots, base: TensorRef) -> SparseSpectrum | str:
-    why = unusable(slots, ("fourierft_spectrum",))
-    if why:
-        return why
-    c = slots["fourierft_spectrum"]
-    if len(c.shape) != 1 or not 0 < c.numel <= base.numel:
-        return f"fourierft_spectrum {list(c.shape)} is not a list of at most {base.numel} coefficients"
-    config = tuned.adapter_config or {}
-    expected = override(config, "n_frequency_pattern", module, config.get("n_frequency"), str(tuned.path))
-    if expected not in (None, c.numel):
-        return f"the config says n_frequency = {expected!r} for {module}, the file holds {c.numel}"
-    return SparseSpectrum(c, (base.shape[0], base.shape[1]), seed, s)
+    add_modules_on_base(ledger, ledger.modules(slot_pattern("fourierft_spectrum")), build)

@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, replace
 
 from spectra.deltas.forms import LowRank
-from spectra.deltas.source import Source
+from spectra.deltas.recipes import FromTensors
 from spectra.errors import SourceError
-from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
-from spectra.sources.adapter import (
-    Slots,
-    add_modules,
-    add_rest,
-    config_of,
-    count,
-    modules_of,
-    real,
-    refuse_options,
-    slot_pattern,
-    unusable,
-)
+from spectra.sources.adapter import Refusal, Slots, add_modules, slot_pattern
 from spectra.sources.ledger import Ledger
 
-KIND = "gralora"
 _BLOCKS = ("gralora_A", "gralora_B")
 _HYBRID = ("gralora_A_general", "gralora_B_general")
-_SLOTS = slot_pattern("|".join((*_HYBRID, *_BLOCKS)))
 
 
 @dataclass(frozen=True)
-class Granular:
+class Granular(FromTensors):
     """ΔW = s·(blocks + B_g A_g), block (j, n) of rank r/k: the n-th part of B_j's rows times the j-th of A_n's columns.
 
     As factors of width k·r: left bd(B_1ᵀ, …, B_kᵀ), right the columns of A sorted by output block.
@@ -45,20 +28,11 @@ class Granular:
         general: (B_g, A_g), a plain LoRA beside the blocks, or None.
     """
 
+    factored = True
     down: TensorRef
     up: TensorRef
     scale: float
     general: tuple[TensorRef, TensorRef] | None = None
-
-    @property
-    def factored(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """All factors."""
-        return (self.down, self.up, *(self.general or ()))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -68,7 +42,7 @@ class Granular:
 
     @property
     def rank(self) -> int:
-        """k·r, and the plain LoRA's."""
+        """At most k·r, and the plain LoRA's."""
         k, _, r = self.down.shape
         return min(k * r + (self.general[1].shape[0] if self.general else 0), *self.shape)
 
@@ -91,44 +65,37 @@ class Granular:
         return LowRank(self.scale * left, right)
 
 
-def open_gralora(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
-    """Read the blocks of every module.
+def read(ledger: Ledger) -> None:
+    """Enter the blocks of every module, and the plain LoRA beside them where the adapter is a hybrid."""
 
-    Raises:
-        SourceError: the config is missing, or a rank, k or α in it is no number.
-    """
-    ledger = Ledger(tuned, base)
-    refuse_options(ledger, heads, scale)
-    config = config_of(tuned, "GraLoRA")
-    modules, rest = modules_of(ledger, _SLOTS)
-    add_modules(ledger, modules, partial(_granular, config, str(tuned.path)), split=split)
-    add_rest(ledger, rest, split=split)
-    return ledger.source(KIND)
+    def build(module: str, slots: Slots) -> Granular:
+        r, k, hybrid = ledger.config.count("r"), ledger.config.count("gralora_k"), _hybrid_rank(ledger)
+        mixed = bool(hybrid or set(_HYBRID) & set(slots))
+        down, up, *plain = slots.real(*_BLOCKS, *(_HYBRID if mixed else ()))
+        if len(down.shape) != 3 or len(up.shape) != 3 or (down.shape[0], down.shape[2], *up.shape[:2]) != (k, r, k, r):
+            raise Refusal(
+                f"the config says r = {r} and gralora_k = {k} for {module}, gralora_A and gralora_B in {ledger.where} "
+                f"are {list(down.shape)} and {list(up.shape)}"
+            )
+        if r % k:
+            raise Refusal(f"r = {r} of {module} is not divisible by gralora_k = {k}")
+        granular = Granular(down, up, ledger.config.real("alpha") / (r + hybrid))
+        if not mixed:
+            return granular
+        right, left = plain
+        if right.shape != (hybrid, granular.shape[1]) or left.shape != (granular.shape[0], hybrid):
+            raise Refusal(
+                f"the config says hybrid_r = {hybrid} for {module}, the plain factors in {ledger.where} are "
+                f"{list(left.shape)} and {list(right.shape)}"
+            )
+        return replace(granular, general=(left, right))
+
+    add_modules(ledger, ledger.modules(slot_pattern("|".join((*_HYBRID, *_BLOCKS)))), build)
 
 
-def _granular(config: Mapping[str, Any], where: str, module: str, slots: Slots) -> Granular | str:
-    """The blocks of one module, or why there are none."""
-    r, k, hybrid = count(config, "r", where), count(config, "gralora_k", where), config.get("hybrid_r", 0)
+def _hybrid_rank(ledger: Ledger) -> int:
+    """The rank of the plain LoRA beside the blocks, 0 for none."""
+    hybrid = ledger.config.get("hybrid_r", 0)
     if isinstance(hybrid, bool) or not isinstance(hybrid, int) or hybrid < 0:
-        raise SourceError(f"{where}: hybrid_r = {hybrid!r} is no rank; mend adapter_config.json")
-    why = unusable(slots, (*_BLOCKS, *(_HYBRID if hybrid or set(_HYBRID) & set(slots) else ())))
-    if why:
-        return why
-    down, up = (slots[name] for name in _BLOCKS)
-    if len(down.shape) != 3 or len(up.shape) != 3 or (down.shape[0], down.shape[2], *up.shape[:2]) != (k, r, k, r):
-        return (
-            f"the config says r = {r} and gralora_k = {k} for {module}, gralora_A and gralora_B in {where} are "
-            f"{list(down.shape)} and {list(up.shape)}"
-        )
-    if r % k:
-        return f"r = {r} of {module} is not divisible by gralora_k = {k}"
-    scale = real(config, "alpha", where) / (r + hybrid)
-    if not hybrid and not set(_HYBRID) & set(slots):
-        return Granular(down, up, scale)
-    right, left = (slots[name] for name in _HYBRID)
-    if right.shape != (hybrid, k * down.shape[1]) or left.shape != (k * up.shape[2], hybrid):
-        return (
-            f"the config says hybrid_r = {hybrid} for {module}, the plain factors in {where} are {list(left.shape)} "
-            f"and {list(right.shape)}"
-        )
-    return Granular(down, up, scale, (left, right))
+        raise SourceError(f"{ledger.where}: hybrid_r = {hybrid!r} is no rank; mend adapter_config.json")
+    return hybrid

@@ -12,16 +12,16 @@ import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from spectra.deltas.recipes import Term
 from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
 from spectra.models import experts, renames
 from spectra.models.architectures import Cut, model_type, repeated
-from spectra.sources.adapter import Slots, Target, add_factored, align_file, unusable
+from spectra.sources.adapter import Refusal, Slots, Target, add_factored
+from spectra.sources.config import Config
 from spectra.sources.ledger import Ledger
-from spectra.sources.scaling import scaling
+from spectra.sources.targets import align_file
 
 # Architectures that store an expert as (in, out) and tell PEFT so, which then takes A and B the right way round.
 _TOLD_PEFT = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
@@ -69,7 +69,7 @@ class _Stored:
     transposed: bool = False
 
 
-def parameters_of(config: Mapping[str, Any], module: str) -> list[str]:
+def parameters_of(config: Config, module: str) -> list[str]:
     """The parameters of a module that `target_parameters` means, by PEFT's rule: a suffix of whole words."""
     listed = config.get("target_parameters")
     owner = owner_of(module)
@@ -90,43 +90,35 @@ def owner_of(module: str) -> str:
     return re.sub(r"\.base_layer(?=\.|$)", "", module)
 
 
-def add_stacks(ledger: Ledger, config: Mapping[str, Any], modules: Mapping[str, Slots], *, split: bool) -> None:
+def add_stacks(ledger: Ledger, modules: Mapping[str, Slots]) -> None:
     """Enter every expert's ΔW for modules whose parameters are named in `target_parameters`."""
     owners: dict[str, dict[int, Slots]] = {}
     for module, slots in modules.items():
         owners.setdefault(owner_of(module), {})[module.count(".base_layer")] = slots
-    wanted = {owner: parameters_of(config, owner) for owner in owners}
-    stored = _stored(ledger, wanted, split)
+    wanted = {owner: parameters_of(ledger.config, owner) for owner in owners}
+    stored = _stored(ledger, wanted)
     for owner, by_depth in owners.items():
-        levels = [_level(by_depth[depth]) for depth in sorted(by_depth, reverse=True)]  # the first parameter is inside
-        bad = next((level for level in levels if isinstance(level, str)), "")
-        good = [level for level in levels if isinstance(level, _Level)]
-        chosen = bad or _assign(ledger, config, good, wanted[owner], stored.get(owner, {}))
-        if isinstance(chosen, str):
-            ledger.refuse(f"{owner}.{'+'.join(wanted[owner])}", (), "unsupported", chosen)
-            continue
-        for parameter, level in chosen.items():
-            why = _add(ledger, config, f"{owner}.{parameter}", level, stored.get(owner, {}).get(parameter))
-            if why:
-                ledger.refuse(f"{owner}.{parameter}", (), "unsupported", why)
+        with ledger.attempt(f"{owner}.{'+'.join(wanted[owner])}"):
+            levels = [_level(by_depth[depth]) for depth in sorted(by_depth, reverse=True)]  # the first is inside
+            chosen = _assign(ledger, levels, wanted[owner], stored.get(owner, {}))
+            for parameter, level in chosen.items():
+                with ledger.attempt(f"{owner}.{parameter}"):
+                    _add(ledger, f"{owner}.{parameter}", level, stored.get(owner, {}).get(parameter))
 
 
-def _level(slots: Slots) -> _Level | str:
+def _level(slots: Slots) -> _Level:
     odd = sorted(set(slots) - {"lora_A", "lora_B"})
     if odd:
-        return f"{odd[0]} beside the factors of a stacked parameter is not known"
-    why = unusable(slots, ("lora_A", "lora_B"))
-    if why:
-        return why
-    down, up = slots["lora_A"], slots["lora_B"]
+        raise Refusal(f"{odd[0]} beside the factors of a stacked parameter is not known")
+    down, up = slots.real("lora_A", "lora_B")
     if len(down.shape) != 2 or len(up.shape) != 2 or up.shape[1] != down.shape[0]:
-        return f"lora_A {list(down.shape)} and lora_B {list(up.shape)} cannot be multiplied"
+        raise Refusal(f"lora_A {list(down.shape)} and lora_B {list(up.shape)} cannot be multiplied")
     if not down.numel or not up.numel:
-        return f"lora_A {list(down.shape)} and lora_B {list(up.shape)} are empty"
+        raise Refusal(f"lora_A {list(down.shape)} and lora_B {list(up.shape)} are empty")
     return _Level(down, up)
 
 
-def _stored(ledger: Ledger, wanted: Mapping[str, list[str]], split: bool) -> dict[str, dict[str, _Stored]]:
+def _stored(ledger: Ledger, wanted: Mapping[str, list[str]]) -> dict[str, dict[str, _Stored]]:
     """owner → parameter → where the base has it; empty without a base."""
     base = ledger.base
     if base is None or not wanted:
@@ -138,7 +130,7 @@ def _stored(ledger: Ledger, wanted: Mapping[str, list[str]], split: bool) -> dic
     found: dict[str, dict[str, _Stored]] = {}
     for own in full:
         owner, _, parameter = own.rpartition(".")
-        item = stacks.get(names[own]) or _together(base, names[own], split)
+        item = stacks.get(names[own]) or _together(base, names[own], ledger.split)
         if item is not None:
             found.setdefault(owner, {})[parameter] = item
     return found
@@ -150,7 +142,7 @@ def _together(base: Folder, name: str, split: bool) -> _Stored | None:
     if ref is None:
         return None
     if len(ref.shape) == 2 and not experts.is_stacked(config, name):
-        return _Stored((ref.shape[0], ref.shape[1]), ((_Piece(Target(name, ref)),),))
+        return _Stored((ref.shape[0], ref.shape[1]), ((_Piece(Target(name, ref, ref)),),))
     kind = model_type(config, name)
     layout = experts.STACKS.get(kind)
     if layout is None or len(ref.shape) != 3 or not ref.numel:
@@ -161,8 +153,8 @@ def _together(base: Folder, name: str, split: bool) -> _Stored | None:
         rows = matrix.shape[0]
         groups = rows // 2 if layout.interleaved else 1
         halves = repeated(rows, groups, {"gate": 1, "up": 1}) if split and name.endswith("gate_up_proj") else {}
-        pieces = [_Piece(Target(f"{name}[{index}][{half}]", cut(matrix)), cut) for half, cut in halves.items()]
-        members.append(tuple(pieces) or (_Piece(Target(f"{name}[{index}]", matrix)),))
+        pieces = [_Piece(Target(f"{name}[{index}][{half}]", cut(matrix), ref), cut) for half, cut in halves.items()]
+        members.append(tuple(pieces) or (_Piece(Target(f"{name}[{index}]", matrix, ref)),))
     return _Stored((ref.shape[1], ref.shape[2]), tuple(members), kind, layout.transposed)
 
 
@@ -176,7 +168,7 @@ def _apart(base: Folder) -> dict[str, _Stored]:
             continue
         index, part, _ = key.rsplit(".", 3)[1:]
         stack = renames.current(base.config_of(name), stack)
-        found.setdefault(stack, {}).setdefault(int(index), {})[part] = Target(name, ref)
+        found.setdefault(stack, {}).setdefault(int(index), {})[part] = Target(name, ref, ref)
     stacks = {}
     for stack, members in found.items():
         parts = _PARTS[stack.rpartition(".")[2]]
@@ -214,21 +206,19 @@ def _size(pieces: tuple[_Piece, ...]) -> tuple[int, int]:
 
 
 def _assign(
-    ledger: Ledger,
-    config: Mapping[str, Any],
-    levels: list[_Level],
-    wanted: list[str],
-    stored: Mapping[str, _Stored],
-) -> dict[str, _Level] | str:
-    """parameter → its factors, or why that cannot be known."""
+    ledger: Ledger, levels: list[_Level], wanted: list[str], stored: Mapping[str, _Stored]
+) -> dict[str, _Level]:
+    """parameter → its factors; refused where that cannot be known."""
     if ledger.base is None:
-        if _swapped(config) is not False:
-            version = config.get("peft_version") or "0.17 or older"
-            return f"PEFT {version} may have swapped in and out of the factors of stacked parameters: pass --base"
+        if _swapped(ledger.config) is not False:
+            version = ledger.config.get("peft_version") or "0.17 or older"
+            raise Refusal(
+                f"PEFT {version} may have swapped in and out of the factors of stacked parameters: pass base= (--base)"
+            )
         return _assign_alone(levels, wanted)
     there = [parameter for parameter in wanted if parameter in stored]
     if len(there) != len(levels):
-        return f"{len(levels)} pairs of factors for the parameters {wanted}, of which the base has {there}"
+        raise Refusal(f"{len(levels)} pairs of factors for the parameters {wanted}, of which the base has {there}")
     fitting = [
         order
         for order in itertools.permutations(there)
@@ -237,11 +227,11 @@ def _assign(
     if len(fitting) != 1:
         shapes = {parameter: list(stored[parameter].size) for parameter in there}
         sizes = [f"A {list(level.down.shape)}, B {list(level.up.shape)}" for level in levels]
-        return f"the factors {'; '.join(sizes)} fit the parameters {shapes} in {len(fitting)} ways"
+        raise Refusal(f"the factors {'; '.join(sizes)} fit the parameters {shapes} in {len(fitting)} ways")
     return dict(zip(fitting[0], levels, strict=True))
 
 
-def _assign_alone(levels: list[_Level], wanted: list[str]) -> dict[str, _Level] | str:
+def _assign_alone(levels: list[_Level], wanted: list[str]) -> dict[str, _Level]:
     """The same without a base: certain for one parameter, and for the two halves of an MLP by their shapes."""
     if len(levels) == len(wanted) == 1:
         return {wanted[0]: levels[0]}
@@ -249,14 +239,17 @@ def _assign_alone(levels: list[_Level], wanted: list[str]) -> dict[str, _Level] 
         first, last = levels
         if first.size[0] == 2 * last.size[1] and first.size[1] == last.size[0]:
             return {"gate_up_proj": first, "down_proj": last}
-    return f"the file does not say which of its {len(levels)} pairs of factors is for which of {wanted}: pass --base"
+    raise Refusal(
+        f"the file does not say which of its {len(levels)} pairs of factors is for which of {wanted}: "
+        "pass base= (--base)"
+    )
 
 
 def _fits(level: _Level, stored: _Stored) -> bool:
     return stored.size in (level.size, level.size[::-1]) and level.down.shape[0] % len(stored.experts) == 0
 
 
-def _swapped(config: Mapping[str, Any]) -> bool | None:
+def _swapped(config: Config) -> bool | None:
     """Whether the adapter is from a PEFT that swapped in and out of 3-D parameters; None where that is not known."""
     found = re.match(r"(\d+)\.(\d+)(?:\.\d+)?(\.?dev)?", str(config.get("peft_version") or "0.17"))
     if found is None or (found[3] and (int(found[1]), int(found[2])) == _SWAPPED_UNTIL):
@@ -264,7 +257,7 @@ def _swapped(config: Mapping[str, Any]) -> bool | None:
     return (int(found[1]), int(found[2])) <= _SWAPPED_UNTIL
 
 
-def _crossed(config: Mapping[str, Any], level: _Level, stored: _Stored) -> bool | None:
+def _crossed(config: Config, level: _Level, stored: _Stored) -> bool | None:
     """Whether ΔW in Linear orientation is (B·A)ᵀ; None where that cannot be known."""
     crossed: bool | None = stored.size != level.size
     if level.size[0] == level.size[1]:
@@ -273,17 +266,18 @@ def _crossed(config: Mapping[str, Any], level: _Level, stored: _Stored) -> bool 
     return None if crossed is None else crossed != stored.transposed
 
 
-def _add(ledger: Ledger, config: Mapping[str, Any], name: str, level: _Level, stored: _Stored | None) -> str:
-    """Enter the ΔW of every expert of one parameter, or say why it cannot be formed."""
-    where = str(ledger.tuned.path)
-    s, rank = scaling(config, name, where)
+def _add(ledger: Ledger, name: str, level: _Level, stored: _Stored | None) -> None:
+    """Enter the ΔW of every expert of one parameter."""
+    s, rank = ledger.config.scaling(name)
     rows = level.down.shape[0]
     count = len(stored.experts) if stored else rows // rank
     if rows != rank * count or not count:
-        return f"the config says r = {rank} for {name}, the factors in {where} have {rows} rows for {count} experts"
-    crossed = _crossed(config, level, stored) if stored else False
+        there = f"the factors in {ledger.where} have {rows} rows for {count} experts"
+        raise Refusal(f"the config says r = {rank} for {name}, {there}")
+    crossed = _crossed(ledger.config, level, stored) if stored else False
     if crossed is None:
-        return f"PEFT {config.get('peft_version')} is between two layouts, and a square expert does not show which"
+        version = ledger.config.get("peft_version")
+        raise Refusal(f"PEFT {version} is between two layouts, and a square expert does not show which")
     for index in range(count):
         down = level.down.rows(index * rank, (index + 1) * rank)
         up = level.up.reshape(level.up.shape[0], rank, count).permute(2, 0, 1).item(index)
@@ -291,5 +285,4 @@ def _add(ledger: Ledger, config: Mapping[str, Any], name: str, level: _Level, st
         alone = (_Piece(Target(name if count == 1 else f"{name}[{index}]")),)
         for piece in stored.experts[index] if stored else alone:
             left = piece.cut(term.lefts[0]) if piece.cut else term.lefts[0]
-            add_factored(ledger, piece.target, [replace(term, lefts=(left,))], split=False)
-    return ""
+            add_factored(ledger, piece.target, [replace(term, lefts=(left,))], whole=True)

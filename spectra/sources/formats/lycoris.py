@@ -1,4 +1,4 @@
-"""One module of a kohya, LyCORIS, ComfyUI or diffusers file: its tensors, whatever the names before them, to its ΔW.
+"""What kohya's, LyCORIS', ComfyUI's and diffusers' files share: a module's tensors, whatever its name, to its ΔW.
 
 s = α/r where α is stored as a tensor beside the factors; it is read with them, not when the file is listed.
 Reference: Yeh et al. 2024 (LyCORIS), §3; Hu et al. 2021 (LoRA), §4.1.
@@ -7,33 +7,46 @@ Reference: Yeh et al. 2024 (LyCORIS), §3; Hu et al. 2021 (LoRA), §4.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 from spectra.deltas.forms import Dense, Form, Kronecker, LowRank
 from spectra.deltas.products import HadamardProduct, KroneckerProduct, Product
-from spectra.deltas.recipes import Factors, Term, Update
+from spectra.deltas.recipes import Factors, FromTensors, Term, Update
 from spectra.errors import SourceError
 from spectra.files.tensors import TensorRef
 from spectra.models.matrices import as_matrix
-from spectra.sources.adapter import Slots, unusable
+from spectra.models.pairing import unwrap
+from spectra.sources.adapter import Refusal, Slots, Target, add_update
 from spectra.sources.formats.dora import Axis, Dora
-from spectra.sources.formats.loha import cp_product
+from spectra.sources.formats.loha import cp_product, hadamard_product
+from spectra.sources.ledger import Ledger
+from spectra.sources.targets import weight_targets
 
+# What LyCORIS calls the tensors of a module, as a regular expression.
+NAMES = (
+    r"hada_[wt][12](?:_[ab])?|lokr_w[12](?:_[ab])?|lokr_t2|alpha|dora_scale|diff|diff_b|w_norm|b_norm"
+    r"|oft_diag|oft_blocks|on_input"
+)
 # What a module's tensors are called, and what is left of that: down and up are A and B in PEFT's words.
 _SAME = {
     "lora_A": "down", "lora_B": "up", "lora_down": "down", "lora_up": "up", "lora.down": "down", "lora.up": "up",
     "lora_linear_layer.down": "down", "lora_linear_layer.up": "up", "lora_mid": "mid",
     "lora_magnitude_vector": "dora_scale",
 }  # fmt: skip
+_KNOWN = re.compile(rf"down|up|mid|{NAMES}")
 _LORA, _HADA = ("down", "up"), ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _VECTORS = ("diff_b", "w_norm", "b_norm")
 # Suffixes of other algorithms of LyCORIS, refused by name.
 _OTHER = {"oft_diag": "OFT", "oft_blocks": "OFT or BOFT", "a1": "GLoRA", "on_input": "(IA)³"}
+_OF_THE_LAYER = (".weight", ".base_layer.weight")  # after a module's path: what it adapts, and no part of the adapter
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(FromTensors):
     """α · V for an α that is stored as a tensor with one entry."""
 
     update: Update
@@ -43,11 +56,6 @@ class Scaled:
     def factored(self) -> bool:
         """As V."""
         return self.update.factored
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """Those of V, and α."""
-        return (*self.update.refs, self.alpha)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,20 +85,10 @@ class Scaled:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """ΔW as it lies in the file."""
+class Stored(FromTensors):
+    """ΔW as it lies in the file, of full rank for all that is known."""
 
     matrix: TensorRef
-
-    @property
-    def factored(self) -> bool:
-        """False."""
-        return False
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """The matrix."""
-        return (self.matrix,)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -107,6 +105,20 @@ class Stored:
         return Dense(self.matrix.read_float64(device))
 
 
+class Part(NamedTuple):
+    """Where a tensor of a file belongs.
+
+    Attributes:
+        path: what stands before the tensor's own part in its name.
+        module: the module that this is.
+        slot: what the tensor is there; see `slot`.
+    """
+
+    path: str
+    module: str
+    slot: str
+
+
 def slot(suffix: str) -> str:
     """A tensor's part in its module, from what comes after the module's name.
 
@@ -117,108 +129,178 @@ def slot(suffix: str) -> str:
     return _SAME.get(bare, bare)
 
 
-def is_vector(name: str) -> bool:
-    """Whether the slot holds a bias or a norm's weight rather than a part of a matrix."""
-    return name in _VECTORS
+def grouped(ledger: Ledger, part: Callable[[str], Part | None]) -> dict[str, Slots]:
+    """module → slot → reference; what is no part of a module, or cannot be read, is accounted for.
+
+    A tensor of unknown meaning under a module's path is counted with that module, so that `build` refuses it.
+    """
+    tuned = ledger.tuned
+    parts = {name: part(name) for name in (*tuned.tensors, *tuned.broken)}
+    paths = {found.path: found.module for found in parts.values() if found and _KNOWN.fullmatch(found.slot)}
+    modules: dict[str, Slots] = {}
+    lost: dict[str, str] = {}
+    for name, own in parts.items():
+        found = own if own and own.path in paths else _under_a_path(unwrap(name), paths) or own
+        if found is not None and name in tuned.broken:
+            ledger.owners[name], lost[found.module] = found.module, tuned.broken[name]
+        elif found is not None and found.slot in _VECTORS:
+            ledger.skip(name, "the change of a bias or a norm, not a matrix")
+        elif found is not None:
+            ledger.owners[name] = found.module
+            modules.setdefault(found.module, Slots())[found.slot] = tuned.tensors[name]
+        elif name in tuned.tensors and not name.endswith(".bias"):
+            ledger.skip(name, "no part of an adapter that is known")
+    for module, why in lost.items():
+        modules.pop(module, None)
+        ledger.refuse(f"{module}.weight", (), "unreadable", why)
+    return modules
 
 
-def build(slots: Slots, scale_of: Callable[[int], float | str]) -> Update | str:
-    """The update of one module before any DoRA, or why there is none.
+def _under_a_path(name: str, paths: Mapping[str, str]) -> Part | None:
+    """The module under whose path a tensor of unknown meaning lies, if any; a layer's own parameters mean nothing."""
+    for path in sorted(paths, key=len, reverse=True):
+        rest = name.removeprefix(path)
+        if name.startswith((f"{path}.", f"{path}_")) and rest not in _OF_THE_LAYER and not rest.endswith(".bias"):
+            return Part(path, paths[path], rest)  # as it is, lest it be taken for a slot that is known
+    return None
+
+
+def add(
+    ledger: Ledger,
+    modules: Mapping[str, Slots],
+    names: Mapping[str, str],
+    scale_of: Callable[[str, bool, int], float],
+) -> None:
+    """Enter the modules under their weights' names.
+
+    Args:
+        ledger: the account.
+        modules: module → its tensors.
+        names: module → its weight's name; a module that has none was accounted for when names were looked up.
+        scale_of: s of a module without a stored α, from its name, whether it is a convolution, and its rank.
+
+    Raises:
+        BaseRequiredError: a module has a DoRA magnitude, and there is no base.
+    """
+    updates: dict[str, tuple[Update, TensorRef | None]] = {}
+    for module, name in names.items():
+        slots = modules[module]
+        try:
+            update = build(slots, partial(scale_of, module, _is_convolution(slots)))
+        except Refusal as why:
+            ledger.refuse(name, (), why.status, f"{module}: {why}")
+        else:
+            updates[name] = (update, slots.get("dora_scale"))
+    if any(magnitude is not None for _, magnitude in updates.values()):
+        ledger.need_base("ΔW of DoRA depends on the base weights")
+    # LyCORIS stores an α where nothing is factored, too: no recipe reads it.
+    ledger.use(slots["alpha"] for slots in modules.values() if "alpha" in slots)
+    for name, target in weight_targets(ledger, {name: update.shape for name, (update, _) in updates.items()}).items():
+        update, magnitude = updates[name]
+        with ledger.attempt(target.name, update.shape):
+            add_update(ledger, target, update if magnitude is None else _rescaled(update, magnitude, target))
+
+
+def say_scale(ledger: Ledger, modules: Mapping[str, Slots], *, header: bool) -> None:
+    """Warnings on where s came from, where that is not a stored α; `header` says whether the file's header has one."""
+    bare = [module for module, slots in modules.items() if "alpha" not in slots and slots.keys() != {"diff"}]
+    if bare and not header and ledger.scale is None:
+        ledger.warnings.append(
+            f"{len(bare)} modules, such as {bare[0]}, store no α: s = 1 was taken, or pass scale= (--scale)"
+        )
+    if ledger.scale is not None and (header or not bare):
+        ledger.warnings.append("scale was ignored where the file says α")
+
+
+def build(slots: Slots, scale_of: Callable[[int], float]) -> Update:
+    """The update of one module before any DoRA.
 
     Args:
         slots: slot → reference.
-        scale_of: s for a rank r, for a module without a stored α; or why it is not known.
+        scale_of: s for a rank r, for a module without a stored α.
+
+    Raises:
+        Refusal: the tensors are no module that is known, do not fit, or s is not known.
     """
-    rest = {name: ref for name, ref in slots.items() if name not in ("alpha", "dora_scale")}
+    rest = Slots({name: ref for name, ref in slots.items() if name not in ("alpha", "dora_scale")})
     if not rest:
-        return f"{', '.join(slots)} without the factors"
-    found = _body(rest)
-    if isinstance(found, str):
-        return found
-    update, rank = found
+        raise Refusal(f"{', '.join(slots)} without the factors")
+    update, rank = _body(rest)
     alpha = slots.get("alpha")
     if rank is None:  # nothing was factored: LyCORIS trains with α = r then, and the stored α means nothing
         return update
     if alpha is None:
-        s = scale_of(rank)
-        return s if isinstance(s, str) else _times(update, s)
+        return _times(update, scale_of(rank))
     if alpha.numel != 1 or not alpha.is_float:
-        return f"alpha is {list(alpha.shape)} of {alpha.dtype}, not one real number"
+        raise Refusal(f"alpha is {list(alpha.shape)} of {alpha.dtype}, not one real number")
     return Scaled(_times(update, 1.0 / rank), alpha)
 
 
-def _body(slots: Slots) -> tuple[Update, int | None] | str:
-    """The update for s = 1 and its r, None where s is 1 whatever α is; or what is wrong."""
+def _is_convolution(slots: Slots) -> bool:
+    down = slots.get("down")
+    return "mid" in slots or (down is not None and math.prod(down.shape[2:]) > 1)
+
+
+def _body(slots: Slots) -> tuple[Update, int | None]:
+    """The update for s = 1 and its r, None where s is 1 whatever α is."""
     names = set(slots)
-    why = unusable(slots, slots)
-    if why:
-        return why
+    slots.real(*slots)
     for other, title in _OTHER.items():
         if other in names:
-            return f"{other} is a part of LyCORIS' {title}, which is not supported"
+            raise Refusal(f"{other} is a part of LyCORIS' {title}, which is not supported")
     if names <= {*_LORA, "mid"}:
         return _lora(slots)
     if names <= {*_HADA, "hada_t1", "hada_t2"}:
-        return _loha(slots)
+        return hadamard_product(slots), slots["hada_w1_b"].shape[0]
     if all(name.startswith("lokr_") for name in names):
         return _lokr(slots)
     if names == {"diff"}:
         matrix = as_matrix(slots["diff"])
-        return "diff is no matrix" if len(matrix.shape) != 2 else (Stored(matrix), None)
-    return f"the tensors {', '.join(sorted(names))} are no module that is known"
+        if len(matrix.shape) != 2:
+            raise Refusal("diff is no matrix")
+        return Stored(matrix), None
+    raise Refusal(f"the tensors {', '.join(sorted(names))} are no module that is known")
 
 
-def _lora(slots: Slots) -> tuple[Update, int] | str:
+def _lora(slots: Slots) -> tuple[Update, int]:
     missing = [name for name in _LORA if name not in slots]
     if missing:
-        return f"lora_{missing[0]} is missing in {next(iter(slots.values())).path}"
+        raise Refusal(f"lora_{missing[0]} is missing in {next(iter(slots.values())).path}")
     down, up, mid = slots["down"], slots["up"], slots.get("mid")
     shapes = f"lora_down {list(down.shape)} and lora_up {list(up.shape)}"
     if len(down.shape) < 2 or len(up.shape) < 2 or not down.numel or math.prod(up.shape[2:]) != 1:
-        return f"{shapes} are no factors"
+        raise Refusal(f"{shapes} are no factors")
     if mid is None:
         if up.shape[1] != down.shape[0]:
-            return f"{shapes} cannot be multiplied"
+            raise Refusal(f"{shapes} cannot be multiplied")
         return Factors((Term((as_matrix(up),), as_matrix(down)),)), down.shape[0]
     if len(mid.shape) < 3 or mid.shape[:2] != (up.shape[1], down.shape[0]) or math.prod(down.shape[2:]) != 1:
-        return f"{shapes} do not fit lora_mid {list(mid.shape)}"
+        raise Refusal(f"{shapes} do not fit lora_mid {list(mid.shape)}")
     return Factors((Term((as_matrix(up),), as_matrix(down), core=mid),)), down.shape[0]
 
 
-def _loha(slots: Slots) -> tuple[Update, int] | str:
-    cores = ("hada_t1", "hada_t2") if slots.keys() & {"hada_t1", "hada_t2"} else ()
-    why = unusable(slots, (*_HADA, *cores))
-    if why:
-        return why
-    first, second = (cp_product(slots[f"hada_w{i}_a"], slots[f"hada_w{i}_b"], slots.get(f"hada_t{i}")) for i in (1, 2))
-    found = HadamardProduct(first, second)
-    return found.fault or (found, slots["hada_w1_b"].shape[0])
-
-
-def _lokr(slots: Slots) -> tuple[Update, int | None] | str:
+def _lokr(slots: Slots) -> tuple[Update, int | None]:
     first, second = (_side(slots, index) for index in "12")
-    if isinstance(first, str) or isinstance(second, str):
-        return first if isinstance(first, str) else str(second)
     known = {f"lokr_w{i}{part}" for i in "12" for part in ("", "_a", "_b")} | {"lokr_t2"}
     if set(slots) - known:
-        return f"{sorted(set(slots) - known)[0]} is no part of LoKr"
+        raise Refusal(f"{sorted(set(slots) - known)[0]} is no part of LoKr")
     found = KroneckerProduct(first, second)
     ranks = {side.right.shape[0] for side in (first, second) if isinstance(side, Product) and side.right.shape}
     if len(ranks) > 1:
-        return f"the factors have different ranks: {sorted(ranks)}"
-    return found.fault or (found, next(iter(ranks), None))
+        raise Refusal(f"the factors have different ranks: {sorted(ranks)}")
+    if found.fault:
+        raise Refusal(found.fault)
+    return found, next(iter(ranks), None)
 
 
-def _side(slots: Slots, index: str) -> TensorRef | Product | str:
+def _side(slots: Slots, index: str) -> TensorRef | Product:
     """One side of a Kronecker product."""
     whole, a, b = (slots.get(f"lokr_w{index}{factor}") for factor in ("", "_a", "_b"))
     core = slots.get("lokr_t2") if index == "2" else None
-    if (whole is None) == (a is None or b is None) or (whole is not None and (a or b or core)):
-        return f"lokr_w{index} is neither whole nor two factors"
-    if whole is not None:
+    if whole is not None and a is None and b is None and core is None:
         return as_matrix(whole)
-    assert a is not None
-    assert b is not None
+    if whole is not None or a is None or b is None:
+        raise Refusal(f"lokr_w{index} is neither whole nor two factors")
     return cp_product(a, b, core) if core else Product(as_matrix(a), as_matrix(b))
 
 
@@ -229,23 +311,18 @@ def _times(update: Update, scale: float) -> Update:
     return replace(update, scale=scale * update.scale)
 
 
-def rescaled(update: Update, magnitude: TensorRef, base: TensorRef, channels: int) -> Dora | str:
-    """The update under a `dora_scale`: its shape says whether it is per output, (out, 1, …), or per input, (1, in, …).
-
-    Args:
-        update: V.
-        magnitude: the trained magnitude.
-        base: W (out, in·kernel).
-        channels: the inputs without the kernel.
-    """
+def _rescaled(update: Update, magnitude: TensorRef, target: Target) -> Dora:
+    """The update under a `dora_scale`, whose shape says what it is for: outputs (out, 1, …) or inputs (1, in, …)."""
+    if target.real is None or target.stored is None:
+        raise Refusal("DoRA needs the base weight as real numbers")
     if not magnitude.is_float:
-        return f"dora_scale is stored as {magnitude.dtype}, not as real numbers"
-    out, shape = update.shape[0], magnitude.shape
+        raise Refusal(f"dora_scale is stored as {magnitude.dtype}, not as real numbers")
+    out, channels, shape = update.shape[0], target.stored.shape[1], magnitude.shape  # channels: without the kernel
     fits: list[Axis] = []
     if magnitude.numel == out and shape[:1] == (out,):
         fits.append("rows")
     if magnitude.numel == channels and shape[:2] == (1, channels):
         fits.append("columns")
     if len(fits) != 1:
-        return f"dora_scale {list(shape)} is neither ({out}, 1) nor (1, {channels})"
-    return Dora(base, update, magnitude, fits[0])
+        raise Refusal(f"dora_scale {list(shape)} is neither ({out}, 1) nor (1, {channels})")
+    return Dora(target.real, update, magnitude, fits[0])

@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spectra.deltas.forms import Dense
 from spectra.deltas.recipes import OnBase
-from spectra.deltas.source import Source
 from spectra.errors import SourceError
-from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
-from spectra.sources.adapter import (
-    Slots,
-    add_modules_on_base,
-    add_rest,
-    config_of,
-    count,
-    flag,
-    modules_of,
-    need_base,
-    real,
-    refuse_options,
-    slot_pattern,
-    unusable,
-)
+from spectra.sources.adapter import Refusal, Slots, add_modules_on_base, slot_pattern
+from spectra.sources.config import Config
 from spectra.sources.ledger import Ledger
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KIND = "oft"
-_SLOTS = slot_pattern("oft_R|oft_embedding_R")
 _MOST_TERMS = 1000  # of the series; PEFT's default is 5, and a hostile config may ask for any number
 
 
@@ -59,7 +42,6 @@ class Rotated(OnBase):
     """ΔW = W₀(Rᵀ − I) of a linear layer or convolution, W₀(R − I) of an embedding.
 
     Attributes:
-        base: W₀ (out, in).
         angles: the entries above the diagonals of Q's blocks, a row for each block, or one row for all.
         block: the size b of a block.
         cayley: from Q to R.
@@ -72,21 +54,16 @@ class Rotated(OnBase):
     embedding: bool = False
 
     @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """W₀ and the angles."""
-        return (self.base, self.angles)
-
-    @property
     def rank(self) -> int:
         """A skew-symmetric block of odd size has no full rank, and R − I has no more than Q."""
         blocks = self.shape[1] // self.block
         return min(self.shape[0], blocks * (self.block - self.block % 2))
 
-    def read(self, device: str = "cpu") -> Dense:
+    def form(self, base: Tensor) -> Dense:
         """R − I from Q without forming R, then the blocks of W₀ times those of R − I."""
-        base = self.base.read_float64(device)
-        turn = rotation_minus_identity(_skew(self.angles.read_float64(device), self.block), self.cayley)
-        return Dense(times_blocks(base, turn if self.embedding else turn.mT), base_norm=float(base.norm()))
+        angles = self.angles.read_float64(str(base.device))
+        turn = rotation_minus_identity(_skew(angles, self.block), self.cayley)
+        return Dense(times_blocks(base, turn if self.embedding else turn.mT))
 
 
 def times_blocks(matrix: Tensor, blocks: Tensor) -> Tensor:
@@ -118,6 +95,7 @@ def rotation_minus_identity(skew: Tensor, cayley: CayleyMap) -> Tensor:
 
 
 def _skew(angles: Tensor, block: int) -> Tensor:
+    """The skew-symmetric blocks (n, b, b) with these entries (n, b(b − 1)/2) above the diagonal, row by row."""
     import torch
 
     rows, columns = torch.triu_indices(block, block, 1, device=angles.device)
@@ -126,87 +104,77 @@ def _skew(angles: Tensor, block: int) -> Tensor:
     return upper - upper.mT
 
 
-def open_oft(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
-    """Read the rotation of every module.
+def read(ledger: Ledger) -> None:
+    """Enter the rotation of every module.
 
     Raises:
-        BaseRequiredError: there is no base.
-        SourceError: the config is missing, or does not say how R is made from the tensors.
+        SourceError: the config does not say how R is made from the tensors.
     """
-    ledger = Ledger(tuned, base)
-    need_base(ledger, "OFT")
-    refuse_options(ledger, heads, scale)
-    config = config_of(tuned, "OFT")
-    modules, rest = modules_of(ledger, _SLOTS)
-    cayley, note = _cayley_map(config, str(tuned.path))
-    add_modules_on_base(ledger, modules, partial(_rotated, config, cayley, str(tuned.path)), split=split, note=note)
-    add_rest(ledger, rest, split=split)
-    return ledger.source(KIND)
+    modules = ledger.modules(slot_pattern("oft_R|oft_embedding_R"))
+    cayley, note = _cayley_map(ledger.config)
+    add_modules_on_base(ledger, modules, partial(_rotated, ledger.config, cayley), note=note)
 
 
-def _cayley_map(config: Mapping[str, Any], where: str) -> tuple[CayleyMap, str]:
+def _cayley_map(config: Config) -> tuple[CayleyMap, str]:
     """From the config to the map, and what is to be said about it.
 
     PEFT sums terms − 1 powers, the last of them once; up to 0.17 it counted the last one twice. Its
     configs carry a version since 0.18, so one without is older.
     """
-    if not flag(config, "use_cayley_neumann", where):
+    if not config.flag("use_cayley_neumann"):
         return CayleyMap(), ""
-    terms = count(config, "num_cayley_neumann_terms", where)
+    terms = config.count("num_cayley_neumann_terms")
     if terms > _MOST_TERMS:
-        raise SourceError(f"{where}: num_cayley_neumann_terms = {terms} is not believable; mend adapter_config.json")
+        raise SourceError(
+            f"{config.where}: num_cayley_neumann_terms = {terms} is not believable; mend adapter_config.json"
+        )
     if terms <= 2:
         return CayleyMap(powers=terms - 1), ""
-    if _before_0_18(config.get("peft_version"), where):
+    if _before_0_18(config):
         return CayleyMap(powers=terms - 1), "by the truncated Neumann series of PEFT before 0.18"
     return CayleyMap(powers=max(terms - 1, 3), halved=True), ""
 
 
-def _before_0_18(version: object, where: str) -> bool:
+def _before_0_18(config: Config) -> bool:
+    version = config.get("peft_version")
     if version is None:
         return True
     numbers = str(version).split("@")[0].split(".")[:2]
     if len(numbers) < 2 or not all(part.isdecimal() for part in numbers):
-        raise SourceError(f"{where}: peft_version = {version!r} is no version; mend adapter_config.json")
+        raise SourceError(f"{config.where}: peft_version = {version!r} is no version; mend adapter_config.json")
     return (int(numbers[0]), int(numbers[1])) < (0, 18)
 
 
-def _rotated(
-    config: Mapping[str, Any], cayley: CayleyMap, where: str, module: str, slots: Slots, base: TensorRef
-) -> Rotated | str:
-    """The rotation of one module, or why there is none."""
+def _rotated(config: Config, cayley: CayleyMap, module: str, slots: Slots, base: TensorRef) -> Rotated:
+    """The rotation of one module, whose blocks must be those of the config and fit the base's inputs."""
     if len(slots) != 1:
-        return f"{module} has both oft_R and oft_embedding_R in {where}"
-    slot, angles = next(iter(slots.items()))
-    why = unusable(slots, [slot])
-    if why:
-        return why
+        raise Refusal(f"{module} has both oft_R and oft_embedding_R in {config.where}")
+    (slot,) = slots
+    (angles,) = slots.real(slot)
     block = (1 + math.isqrt(1 + 8 * angles.shape[-1])) // 2 if len(angles.shape) == 2 else 0
     if block < 1 or block * (block - 1) // 2 != angles.shape[1]:
-        return f"{slot} {list(angles.shape)} of {module} holds no rows of a triangle's entries"
-    shared = flag(config, "block_share", where)
-    blocks = base.shape[1] // block
-    if base.shape[1] % block or angles.shape[0] != (1 if shared else blocks):
-        return (
-            f"{slot} {list(angles.shape)} of {module} (block_share: {shared}) does not turn {base.shape[1]} inputs "
+        raise Refusal(f"{slot} {list(angles.shape)} of {module} holds no rows of a triangle's entries")
+    inputs, shared = base.shape[1], config.flag("block_share")
+    if inputs % block or angles.shape[0] != (1 if shared else inputs // block):
+        raise Refusal(
+            f"{slot} {list(angles.shape)} of {module} (block_share: {shared}) does not turn {inputs} inputs "
             f"in blocks of {block}"
         )
-    why = _contradicted(config, base.shape[1], block)
-    if why:
-        return f"{why} for {module}, the tensors in {where} have blocks of {block}"
-    if flag(config, "coft", where):
+    _check_blocks(config, module, inputs, block)
+    if config.flag("coft"):
         # Each block may turn by eps/√n; PEFT takes the root in float32.
-        cayley = CayleyMap(cayley.powers, cayley.halved, real(config, "eps", where) / math.sqrt(angles.shape[0]))
+        cayley = replace(cayley, radius=config.real("eps") / math.sqrt(angles.shape[0]))
     return Rotated(base, angles, block, cayley, embedding=slot == "oft_embedding_R")
 
 
-def _contradicted(config: Mapping[str, Any], inputs: int, block: int) -> str:
-    """What the config says about the blocks if it is not what the tensors say.
+def _check_blocks(config: Config, module: str, inputs: int, block: int) -> None:
+    """Refuse tensors that are not what the config says about the blocks.
 
     PEFT replaces a size that does not divide the inputs by one that does, so only one that does counts.
     """
     for key, value in (("oft_block_size", block), ("r", inputs // block)):
         said = config.get(key)
         if isinstance(said, int) and said > 0 and inputs % said == 0 and said != value:
-            return f"the config says {key} = {said}"
-    return ""
+            raise Refusal(
+                f"the config says {key} = {said} for {module}, the tensors in {config.where} have blocks of {block}"
+            )

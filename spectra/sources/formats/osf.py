@@ -5,47 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import regex
 
 from spectra.deltas.forms import Dense, Form, LowRank
-from spectra.deltas.recipes import svd_bytes
-from spectra.deltas.source import Source
+from spectra.deltas.recipes import OnBase, svd_bytes
 from spectra.errors import SourceError
-from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
-from spectra.sources.adapter import (
-    Slots,
-    add_modules_on_base,
-    add_rest,
-    config_of,
-    modules_of,
-    need_base,
-    refuse_options,
-    unusable,
-)
+from spectra.sources.adapter import Refusal, Slots, add_modules_on_base
+from spectra.sources.config import Config
 from spectra.sources.ledger import Ledger
 
-KIND = "osf"
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _NAMES = ("U_low", "S_low", "V_low")
 _SLOTS = rf"osf_svd_params\.(?:(?P<adapter>[^.]+)\.)?(?P<slot>{'|'.join(_NAMES)})"
-_PATTERN_SECONDS = 1.0
+_PATTERN_SECONDS = 1.0  # patterns come from the file; one that backtracks forever must end
 _TIED = 1e-9  # a relative gap below which the split of W₀'s singular directions is not determined
 
 
 @dataclass(frozen=True)
-class SmallDirectionsReplaced:
+class SmallDirectionsReplaced(OnBase):
     """ΔW = U S V − (W₀ − its top k singular triplets), of rank at most 2(min(out, in) − k).
 
     Attributes:
-        base: W₀ (out, in).
         left: U (out, l), l = min(out, in) − k.
         values: S (l,).
         right: V (l, in).
     """
 
-    base: TensorRef
     left: TensorRef
     values: TensorRef
     right: TensorRef
@@ -56,18 +46,8 @@ class SmallDirectionsReplaced:
         return 2 * self.values.shape[0] < min(self.shape)
 
     @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """W₀ and the three factors."""
-        return (self.base, self.left, self.values, self.right)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return (self.base.shape[0], self.base.shape[1])
-
-    @property
     def rank(self) -> int:
-        """2l."""
+        """At most 2l: l directions come and l go."""
         return min(2 * self.values.shape[0], *self.shape)
 
     @property
@@ -75,7 +55,7 @@ class SmallDirectionsReplaced:
         """W₀ in float64, its SVD, and the update if its factors are multiplied."""
         return svd_bytes(*self.shape) + (0 if self.factored else 8 * self.base.numel)
 
-    def read(self, device: str = "cpu") -> Form:
+    def form(self, base: Tensor) -> Form:
         """Left [U S | −U₀ S₀], right [V; V₀], the second halves from W₀'s SVD; or their product.
 
         Raises:
@@ -83,8 +63,7 @@ class SmallDirectionsReplaced:
         """
         import torch
 
-        base = self.base.read_float64(device)
-        left, values, right = (ref.read_float64(device) for ref in (self.left, self.values, self.right))
+        left, values, right = (ref.read_float64(str(base.device)) for ref in (self.left, self.values, self.right))
         if not bool(base.isfinite().all()):  # there is no SVD, and no number in ΔW
             return LowRank(left * torch.nan, right) if self.factored else Dense(base * torch.nan)
         U, S, Vh = torch.linalg.svd(base, full_matrices=False)
@@ -94,61 +73,52 @@ class SmallDirectionsReplaced:
                 f"{self.base.name}: singular values {k} and {k + 1} of the base weight are equal, so which directions "
                 "OSF trained is not determined"
             )
-        norm = float(base.norm())
         outer = torch.cat((left * values, -U[:, k:] * S[k:]), 1), torch.cat((right, Vh[k:]), 0)
-        return LowRank(*outer, norm) if self.factored else Dense(outer[0] @ outer[1], norm)
+        return LowRank(*outer) if self.factored else Dense(outer[0] @ outer[1])
 
 
-def open_osf(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
-    """Read the trained triplets of every module.
+def read(ledger: Ledger) -> None:
+    """Enter the trained triplets of every module.
 
     Raises:
-        BaseRequiredError: there is no base.
-        SourceError: the config is missing, or a rank in it is no number.
+        SourceError: a rank in the config is no number, or a pattern is unusable.
     """
-    ledger = Ledger(tuned, base)
-    need_base(ledger, "OSF")
-    refuse_options(ledger, heads, scale)
-    config = config_of(tuned, "OSF")
-    modules, rest = modules_of(ledger, _SLOTS)
-    add_modules_on_base(ledger, modules, partial(_replaced, config, str(tuned.path)), split=split)
-    add_rest(ledger, rest, split=split)
-    return ledger.source(KIND)
+    add_modules_on_base(ledger, ledger.modules(_SLOTS), partial(_replaced, ledger.config))
 
 
-def _replaced(
-    config: Mapping[str, Any], where: str, module: str, slots: Slots, base: TensorRef
-) -> SmallDirectionsReplaced | str:
-    """The trained triplets of one module, or why there are none."""
-    why = unusable(slots, _NAMES)
-    if why:
-        return why
-    left, values, right = (slots[name] for name in _NAMES)
-    kept = _kept(config, module, min(base.shape), where)
-    trained = min(base.shape) - kept
-    if values.shape != (trained,) or left.shape != (base.shape[0], trained) or right.shape != (trained, base.shape[1]):
-        return (
+def _replaced(config: Config, module: str, slots: Slots, base: TensorRef) -> SmallDirectionsReplaced:
+    """The trained triplets of one module, as many as the config leaves of the base's directions."""
+    left, values, right = slots.real(*_NAMES)
+    out, inside = base.shape
+    kept = _kept(config, module, min(out, inside))
+    trained = min(out, inside) - kept
+    if values.shape != (trained,) or left.shape != (out, trained) or right.shape != (trained, inside):
+        raise Refusal(
             f"effective_rank = {kept} leaves {trained} directions of the base weight {list(base.shape)} to {module}, "
-            f"the factors in {where} are {list(left.shape)}, {list(values.shape)}, {list(right.shape)}"
+            f"the factors in {config.where} are {list(left.shape)}, {list(values.shape)}, {list(right.shape)}"
         )
     return SmallDirectionsReplaced(base, left, values, right)
 
 
-def _kept(config: Mapping[str, Any], module: str, full: int, where: str) -> int:
-    """The number k of directions that stay: half of them, a share, or a count; the first pattern found wins."""
-    value = config.get("effective_rank")
-    patterns = config.get("rank_pattern") or {}
-    if not isinstance(patterns, Mapping):
-        raise SourceError(f"{where}: rank_pattern is not an object of pattern: number; mend the config")
-    for pattern, rank in patterns.items():
-        try:
-            if regex.search(pattern, module, timeout=_PATTERN_SECONDS):
-                value = rank
-                break
-        except (TimeoutError, regex.error) as problem:
-            raise SourceError(f"{where}: the rank_pattern {pattern!r} is unusable: {problem}") from None
+def _kept(config: Config, module: str, full: int) -> int:
+    """The number k of directions that stay: half of them, a share, or a count."""
+    value = _effective_rank(config, module)
     if value is None:
         return full // 2
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or value == float("inf"):
-        raise SourceError(f"{where}: effective_rank = {value!r} for {module} is no rank; mend the config")
+        raise SourceError(f"{config.where}: effective_rank = {value!r} for {module} is no rank; mend the config")
     return min(int(full * value) if isinstance(value, float) and value <= 1 else int(value), full)
+
+
+def _effective_rank(config: Config, module: str) -> object:
+    """What the config says: the first pattern found anywhere in the module's name, or the one for all modules."""
+    patterns = config.get("rank_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise SourceError(f"{config.where}: rank_pattern is not an object of pattern: number; mend the config")
+    for pattern, rank in patterns.items():
+        try:
+            if regex.search(pattern, module, timeout=_PATTERN_SECONDS):
+                return rank
+        except (TimeoutError, regex.error) as problem:
+            raise SourceError(f"{config.where}: the rank_pattern {pattern!r} is unusable: {problem}") from None
+    return config.get("effective_rank")

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from spectra.deltas.forms import LowRank
-from spectra.deltas.recipes import Update, svd_bytes
-from spectra.files.tensors import TensorRef
+from spectra.deltas.recipes import OnBase, Update, svd_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +19,7 @@ Method = Literal["pissa", "olora", "kasa"]
 
 
 @dataclass(frozen=True)
-class FromOriginal:
+class FromOriginal(OnBase):
     """ΔW = V − M(W), as one pair of factors.
 
     Attributes:
@@ -30,29 +29,13 @@ class FromOriginal:
             "kasa" the r last singular triplets (Wang et al. 2024, eq. 3–5).
         width: r.
         scale: s.
-        base: W, (out, in).
     """
 
+    factored = True
     update: Update
     method: Method
     width: int
     scale: float
-    base: TensorRef
-
-    @property
-    def factored(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """The factors and the base's weight."""
-        return (*(ref for ref in self.update.refs if ref != self.base), self.base)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.update.shape
 
     @property
     def rank(self) -> int:
@@ -64,16 +47,15 @@ class FromOriginal:
         """W in float64, and what decomposing it takes."""
         return svd_bytes(*self.shape)
 
-    def read(self, device: str = "cpu") -> LowRank:
+    def form(self, base: Tensor) -> LowRank:
         """The factors in float64; PEFT decomposes W in float32, so its own residual differs by about 1e-7·‖W‖."""
         import torch
 
-        form = self.update.read(device)
+        form = self.update.read(str(base.device))
         assert isinstance(form, LowRank)
-        base = self.base.read_float64(device)
         left, right = removed(base, self.method, self.width)
         left = left * self.scale if self.method == "olora" else left
-        return LowRank(torch.cat([form.left, -left], 1), torch.cat([form.right, right], 0), float(base.norm()))
+        return LowRank(torch.cat([form.left, -left], 1), torch.cat([form.right, right], 0))
 
 
 def removed(weight: Tensor, method: Method, width: int) -> tuple[Tensor, Tensor]:

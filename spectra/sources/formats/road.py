@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spectra.deltas.forms import Dense
 from spectra.deltas.recipes import OnBase
-from spectra.deltas.source import Source
 from spectra.errors import SourceError
-from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
-from spectra.sources.adapter import (
-    Slots,
-    add_modules_on_base,
-    add_rest,
-    config_of,
-    count,
-    modules_of,
-    need_base,
-    refuse_options,
-    slot_pattern,
-    unusable,
-)
+from spectra.sources.adapter import Refusal, Slots, add_modules_on_base, slot_pattern
+from spectra.sources.config import Config
 from spectra.sources.ledger import Ledger
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KIND = "road"
 _NAMES = ("road_theta", "road_alpha")
-_SLOTS = slot_pattern("|".join(_NAMES))
 _PER_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}  # how many angles and scales each pair of outputs has
 
 
@@ -44,7 +29,6 @@ class PairsTurned(OnBase):
     four the cosines and the sines have their own as well.
 
     Attributes:
-        base: W₀ (out, in).
         angles: θ.
         scales: α, as many.
         group: g.
@@ -55,20 +39,14 @@ class PairsTurned(OnBase):
     scales: TensorRef
     group: int
 
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """W₀, angles and scales."""
-        return (self.base, self.angles, self.scales)
-
-    def read(self, device: str = "cpu") -> Dense:
+    def form(self, base: Tensor) -> Dense:
         """Both halves of every group at once."""
         import torch
 
-        base = self.base.read_float64(device)
-        cosines, sines = self._coefficients(device)
+        cosines, sines = self._coefficients(str(base.device))
         upper, lower = base.reshape(-1, 2, self.group // 2, base.shape[1]).unbind(1)
         turned = torch.stack((-lower, upper), 1).reshape(base.shape)
-        return Dense((cosines - 1) * base + sines * turned, base_norm=float(base.norm()))
+        return Dense((cosines - 1) * base + sines * turned)
 
     def _coefficients(self, device: str) -> tuple[Tensor, Tensor]:
         """α cos θ and α sin θ for each output, as columns."""
@@ -83,41 +61,31 @@ class PairsTurned(OnBase):
         return cosines.reshape(-1, 1), sines.reshape(-1, 1)
 
 
-def open_road(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
-    """Read the angles and scales of every module.
+def read(ledger: Ledger) -> None:
+    """Enter the angles and scales of every module.
 
     Raises:
-        BaseRequiredError: there is no base.
-        SourceError: the config is missing, or its variant or group size is none.
+        SourceError: the config's variant or group size is none.
     """
-    ledger = Ledger(tuned, base)
-    need_base(ledger, "RoAd")
-    refuse_options(ledger, heads, scale)
-    config = config_of(tuned, "RoAd")
-    variant = config.get("variant")
+    variant = ledger.config.get("variant")
     if not isinstance(variant, str) or variant not in _PER_PAIR:
-        raise SourceError(f"{tuned.path}: variant = {variant!r} is none of {', '.join(_PER_PAIR)}; mend the config")
-    modules, rest = modules_of(ledger, _SLOTS)
-    add_modules_on_base(ledger, modules, partial(_pairs, config, str(tuned.path)), split=split)
-    add_rest(ledger, rest, split=split)
+        raise SourceError(f"{ledger.where}: variant = {variant!r} is none of {', '.join(_PER_PAIR)}; mend the config")
+    modules = ledger.modules(slot_pattern("|".join(_NAMES)))
+    add_modules_on_base(ledger, modules, partial(_pairs, ledger.config, variant))
     if modules:
         ledger.warnings.append("RoAd turns the biases of its modules as well; only matrices are analysed")
-    return ledger.source(KIND)
 
 
-def _pairs(config: Mapping[str, Any], where: str, module: str, slots: Slots, base: TensorRef) -> PairsTurned | str:
-    """The pairs of one module, or why there are none."""
-    why = unusable(slots, _NAMES)
-    if why:
-        return why
-    angles, scales = (slots[name] for name in _NAMES)
-    group, out = count(config, "group_size", where), base.shape[0]
+def _pairs(config: Config, variant: str, module: str, slots: Slots, base: TensorRef) -> PairsTurned:
+    """The pairs of one module, as many as its variant has for the base's outputs."""
+    angles, scales = slots.real(*_NAMES)
+    group, out = config.count("group_size"), base.shape[0]
     if group % 2 or out % group:
-        return f"the {out} outputs of {module} are not in groups of group_size = {group}"
-    wanted = (out // 2 * _PER_PAIR[config["variant"]],)
+        raise Refusal(f"the {out} outputs of {module} are not in groups of group_size = {group}")
+    wanted = (out // 2 * _PER_PAIR[variant],)
     if angles.shape != wanted or scales.shape != wanted:
-        return (
+        raise Refusal(
             f"road_theta {list(angles.shape)} and road_alpha {list(scales.shape)} of {module} are not the {wanted[0]} "
-            f"that {config['variant']} has for {out} outputs"
+            f"that {variant} has for {out} outputs"
         )
     return PairsTurned(base, angles, scales, group)

@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 from spectra.deltas.forms import Dense
-from spectra.deltas.source import Source
+from spectra.deltas.recipes import FromTensors
 from spectra.errors import SourceError
-from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
-from spectra.sources.adapter import (
-    Slots,
-    add_modules_on_base,
-    add_rest,
-    config_of,
-    count,
-    modules_of,
-    need_base,
-    real,
-    refuse_options,
-    slot_pattern,
-    unusable,
-)
+from spectra.sources.adapter import Refusal, Slots, add_modules_on_base, slot_pattern
 from spectra.sources.ledger import Ledger
 
-KIND = "supertuning"
 _LORA = ("supertuning_lora_A", "supertuning_lora_B")
 _SLOTS = slot_pattern("|".join(("supertuning_indices", "supertuning_values", *_LORA)))
 
 
 @dataclass(frozen=True)
-class SparsePlusLowRank:
+class SparsePlusLowRank(FromTensors):
     """ΔW = values at their places, added up where a place comes twice, + s·B·A.
 
     Attributes:
@@ -49,16 +32,6 @@ class SparsePlusLowRank:
     values: TensorRef
     factors: tuple[TensorRef, TensorRef] | None = None
     scale: float = 1.0
-
-    @property
-    def factored(self) -> bool:
-        """False."""
-        return False
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """Places, values and factors."""
-        return (self.places, self.values, *(self.factors or ()))
 
     @property
     def rank(self) -> int:
@@ -85,48 +58,37 @@ class SparsePlusLowRank:
         return Dense(delta)
 
 
-def open_supertuning(
-    tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None
-) -> Source:
-    """Read places, values and factors of every module.
+def read(ledger: Ledger) -> None:
+    """Enter the places, values and factors of every module."""
 
-    Raises:
-        BaseRequiredError: there is no base, whose shape the flat places refer to.
-        SourceError: the config is missing, or a number in it is none.
-    """
-    ledger = Ledger(tuned, base)
-    need_base(ledger, "Super-Tuning", "is saved as flat positions in the base weight, whose shape they need")
-    refuse_options(ledger, heads, scale)
-    config = config_of(tuned, "Super-Tuning")
-    modules, rest = modules_of(ledger, _SLOTS)
-    add_modules_on_base(ledger, modules, partial(_sparse, config, str(tuned.path)), split=split)
-    add_rest(ledger, rest, split=split)
-    return ledger.source(KIND)
+    def build(module: str, slots: Slots, base: TensorRef) -> SparsePlusLowRank:
+        with_lora = _has_lora(ledger, module, slots)
+        slots.real("supertuning_values", *(_LORA if with_lora else ()))
+        places, values = slots.get("supertuning_indices"), slots["supertuning_values"]
+        integers = places is not None and places.dtype in ("I32", "I64") and len(places.shape) == 1
+        if places is None or not integers or places.shape != values.shape:
+            found = f"{list(places.shape)} of {places.dtype}" if places else "missing"
+            raise Refusal(f"supertuning_indices of {module} are {found}, for values {list(values.shape)}")
+        shape = (base.shape[0], base.shape[1])
+        if not with_lora:
+            return SparsePlusLowRank(shape, places, values)
+        r = ledger.config.count("r")
+        right, left = (slots[name] for name in _LORA)
+        if right.shape != (r, shape[1]) or left.shape != (shape[0], r):
+            shapes = f"{list(left.shape)} and {list(right.shape)}"
+            raise Refusal(f"the factors {shapes} of {module} do not fit r = {r} and {list(shape)}")
+        return SparsePlusLowRank(shape, places, values, (left, right), ledger.config.real("lora_alpha") / r)
+
+    add_modules_on_base(ledger, ledger.modules(_SLOTS), build)
 
 
-def _sparse(
-    config: Mapping[str, Any], where: str, module: str, slots: Slots, base: TensorRef
-) -> SparsePlusLowRank | str:
-    """The update of one module, or why there is none."""
-    if "supertuning_indices" not in slots and config.get("save_precomputed_indices") is False:
-        return f"the positions of {module} were not saved (save_precomputed_indices is false), and ties leave them open"
-    with_lora = config.get("r") is not None
-    if not with_lora and set(_LORA) & set(slots):
-        return f"the config says that {module} has no LoRA (r is null), and {where} holds one"
-    why = unusable(slots, ("supertuning_values", *(_LORA if with_lora else ())))
-    if why:
-        return why
-    places, values = slots.get("supertuning_indices"), slots["supertuning_values"]
-    if places is None or places.dtype not in ("I32", "I64") or len(places.shape) != 1 or places.shape != values.shape:
-        found = f"{list(places.shape)} of {places.dtype}" if places else "missing"
-        return f"supertuning_indices of {module} are {found}, for values {list(values.shape)}"
-    shape = (base.shape[0], base.shape[1])
-    if not with_lora:
-        return SparsePlusLowRank(shape, places, values)
-    r = count(config, "r", where)
-    right, left = (slots[name] for name in _LORA)
-    if right.shape != (r, shape[1]) or left.shape != (shape[0], r):
-        return (
-            f"the factors {list(left.shape)} and {list(right.shape)} of {module} do not fit r = {r} and {list(shape)}"
+def _has_lora(ledger: Ledger, module: str, slots: Slots) -> bool:
+    """Whether the config adds a LoRA to the chosen entries, which must have been saved."""
+    if "supertuning_indices" not in slots and ledger.config.get("save_precomputed_indices") is False:
+        raise Refusal(
+            f"the positions of {module} were not saved (save_precomputed_indices is false), and ties leave them open"
         )
-    return SparsePlusLowRank(shape, places, values, (left, right), real(config, "lora_alpha", where) / r)
+    with_lora = ledger.config.get("r") is not None
+    if not with_lora and set(_LORA) & set(slots):
+        raise Refusal(f"the config says that {module} has no LoRA (r is null), and {ledger.where} holds one")
+    return with_lora

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spectra.deltas.forms import LowRank
-from spectra.deltas.source import Source
+from spectra.deltas.recipes import FromTensors
 from spectra.errors import SourceError
-from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
-from spectra.sources.adapter import (
-    Slots,
-    add_modules,
-    add_rest,
-    config_of,
-    count,
-    modules_of,
-    real,
-    refuse_options,
-    slot_pattern,
-    unusable,
-)
+from spectra.sources.adapter import Refusal, Slots, add_modules, slot_pattern
 from spectra.sources.ledger import Ledger
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KIND = "tinylora"
 _NAMES = ("tinylora_A", "tinylora_B", "tinylora_P")
 _SLOTS = slot_pattern("|".join(_NAMES))
 _VECTOR = re.compile(r"(?:^|\.)tinylora_v\.(\d+)$")
@@ -38,7 +23,7 @@ _SAME = 0.02  # how far a saved random matrix may be from the drawn one, in stan
 
 
 @dataclass(frozen=True)
-class Groups:
+class Groups(FromTensors):
     """The trained vectors, and which of them a module uses: those of neighbours in the model's order of modules.
 
     The file does not hold that order. It holds each module's random matrices, which were drawn from
@@ -81,7 +66,7 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(FromTensors):
     """ΔW = B (Σᵢ vᵢ Pᵢ) A, B and A from the largest singular triplets of W₀ and saved with the adapter.
 
     Attributes:
@@ -91,20 +76,11 @@ class Mixture:
         groups: where v (u,) is found.
     """
 
+    factored = True
     left: TensorRef
     right: TensorRef
     projections: TensorRef
     groups: Groups
-
-    @property
-    def factored(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """The factors, the random matrices and all vectors."""
-        return (self.left, self.right, self.projections, *self.groups.vectors)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -113,7 +89,7 @@ class Mixture:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """At most r."""
         return min(self.right.shape[0], *self.shape)
 
     def read(self, device: str = "cpu") -> LowRank:
@@ -126,52 +102,50 @@ class Mixture:
         return LowRank(self.left.read_float64(device) @ middle, self.right.read_float64(device))
 
 
-def open_tinylora(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
-    """Read the factors of every module and the shared vectors.
+def read(ledger: Ledger) -> None:
+    """Enter the factors of every module with the shared vectors.
 
     Raises:
-        SourceError: the config is missing, or the vectors are not those that it counts.
+        SourceError: the vectors are not those that the config counts.
     """
-    ledger = Ledger(tuned, base)
-    refuse_options(ledger, heads, scale)
-    config = config_of(tuned, "TinyLoRA")
-    modules, rest = modules_of(ledger, _SLOTS)
-    number = len({name for name in (*tuned.tensors, *tuned.broken) if ".tinylora_A" in name})
-    vectors = {int(found[1]): name for name in rest if (found := _VECTOR.search(name))}
-    groups = _groups(config, tuned, vectors, number)
-    add_modules(ledger, modules, partial(_mixture, config, groups, str(tuned.path)), split=split)
-    add_rest(ledger, [name for name in rest if name not in vectors.values()], split=split)
-    return ledger.source(KIND)
+    groups = _groups(ledger)
+    ledger.use(groups.vectors)
+
+    def build(module: str, slots: Slots) -> Mixture:
+        if "tinylora_P" not in slots and ledger.config.get("save_projection") is False:
+            raise Refusal(
+                f"the random matrices of {module} were not saved (save_projection is false), and its seed is not known"
+            )
+        right, left, projections = slots.real(*_NAMES)
+        if len(right.shape) != 2 or len(left.shape) != 2:
+            shapes = f"tinylora_A {list(right.shape)} and tinylora_B {list(left.shape)}"
+            raise Refusal(f"{shapes} of {module} are no matrices")
+        r = min(ledger.config.count("r"), left.shape[0], right.shape[1])
+        wanted = (groups.vectors[0].shape[0], r, r)
+        if right.shape[0] != r or left.shape[1] != r or projections.shape != wanted:
+            shapes = f"{list(left.shape)}, {list(right.shape)} and {list(projections.shape)}"
+            raise Refusal(
+                f"the config says r = {r} for {module}, the factors and random matrices in {ledger.where} are {shapes}"
+            )
+        return Mixture(left, right, projections, groups)
+
+    add_modules(ledger, ledger.modules(_SLOTS), build)
 
 
-def _groups(config: Mapping[str, Any], tuned: Folder, vectors: Mapping[int, str], modules: int) -> Groups:
-    tying, seed = real(config, "weight_tying", tuned.path), config.get("projection_seed")
+def _groups(ledger: Ledger) -> Groups:
+    """The trained vectors, as many as the config makes for the modules of the file."""
+    config, tuned = ledger.config, ledger.tuned
+    modules = len([name for name in (*tuned.tensors, *tuned.broken) if ".tinylora_A" in name])
+    vectors = {int(found[1]): name for name in tuned.tensors if (found := _VECTOR.search(name))}
+    tying, seed = config.real("weight_tying"), config.get("projection_seed")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**62:
-        raise SourceError(f"{tuned.path}: projection_seed = {seed!r} is no seed; mend adapter_config.json")
+        raise SourceError(f"{ledger.where}: projection_seed = {seed!r} is no seed; mend adapter_config.json")
     wanted = max(1, round(modules * (1.0 - tying))) if 0 <= tying <= 1 else 0
-    shape = (count(config, "u", tuned.path),)
+    shape = (config.count("u"),)
     refs = [tuned.tensors[vectors[index]] for index in sorted(vectors)]
     if sorted(vectors) != list(range(wanted)) or any(ref.shape != shape or not ref.is_float for ref in refs):
         raise SourceError(
-            f"{tuned.path}: weight_tying = {tying:g} and u = {shape[0]} make {wanted} vectors of {shape[0]} for "
+            f"{ledger.where}: weight_tying = {tying:g} and u = {shape[0]} make {wanted} vectors of {shape[0]} for "
             f"{modules} modules, the file holds {[list(ref.shape) for ref in refs]}; mend adapter_config.json"
         )
     return Groups(tuple(refs), modules, seed)
-
-
-def _mixture(config: Mapping[str, Any], groups: Groups, where: str, module: str, slots: Slots) -> Mixture | str:
-    """The factors of one module, or why there are none."""
-    if "tinylora_P" not in slots and config.get("save_projection") is False:
-        return f"the random matrices of {module} were not saved (save_projection is false), and its seed is not known"
-    why = unusable(slots, _NAMES)
-    if why:
-        return why
-    right, left, projections = (slots[name] for name in _NAMES)
-    if len(right.shape) != 2 or len(left.shape) != 2:
-        return f"tinylora_A {list(right.shape)} and tinylora_B {list(left.shape)} of {module} are no matrices"
-    r = min(count(config, "r", where), left.shape[0], right.shape[1])
-    wanted = (groups.vectors[0].shape[0], r, r)
-    if right.shape[0] != r or left.shape[1] != r or projections.shape != wanted:
-        shapes = f"{list(left.shape)}, {list(right.shape)} and {list(projections.shape)}"
-        return f"the config says r = {r} for {module}, the factors and random matrices in {where} are {shapes}"
-    return Mixture(left, right, projections, groups)

@@ -7,39 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from spectra.deltas.forms import Dense, LowRank
-from spectra.deltas.source import Source
+from spectra.deltas.recipes import OnBase
 from spectra.errors import SourceError
 from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
 from spectra.naming import role_of
-from spectra.sources.adapter import (
-    add_modules_on_base,
-    add_rest,
-    by_module,
-    config_of,
-    need_base,
-    refuse_options,
-    slot_pattern,
-)
+from spectra.sources.adapter import Refusal, Slots, add_modules_on_base, slot_pattern
 from spectra.sources.ledger import Ledger
 
-KIND = "trainable_tokens"
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _SLOTS = "(?:token_adapter\\.)?" + slot_pattern("trainable_tokens_delta")
 
 
 @dataclass(frozen=True)
-class ReplacedRows:
+class ReplacedRows(OnBase):
     """ΔW = (values − W₀) in the rows that were replaced, 0 elsewhere.
 
     Attributes:
-        base: W₀ (vocabulary, dim).
         values: the new rows (n, dim).
         indices: which rows of W₀ they replace, each once.
     """
 
-    base: TensorRef
+    copies = 2
     values: TensorRef
     indices: tuple[int, ...]
 
@@ -49,33 +43,22 @@ class ReplacedRows:
         return len(self.indices) < min(self.shape)
 
     @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """The base's weight and the new rows."""
-        return (self.base, self.values)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(vocabulary, dim)."""
-        return (self.base.shape[0], self.base.shape[1])
-
-    @property
     def rank(self) -> int:
         """The number of replaced rows, at most min(vocabulary, dim)."""
         return min(len(self.indices), *self.shape)
 
-    def read(self, device: str = "cpu") -> LowRank | Dense:
-        """A selection of rows times their change, in float64, or the matrix."""
+    def form(self, base: Tensor) -> LowRank | Dense:
+        """A selection of rows times their change, or the matrix."""
         import torch
 
-        base = self.base.read_float64(device)
+        device = str(base.device)
         rows = torch.tensor(self.indices, dtype=torch.long, device=device)
         change = self.values.read_float64(device) - base[rows]
-        norm = float(base.norm())
         if not self.factored:
-            return Dense(torch.zeros_like(base).index_copy(0, rows, change), norm)
+            return Dense(torch.zeros_like(base).index_copy_(0, rows, change))
         selection = torch.zeros(self.shape[0], len(rows), dtype=torch.float64, device=device)
         selection[rows, torch.arange(len(rows), device=device)] = 1.0
-        return LowRank(selection, change, norm)
+        return LowRank(selection, change)
 
 
 def matches(folder: Folder) -> bool:
@@ -85,53 +68,41 @@ def matches(folder: Folder) -> bool:
     return alone and any(".trainable_tokens_delta" in name for name in names)
 
 
-def open_trainable_tokens(
-    tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None
-) -> Source:
-    """Read every embedding's new rows.
+def read(ledger: Ledger) -> None:
+    """Enter every embedding's new rows.
 
     Raises:
-        BaseRequiredError: there is no base.
         SourceError: the config does not say which rows they replace.
     """
-    ledger = Ledger(tuned, base)
-    refuse_options(ledger, heads, scale)
-    config_of(tuned, "which tokens were trained")
-    need_base(ledger, "trained tokens")
-    for name, why in tuned.broken.items():
-        ledger.refuse(name, (), "unreadable", why)
-    add_rest(ledger, add_tokens(ledger, tuned.tensors), split=split)
-    return ledger.source(KIND)
+    add_tokens(ledger)
 
 
-def add_tokens(ledger: Ledger, names: Iterable[str]) -> list[str]:
-    """Enter the trained tokens among the names, and give back the other names.
+def add_tokens(ledger: Ledger) -> None:
+    """Enter the trained tokens of a file that may hold other updates, too.
 
     Without a base they are listed as skipped: the rows are new values.
 
     Raises:
         SourceError: the config does not say which rows they replace.
     """
-    tuned = ledger.tuned
-    groups, rest = by_module(names, _SLOTS)
-    modules = {m: {slot: tuned.tensors[name] for slot, name in slots.items()} for m, slots in groups.items()}
-    indices = {module: _indices(tuned, module) for module in modules}
+    modules = ledger.modules(_SLOTS)
+    indices = {module: _indices(ledger, module) for module in modules}
+
+    def build(module: str, slots: Slots, base: TensorRef) -> ReplacedRows:
+        return _replaced(indices[module], slots["trainable_tokens_delta"], base)
+
     if ledger.base is None:
-        for module in modules:
-            ledger.skipped[f"{module}.weight"] = (
-                "trained tokens, saved as new rows: ΔW needs the base weight: pass --base"
-            )
-        return rest
+        _leave_out(ledger, modules, "trained tokens, saved as new rows: ΔW needs the base weight: pass base= (--base)")
+        return
+    repeated = {module: modules.pop(module) for module in _tied(modules, ledger.base)}
+    _leave_out(ledger, repeated, "tied to the embedding, whose trained tokens it repeats")
+    add_modules_on_base(ledger, modules, build, note="trained tokens alone")
 
-    for module in _tied(modules, ledger.base):
-        del modules[module]
-        ledger.skipped[f"{module}.weight"] = "tied to the embedding, whose trained tokens it repeats"
 
-    def build(module: str, slots: Mapping[str, TensorRef], base: TensorRef) -> ReplacedRows | str:
-        return _update(indices[module], slots["trainable_tokens_delta"], base)
-
-    add_modules_on_base(ledger, modules, build, split=False, note="trained tokens alone")
-    return rest
+def _leave_out(ledger: Ledger, modules: Mapping[str, Slots], why: str) -> None:
+    for module, slots in modules.items():
+        ledger.use(slots.values())
+        ledger.skipped[f"{module}.weight"] = why
 
 
 def _tied(modules: Iterable[str], base: Folder) -> list[str]:
@@ -142,27 +113,27 @@ def _tied(modules: Iterable[str], base: Folder) -> list[str]:
     return [module for module, role in roles.items() if role == "lm_head"]
 
 
-def _update(indices: tuple[int, ...], values: TensorRef, base: TensorRef) -> ReplacedRows | str:
+def _replaced(indices: tuple[int, ...], values: TensorRef, base: TensorRef) -> ReplacedRows:
     if not values.is_float:
-        return f"the trained rows are stored as {values.dtype}, not as real numbers"
+        raise Refusal(f"the trained rows are stored as {values.dtype}, not as real numbers")
     if values.shape != (len(indices), base.shape[1]):
         expected = [len(indices), base.shape[1]]
-        return f"the trained rows {list(values.shape)} are not {expected}, as the config and the base have it"
+        raise Refusal(f"the trained rows {list(values.shape)} are not {expected}, as the config and the base have it")
     if max(indices) >= base.shape[0]:
-        return f"token {max(indices)} was trained, the base has {base.shape[0]}: resize its vocabulary as for training"
+        last, rows = max(indices), base.shape[0]
+        raise Refusal(f"token {last} was trained, the base has {rows}: resize its vocabulary as for training")
     return ReplacedRows(base, values, indices)
 
 
-def _indices(tuned: Folder, module: str) -> tuple[int, ...]:
+def _indices(ledger: Ledger, module: str) -> tuple[int, ...]:
     """Which rows of a module's weight were trained: one list for all, or one per module's ending."""
-    config = tuned.adapter_config or {}
-    found = config.get("token_indices") or config.get("trainable_token_indices")
+    found = ledger.config.get("token_indices") or ledger.config.get("trainable_token_indices")
     if isinstance(found, dict):
         found = next((rows for ending, rows in found.items() if module.endswith(ending)), None)
     whole = isinstance(found, list) and all(type(index) is int and index >= 0 for index in found)
     if not whole or not found or len(set(found)) < len(found):
         raise SourceError(
-            f"{tuned.path}: the config does not say which rows of {module} were trained, each once; "
+            f"{ledger.where}: the config does not say which rows of {module} were trained, each once; "
             "mend token_indices in adapter_config.json"
         )
     return tuple(found)

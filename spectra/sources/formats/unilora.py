@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spectra.deltas.forms import LowRank
-from spectra.deltas.source import Source
+from spectra.deltas.recipes import FromTensors
 from spectra.errors import SourceError, UnsupportedFormatError
-from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
-from spectra.sources.adapter import (
-    Slots,
-    add_modules,
-    add_rest,
-    config_of,
-    count,
-    modules_of,
-    refuse_options,
-    slot_pattern,
-    unusable,
-)
+from spectra.sources.adapter import Refusal, Slots, add_modules, slot_pattern
 from spectra.sources.ledger import Ledger
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KIND = "unilora"
-_SLOTS = slot_pattern("unilora_(?:indices|scales)_[AB]")
-_VECTOR = ".unilora_theta_d"
-
 
 @dataclass(frozen=True)
-class Entries:
+class Entries(FromTensors):
     """A matrix of scaled entries of a shared vector: M_ij = scales_ij · θ[places_ij]."""
 
     vector: TensorRef
@@ -58,22 +41,12 @@ class Entries:
 
 
 @dataclass(frozen=True)
-class SharedEntries:
+class SharedEntries(FromTensors):
     """ΔW = B·A, both made of the shared vector's entries."""
 
+    factored = True
     left: Entries
     right: Entries
-
-    @property
-    def factored(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """The vector, the places and the scales."""
-        sides = (self.left, self.right)
-        return (self.left.vector, *(ref for side in sides for ref in (side.places, side.scales)))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -82,7 +55,7 @@ class SharedEntries:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """At most r."""
         return min(self.left.places.shape[1], *self.shape)
 
     def read(self, device: str = "cpu") -> LowRank:
@@ -90,44 +63,38 @@ class SharedEntries:
         return LowRank(self.left.read(device), self.right.read(device))
 
 
-def open_unilora(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
-    """Read the shared vector and every module's places in it.
+def read(ledger: Ledger) -> None:
+    """Enter the shared vector's entries for every module.
 
     Raises:
         UnsupportedFormatError: the places were not saved; PEFT draws them in the order of the model's modules.
-        SourceError: the config is missing, or the vector is no vector of real numbers.
+        SourceError: the vector is no vector of real numbers.
     """
-    ledger = Ledger(tuned, base)
-    refuse_options(ledger, heads, scale)
-    config = config_of(tuned, "Uni-LoRA")
-    modules, rest = modules_of(ledger, _SLOTS)
-    vectors = [name for name in rest if _VECTOR in name]
-    vector = tuned.tensors[vectors[0]] if len(vectors) == 1 else None
+    modules, vector = ledger.modules(slot_pattern("unilora_(?:indices|scales)_[AB]")), ledger.shared("unilora_theta_d")
     if vector is None or len(vector.shape) != 1 or not vector.is_float:
-        raise SourceError(f"{tuned.path} does not hold one vector unilora_theta_d of real numbers; save it again")
+        raise SourceError(f"{ledger.where} does not hold one vector unilora_theta_d of real numbers; save it again")
     if not ledger.deltas and not modules:
         raise UnsupportedFormatError(
-            f"{tuned.path} holds a Uni-LoRA without its places (save_indices was false): they were drawn in the order "
-            "of the model's modules, which no file holds; save it again with save_indices=True"
+            f"{ledger.where} holds a Uni-LoRA without its places (save_indices was false): they were drawn in the "
+            "order of the model's modules, which no file holds; save it again with save_indices=True"
         )
-    add_modules(ledger, modules, partial(_shared, config, vector, str(tuned.path)), split=split)
-    add_rest(ledger, [name for name in rest if name not in vectors], split=split)
-    return ledger.source(KIND)
+
+    def build(module: str, slots: Slots) -> SharedEntries:
+        slots.real("unilora_scales_A", "unilora_scales_B")
+        return SharedEntries(*(_entries(ledger, module, slots, vector, side) for side in "BA"))
+
+    add_modules(ledger, modules, build)
 
 
-def _shared(config: Mapping[str, Any], vector: TensorRef, where: str, module: str, slots: Slots) -> SharedEntries | str:
-    """The factors of one module, or why there are none."""
-    why = unusable(slots, ("unilora_scales_A", "unilora_scales_B"))
-    if why:
-        return why
-    r = count(config, "r", where)
-    sides = []
-    for side, axis in (("B", 1), ("A", 0)):
-        places, scales = slots.get(f"unilora_indices_{side}"), slots[f"unilora_scales_{side}"]
-        if places is None or places.dtype not in ("I32", "I64") or len(places.shape) != 2:
-            return f"unilora_indices_{side} of {module} is missing in {where}, or no matrix of integers"
-        if places.shape != scales.shape or places.shape[axis] != r:
-            shapes = f"{list(places.shape)} and {list(scales.shape)}"
-            return f"the config says r = {r} for {module}, the places and scales of {side} in {where} are {shapes}"
-        sides.append(Entries(vector, places, scales))
-    return SharedEntries(sides[0], sides[1])
+def _entries(ledger: Ledger, module: str, slots: Slots, vector: TensorRef, side: str) -> Entries:
+    """One factor of a module: B (out, r) or A (r, in)."""
+    places, scales = slots.get(f"unilora_indices_{side}"), slots[f"unilora_scales_{side}"]
+    if places is None or places.dtype not in ("I32", "I64") or len(places.shape) != 2:
+        raise Refusal(f"unilora_indices_{side} of {module} is missing in {ledger.where}, or no matrix of integers")
+    r = ledger.config.count("r")
+    if places.shape != scales.shape or places.shape["AB".index(side)] != r:
+        shapes = f"{list(places.shape)} and {list(scales.shape)}"
+        raise Refusal(
+            f"the config says r = {r} for {module}, the places and scales of {side} in {ledger.where} are {shapes}"
+        )
+    return Entries(vector, places, scales)

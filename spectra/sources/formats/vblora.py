@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from spectra.deltas.forms import LowRank
-from spectra.deltas.source import Source
+from spectra.deltas.recipes import FromTensors
 from spectra.errors import SourceError
-from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
-from spectra.sources.adapter import (
-    Slots,
-    add_modules,
-    add_rest,
-    config_of,
-    count,
-    modules_of,
-    refuse_options,
-    shared_tensor,
-    slot_pattern,
-    unusable,
-)
+from spectra.sources.adapter import Refusal, Slots, add_modules, slot_pattern
 from spectra.sources.ledger import Ledger
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KIND = "vblora"
 _SLOTS = slot_pattern("vblora_logits_[AB](?:_topk_indices|_topk_weights)?")
 _INDEX_TYPES = ("U8", "I16", "I32", "I64")
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(FromTensors):
     """Every piece of a factor as a mixture of K vectors of the bank.
 
     Attributes:
@@ -48,11 +34,6 @@ class Mixture:
     indices: TensorRef | None
     weights: TensorRef | None
     k: int
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """What is stored."""
-        return tuple(ref for ref in (self.logits, self.indices, self.weights) if ref is not None)
 
     @property
     def pieces(self) -> tuple[int, int]:
@@ -83,7 +64,7 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class FromBank:
+class FromBank(FromTensors):
     """ΔW = B·A with the pieces of A's rows and of B's columns mixed from the bank.
 
     Attributes:
@@ -92,19 +73,10 @@ class FromBank:
         bank: (vectors, v).
     """
 
+    factored = True
     rows: Mixture
     columns: Mixture
     bank: TensorRef
-
-    @property
-    def factored(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """The mixtures and the bank."""
-        return (*self.rows.refs, *self.columns.refs, self.bank)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -114,7 +86,7 @@ class FromBank:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """At most r."""
         return min(self.rows.pieces[0], *self.shape)
 
     def read(self, device: str = "cpu") -> LowRank:
@@ -124,56 +96,51 @@ class FromBank:
         return LowRank(B.transpose(1, 2).flatten(0, 1), A.flatten(1))
 
 
-def open_vblora(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
-    """Read the bank and every module's mixtures, saved as logits or as the K that matter.
+def read(ledger: Ledger) -> None:
+    """Enter every module's mixtures from the bank, saved as logits or as the K that matter.
 
     Raises:
-        SourceError: the config is missing or unusable, or the bank is not there.
+        SourceError: topk in the config is no number, or the bank is not there.
     """
-    config = config_of(tuned, "the mixtures of VB-LoRA")
-    topk = count(config, "topk", tuned.path)
-    ledger = Ledger(tuned, base)
-    refuse_options(ledger, heads, scale)
-    modules, rest = modules_of(ledger, _SLOTS)
-    bank, rest = shared_tensor(ledger, rest, "vblora_vector_bank")
+    topk = ledger.config.count("topk")
+    modules, bank = ledger.modules(_SLOTS), ledger.shared("vblora_vector_bank")
     if bank is None or len(bank.shape) != 2 or not bank.is_float:
-        raise SourceError(f"{tuned.path}: the bank of vectors, base_model.vblora_vector_bank, is missing or no matrix")
-    add_modules(ledger, modules, partial(_update, config.get("r"), topk, bank), split=split)
-    add_rest(ledger, rest, split=split)
-    return ledger.source(KIND)
+        raise SourceError(
+            f"{ledger.where}: the bank of vectors, base_model.vblora_vector_bank, is missing or no matrix"
+        )
+
+    def build(module: str, slots: Slots) -> FromBank:
+        A, B = (_mixture(side, slots, topk, bank.shape[0]) for side in "AB")
+        if A.pieces[0] != B.pieces[1]:
+            raise Refusal(
+                f"the pieces {list(A.pieces)} of A and {list(B.pieces)} of B are not (r, in/v) and (out/v, r)"
+            )
+        rank = ledger.config.get("r")
+        if rank not in (None, A.pieces[0]):
+            raise Refusal(f"the config says r = {rank!r} for {module}, the mixtures have {A.pieces[0]}")
+        return FromBank(A, B, bank)
+
+    add_modules(ledger, modules, build)
 
 
-def _update(rank: object, topk: int, bank: TensorRef, module: str, slots: Slots) -> FromBank | str:
-    found = {side: _mixture(side, slots, topk, bank.shape[0]) for side in "AB"}
-    A, B = found["A"], found["B"]
-    if isinstance(A, str) or isinstance(B, str):
-        return A if isinstance(A, str) else str(B)
-    if A.pieces[0] != B.pieces[1]:
-        return f"the pieces {list(A.pieces)} of A and {list(B.pieces)} of B are not (r, in/v) and (out/v, r)"
-    if rank not in (None, A.pieces[0]):
-        return f"the config says r = {rank!r} for {module}, the mixtures have {A.pieces[0]}"
-    return FromBank(A, B, bank)
-
-
-def _mixture(side: str, slots: Slots, topk: int, vectors: int) -> Mixture | str:
-    """One factor's mixtures in either layout, or what is wrong with them."""
+def _mixture(side: str, slots: Slots, topk: int, vectors: int) -> Mixture:
+    """One factor's mixtures in either layout."""
     name = f"vblora_logits_{side}"
     indices, weights = slots.get(f"{name}_topk_indices"), slots.get(f"{name}_topk_weights")
     if indices is None and weights is None:
-        why = unusable(slots, (name,))
-        shape = slots[name].shape if not why else ()
-        if why or len(shape) != 3 or shape[2] != vectors or topk > vectors:
-            return why or f"{name} {list(shape)} is not (…, …, {vectors}), from which {topk} vectors can be taken"
-        return Mixture(slots[name], None, None, topk)
-    why = unusable(slots, (f"{name}_topk_weights",))
-    if why or indices is None or weights is None:
-        return why or f"{name}_topk_indices is missing"
+        (logits,) = slots.real(name)
+        if len(logits.shape) != 3 or logits.shape[2] != vectors or topk > vectors:
+            expected = f"(…, …, {vectors}), from which {topk} vectors can be taken"
+            raise Refusal(f"{name} {list(logits.shape)} is not {expected}")
+        return Mixture(logits, None, None, topk)
+    (weights,) = slots.real(f"{name}_topk_weights")
+    if indices is None:
+        raise Refusal(f"{name}_topk_indices is missing")
     if name in slots:
-        return f"{name} is stored both as logits and as the mixture they give"
+        raise Refusal(f"{name} is stored both as logits and as the mixture they give")
     if indices.dtype not in _INDEX_TYPES or len(indices.shape) != 3 or indices.shape[2] != topk:
-        return (
-            f"{name}_topk_indices {list(indices.shape)} of {indices.dtype} are not {topk} whole numbers for each piece"
-        )
+        found = f"{name}_topk_indices {list(indices.shape)} of {indices.dtype}"
+        raise Refusal(f"{found} are not {topk} whole numbers for each piece")
     if weights.shape != (*indices.shape[:2], topk - 1):
-        return f"{name}_topk_weights {list(weights.shape)} do not fit the indices {list(indices.shape)}"
+        raise Refusal(f"{name}_topk_weights {list(weights.shape)} do not fit the indices {list(indices.shape)}")
     return Mixture(None, indices, weights, topk)

@@ -10,93 +10,69 @@ from functools import partial
 from typing import NoReturn
 
 from spectra.deltas.recipes import Factors, Term
-from spectra.deltas.source import Source
 from spectra.errors import UnsupportedFormatError
-from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
-from spectra.sources.adapter import (
-    Slots,
-    add_modules_on_base,
-    add_rest,
-    modules_of,
-    need_base,
-    refuse_options,
-    shared_tensor,
-    slot_pattern,
-    unusable,
-)
+from spectra.sources.adapter import Refusal, Slots, add_modules_on_base, slot_pattern
 from spectra.sources.ledger import Ledger
 
-KIND = "vera"
-KIND_PVERA = "pvera"
 
-
-def open_vera(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
-    """Read the shared projections and every module's two vectors.
+def read(ledger: Ledger) -> None:
+    """Enter every module's two vectors between the shared projections.
 
     Raises:
-        BaseRequiredError: there is no base; the file does not hold how wide the weights are.
         UnsupportedFormatError: the projections were not saved.
     """
-    return _open(Ledger(tuned, base), KIND, "VeRA", 1, split, heads, scale)
-
-
-def open_pvera(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
-    """The same for PVeRA, whose mean is what merging takes."""
-    return _open(Ledger(tuned, base), KIND_PVERA, "PVeRA", 2, split, heads, scale)
-
-
-def _open(
-    ledger: Ledger, kind: str, title: str, parts: int, split: bool, heads: str | int, scale: float | None
-) -> Source:
-    refuse_options(ledger, heads, scale)
-    modules, rest = modules_of(ledger, slot_pattern(rf"{kind}_lambda_[bd]"))
-    A, rest = shared_tensor(ledger, rest, f"{kind}_A")
-    B, rest = shared_tensor(ledger, rest, f"{kind}_B")
-    if A is None or B is None:
-        refuse_unsaved(ledger.tuned, title)
-    need_base(ledger, title, "needs the shapes of the weights, which its file does not hold")
-    config = ledger.tuned.adapter_config or {}
-    if config.get("save_projection") is False:
+    modules = ledger.modules(slot_pattern(rf"{ledger.kind}_lambda_[bd]"))
+    A, B = shared_projections(ledger)
+    if ledger.config.get("save_projection") is False:
         ledger.warnings.append(
             "the config says that the projections were not saved, yet they are there: they were used"
         )
-    build = partial(_update, kind, parts, config.get("r"), A, B)
-    note = "the mean of PVeRA's random update" if parts == 2 else ""
-    add_modules_on_base(ledger, modules, build, split=split, note=note)
-    add_rest(ledger, rest, split=split)
-    return ledger.source(kind)
+    note = "the mean of PVeRA's random update" if ledger.kind == "pvera" else ""
+    add_modules_on_base(ledger, modules, partial(_update, ledger, A, B), note=note)
 
 
-def refuse_unsaved(tuned: Folder, title: str) -> NoReturn:
+def shared_projections(ledger: Ledger) -> tuple[TensorRef, TensorRef]:
+    """The random A and B that all modules share, in a file of VeRA's kin.
+
+    Raises:
+        UnsupportedFormatError: they are not in the file.
+        SourceError: one of them cannot be read.
+    """
+    A, B = ledger.shared(f"{ledger.kind}_A"), ledger.shared(f"{ledger.kind}_B")
+    if A is None or B is None:
+        refuse_unsaved(ledger)
+    return A, B
+
+
+def refuse_unsaved(ledger: Ledger) -> NoReturn:
     """Projections that are not in the file would have to be drawn again.
 
     Raises:
         UnsupportedFormatError: always.
     """
     raise UnsupportedFormatError(
-        f"{tuned.path}: the random projections of {title} are not in the file (save_projection=false). What the seed "
-        "gives depends on the torch build, the device and the dtype; save it again with save_projection=true"
+        f"{ledger.where}: the random projections of {ledger.title} are not in the file (save_projection=false). What "
+        "the seed gives depends on the torch build, the device and the dtype; save it again with save_projection=true"
     )
 
 
-def _update(
-    kind: str, parts: int, rank: object, A: TensorRef, B: TensorRef, module: str, slots: Slots, base: TensorRef
-) -> Factors | str:
+def _update(ledger: Ledger, A: TensorRef, B: TensorRef, module: str, slots: Slots, base: TensorRef) -> Factors:
+    """The update of one module: the first columns of A and rows of B, as many as the base's weight has."""
+    kind, rank = ledger.kind, ledger.config.get("r")
     b_name, d_name = f"{kind}_lambda_b", f"{kind}_lambda_d"
-    why = unusable({**slots, "A": A, "B": B}, (b_name, d_name, "A", "B"))
-    if why:
-        return why
-    b, d = slots[b_name], slots[d_name]
-    out, inside = base.shape
+    b, d = Slots({**slots, "A": A, "B": B}).real(b_name, d_name, "A", "B")[:2]
+    (out, inside), parts = base.shape, 2 if kind == "pvera" else 1
     if len(d.shape) != 1 or len(A.shape) != 2 or d.shape[0] != A.shape[0] or A.shape[0] % parts:
-        return f"{d_name} {list(d.shape)} does not fit the projection {kind}_A {list(A.shape)}"
+        raise Refusal(f"{d_name} {list(d.shape)} does not fit the projection {kind}_A {list(A.shape)}")
     r = A.shape[0] // parts
     if rank is not None and rank != r:
-        return f"the config says r = {rank}, the projection {kind}_A has {r}"
+        raise Refusal(f"the config says r = {rank}, the projection {kind}_A has {r}")
     if b.shape != (out,):
-        return f"{b_name} has {list(b.shape)} entries, the base weight {out} rows"
+        raise Refusal(f"{b_name} has {list(b.shape)} entries, the base weight {out} rows")
     if len(B.shape) != 2 or B.shape[1] != r or B.shape[0] < out or A.shape[1] < inside:
-        return f"the projections {list(B.shape)} and {list(A.shape)} are too small for {list(base.shape)} at r = {r}"
+        raise Refusal(
+            f"the projections {list(B.shape)} and {list(A.shape)} are too small for {list(base.shape)} at r = {r}"
+        )
     left, right = B.rows(0, out), A.rows(0, r).T.rows(0, inside).T
     return Factors((Term((left,), right, row_scale=b, inner_scale=d.rows(0, r)),))

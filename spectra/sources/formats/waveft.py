@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spectra.deltas.forms import Dense
-from spectra.deltas.source import Source
+from spectra.deltas.recipes import FromTensors
 from spectra.errors import SourceError
-from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
-from spectra.sources.adapter import (
-    Slots,
-    add_modules_on_base,
-    add_rest,
-    config_of,
-    flag,
-    modules_of,
-    need_base,
-    real,
-    refuse_options,
-    slot_pattern,
-    unusable,
-)
+from spectra.sources.adapter import Refusal, Slots, add_modules_on_base, slot_pattern
 from spectra.sources.ledger import Ledger
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KIND = "waveft"
-_SLOTS = slot_pattern("waveft_spectrum")
 _HAAR = "db1"
 
 
 @dataclass(frozen=True)
-class Wavelets:
+class Wavelets(FromTensors):
     """ΔW = s·(inverse Haar transform of the coefficients), or s·coefficients without the transform.
 
     The places are the first n of torch's permutation of out·in from the seed, on the CPU. An odd side
@@ -55,16 +38,6 @@ class Wavelets:
     seed: int
     scale: float
     transformed: bool
-
-    @property
-    def factored(self) -> bool:
-        """False."""
-        return False
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """The coefficients."""
-        return (self.coefficients,)
 
     @property
     def rank(self) -> int:
@@ -102,34 +75,24 @@ def _inverse_haar(coefficients: Tensor) -> Tensor:
     return torch.stack((upper, lower), 1).reshape(coefficients.shape) / 2
 
 
-def open_waveft(tuned: Folder, base: Folder | None, *, split: bool, heads: str | int, scale: float | None) -> Source:
-    """Read the coefficients of every module.
+def read(ledger: Ledger) -> None:
+    """Enter the coefficients of every module.
 
     Raises:
-        BaseRequiredError: there is no base, whose shape the places refer to.
-        SourceError: the config is missing, its wavelet is another than db1, or a number in it is none.
+        SourceError: the seed of the places is none.
     """
-    ledger = Ledger(tuned, base)
-    need_base(ledger, "WaveFT", "is saved as coefficients at places of the base weight, whose shape they need")
-    refuse_options(ledger, heads, scale)
-    config = config_of(tuned, "WaveFT")
-    modules, rest = modules_of(ledger, _SLOTS)
-    add_modules_on_base(ledger, modules, partial(_wavelets, config, str(tuned.path)), split=split)
-    add_rest(ledger, rest, split=split)
-    return ledger.source(KIND)
-
-
-def _wavelets(config: Mapping[str, Any], where: str, module: str, slots: Slots, base: TensorRef) -> Wavelets | str:
-    """The coefficients of one module, or why there are none."""
-    transformed, seed = flag(config, "use_idwt", where), config.get("random_loc_seed")
+    config = ledger.config
+    transformed, seed = config.flag("use_idwt"), config.get("random_loc_seed")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise SourceError(f"{where}: random_loc_seed = {seed!r} is no seed; mend adapter_config.json")
-    why = unusable(slots, ["waveft_spectrum"])
-    if why:
-        return why
-    if transformed and config.get("wavelet_family") != _HAAR:
-        return f"the wavelet {config.get('wavelet_family')!r} in {where} is not supported; {_HAAR} is"
-    coefficients = slots["waveft_spectrum"]
-    if len(coefficients.shape) != 1 or coefficients.numel > base.numel:
-        return f"waveft_spectrum {list(coefficients.shape)} of {module} does not fit {list(base.shape)}"
-    return Wavelets((base.shape[0], base.shape[1]), coefficients, seed, real(config, "scaling", where), transformed)
+        raise SourceError(f"{ledger.where}: random_loc_seed = {seed!r} is no seed; mend adapter_config.json")
+
+    def build(module: str, slots: Slots, base: TensorRef) -> Wavelets:
+        (coefficients,) = slots.real("waveft_spectrum")
+        family = config.get("wavelet_family")
+        if transformed and family != _HAAR:
+            raise Refusal(f"the wavelet {family!r} in {ledger.where} is not supported; {_HAAR} is")
+        if len(coefficients.shape) != 1 or coefficients.numel > base.numel:
+            raise Refusal(f"waveft_spectrum {list(coefficients.shape)} of {module} does not fit {list(base.shape)}")
+        return Wavelets((base.shape[0], base.shape[1]), coefficients, seed, config.real("scaling"), transformed)
+
+    add_modules_on_base(ledger, ledger.modules(slot_pattern("waveft_spectrum")), build)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
 from spectra.errors import SourceError
-from spectra.sources.scaling import scaling
+from spectra.sources.config import Config
 
 WORDS = ("model", "layers", "0", "1", "10", "self_attn", "q_proj", "v_proj", "mlp", "up_proj")
 MODULES = st.lists(st.sampled_from(WORDS), min_size=1, max_size=5).map(".".join)
@@ -33,12 +33,12 @@ def test_patterns_take_precedence_as_in_peft(module, patterns, other):
     config = {"r": 1, "lora_alpha": 7, "rank_pattern": ranks, "alpha_pattern": alphas}
     rank = ranks.get(get_pattern_key(ranks.keys(), module), 1)
     alpha = alphas.get(get_pattern_key(alphas.keys(), module), 7)
-    assert scaling(config, module, "here") == (alpha / rank, rank)
+    assert Config(config, "here").scaling(module) == (alpha / rank, rank)
 
 
 @given(r=st.integers(1, 512), alpha=st.floats(0, 1e6) | st.integers(0, 10**6), rslora=st.booleans())
 def test_alpha_over_r_or_its_root(r, alpha, rslora):
-    s, rank = scaling({"r": r, "lora_alpha": alpha, "use_rslora": rslora}, "a.b", "here")
+    s, rank = Config({"r": r, "lora_alpha": alpha, "use_rslora": rslora}, "here").scaling("a.b")
     assert rank == r
     assert s == pytest.approx(alpha / (math.sqrt(r) if rslora else r), rel=1e-15)
 
@@ -47,7 +47,7 @@ def test_alpha_over_r_or_its_root(r, alpha, rslora):
 def test_the_first_of_two_matching_patterns_wins_in_file_order(key):
     first, second = {"q_proj": 2, r".*\.q_proj": 4}, {r".*\.q_proj": 4, "q_proj": 2}
     config = {"r": 8, "lora_alpha": 8}
-    got = [scaling(config | {key: patterns}, "layers.0.q_proj", "here") for patterns in (first, second)]
+    got = [Config(config | {key: patterns}, "here").scaling("layers.0.q_proj") for patterns in (first, second)]
     assert got == ([(4.0, 2), (2.0, 4)] if key == "rank_pattern" else [(0.25, 8), (0.5, 8)])
 
 
@@ -65,4 +65,4 @@ def test_the_first_of_two_matching_patterns_wins_in_file_order(key):
 )
 def test_what_is_no_scale_is_named(config, message):
     with pytest.raises(SourceError, match=re.escape(message)):
-        scaling(config, "a.b", "here")
+        Config(config, "here").scaling("a.b")
