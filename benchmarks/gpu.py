@@ -17,8 +17,10 @@ import torch
 
 from benchmarks import inputs
 from spectra import Spectrum, WeightDelta, decompose
+from spectra.engine.devices import device_named, slow_double
 from spectra.engine.executors.device import decompose_batches
-from spectra.engine.schedule import batches, plan, slow_double
+from spectra.engine.schedule import batches, plan
+from spectra.engine.solve import Wanted
 
 _VALUES = 1e-7  # of σ₁
 _ANGLE = 1e-5
@@ -62,7 +64,7 @@ def report(name: str, fault: str) -> bool:
 def on_device(deltas: list[WeightDelta], device: str, budget: int, top: int) -> list[Spectrum]:
     """The device path, in the deltas' order."""
     groups = batches(deltas, plan(deltas, budget, top or None))
-    found = dict(decompose_batches(deltas, groups, top=top, only_top=False, device=device))
+    found = dict(decompose_batches(deltas, groups, Wanted(top, device=device_named(device), together=True)))
     return [found[i] for i in range(len(deltas))]
 
 

@@ -129,6 +129,6 @@ def _print(document: dict[str, Any], source: Source | None) -> None:
 
 
 def _size(count: int) -> str:
-    from spectra.engine.schedule import readable_size
+    from spectra.engine.memory import readable_size
 
     return readable_size(count)

@@ -6,13 +6,13 @@ Nothing here imports torch: listing a model touches no tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from spectra import naming, text
 from spectra.deltas.base import BaseWeight
-from spectra.deltas.forms import Form, LowRank
+from spectra.deltas.forms import Dense, Form, LowRank
 from spectra.errors import SelectionError
 from spectra.files.tensors import TensorRef
 from spectra.spectrum import Status
@@ -26,12 +26,13 @@ class Recipe(Protocol):
     """Where the numbers of one ΔW are and how to form it: frozen, small and picklable.
 
     A recipe whose `read` needs more memory for a while than its refs and the form (a permutation, the SVD of the
-    base) says how many bytes in a property `reading_bytes`, which is optional.
+    base) says how many bytes in a property `reading_bytes`, which is optional. So is `form`, the class of what `read`
+    gives where that is neither `LowRank` nor `Dense`.
     """
 
     @property
     def factored(self) -> bool:
-        """True if `read` gives a `LowRank`, False for a `Dense`."""
+        """True if `read` gives factors, such as a `LowRank`; False for a `Dense`."""
         ...
 
     @property
@@ -42,6 +43,12 @@ class Recipe(Protocol):
     def read(self, device: str = "cpu") -> Form:
         """Form ΔW in float64 on the device."""
         ...
+
+
+def form_of(recipe: Recipe) -> type[Form]:
+    """The class of what a recipe's `read` gives."""
+    found: type[Form] = getattr(recipe, "form", LowRank if recipe.factored else Dense)
+    return found
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,11 @@ class WeightDelta:
         """Whether `read` gives factors."""
         return self.recipe is not None and self.recipe.factored
 
+    @property
+    def form(self) -> type[Form] | None:
+        """The class of what `read` gives, known beforehand: the plan goes by it. None if there is nothing to read."""
+        return form_of(self.recipe) if self.recipe is not None else None
+
     def read(self, device: str = "cpu") -> Form:
         """Form ΔW in float64 on the device; the only place where tensor data is touched.
 
@@ -107,7 +119,7 @@ class WeightDelta:
             raise SelectionError(f"{self.name} cannot be read: {self.status}: {self.reason}")
         form = self.recipe.read(device)
         if self.base is not None and form.base_norm is None:
-            form = replace(form, base_norm=self.base.norm(device))
+            form = form.with_base_norm(self.base.norm(device))
         return form
 
     @classmethod
@@ -127,8 +139,7 @@ class WeightDelta:
     @classmethod
     def _from_form(cls, name: str, recipe: Recipe) -> WeightDelta:
         form = recipe.read()
-        rank = form.left.shape[1] if isinstance(form, LowRank) else min(form.shape)
-        return cls(name, form.shape, recipe, min(rank, *form.shape))
+        return cls(name, form.shape, recipe, form.max_rank)
 
     @classmethod
     def refused(cls, name: str, shape: Sequence[int], status: Status, reason: str) -> WeightDelta:

@@ -1,19 +1,114 @@
-"""The forms in which ΔW is read: its entries, or factors that are never multiplied out by the engine."""
+"""The forms in which ΔW is read: its entries, or factors that are never multiplied out by the engine.
+
+Nothing here imports torch: planning asks for the class of a form that is not read yet.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from spectra import text
+from spectra.deltas.thin import times
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_BLOCK = 512  # rows of a product that are there at once where its norm needs them
+_CANCELLED = 1e-6  # below this share of (‖L‖‖R‖)², ⟨LᵀL, RRᵀ⟩ has lost more than six of its digits
 
-@dataclass(frozen=True)
-class Dense:
+
+class Form(ABC):
+    """What ΔW (out, in) can do, however it is kept; all tensors are float64.
+
+    The class of a form matters to the ladder of solvers and to the plan alone. A new form is a class here, an entry
+    in `spectra.engine.ladder.LADDERS` and one in `spectra.engine.costs.COSTS`.
+
+    Attributes:
+        base_norm: ‖W₀‖_F where the base was read, else None.
+        noise_edge: the largest singular value that storage rounding alone would give, or None.
+        unchanged: the fraction of entries that are equal in both files, or None.
+
+    Example:
+        >>> import torch
+        >>> form = LowRank(torch.tensor([[3.0], [4.0]]).double(), torch.tensor([[2.0, 0.0]]).double())
+        >>> form.shape, form.max_rank, form.norm
+        ((2, 2), 1, 10.0)
+        >>> form.times(torch.ones(2, 1).double()).tolist(), form.T.times(torch.ones(2, 1).double()).tolist()
+        ([[6.0], [8.0]], [[14.0], [0.0]])
+        >>> form.rows(1, 2).to_dense().tolist()
+        [[8.0, 0.0]]
+    """
+
+    base_norm: float | None
+    noise_edge: float | None = None
+    unchanged: float | None = None
+
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it is made of."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+
+    @property
+    @abstractmethod
+    def norm(self) -> float:
+        """‖ΔW‖_F, computed without the singular values; not finite if an entry is not."""
+
+    @abstractmethod
+    def times(self, block: Tensor) -> Tensor:
+        """ΔW · X for a block X (in, k) of few columns."""
+
+    @property
+    @abstractmethod
+    def T(self) -> Self:  # noqa: N802
+        """ΔWᵀ (in, out)."""
+
+    @abstractmethod
+    def take(self, rows: slice | Tensor) -> Form:
+        """Some rows of ΔW, as a slice or as their numbers; what is known of the base stays that of the whole."""
+
+    @abstractmethod
+    def scaled(self, factor: float) -> Self:
+        """factor · ΔW."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """ΔW as one tensor (out, in)."""
+
+    @property
+    def max_rank(self) -> int:
+        """What the rank of ΔW cannot exceed."""
+        return min(self.shape)
+
+    @property
+    def magnitude(self) -> float:
+        """What rounding errors in ΔW are relative to: 0 where it is given exactly, ‖ΔW‖_F or more where it is a sum."""
+        return 0.0
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether every entry is zero, where the norm is."""
+        return self.norm == 0
+
+    def rows(self, start: int, stop: int) -> Form:
+        """Rows start … stop − 1 of ΔW."""
+        return self.take(slice(start, stop))
+
+    def with_base_norm(self, norm: float) -> Self:
+        """The same ΔW with ‖W₀‖_F beside it."""
+        return cast("Self", replace(cast("Any", self), base_norm=norm))
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Form):
     """ΔW as its entries.
 
     Attributes:
@@ -29,25 +124,58 @@ class Dense:
     unchanged: float | None = None
 
     @property
+    def tensors(self) -> tuple[Tensor]:
+        """The matrix."""
+        return (self.matrix,)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return (self.matrix.shape[0], self.matrix.shape[1])
 
+    @cached_property
+    def norm(self) -> float:
+        """‖ΔW‖_F from the entries."""
+        return float(self.matrix.norm())
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether every entry is zero: a norm of 0 may be squares that underflow."""
+        return not bool(self.matrix.any())
+
+    def times(self, block: Tensor) -> Tensor:
+        """ΔW · X for a block X (in, k) of few columns."""
+        return times(self.matrix, block)
+
+    @property
+    def T(self) -> Dense:  # noqa: N802
+        """ΔWᵀ, a view."""
+        return replace(self, matrix=self.matrix.mT)
+
+    def take(self, rows: slice | Tensor) -> Dense:
+        """Some rows; a slice is a view."""
+        return replace(self, matrix=self.matrix[rows])
+
+    def scaled(self, factor: float) -> Dense:
+        """factor · ΔW; storage rounding, if known, grows with it."""
+        edge = None if self.noise_edge is None else abs(factor) * self.noise_edge
+        return replace(self, matrix=factor * self.matrix, noise_edge=edge)
+
     def to_dense(self) -> Tensor:
-        """ΔW as one tensor (out, in)."""
+        """The matrix."""
         return self.matrix
 
     def __repr__(self) -> str:
         return f"Dense({text.size(self.shape)})"
 
 
-@dataclass(frozen=True)
-class LowRank:
+@dataclass(frozen=True, eq=False)
+class LowRank(Form):
     """ΔW = left · right, never multiplied out by the engine.
 
     Attributes:
-        left: float64 (out, r).
-        right: float64 (r, in).
+        left: L, float64 (out, r).
+        right: R, float64 (r, in).
         base_norm: ‖W₀‖_F where the base was read, else None.
     """
 
@@ -56,30 +184,82 @@ class LowRank:
     base_norm: float | None = None
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The two factors."""
+        return (self.left, self.right)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return (self.left.shape[0], self.right.shape[1])
 
-    def to_dense(self) -> Tensor:
-        """ΔW = left · right as one tensor (out, in)."""
-        return self.left @ self.right
+    @property
+    def max_rank(self) -> int:
+        """min(r, out, in)."""
+        return min(self.left.shape[1], *self.shape)
 
     @cached_property
     def grams(self) -> tuple[Tensor, Tensor]:
-        """leftᵀ·left and right·rightᵀ, (r, r) each: what the norm and CholeskyQR both start from."""
+        """LᵀL and RRᵀ, (r, r) each: what the norm and CholeskyQR both start from."""
         return self.left.mT @ self.left, self.right @ self.right.mT
+
+    @cached_property
+    def norm(self) -> float:
+        """‖LR‖_F from the two r×r Gram matrices, ‖LR‖² = ⟨LᵀL, RRᵀ⟩.
+
+        Where the factors nearly cancel, ⟨LᵀL, RRᵀ⟩ keeps too few digits and rows of the product are formed, a block
+        at a time.
+        """
+        gram_left, gram_right = self.grams
+        squared = float((gram_left * gram_right).sum())
+        if squared < _CANCELLED * self._largest_square:
+            blocks = (self.rows(i, i + _BLOCK).to_dense() for i in range(0, self.shape[0], _BLOCK))
+            squared = sum(float(block.square().sum()) for block in blocks)
+        return math.sqrt(squared)
+
+    @property
+    def magnitude(self) -> float:
+        """‖L‖_F·‖R‖_F, to which rounding errors in L·R are relative."""
+        return math.sqrt(self._largest_square)
+
+    @property
+    def _largest_square(self) -> float:
+        """(‖L‖_F·‖R‖_F)², which ‖LR‖² cannot exceed."""
+        gram_left, gram_right = self.grams
+        return float(gram_left.trace() * gram_right.trace())
+
+    def times(self, block: Tensor) -> Tensor:
+        """L · (R · X)."""
+        return times(self.left, times(self.right, block))
+
+    @property
+    def T(self) -> LowRank:  # noqa: N802
+        """ΔWᵀ = Rᵀ · Lᵀ, views."""
+        return replace(self, left=self.right.mT, right=self.left.mT)
+
+    def take(self, rows: slice | Tensor) -> LowRank:
+        """Some rows of L; R stays."""
+        return replace(self, left=self.left[rows])
+
+    def scaled(self, factor: float) -> LowRank:
+        """(factor · L) · R."""
+        return replace(self, left=factor * self.left)
+
+    def to_dense(self) -> Tensor:
+        """ΔW = L · R as one tensor (out, in)."""
+        return self.left @ self.right
 
     def __repr__(self) -> str:
         return f"LowRank({text.size(self.left.shape)} · {text.size(self.right.shape)})"
 
 
-@dataclass(frozen=True)
-class Kronecker:
+@dataclass(frozen=True, eq=False)
+class Kronecker(Form):
     """ΔW = first ⊗ second, whose singular values are all products of theirs; never multiplied out by the engine.
 
     Attributes:
-        first: float64 (m₁, n₁).
-        second: float64 (m₂, n₂).
+        first: A, float64 (m₁, n₁).
+        second: B, float64 (m₂, n₂).
         base_norm: ‖W₀‖_F where the base was read, else None.
     """
 
@@ -88,19 +268,48 @@ class Kronecker:
     base_norm: float | None = None
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The two sides."""
+        return (self.first, self.second)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(out, in) = (m₁m₂, n₁n₂)."""
         (m1, n1), (m2, n2) = self.first.shape, self.second.shape
         return (m1 * m2, n1 * n2)
 
+    @property
+    def max_rank(self) -> int:
+        """min(m₁, n₁) · min(m₂, n₂)."""
+        return min(self.first.shape) * min(self.second.shape)
+
+    @cached_property
+    def norm(self) -> float:
+        """‖A ⊗ B‖_F = ‖A‖_F·‖B‖_F."""
+        return float(self.first.norm() * self.second.norm())
+
+    def times(self, block: Tensor) -> Tensor:
+        """(A ⊗ B)·X: each column of X is a matrix M, and gives A·M·Bᵀ."""
+        columns = block.T.reshape(-1, self.first.shape[1], self.second.shape[1])
+        return (self.first @ columns @ self.second.T).flatten(1).T
+
+    @property
+    def T(self) -> Kronecker:  # noqa: N802
+        """ΔWᵀ = Aᵀ ⊗ Bᵀ, views."""
+        return replace(self, first=self.first.mT, second=self.second.mT)
+
+    def take(self, rows: slice | Tensor) -> Dense:
+        """Some rows, formed: rows of a product are no product."""
+        return Dense(self.to_dense()[rows], self.base_norm)
+
+    def scaled(self, factor: float) -> Kronecker:
+        """(factor · A) ⊗ B."""
+        return replace(self, first=factor * self.first)
+
     def to_dense(self) -> Tensor:
         """ΔW as one tensor (out, in)."""
-        import torch
-
-        return torch.kron(self.first, self.second)
+        # torch.kron gives the same but refuses some transposes.
+        return (self.first[:, None, :, None] * self.second[None, :, None, :]).reshape(self.shape)
 
     def __repr__(self) -> str:
         return f"Kronecker({text.size(self.first.shape)} ⊗ {text.size(self.second.shape)})"
-
-
-Form = Dense | LowRank | Kronecker

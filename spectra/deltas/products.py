@@ -148,6 +148,11 @@ class KroneckerProduct:
         return True
 
     @property
+    def form(self) -> type[Kronecker]:
+        """A form of its own, neither entries nor a pair of factors."""
+        return Kronecker
+
+    @property
     def refs(self) -> tuple[TensorRef, ...]:
         """The stored matrices and factors."""
         return tuple(ref for side in (self.first, self.second) for ref in _refs(side))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from spectra.deltas.delta import Recipe
@@ -259,9 +259,9 @@ class OnBase(FromTensors):
     def read(self, device: str = "cpu") -> Form:
         """Read W₀ once, for ΔW and for its norm."""
         base = self.base.read_float64(device)
-        return replace(self.form(base), base_norm=float(base.norm()))
+        return self.from_base(base).with_base_norm(float(base.norm()))
 
-    def form(self, base: Tensor) -> Form:
+    def from_base(self, base: Tensor) -> Form:
         """ΔW from W₀ (out, in) in float64, on its device."""
         raise NotImplementedError
 
@@ -299,13 +299,12 @@ class Placed:
 
         Rows of a Kronecker product are no such product, and are formed.
         """
-        form = self.whole.read(device)
-        if isinstance(form, LowRank):
-            return LowRank(self._part(form.left), form.right)
-        return Dense(self._part(form.to_dense()))
+        whole = self.whole.read(device)
+        part = whole.take(self._row_numbers(whole))
+        return LowRank(part.left, part.right) if isinstance(part, LowRank) else Dense(part.to_dense())
 
-    def _part(self, tensor: Tensor) -> Tensor:
+    def _row_numbers(self, whole: Form) -> Tensor:
+        """The numbers of the part's rows among those of the whole."""
         import torch
 
-        numbers = torch.arange(tensor.shape[0], device=tensor.device).reshape(-1, 1)
-        return tensor[self.rows.view(numbers).flatten()]
+        return self.rows.view(torch.arange(whole.shape[0], device=whole.tensors[0].device).reshape(-1, 1)).flatten()

@@ -1,4 +1,4 @@
 """From deltas to spectra: exact solvers, the plan, and the one streaming loop.
 
-Empty on purpose: `engine.plan` must not bring torch along.
+Empty on purpose: `engine.schedule` must not bring torch along.
 """

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from functools import singledispatch
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from spectra.deltas.forms import Dense, Form, Kronecker, LowRank
-from spectra.engine.solvers import kronecker
-from spectra.engine.solvers.thin import times
+from spectra.deltas.forms import Form
+from spectra.deltas.thin import times
 
 FROBENIUS_BOUND = 1e-9  # on |Σσ² − ‖ΔW‖²| / ‖ΔW‖²; float64 solvers stay below 1e-12
 VECTOR_BOUND = 1e-6  # on ‖ΔW v − σu‖ and ‖ΔWᵀu − σv‖ relative to σ₁, root mean square, where σ is resolved
@@ -61,8 +59,8 @@ def vector_fault(form: Form, S: Tensor, U: Tensor, Vh: Tensor, resolution: float
     kept = min(int((resolution < S).sum()), U.shape[1])
     s, u, vh = S[:kept], U[:, :kept], Vh[:kept]
     mix = _signs(kept, S)
-    right = apply(form, times(vh.mT, mix)) - times(u, s[:, None] * mix)
-    left = apply_transpose(form, times(u, mix)) - times(vh.mT, s[:, None] * mix)
+    right = form.times(times(vh.mT, mix)) - times(u, s[:, None] * mix)
+    left = form.T.times(times(u, mix)) - times(vh.mT, s[:, None] * mix)
     worst = max(float(right.norm()), float(left.norm())) if kept else 0.0
     if not worst <= max(VECTOR_BOUND * float(S[0]), resolution) * math.sqrt(max(kept, 1)):
         return f"a residual of {worst / float(S[0]):.1e}·σ₁ in the vectors"
@@ -74,45 +72,3 @@ def _signs(count: int, like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(count)
     signs = torch.randint(0, 2, (count, 2), generator=generator) * 2 - 1
     return signs.to(device=like.device, dtype=like.dtype)
-
-
-@singledispatch
-def apply(form: Form, block: Tensor) -> Tensor:
-    """ΔW · block."""
-    raise TypeError(f"no product rule for {type(form).__name__}")
-
-
-@singledispatch
-def apply_transpose(form: Form, block: Tensor) -> Tensor:
-    """ΔWᵀ · block."""
-    raise TypeError(f"no product rule for {type(form).__name__}")
-
-
-@apply.register
-def _(form: Dense, block: Tensor) -> Tensor:
-    return times(form.matrix, block)
-
-
-@apply.register
-def _(form: LowRank, block: Tensor) -> Tensor:
-    return times(form.left, times(form.right, block))
-
-
-@apply_transpose.register
-def _(form: Dense, block: Tensor) -> Tensor:
-    return times(form.matrix.T, block)
-
-
-@apply_transpose.register
-def _(form: LowRank, block: Tensor) -> Tensor:
-    return times(form.right.T, times(form.left.T, block))
-
-
-@apply.register
-def _(form: Kronecker, block: Tensor) -> Tensor:
-    return kronecker.product(form.first, form.second, block)
-
-
-@apply_transpose.register
-def _(form: Kronecker, block: Tensor) -> Tensor:
-    return kronecker.product(form.first.T, form.second.T, block)

@@ -14,19 +14,16 @@ from concurrent.futures import (
 )
 from dataclasses import dataclass, replace
 
+import torch
+
 from spectra.deltas.delta import WeightDelta
+from spectra.engine.devices import device_named, resolve_device
 from spectra.engine.executors.device import decompose_batches
-from spectra.engine.schedule import (
-    FRACTION_OF_FREE,
-    Plan,
-    Task,
-    batches,
-    memory_budget,
-    plan,
-    readable_size,
-    side_by_side,
-)
-from spectra.errors import DeviceError, SelectionError
+from spectra.engine.executors.threads import keep_freed_memory, thread_executor
+from spectra.engine.memory import memory_budget, readable_size
+from spectra.engine.schedule import Plan, Task, batches, plan, side_by_side
+from spectra.engine.solve import Wanted, solve
+from spectra.errors import SelectionError
 from spectra.spectrum import Spectrum
 
 _PER_WORKER = 2  # tasks in flight per worker of another process: one at work, one waiting
@@ -95,7 +92,8 @@ def decompose_indexed(
     if executor is not None:
         yield from _through(executor, deltas, schedule, Work(top, only_top, where))
     elif where.startswith("cuda"):
-        yield from decompose_batches(deltas, batches(deltas, schedule), top=top or 0, only_top=only_top, device=where)
+        wanted = Wanted(top or 0, only_top, device_named(where), together=True)
+        yield from decompose_batches(deltas, batches(deltas, schedule), wanted)
     else:
         yield from _side_by_side(deltas, schedule, Work(top, only_top, where), threads)
 
@@ -104,8 +102,6 @@ def threads_for(
     deltas: Sequence[WeightDelta], *, top: int | None = None, device: str = "auto", budget: int | str | None = None
 ) -> int | None:
     """How many threads to give each matrix on this machine's CPU; None if the CPU is not where they go."""
-    import torch
-
     where = resolve_device(device)
     if where != "cpu":
         return None
@@ -115,16 +111,20 @@ def threads_for(
 
 @dataclass(frozen=True)
 class Work:
-    """What to do with every delta; travels to executors."""
+    """What to do with every delta; travels to executors.
+
+    Attributes:
+        top: how many singular vectors; None for none.
+        only_top: keep the top values alone, too.
+        device: "auto" for the one of the machine where it runs.
+    """
 
     top: int | None
     only_top: bool
     device: str
 
     def __call__(self, delta: WeightDelta) -> Spectrum:
-        """Solve it where this runs; "auto" means this machine's device, not the driver's."""
-        from spectra.engine.solve import solve
-
+        """Solve it where this runs."""
         return solve(delta, top=self.top, only_top=self.only_top, device=resolve_device(self.device))
 
 
@@ -132,10 +132,6 @@ def _side_by_side(
     deltas: Sequence[WeightDelta], schedule: Plan, work: Work, threads: int | None
 ) -> Iterator[tuple[int, Spectrum]]:
     """On this machine's CPU: several matrices at once, each on its share of the cores."""
-    import torch
-
-    from spectra.engine.executors.threads import keep_freed_memory, thread_executor
-
     keep_freed_memory()
     cores = torch.get_num_threads()
     workers = side_by_side(schedule, cores)
@@ -201,37 +197,13 @@ def _lost(problem: BaseException) -> bool:
 
 
 def _noted(spectrum: Spectrum, note: str) -> Spectrum:
+    """The result with how else it came about beside the solver."""
     return replace(spectrum, method=f"{spectrum.method}; {note}" if spectrum.method else note)
 
 
 def _bytes_at_work(budget: int | str | None, device: str, executor: Executor | None) -> int:
     """The budget that was given, or a share of what is free where the matrices will be."""
+    if budget is not None:
+        return memory_budget(budget)
     elsewhere: int | None = getattr(executor, "memory_budget", None)
-    if budget is None and elsewhere:
-        return elsewhere
-    if budget is None and device.startswith("cuda") and executor is None:
-        import torch
-
-        return int(torch.cuda.mem_get_info(device)[0] * FRACTION_OF_FREE)
-    return memory_budget(budget)
-
-
-def resolve_device(device: str) -> str:
-    """The device that "auto" means here, or the one asked for if it exists.
-
-    Raises:
-        DeviceError: it does not, or is not one that this toolkit uses.
-    """
-    if device == "cpu":
-        return device
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or (index and not index.isdigit()):
-        raise DeviceError(f"device {device!r} is not one of auto, cpu, cuda, cuda:0, …")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(index or 0) >= count:
-        raise DeviceError(f"device {device!r} is not there: torch sees {count} CUDA devices; use --device cpu")
-    return device
+    return elsewhere or device_named("cpu" if executor else device).budget()

@@ -1,11 +1,17 @@
-"""Which solvers a form of ΔW has, the first choice first. The next one runs only if one fails, and that is recorded."""
+"""Which solvers a form of ΔW has, the first choice first. The next one runs only if one fails, and that is recorded.
+
+A solver takes several forms of one class whose tensors have equal shapes. One that gains from that (`joint`) stacks
+them; one alone is never stacked, for on a CPU a single matrix has faster ways.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, singledispatch
+from functools import lru_cache
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from spectra.deltas.forms import Dense, Form, Kronecker, LowRank
@@ -42,78 +48,118 @@ SVD = Rung("svd-f64", dense.SVD_RESOLUTION)
 
 @dataclass(frozen=True)
 class Solver:
-    """One rung and how to run it: `run()` gives S, and U and Vh if vectors were asked for."""
+    """One rung and how to climb it.
+
+    Attributes:
+        rung: what it is called.
+        run: forms of equal shapes ↦ S, and U and Vh if vectors were asked for, of each.
+        joint: whether several at once are faster than one after another.
+    """
 
     rung: Rung
-    run: Callable[[], Numbers]
+    run: Callable[[Sequence[Any]], Iterable[Numbers]]
+    joint: bool = False
 
 
-def batched(form: Form, top: int) -> Rung:
-    """The rung whose solver takes many updates of one shape at once."""
-    if isinstance(form, Kronecker):
-        return KRONECKER
-    if isinstance(form, LowRank):
-        return CHOLESKY_CORE if _both_tall(form) else QR_CORE
-    return GRAM_EIGH if top else GRAM_VALUES
+Ladder = list[Solver]
 
 
-@singledispatch
-def solvers(form: Form, top: int, only_top: bool) -> list[Solver]:
-    """The ladder for a form.
+def ladder_for(form: Form, top: int, only_top: bool, *, together: bool = False) -> Ladder:
+    """The ladder for a form, and for every other one whose tensors have its shapes.
 
     Args:
         form: ΔW.
         top: how many vectors; 0 for none.
         only_top: the other values are not needed.
+        together: whether several are solved at once: the solvers that gain from it come first then.
     """
-    raise TypeError(f"no SVD rule for {type(form).__name__}")
+    ladder = LADDERS[type(form)](form, top, only_top)
+    return sorted(ladder, key=lambda solver: not solver.joint) if together else ladder
 
 
-@solvers.register
-def _(form: Dense, top: int, only_top: bool) -> list[Solver]:
-    A = form.matrix
+def _dense_ladder(form: Dense, top: int, only_top: bool) -> Ladder:
     if not top:
         return [
-            Solver(GRAM_VALUES, lambda: (dense.gram_values(A), None, None)),
-            Solver(SVD, lambda: (dense.svd_values(A), None, None)),
+            Solver(GRAM_VALUES, _at_once(lambda A: (dense.gram_values(A), None, None)), joint=True),
+            Solver(SVD, _each(lambda form: (dense.svd_values(form.matrix), None, None))),
         ]
-    product = cache(lambda: dense.gram(A))  # one Gram matrix for all rungs
+    full = Solver(SVD, _each(lambda form: dense.svd_top(form.matrix, top)))
+    if not topk.worthwhile(min(form.shape), top):
+        return [Solver(GRAM_EIGH, _at_once(lambda A: dense.gram_top(A, top, None)), joint=True), full]
+
+    @lru_cache(maxsize=1)  # one Gram matrix for all rungs: forms climb one after another
+    def gram(form: Dense) -> Tensor:
+        return dense.gram(form.matrix)
+
+    def eigh(forms: Sequence[Dense]) -> Iterator[Numbers]:
+        A = _stacked([form.matrix for form in forms])
+        return _apart(dense.gram_top(A, top, gram(forms[0]) if len(forms) == 1 else None), len(forms))
+
     first, run = (GRAM_CERTIFIED, dense.lanczos_only_top) if only_top else (GRAM_LANCZOS, dense.lanczos_top)
-    lanczos = [Solver(first, lambda: run(A, top, product()))] if topk.worthwhile(min(A.shape), top) else []
-    return [
-        *lanczos,
-        Solver(GRAM_EIGH, lambda: dense.gram_top(A, top, product() if lanczos else None)),
-        Solver(SVD, lambda: dense.svd_top(A, top)),
-    ]
+    lanczos = Solver(first, _each(lambda form: run(form.matrix, top, gram(form))))
+    return [lanczos, Solver(GRAM_EIGH, eigh, joint=True), full]
 
 
-@solvers.register
-def _(form: LowRank, top: int, only_top: bool) -> list[Solver]:
-    def through_product() -> Numbers:
-        # Only after the QR route failed: its cost is that of a dense update.
+def _low_rank_ladder(form: LowRank, top: int, only_top: bool) -> Ladder:
+    def by_cholesky(forms: Sequence[LowRank]) -> Iterator[Numbers]:
+        L, R, left, right = (_stacked(alike) for alike in zip(*(f.tensors + f.grams for f in forms), strict=True))
+        return _apart(factored.factored_svd(L, R, top, (left, right)), len(forms))
+
+    by_householder = Solver(QR_CORE, _at_once(lambda L, R: factored.factored_svd(L, R, top)), joint=True)
+    rest = [by_householder, _product(top)]
+    # Without at least as many rows as columns, L and Rᵀ cannot be of full rank.
+    tall = form.left.shape[1] <= min(form.shape)
+    return [Solver(CHOLESKY_CORE, by_cholesky, joint=True), *rest] if tall else rest
+
+
+def _kronecker_ladder(form: Kronecker, top: int, only_top: bool) -> Ladder:
+    sides = _each(lambda form: kronecker.kronecker_svd(form.first, form.second, top))
+    return [Solver(KRONECKER, sides), _product(top)]  # two small SVDs each: several at once gain nothing
+
+
+LADDERS: Mapping[type[Form], Callable[[Any, int, bool], Ladder]] = {
+    Dense: _dense_ladder,
+    LowRank: _low_rank_ladder,
+    Kronecker: _kronecker_ladder,
+}
+
+
+def _product(top: int) -> Solver:
+    """The last resort of a form that is no matrix of entries: the SVD of the product, as dear as a dense update's."""
+
+    def run(form: Form) -> Numbers:
         S, U, Vh = dense.svd_top(form.to_dense(), max(top, 1))
-        count = min(form.left.shape[1], *form.shape)
+        count = form.max_rank
         return S[:count], U[:, :count] if top else None, Vh[:count] if top else None
 
-    by_factors = [Solver(QR_CORE, lambda: factored.factored_svd(form.left, form.right, top))]
-    if _both_tall(form):
-        fast = Solver(CHOLESKY_CORE, lambda: factored.factored_svd(form.left, form.right, top, form.grams))
-        by_factors = [fast, *by_factors]
-    return [*by_factors, Solver(PRODUCT, through_product)]
+    return Solver(PRODUCT, _each(run))
 
 
-def _both_tall(form: LowRank) -> bool:
-    """Whether L and Rᵀ have at least as many rows as columns, without which they cannot be of full rank."""
-    return form.left.shape[1] <= min(form.shape)
+def _each(solve: Callable[[Any], Numbers]) -> Callable[[Sequence[Any]], Iterator[Numbers]]:
+    """A solver of several forms from that of one: one after another."""
+    return lambda forms: (solve(form) for form in forms)
 
 
-@solvers.register
-def _(form: Kronecker, top: int, only_top: bool) -> list[Solver]:
-    def through_product() -> Numbers:
-        S, U, Vh = dense.svd_top(form.to_dense(), max(top, 1))
-        return S, U if top else None, Vh if top else None
+def _at_once(solve: Callable[..., Numbers]) -> Callable[[Sequence[Form]], Iterator[Numbers]]:
+    """A solver of several forms from that of their tensors, which may be stacked."""
 
-    return [
-        Solver(KRONECKER, lambda: kronecker.kronecker_svd(form.first, form.second, top)),
-        Solver(PRODUCT, through_product),
-    ]
+    def run(forms: Sequence[Form]) -> Iterator[Numbers]:
+        alike = zip(*(form.tensors for form in forms), strict=True)
+        return _apart(solve(*(_stacked(tensors) for tensors in alike)), len(forms))
+
+    return run
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Several tensors as one (b, m, n); one as it is."""
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0]
+
+
+def _apart(found: Numbers, count: int) -> Iterator[Numbers]:
+    """The numbers of each form, from those of all."""
+    if count == 1:
+        yield found
+        return
+    S, U, Vh = found
+    for i in range(count):
+        yield S[i], None if U is None else U[i], None if Vh is None else Vh[i]

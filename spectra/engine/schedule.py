@@ -1,18 +1,12 @@
-"""Pure: in which order to decompose, how many bytes each matrix takes, and which do not fit."""
+"""Pure: in which order to decompose, what goes side by side or as one batch, and what does not fit the budget."""
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from spectra.deltas.delta import WeightDelta
-from spectra.deltas.products import KroneckerProduct
-from spectra.errors import SelectionError
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-FRACTION_OF_FREE = 0.5
+from spectra.engine.costs import flops, needed
 
 
 @dataclass(frozen=True)
@@ -110,7 +104,7 @@ def batches(deltas: Sequence[WeightDelta], schedule: Plan, most: int = 64) -> li
     groups: dict[tuple, list[Task]] = {}
     for task in schedule.tasks:
         delta = deltas[task.index]
-        groups.setdefault((delta.shape, delta.factored, delta.max_rank, delta.recipe is None), []).append(task)
+        groups.setdefault((delta.shape, delta.form, delta.max_rank), []).append(task)
     found: list[Batch] = []
     for tasks in groups.values():
         size = max(1, min(most, schedule.budget // 2 // max(1, tasks[0].bytes)))
@@ -119,140 +113,3 @@ def batches(deltas: Sequence[WeightDelta], schedule: Plan, most: int = 64) -> li
             before = found[-1].bytes if found else 0
             found.append(replace(batch, ahead=before + batch.bytes <= schedule.budget))
     return found
-
-
-# CUDA compute capabilities with float64 at half the float32 rate: P100, V100, A100, H100 and H200, B200.
-_FULL_RATE = frozenset({(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)})
-
-
-def full_rate_double(major: int, minor: int) -> bool:
-    """Whether a CUDA card of a compute capability computes float64 at full rate: half of its float32 rate.
-
-    On all other cards it runs at 1/32 or 1/64, and a capability that is not known here counts as such. The
-    engine then does the same: float64 on the card, for an update's factors cost little anywhere, and for dense
-    updates even 1/64 of a card is as fast as several CPU cores; float32 would not keep 1e-7·σ₁. What it does
-    differently is to say so: each result's `method` ends with `slow_double`'s note, and `--device cpu` is the
-    other exact choice. `python -m benchmarks.gpu` measures both on the card at hand.
-
-    Example:
-        >>> [full_rate_double(*capability) for capability in [(8, 0), (8, 6), (9, 0), (12, 0)]]
-        [True, False, True, False]
-
-    Reference: NVIDIA, CUDA C++ Programming Guide, "Arithmetic Instructions" (throughput by compute capability).
-    """
-    return (major, minor) in _FULL_RATE
-
-
-def slow_double(major: int, minor: int) -> str:
-    """What to say of a card whose float64 is slow; "" of one where it is not.
-
-    Example:
-        >>> slow_double(8, 9)
-        'float64 on a card that is slow at it (compute capability 8.9)'
-        >>> slow_double(9, 0)
-        ''
-    """
-    if full_rate_double(major, minor):
-        return ""
-    return f"float64 on a card that is slow at it (compute capability {major}.{minor})"
-
-
-def flops(delta: WeightDelta, top: int | None) -> float:
-    """A rough operation count: QR and core SVD for factors, Gram and eigenvalues for a dense update."""
-    if delta.recipe is None or len(delta.shape) != 2:
-        return 0.0
-    short, long = sorted(delta.shape)
-    if _is_kronecker(delta):
-        return 20.0 * (short * long) ** 0.75  # two sides of about (√m, √n)
-    if delta.factored:
-        r = delta.max_rank
-        return 4.0 * (short + long) * r**2 * (2 if top else 1) + 20.0 * r**3
-    return short**2 * long + (9.0 if top else 4 / 3) * short**3
-
-
-def needed(delta: WeightDelta, top: int | None) -> int:
-    """Peak bytes while the delta is read or solved by the solvers that usually do it; a test measures them.
-
-    Dense: the stored rows, ΔW in float64, and the Gram matrix with its eigensolver's copy or, for vectors,
-    work space. Factors: the stored ones, float64, their reflectors, and the vectors. Only the last rung of
-    the ladder, a full SVD of ΔW, takes more.
-    """
-    if delta.recipe is None or len(delta.shape) != 2:
-        return 0
-    stored = sum(_width(ref.dtype) * ref.numel for ref in _refs(delta))
-    reading: int = getattr(delta.recipe, "reading_bytes", 0)
-    return max(_solving(delta, top, stored), reading + stored if reading else 0)
-
-
-def _solving(delta: WeightDelta, top: int | None, stored: int) -> int:
-    m, n = delta.shape
-    short = min(m, n)
-    k = min(top or 0, short)
-    if _is_kronecker(delta):
-        return 8 * (4 * k * (m + n) + 2 * short) + 40 * sum(ref.numel for ref in _refs(delta)) + _base_bytes(delta)
-    if delta.factored:
-        r = delta.max_rank
-        return 8 * ((3 * r + 3 * k) * (m + n) + 8 * r**2) + stored + _base_bytes(delta)
-    blocks = 4 * max(64, 4 * k) * short + 3 * k * (m + n) if k else 0
-    return 8 * (m * n + (5 * short**2 if k else 5 * short**2 // 2) + blocks) + stored
-
-
-def _is_kronecker(delta: WeightDelta) -> bool:
-    return isinstance(delta.recipe, KroneckerProduct)
-
-
-def _refs(delta: WeightDelta) -> Sequence:
-    return delta.refs
-
-
-def _base_bytes(delta: WeightDelta) -> int:
-    full = delta.shape[0] * delta.shape[1]
-    return max((9 * ref.numel for ref in _refs(delta) if ref.numel == full), default=0)
-
-
-def _width(dtype: str) -> int:
-    from spectra.files.tensors import DTYPES
-
-    return DTYPES[dtype][1] if dtype in DTYPES else 8
-
-
-def memory_budget(given: int | str | None) -> int:
-    """Bytes from a number, a text such as "4GiB", or half of what is free.
-
-    Raises:
-        SelectionError: the text is not a size.
-
-    Example:
-        >>> memory_budget("4GiB")
-        4294967296
-    """
-    if given is None:
-        return int(free_memory() * FRACTION_OF_FREE)
-    if isinstance(given, int):
-        return given
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", given)
-    if not found or found[2].upper() not in _UNITS:
-        raise SelectionError(f"{given!r} is not a size; write it as 4GiB or 800MB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
-
-
-def free_memory() -> int:
-    """Bytes that can be had without swapping, by the kernel's own estimate where it gives one."""
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def readable_size(count: int) -> str:
-    """Bytes as people write them.
-
-    >>> readable_size(3 * 2**29)
-    '1.5 GiB'
-    """
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"

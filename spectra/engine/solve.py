@@ -1,25 +1,74 @@
-"""One delta in, one Spectrum out: read, climb the ladder of solvers, check; what cannot be done gets a status."""
+"""The one engine: read ΔW, look at it, climb the ladder of solvers, check. What cannot be done gets a status.
+
+Updates of one shape go through it together. A CPU takes them one at a time, which is a batch of one.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from functools import singledispatch
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
-from torch import OutOfMemoryError, Tensor
+import numpy as np
+import torch
+from torch import Tensor
 
 from spectra.deltas.delta import WeightDelta
-from spectra.deltas.forms import Dense, Form, Kronecker, LowRank
+from spectra.deltas.forms import Form
 from spectra.engine import check
-from spectra.engine.ladder import Numbers, Rung, Solver, solvers
-from spectra.engine.solvers import factored
+from spectra.engine.devices import Device, device_named
+from spectra.engine.ladder import Ladder, Numbers, Rung, Solver, ladder_for
 from spectra.engine.solvers.topk import NotConvergedError
 from spectra.errors import SpectraError
-from spectra.spectrum import Spectrum, Status
+from spectra.spectrum import Spectrum
 
 _ROUNDING = 1e-14  # float64, with room for the length of the sums
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "Cannot allocate memory")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to compute of every update, and where.
+
+    Attributes:
+        top: how many singular vectors; 0 for none.
+        only_top: keep the top values alone, too.
+        device: where the forms are.
+        together: whether it is given several of a shape at once: solvers that gain from it come first.
+    """
+
+    top: int = 0
+    only_top: bool = False
+    device: Device = field(default_factory=lambda: device_named("cpu"))
+    together: bool = False
+
+
+@dataclass(frozen=True)
+class Unsolved:
+    """An update that is read and has something to solve.
+
+    Attributes:
+        form: ΔW.
+        blank: its result as it was before ΔW was read.
+        known: its result so far: norms, rounding, what the files tell.
+    """
+
+    form: Form
+    blank: Spectrum
+    known: Spectrum
+
+
+@dataclass(frozen=True)
+class GaveUp:
+    """Why a solver gave no numbers: not the exception itself, whose traceback would keep tensors in memory."""
+
+    said: str
+    out_of_memory: bool
+
+    @classmethod
+    def over(cls, problem: Exception) -> GaveUp:
+        """From what was raised."""
+        return cls((str(problem) or type(problem).__name__).splitlines()[0], out_of_memory(problem))
 
 
 def solve(delta: WeightDelta, *, top: int | None = None, only_top: bool = False, device: str = "cpu") -> Spectrum:
@@ -31,176 +80,189 @@ def solve(delta: WeightDelta, *, top: int | None = None, only_top: bool = False,
         only_top: keep the top values alone, too.
         device: where to compute.
     """
-    blank = blank_for(delta)
+    wanted = Wanted(top or 0, only_top, device_named(device))
+    return solve_forms([delta], [read(delta, device)], wanted)[0]
+
+
+def read(delta: WeightDelta, device: str, finish: Callable[[], None] = lambda: None) -> Form | Spectrum:
+    """The form of a delta on the device, or its result if there is none.
+
+    Args:
+        delta: the update.
+        device: where its tensors go.
+        finish: waits until they are there.
+    """
     if delta.recipe is None:
-        return blank
+        return _blank(delta)
     try:
         form = delta.read(device)
-        return solve_form(blank, form, top or 0, only_top)
+        finish()
+        return form
     except SpectraError as problem:
-        return with_status(blank, "unreadable", str(problem))
+        return replace(_blank(delta), status="unreadable", reason=str(problem))
     except (MemoryError, RuntimeError) as problem:
-        return after_failure(blank, problem, device)
+        return _undone(_blank(delta), GaveUp.over(problem), device)
 
 
-def solve_form(blank: Spectrum, form: Form, top: int, only_top: bool) -> Spectrum:
-    """The spectrum of an update that is already read."""
-    settled, known = examine(blank, form)
-    return settled or climb(blank, form, solvers(form, top, only_top), top, only_top, known)
+def solve_forms(deltas: Sequence[WeightDelta], forms: Sequence[Form | Spectrum], wanted: Wanted) -> list[Spectrum]:
+    """The spectra of deltas that are read, in their order; those whose tensors have equal shapes are solved as one.
+
+    Args:
+        deltas: the updates.
+        forms: what `read` gave for each.
+        wanted: what to compute.
+
+    Example:
+        >>> delta = WeightDelta.from_tensor("a.weight", torch.diag(torch.tensor([3.0, 4.0])))
+        >>> [spectrum.S.tolist() for spectrum in solve_forms([delta], [delta.read()], Wanted())]
+        [[4.0, 3.0]]
+    """
+    done: dict[int, Spectrum] = {}
+    alike: dict[tuple, dict[int, Unsolved]] = {}
+    for place, (delta, form) in enumerate(zip(deltas, forms, strict=True)):
+        found = form if isinstance(form, Spectrum) else _examined(_blank(delta), form, wanted.device.name)
+        if isinstance(found, Spectrum):
+            done[place] = found
+        else:
+            shapes = (type(found.form), *(tensor.shape for tensor in found.form.tensors))
+            alike.setdefault(shapes, {})[place] = found
+    for group in alike.values():
+        done |= zip(group, _solved(list(group.values()), wanted), strict=True)
+    return [done[place] for place in range(len(deltas))]
 
 
-def blank_for(delta: WeightDelta) -> Spectrum:
+def _blank(delta: WeightDelta) -> Spectrum:
     """What is known of a delta's result before it is read."""
     return Spectrum(
         delta.name, delta.shape, delta.status, max_rank=delta.max_rank, reason=delta.reason, note=delta.note
     )
 
 
-def examine(blank: Spectrum, form: Form) -> tuple[Spectrum | None, dict[str, Any]]:
-    """The result if there is nothing to solve (zero, not finite), and what is known of the update anyway."""
-    norm, magnitude = norms(form)
-    known: dict[str, Any] = {"norm": norm, "base_norm": form.base_norm, "resolution": _ROUNDING * magnitude}
-    if isinstance(form, Dense):
-        known |= {"noise_edge": form.noise_edge, "unchanged": form.unchanged}
+def _examined(blank: Spectrum, form: Form, device: str) -> Spectrum | Unsolved:
+    """What is known of an update without solving it; its result where that is all (zero, not finite)."""
+    try:
+        return _with_norms(blank, form)
+    except (MemoryError, RuntimeError) as problem:
+        return _undone(blank, GaveUp.over(problem), device)
+
+
+def _with_norms(blank: Spectrum, form: Form) -> Spectrum | Unsolved:
+    norm = form.norm
     if not math.isfinite(norm):
-        bad = sum(int((~tensor.isfinite()).sum()) for tensor in tensors_of(form))
+        bad = sum(int((~tensor.isfinite()).sum()) for tensor in form.tensors)
         reason = f"{bad} entries are NaN or infinite" if bad else "‖ΔW‖² overflows float64"
-        return with_status(blank, "nonfinite", reason), known
-    if norm == 0 and isinstance(form, Dense) and bool(form.matrix.any()):
-        return with_status(blank, "failed", "‖ΔW‖² underflows float64"), known
+        return replace(blank, status="nonfinite", reason=reason)
+    if norm == 0 and not form.is_zero:
+        return replace(blank, status="failed", reason="‖ΔW‖² underflows float64")
+    known = replace(
+        blank,
+        norm=norm,
+        base_norm=form.base_norm,
+        resolution=_ROUNDING * form.magnitude,
+        noise_edge=form.noise_edge,
+        unchanged=form.unchanged,
+    )
     if norm == 0:
-        return with_status(blank, "unchanged", "ΔW = 0", S=[0.0] * (blank.max_rank or 0), method="zero", **known), known
-    return None, known
+        zeros = np.zeros(blank.max_rank or 0)
+        return replace(known, status="unchanged", reason="ΔW = 0", S=zeros, method="zero")
+    return Unsolved(form, blank, known)
 
 
-def climb(
-    blank: Spectrum,
-    form: Form,
-    ladder: list[Solver],
-    top: int,
-    only_top: bool,
-    known: dict[str, Any],
-    history: str = "",
-) -> Spectrum:
-    """The first solver on the ladder whose result passes the check; the ones before it are recorded.
+def _solved(cases: Sequence[Unsolved], wanted: Wanted) -> Iterator[Spectrum]:
+    """The results of updates of equal shapes: the first solver takes all; what it leaves climbs on one by one."""
+    ladder = ladder_for(cases[0].form, wanted.top, wanted.only_top, together=wanted.together)
+    outcomes, remark = _attempt(ladder[0], [case.form for case in cases], wanted.device)
+    for case, outcome in zip(cases, outcomes, strict=True):
+        try:
+            found = _climb(case, ladder, outcome, [remark] if remark else [], wanted)
+        except (MemoryError, RuntimeError) as problem:  # of the check
+            found = _undone(case.blank, GaveUp.over(problem), wanted.device.name)
+        yield found
+
+
+def _attempt(solver: Solver, forms: Sequence[Form], device: Device) -> tuple[list[Numbers | GaveUp], str]:
+    """Numbers per form, or why there are none; several that memory is too small for are halved, and that is said."""
+    try:
+        return list(solver.run(forms)), ""
+    except (NotConvergedError, MemoryError, RuntimeError) as problem:
+        gave_up = GaveUp.over(problem)
+    if len(forms) == 1:
+        return [gave_up], ""
+    if not gave_up.out_of_memory:
+        return [_attempt(solver, [form], device)[0][0] for form in forms], ""
+    device.release()
+    half = (len(forms) + 1) // 2
+    first, second = (_attempt(solver, part, device)[0] for part in (forms[:half], forms[half:]))
+    return [*first, *second], f"batch of {len(forms)} halved for want of memory"
+
+
+def _climb(case: Unsolved, ladder: Ladder, outcome: Numbers | GaveUp, tried: list[str], wanted: Wanted) -> Spectrum:
+    """The result of the first solver on the ladder that passes the check; the ones before it are recorded.
 
     Args:
-        blank: the result so far.
-        form: the update.
+        case: the update.
         ladder: the solvers, first choice first.
-        top: how many vectors; 0 for none.
-        only_top: keep the top values alone.
-        known: norms and what else goes into the result.
-        history: what was tried before.
+        outcome: what the first one gave.
+        tried: what is to be told of what went before.
+        wanted: what to compute.
     """
-    tried = [history] if history else []
     for solver in ladder:
-        try:
-            numbers = solver.run()
-        except (NotConvergedError, RuntimeError) as problem:
-            if out_of_memory(problem):
-                raise
-            tried.append(f"{solver.rung.name} gave up ({str(problem).splitlines()[0]})")
+        if solver is not ladder[0]:
+            (outcome,), _ = _attempt(solver, [case.form], wanted.device)
+        if isinstance(outcome, GaveUp):
+            tried.append(f"{solver.rung.name} gave up ({outcome.said})")
+            # Where several are solved at once, what is too large for that may still be solved otherwise.
+            if outcome.out_of_memory and not (wanted.together and solver.joint):
+                return _undone(case.blank, outcome, wanted.device.name)
             continue
-        why = fault(form, solver.rung, numbers, known)
+        why = _fault(case, solver.rung, outcome)
         if not why:
-            return accepted(blank, solver.rung, numbers, top, only_top, known, tried)
+            return _accepted(case.known, solver.rung, outcome, tried, wanted)
         tried.append(f"{solver.rung.name} rejected ({why})")
-    return with_status(blank, "failed", f"no solver gave a result that passes the check: {'; '.join(tried)}", **known)
+    reason = f"no solver gave a result that passes the check: {'; '.join(tried)}"
+    return replace(case.known, status="failed", reason=reason)
 
 
-def fault(form: Form, rung: Rung, numbers: Numbers, known: dict[str, Any]) -> str:
+def _fault(case: Unsolved, rung: Rung, numbers: Numbers) -> str:
     """What is wrong with a solver's result; "" for nothing."""
     S, U, Vh = numbers
-    why = check.value_fault(S, known["norm"], known["resolution"], rung.complete)
+    why = check.value_fault(S, case.form.norm, case.known.resolution, rung.complete)
     if why or U is None or Vh is None:
         return why
-    return check.vector_fault(form, S, U, Vh, _resolution(rung, S, known))
+    return check.vector_fault(case.form, S, U, Vh, _resolution(case.known, rung, S))
 
 
-def accepted(
-    blank: Spectrum,
-    rung: Rung,
-    numbers: Numbers,
-    top: int,
-    only_top: bool,
-    known: dict[str, Any],
-    tried: list[str],
-) -> Spectrum:
+def _accepted(known: Spectrum, rung: Rung, numbers: Numbers, tried: list[str], wanted: Wanted) -> Spectrum:
     """The result, with the solver and the ones that failed before it."""
     S, U, Vh = numbers
-    found: dict[str, Any] = {
-        "S": (S[:top] if only_top and top else S).cpu().numpy(),
-        "U": None if U is None else U.cpu().numpy(),
-        "Vh": None if Vh is None else Vh.cpu().numpy(),
-        "resolution": _resolution(rung, S, known),
-    }
-    rank = blank.max_rank or 0
-    clamped = f"top {top} is more than the rank allows: {rank} kept" if top > rank else ""
-    return with_status(blank, "ok", clamped, method="; then ".join([*tried, rung.name]), **(known | found))
+    rank = known.max_rank or 0
+    return replace(
+        known,
+        S=(S[: wanted.top] if wanted.only_top and wanted.top else S).cpu().numpy(),
+        U=None if U is None else U.cpu().numpy(),
+        Vh=None if Vh is None else Vh.cpu().numpy(),
+        resolution=_resolution(known, rung, S),
+        status="ok",
+        reason=f"top {wanted.top} is more than the rank allows: {rank} kept" if wanted.top > rank else "",
+        method="; then ".join([*tried, rung.name]),
+    )
 
 
-def _resolution(rung: Rung, S: Tensor, known: dict[str, Any]) -> float:
-    return max(rung.resolution * float(S[0]), known["resolution"])
+def _resolution(known: Spectrum, rung: Rung, S: Tensor) -> float:
+    """What the result cannot tell apart: by the solver, or by rounding in ΔW itself."""
+    return max(rung.resolution * float(S[0]), known.resolution)
+
+
+def _undone(blank: Spectrum, problem: GaveUp, device: str) -> Spectrum:
+    """The result where computing raised: too_large if memory ran out, else failed, with what was said."""
+    if problem.out_of_memory:
+        reason = f"memory ran out on {device}: {problem.said}; lower --workers or --memory"
+        return replace(blank, status="too_large", reason=reason)
+    return replace(blank, status="failed", reason=problem.said)
 
 
 def out_of_memory(problem: BaseException) -> bool:
     """Whether torch or Python ran out of memory, on any device."""
-    if isinstance(problem, MemoryError | OutOfMemoryError):
+    if isinstance(problem, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(problem, RuntimeError) and any(words in str(problem) for words in _NO_MEMORY)
-
-
-def after_failure(blank: Spectrum, problem: BaseException, device: str) -> Spectrum:
-    """The result where computing raised: too_large if memory ran out, else failed, with what was said."""
-    said = (str(problem) or type(problem).__name__).splitlines()[0]
-    if out_of_memory(problem):
-        return with_status(blank, "too_large", f"memory ran out on {device}: {said}; lower --workers or --memory")
-    return with_status(blank, "failed", said)
-
-
-def with_status(blank: Spectrum, status: Status, reason: str = "", **changes: Any) -> Spectrum:
-    """The result with a status, a reason and whatever else is known."""
-    return replace(blank, **({"status": status, "reason": reason} | changes))
-
-
-@singledispatch
-def norms(form: Form) -> tuple[float, float]:
-    """‖ΔW‖_F, not finite if an entry is not; and what rounding errors in ΔW are relative to, 0 where it is given."""
-    raise TypeError(f"no norm rule for {type(form).__name__}")
-
-
-@singledispatch
-def tensors_of(form: Form) -> tuple[Tensor, ...]:
-    """The tensors that a form is made of."""
-    raise TypeError(f"{type(form).__name__} does not say which tensors it is made of")
-
-
-@norms.register
-def _(form: Dense) -> tuple[float, float]:
-    return float(form.matrix.norm()), 0.0
-
-
-@norms.register
-def _(form: LowRank) -> tuple[float, float]:
-    return factored.factored_norm(form)
-
-
-@tensors_of.register
-def _(form: Dense) -> tuple[Tensor, ...]:
-    return (form.matrix,)
-
-
-@tensors_of.register
-def _(form: LowRank) -> tuple[Tensor, ...]:
-    return (form.left, form.right)
-
-
-@norms.register
-def _(form: Kronecker) -> tuple[float, float]:
-    return float(form.first.norm() * form.second.norm()), 0.0
-
-
-@tensors_of.register
-def _(form: Kronecker) -> tuple[Tensor, ...]:
-    return (form.first, form.second)

@@ -12,17 +12,19 @@ import torch
 from support.spectra_kinds import KINDS, matrix_of, slow_deltas
 
 from spectra.deltas.delta import WeightDelta
+from spectra.engine.costs import needed
+from spectra.engine.devices import Cpu, device_named
 from spectra.engine.executors import device as batch_module
 from spectra.engine.executors.device import decompose_batches
-from spectra.engine.schedule import Batch, batches, needed, plan, slow_double
-from spectra.engine.solve import solve
+from spectra.engine.schedule import Batch, batches, plan
+from spectra.engine.solve import Wanted, solve
 from spectra.engine.solvers import dense
 from spectra.errors import SourceError
 
 
 def _run(deltas, top=0, only_top=False, most=64):
     groups = batches(deltas, plan(deltas, 2**30), most)
-    return dict(decompose_batches(deltas, groups, top=top, only_top=only_top, device="cpu"))
+    return dict(decompose_batches(deltas, groups, Wanted(top, only_top, together=True)))
 
 
 def _mixed():
@@ -51,7 +53,7 @@ def test_memory_that_runs_out_halves_the_batch_and_says_so(monkeypatch):
     right = dense.gram_values
 
     def small(matrix):
-        if len(matrix) > 2:
+        if matrix.dim() == 3 and len(matrix) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return right(matrix)
 
@@ -92,7 +94,7 @@ def test_a_batch_that_fails_to_converge_is_done_one_by_one(monkeypatch):
     right = dense.gram_values
 
     def picky(matrix):
-        if len(matrix) > 1:
+        if matrix.dim() == 3:
             raise torch.linalg.LinAlgError("item 1 did not converge")
         return right(matrix)
 
@@ -106,7 +108,7 @@ def _gaussians(count):
 
 
 def test_the_next_batch_is_read_while_one_computes(monkeypatch):
-    read, solve_batch = batch_module.read_batch, batch_module.solve_batch
+    read, solve_forms = batch_module.read_batch, batch_module.solve_forms
     second = Event()
     seen = []
 
@@ -115,13 +117,13 @@ def test_the_next_batch_is_read_while_one_computes(monkeypatch):
             second.set()
         return read(members, *rest)
 
-    def solving(members, forms, **options):
+    def solving(members, *rest):
         if members[0].name == "0":
             seen.append(second.wait(20))  # it comes although nothing is solved yet
-        return solve_batch(members, forms, **options)
+        return solve_forms(members, *rest)
 
     monkeypatch.setattr(batch_module, "read_batch", reading)
-    monkeypatch.setattr(batch_module, "solve_batch", solving)
+    monkeypatch.setattr(batch_module, "solve_forms", solving)
     assert len(_run(_gaussians(3), most=1)) == 3
     assert seen == [True]
 
@@ -129,21 +131,21 @@ def test_the_next_batch_is_read_while_one_computes(monkeypatch):
 def test_no_more_than_two_batches_are_there_and_one_if_two_do_not_fit(monkeypatch):
     deltas = _gaussians(4)
     need = needed(deltas[0], None)
-    read, solve_batch = batch_module.read_batch, batch_module.solve_batch
+    read, solve_forms = batch_module.read_batch, batch_module.solve_forms
     for budget, most in ((4 * need, 2), (int(1.5 * need), 1)):
         there, held = [], []
         monkeypatch.setattr(batch_module, "read_batch", lambda *a, there=there: there.append(1) or read(*a))
         groups = batches(deltas, plan(deltas, budget), most=1)
         assert [group.ahead for group in groups[1:]] == [most == 2] * 3
 
-        def solving(*a, there=there, held=held, **k):
+        def solving(*a, there=there, held=held):
             time.sleep(0.05)  # the reader gets its chance
             held.append(len(there))
             there.pop()
-            return solve_batch(*a, **k)
+            return solve_forms(*a)
 
-        monkeypatch.setattr(batch_module, "solve_batch", solving)
-        assert len(dict(decompose_batches(deltas, groups, top=0, only_top=False, device="cpu"))) == 4
+        monkeypatch.setattr(batch_module, "solve_forms", solving)
+        assert len(dict(decompose_batches(deltas, groups, Wanted(together=True)))) == 4
         assert max(held) == most
 
 
@@ -177,7 +179,7 @@ def test_a_run_that_is_given_up_leaves_no_thread_and_reads_no_further():
     deltas = slow_deltas(9, delay=0.2)
     schedule = plan(deltas, 2**30)
     first, rest = Batch(schedule.tasks[:1]), Batch(schedule.tasks[1:])
-    run = decompose_batches(deltas, [first, rest], top=0, only_top=False, device="cpu")
+    run = decompose_batches(deltas, [first, rest], Wanted(together=True))
     next(run)
     start = time.perf_counter()
     run.close()
@@ -185,18 +187,19 @@ def test_a_run_that_is_given_up_leaves_no_thread_and_reads_no_further():
     assert _readers() == []
 
 
-def test_a_device_that_is_slow_at_float64_is_named_in_every_result(monkeypatch):
-    monkeypatch.setattr(batch_module, "_remark", lambda _: slow_double(8, 9))
-    found = _run(_mixed(), 2)
+class _SlowAtDouble(Cpu):
+    """A device that is none of torch's: all that the device path asks of one is these few methods."""
+
+    remark = "float64 is slow here"
+
+
+def test_a_device_that_is_slow_at_float64_is_named_in_every_result():
+    deltas = _mixed()
+    wanted = Wanted(2, device=_SlowAtDouble("cpu"), together=True)
+    found = dict(decompose_batches(deltas, batches(deltas, plan(deltas, 2**30)), wanted))
     for spectrum in found.values():
-        assert spectrum.method.endswith("slow at it (compute capability 8.9)") == bool(spectrum.method)
-    assert found[0].method.startswith("gram-eigh-f64; float64 on a card")
-
-
-def test_a_cpu_needs_no_stream_and_no_remark():
-    assert batch_module._remark("cpu") == ""
-    with batch_module._own_stream("cpu") as finish:
-        finish()
+        assert spectrum.method.endswith("; float64 is slow here") == bool(spectrum.method)
+    assert found[0].method == "gram-eigh-f64; float64 is slow here"
 
 
 class _FakeCuda:
@@ -225,13 +228,13 @@ class _FakeCuda:
 def test_on_a_card_the_reader_has_a_stream_of_its_own_and_waits_for_it(monkeypatch):
     cuda, handed = _FakeCuda(), []
     cuda.synchronize = lambda device=None: cuda.log.append(f"synchronize {device or 'stream'}")
-    monkeypatch.setattr(batch_module.torch, "cuda", cuda)
+    monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: handed.append((tensor.shape, stream)))
     deltas = _gaussians(2)
     right = type(deltas[0].recipe).read
     monkeypatch.setattr(type(deltas[0].recipe), "read", lambda recipe, _: cuda.log.append("read") or right(recipe))
     groups = batches(deltas, plan(deltas, 2**30), most=1)
-    found = dict(decompose_batches(deltas, groups, top=0, only_top=False, device="cuda:0"))
+    found = dict(decompose_batches(deltas, groups, Wanted(device=device_named("cuda:0"), together=True)))
     assert cuda.log[:4] == ["synchronize cuda:0", "enter", "read", "synchronize stream"]
     assert cuda.log.count("read") == cuda.log.count("synchronize stream") == 2
     assert handed == [(torch.Size([10, 8]), "main")] * 2

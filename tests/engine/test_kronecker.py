@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import spectra
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Kronecker
-from spectra.engine.solve import blank_for, solve_form
-from spectra.engine.solvers.kronecker import kronecker_svd, product
+from spectra.engine.solve import Wanted, solve_forms
+from spectra.engine.solvers.kronecker import kronecker_svd
 
 sides = st.tuples(*[st.integers(1, 5)] * 4, st.integers(0, 10**6))
 
@@ -34,18 +34,11 @@ def test_values_and_vectors_are_those_of_the_product(case):
     assert torch.allclose((U * S) @ Vh, whole, atol=1e-12 * float(expected[0]))
 
 
-@given(sides)
-def test_products_with_vectors_do_not_need_the_matrix(case):
-    A, B = pair(*case)
-    X = torch.randn(A.shape[1] * B.shape[1], 3, dtype=torch.float64)
-    assert torch.allclose(product(A, B, X), torch.kron(A, B) @ X, atol=1e-12)
-
-
 def test_the_engine_checks_and_reports_it_like_any_other():
     A, B = pair(6, 4, 5, 7, 0)
     whole = torch.kron(A, B)
     delta = WeightDelta.from_tensor("w", whole)
-    found = solve_form(blank_for(delta), Kronecker(A, B), top=4, only_top=False)
+    (found,) = solve_forms([delta], [Kronecker(A, B)], Wanted(top=4))
     dense = next(iter(spectra.decompose([delta], top=4)))
     assert found.status == "ok"
     assert found.method == "kronecker-svd-f64"
@@ -53,4 +46,4 @@ def test_the_engine_checks_and_reports_it_like_any_other():
     assert found.S[:20] == pytest.approx(dense.S[:20], abs=1e-7 * dense.S[0])
     assert spectra.subspace_similarity(found, dense, top=4).phi == pytest.approx(1, abs=1e-9)
     bad = Kronecker(A * float("nan"), B)
-    assert solve_form(blank_for(delta), bad, top=0, only_top=False).status == "nonfinite"
+    assert solve_forms([delta], [bad], Wanted())[0].status == "nonfinite"

@@ -15,7 +15,7 @@ import json, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from spectra import open_source
-from spectra.engine.schedule import needed
+from spectra.engine.costs import needed
 from spectra.engine.solve import solve
 from spectra.deltas.delta import WeightDelta
 

@@ -13,21 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectra.deltas.delta import WeightDelta
+from spectra.engine.costs import flops, needed
 from spectra.engine.decompose import decompose
-from spectra.engine.schedule import (
-    Plan,
-    Task,
-    batches,
-    flops,
-    full_rate_double,
-    memory_budget,
-    needed,
-    plan,
-    readable_size,
-    side_by_side,
-    slow_double,
-)
-from spectra.errors import SelectionError
+from spectra.engine.memory import readable_size
+from spectra.engine.schedule import Plan, Task, batches, plan, side_by_side
 
 GIB = 2**30
 
@@ -66,18 +55,6 @@ def test_batches_hold_every_task_once_and_keep_to_the_budget(shapes, budget):
         assert batch.ahead == (before.bytes + batch.bytes <= budget)
 
 
-@pytest.mark.parametrize("capability", [(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)])
-def test_data_centre_cards_have_full_rate_float64(capability):
-    assert full_rate_double(*capability)
-    assert slow_double(*capability) == ""
-
-
-@pytest.mark.parametrize("capability", [(5, 2), (6, 1), (7, 5), (8, 6), (8, 7), (8, 9), (10, 3), (12, 0), (99, 0)])
-def test_other_cards_and_unknown_ones_count_as_slow(capability):
-    assert not full_rate_double(*capability)
-    assert "compute capability {}.{}".format(*capability) in slow_double(*capability)
-
-
 @pytest.mark.parametrize(("budget", "cores", "expected"), [(1000, 2, 2), (1000, 9, 3), (250, 9, 2), (50, 9, 1)])
 def test_side_by_side_keeps_to_cores_matrices_and_bytes(budget, cores, expected):
     assert side_by_side(Plan(tuple(Task(i, 1.0, 100) for i in range(3)), {}, budget), cores) == expected
@@ -91,19 +68,9 @@ def test_more_work_costs_more():
     assert (flops(refused, None), needed(refused, None)) == (0, 0)
 
 
-@pytest.mark.parametrize(("text", "count"), [("1KiB", 1024), ("2 GB", 2 * 10**9), ("0.5MiB", 2**19), (77, 77)])
-def test_sizes(text, count):
-    assert memory_budget(text) == count
-
-
-@pytest.mark.parametrize("text", ["", "4 apples", "-1GiB", "GiB"])
-def test_what_is_not_a_size(text):
-    with pytest.raises(SelectionError, match="is not a size"):
-        memory_budget(text)
-
-
-def test_the_plan_needs_no_torch():
-    code = "import sys, spectra.engine.schedule; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("module", ["schedule", "costs", "memory"])
+def test_the_plan_needs_no_torch(module):
+    code = f"import sys, spectra.engine.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from spectra.deltas.thin import times
 from spectra.engine.solvers import topk
-from spectra.engine.solvers.thin import times
 
 Triplets = tuple[Tensor, Tensor, Tensor]  # S (…, s), U (…, m, k), Vh (…, k, n)
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from spectra.deltas.forms import LowRank
-from spectra.engine.solvers.thin import times
+from spectra.deltas.thin import times
 
 QR = tuple[Callable[[Tensor], Tensor], Tensor]  # block ↦ Q · block, and the triangle
 
-_BLOCK = 512
 _BENIGN = 10.0  # times r: ‖T‖_F‖T⁻¹‖_F up to which T⁻¹ is as good as a solve
 _MOST_SKEW = 0.01  # entries of Q₁ᵀQ₁ − I; the second pass then ends at ε
-_CANCELLED = 1e-6  # below this share of (‖L‖‖R‖)², ⟨LᵀL, RRᵀ⟩ has lost more than six of its digits
 
 
 class LowerRankError(RuntimeError):
@@ -126,22 +122,3 @@ def factored_svd(
     u, s, vh = torch.linalg.svd(core, full_matrices=False)
     k = min(top, s.shape[-1])
     return s, rotate_left(u[..., :k]), rotate_right(vh[..., :k, :].mT).mT
-
-
-def factored_norm(form: LowRank) -> tuple[float, float]:
-    """‖L·R‖_F from the two r×r Gram matrices, ‖LR‖² = ⟨LᵀL, RRᵀ⟩; and ‖L‖_F·‖R‖_F.
-
-    Rounding errors in L·R are relative to the second number, not to the first. Where the factors nearly
-    cancel, ⟨LᵀL, RRᵀ⟩ keeps too few digits and rows of the product are formed, a block at a time.
-
-    Example:
-        >>> factored_norm(LowRank(torch.tensor([[3.0], [4.0]]).double(), torch.tensor([[2.0, 0.0]]).double()))
-        (10.0, 10.0)
-    """
-    gram_left, gram_right = form.grams
-    squared = float((gram_left * gram_right).sum())
-    most = float(gram_left.trace() * gram_right.trace())
-    if squared < _CANCELLED * most:
-        starts = range(0, form.shape[0], _BLOCK)
-        squared = sum(float((form.left[i : i + _BLOCK] @ form.right).square().sum()) for i in starts)
-    return math.sqrt(squared), math.sqrt(most)

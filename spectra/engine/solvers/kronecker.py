@@ -37,9 +37,3 @@ def kronecker_svd(
     u = (u1[:, None, i] * u2[None, :, j]).flatten(0, 1)
     vh = (vh1[i, :, None] * vh2[j, None, :]).flatten(1)
     return s, u, vh
-
-
-def product(first: Tensor, second: Tensor, block: Tensor) -> Tensor:
-    """(A ⊗ B)·X without forming the product: each column of X is a matrix M, and gives A·M·Bᵀ."""
-    columns = block.T.reshape(-1, first.shape[1], second.shape[1])
-    return (first @ columns @ second.T).flatten(1).T

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from spectra.engine.solvers.thin import times
+from spectra.deltas.thin import times
 
 _HALF = 0.5  # a column that loses more of its length to the basis a second time was rounding error
 _PASSES = 6

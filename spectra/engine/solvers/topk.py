@@ -24,8 +24,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from spectra.deltas.thin import times
 from spectra.engine.solvers.lanczos import Krylov, Operator, random_block
-from spectra.engine.solvers.thin import times
 
 SMALLEST = 1024  # below this a full eigh costs no more than the values and the vectors one by one; measured
 _ANGLE = 1e-6  # wanted sine of the angle between the computed and the exact subspace, given a gap at k

@@ -29,7 +29,7 @@ class Butterfly(OnBase):
     blocks: TensorRef
     scales: TensorRef
 
-    def form(self, base: Tensor) -> Dense:
+    def from_base(self, base: Tensor) -> Dense:
         """Turn W₀ by one factor after the other; neither a Q nor a P is formed."""
         device = str(base.device)
         blocks = self.blocks.read_float64(device)

@@ -42,7 +42,7 @@ class Replaced(OnBase):
         """At most r, the width of Q."""
         return min(self.directions.shape[1], *self.shape)
 
-    def form(self, base: Tensor) -> LowRank:
+    def from_base(self, base: Tensor) -> LowRank:
         """Left Q, right s·R − VᵀW₀."""
         import torch
 

@@ -31,7 +31,7 @@ class Dora(OnBase):
     magnitude: TensorRef
     axis: Axis = "rows"
 
-    def form(self, base: Tensor) -> Dense:
+    def from_base(self, base: Tensor) -> Dense:
         """Add, normalise, rescale and subtract in float64."""
         device = str(base.device)
         moved = base + self.update.read(device).to_dense()

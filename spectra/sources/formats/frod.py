@@ -45,7 +45,7 @@ class SharedBasis(OnBase):
         """V, its LU factors and S, (in, in), and W₀, U and ΔW."""
         return 8 * (4 * self.basis.numel + 4 * self.base.numel)
 
-    def form(self, base: Tensor) -> Dense:
+    def from_base(self, base: Tensor) -> Dense:
         """U and λ₀ from W₀V⁻ᵀ, as PEFT finds them when it loads the adapter.
 
         Raises:

@@ -32,7 +32,7 @@ class ScaledShifted(OnBase):
     factor: tuple[TensorRef, ...]
     shift: tuple[TensorRef, ...]
 
-    def form(self, base: Tensor) -> Dense:
+    def from_base(self, base: Tensor) -> Dense:
         """Entry by entry."""
         factor, shift = (_value(refs, str(base.device)) for refs in (self.factor, self.shift))
         return Dense(base * factor + shift)

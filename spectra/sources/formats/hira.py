@@ -28,7 +28,7 @@ class Modulated(OnBase):
     left: TensorRef
     right: TensorRef
 
-    def form(self, base: Tensor) -> Dense:
+    def from_base(self, base: Tensor) -> Dense:
         """Entry by entry."""
         device = str(base.device)
         return Dense(base * (self.left.read_float64(device) @ self.right.read_float64(device)))

@@ -39,7 +39,7 @@ class Reflected(OnBase):
         """At most r."""
         return min(self.vectors.shape[1], *self.shape)
 
-    def form(self, base: Tensor) -> LowRank:
+    def from_base(self, base: Tensor) -> LowRank:
         """Left −2W₀V, right Uᵀ."""
         vectors = self.vectors.read_float64(str(base.device))
         unit = vectors / vectors.norm(dim=0)

@@ -42,7 +42,7 @@ class Rescaled(OnBase):
     columns: bool = False
     kernel: int = 1
 
-    def form(self, base: Tensor) -> Dense:
+    def from_base(self, base: Tensor) -> Dense:
         """W₀ ∘ (l − 1): one exact difference for each factor, and no cancellation between matrices."""
         gains = self.gains.read_float64(str(base.device)).flatten() - 1
         if not self.columns:

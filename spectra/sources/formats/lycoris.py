@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
-from spectra.deltas.forms import Dense, Form, Kronecker, LowRank
+from spectra.deltas.forms import Dense, Form
 from spectra.deltas.products import HadamardProduct, KroneckerProduct, Product
 from spectra.deltas.recipes import Factors, FromTensors, Term, Update
 from spectra.errors import SourceError
@@ -76,12 +76,7 @@ class Scaled(FromTensors):
         alpha = float(self.alpha.read_float64().reshape(-1)[0])
         if not math.isfinite(alpha):
             raise SourceError(f"{self.alpha.name} in {self.alpha.path} is {alpha}, not a finite number")
-        form = self.update.read(device)
-        if isinstance(form, LowRank):
-            return replace(form, left=alpha * form.left)
-        if isinstance(form, Kronecker):
-            return replace(form, first=alpha * form.first)
-        return replace(form, matrix=alpha * form.matrix)
+        return self.update.read(device).scaled(alpha)
 
 
 @dataclass(frozen=True)

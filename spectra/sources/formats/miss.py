@@ -63,7 +63,7 @@ class BlockAffine(OnBase):
 
     blocks: TensorRef
 
-    def form(self, base: Tensor) -> Dense:
+    def from_base(self, base: Tensor) -> Dense:
         """Row block by row block."""
         import torch
 

@@ -59,7 +59,7 @@ class Rotated(OnBase):
         blocks = self.shape[1] // self.block
         return min(self.shape[0], blocks * (self.block - self.block % 2))
 
-    def form(self, base: Tensor) -> Dense:
+    def from_base(self, base: Tensor) -> Dense:
         """R − I from Q without forming R, then the blocks of W₀ times those of R − I."""
         angles = self.angles.read_float64(str(base.device))
         turn = rotation_minus_identity(_skew(angles, self.block), self.cayley)

@@ -55,7 +55,7 @@ class SmallDirectionsReplaced(OnBase):
         """W₀ in float64, its SVD, and the update if its factors are multiplied."""
         return svd_bytes(*self.shape) + (0 if self.factored else 8 * self.base.numel)
 
-    def form(self, base: Tensor) -> Form:
+    def from_base(self, base: Tensor) -> Form:
         """Left [U S | −U₀ S₀], right [V; V₀], the second halves from W₀'s SVD; or their product.
 
         Raises:

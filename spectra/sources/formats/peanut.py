@@ -47,7 +47,7 @@ class WrittenByNetwork(OnBase):
         """At most r, the width of the network."""
         return min(self.down.shape[0], *self.shape)
 
-    def form(self, base: Tensor) -> LowRank:
+    def from_base(self, base: Tensor) -> LowRank:
         """Left s·B, right hᵀ."""
         device = str(base.device)
         hidden = self._activated(self.down.read_float64(device) @ base)  # hᵀ (r, in) throughout

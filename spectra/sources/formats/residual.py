@@ -47,7 +47,7 @@ class FromOriginal(OnBase):
         """W in float64, and what decomposing it takes."""
         return svd_bytes(*self.shape)
 
-    def form(self, base: Tensor) -> LowRank:
+    def from_base(self, base: Tensor) -> LowRank:
         """The factors in float64; PEFT decomposes W in float32, so its own residual differs by about 1e-7·‖W‖."""
         import torch
 

@@ -39,7 +39,7 @@ class PairsTurned(OnBase):
     scales: TensorRef
     group: int
 
-    def form(self, base: Tensor) -> Dense:
+    def from_base(self, base: Tensor) -> Dense:
         """Both halves of every group at once."""
         import torch
 

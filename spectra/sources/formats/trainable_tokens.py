@@ -47,7 +47,7 @@ class ReplacedRows(OnBase):
         """The number of replaced rows, at most min(vocabulary, dim)."""
         return min(len(self.indices), *self.shape)
 
-    def form(self, base: Tensor) -> LowRank | Dense:
+    def from_base(self, base: Tensor) -> LowRank | Dense:
         """A selection of rows times their change, or the matrix."""
         import torch
 

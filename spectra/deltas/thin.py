@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float64
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxtyping import Float64
+    from torch import Tensor
 
 
 def times(matrix: Float64[Tensor, "*batch m n"], block: Float64[Tensor, "*batch n k"]) -> Float64[Tensor, "*batch m k"]:

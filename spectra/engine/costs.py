@@ -1,0 +1,105 @@
+"""What an update costs, known before it is read: a count of operations and peak bytes, one rule per form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from spectra.deltas.delta import WeightDelta
+from spectra.deltas.forms import Dense, Form, Kronecker, LowRank
+from spectra.files.tensors import DTYPES
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What solving one update takes, by the solvers that usually do it.
+
+    Attributes:
+        flops: a rough count of floating-point operations.
+        bytes: peak working memory once the update is read.
+    """
+
+    flops: float
+    bytes: int
+
+
+def flops(delta: WeightDelta, top: int | None) -> float:
+    """A rough operation count: what the order of work goes by."""
+    found = _solving(delta, top)
+    return found.flops if found else 0.0
+
+
+def needed(delta: WeightDelta, top: int | None) -> int:
+    """Peak bytes while the delta is read or solved by the solvers that usually do it; a test measures them.
+
+    Only the last rung of the ladder, a full SVD of ΔW, takes more.
+    """
+    found = _solving(delta, top)
+    reading: int = getattr(delta.recipe, "reading_bytes", 0)
+    if found is None:
+        return 0
+    return max(found.bytes, reading + _stored(delta) if reading else 0)
+
+
+def _solving(delta: WeightDelta, top: int | None) -> Cost | None:
+    """The cost by the rule of the delta's form; None if there is nothing to solve."""
+    if delta.form is None or len(delta.shape) != 2:
+        return None
+    return COSTS[delta.form](delta, top or 0)
+
+
+def _dense(delta: WeightDelta, top: int) -> Cost:
+    """The Gram matrix and its eigenvalues or eigenvectors.
+
+    Bytes: the stored rows, ΔW in float64, and the Gram matrix with its eigensolver's copy or, for vectors, work space.
+    """
+    m, n = delta.shape
+    short, long = sorted((m, n))
+    k = min(top, short)
+    blocks = 4 * max(64, 4 * k) * short + 3 * k * (m + n) if k else 0
+    size = 8 * (m * n + (5 * short**2 if k else 5 * short**2 // 2) + blocks) + _stored(delta)
+    return Cost(short**2 * long + (9.0 if top else 4 / 3) * short**3, size)
+
+
+def _low_rank(delta: WeightDelta, top: int) -> Cost:
+    """QR of the factors and the SVD of their core.
+
+    Bytes: the factors as stored and in float64, their reflectors, and the vectors.
+    """
+    m, n = delta.shape
+    r, k = delta.max_rank, min(top, m, n)
+    size = 8 * ((3 * r + 3 * k) * (m + n) + 8 * r**2) + _stored(delta) + _base(delta)
+    return Cost(4.0 * (m + n) * r**2 * (2 if top else 1) + 20.0 * r**3, size)
+
+
+def _kronecker(delta: WeightDelta, top: int) -> Cost:
+    """An SVD of each of two sides of about (√m, √n).
+
+    Bytes: the sides as stored and in float64 with their SVDs, the values, and the vectors of the product.
+    """
+    m, n = delta.shape
+    k = min(top, m, n)
+    size = 8 * (4 * k * (m + n) + 2 * min(m, n)) + 40 * sum(ref.numel for ref in delta.refs) + _base(delta)
+    return Cost(20.0 * (m * n) ** 0.75, size)
+
+
+COSTS: Mapping[type[Form], Callable[[WeightDelta, int], Cost]] = {
+    Dense: _dense,
+    LowRank: _low_rank,
+    Kronecker: _kronecker,
+}
+
+
+def _stored(delta: WeightDelta) -> int:
+    """Bytes of the stored tensors as they are stored."""
+    return sum(_width(ref.dtype) * ref.numel for ref in delta.refs)
+
+
+def _base(delta: WeightDelta) -> int:
+    """Bytes for W₀ in float64 and as stored, where only its norm is read."""
+    full = delta.shape[0] * delta.shape[1]
+    return max((9 * ref.numel for ref in delta.refs if ref.numel == full), default=0)
+
+
+def _width(dtype: str) -> int:
+    return DTYPES[dtype][1] if dtype in DTYPES else 8
