@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense, Form, Kronecker, LowRank
-from spectra.files.tensors import DTYPES
+from spectra.files.dtypes import DTYPES
 
 
 @dataclass(frozen=True)

@@ -66,11 +66,11 @@ class Cpu(Device):
 
     @property
     def remark(self) -> str:
-        """Nothing."""
+        """Nothing to say: what other devices are compared with."""
         return ""
 
     def settle(self) -> None:
-        """Nothing is under way."""
+        """Nothing to wait for: what was put there is there."""
 
     @contextmanager
     def reading(self) -> Iterator[Callable[[], None]]:

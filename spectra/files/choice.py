@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import PureWindowsPath
 from typing import Any
 
 from spectra.errors import NotFoundError, SourceError
+from spectra.files.storage import Place
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -39,13 +40,13 @@ class Choice:
         warnings: what was passed over.
     """
 
-    files: list[Path]
+    files: list[Place]
     expected: dict[str, str] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
-def choose(folder: Path) -> Choice:
+def choose(folder: Place) -> Choice:
     """The files to read: an adapter before full weights, safetensors before pickles, an index before one file.
 
     Raises:
@@ -53,7 +54,8 @@ def choose(folder: Path) -> Choice:
         SourceError: several files could be meant, an index is unusable, or a link leaves the folder.
     """
     named = [folder / name for name in (*ADAPTER_FILES, *_FULL_FILES) if (folder / name).is_file()]
-    indices = [file for kind in ("safetensors", "bin") for file in sorted(folder.glob(f"*.{kind}.index.json"))]
+    beside = folder.items()
+    indices = [file for kind in ("safetensors", "bin") for file in beside if file.name.endswith(f".{kind}.index.json")]
     candidates = named or indices
     stale = [file for file in candidates if file.suffix == ".json" and _is_stale(folder, file)]
     if len(stale) < len(candidates):
@@ -71,23 +73,23 @@ def choose(folder: Path) -> Choice:
     return choice
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    found = [file for file in sorted(folder.iterdir()) if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
+def _weight_files(folder: Place) -> list[Place]:
+    found = [file for file in folder.items() if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
     return [file for file in found if not file.name.startswith(_NOT_WEIGHTS)]
 
 
-def _left_out(folder: Path, taken: list[Path]) -> list[str]:
+def _left_out(folder: Place, taken: list[Place]) -> list[str]:
     """Weights in the folder that were not taken, shards of one model under one name."""
     others = [file for file in _weight_files(folder) if file not in taken]
-    others += [file for file in sorted(folder.iterdir()) if file.suffix in _OTHER_FRAMEWORKS and file.is_file()]
+    others += [file for file in folder.items() if file.suffix in _OTHER_FRAMEWORKS and file.is_file()]
     return sorted({_pattern(file) for file in others})
 
 
-def _pattern(file: Path) -> str:
+def _pattern(file: Place) -> str:
     return _SHARD.sub("-*-of-*", file.name)
 
 
-def _unnamed(folder: Path) -> list[Path]:
+def _unnamed(folder: Place) -> list[Place]:
     """The one file of weights, or the numbered shards of one model, whatever their name."""
     found = _weight_files(folder)
     for suffix in (".safetensors", ".gguf"):
@@ -103,36 +105,33 @@ def _unnamed(folder: Path) -> list[Path]:
     raise SourceError(f"{folder} holds {len(found)} weight files: {', '.join(f.name for f in found[:8])}; name one")
 
 
-def _hint(folder: Path) -> str:
-    names = [item.name for item in sorted(folder.iterdir())]
+def _hint(folder: Place) -> str:
+    names = [item.name for item in folder.items()]
     if any(name.endswith(".distcp") for name in names):
         return "; its .distcp files are a sharded training state: `accelerate merge-weights` makes weights of them"
     if any(name.endswith("_states.pt") for name in names) or (folder / "zero_to_fp32.py").is_file():
         return "; it is a DeepSpeed training state: its zero_to_fp32.py makes weights of it"
     if any(name.endswith(_OTHER_FRAMEWORKS) for name in names):
         return "; only files of other frameworks: save the model as safetensors"
-    inner = [item.name for item in sorted(folder.iterdir()) if item.is_dir()][:8]
+    inner = [item.name for item in folder.items() if item.is_folder()][:8]
     return f"; it has the folders {', '.join(inner)}: did you mean one of them?" if inner else ""
 
 
-def _is_stale(folder: Path, index: Path) -> bool:
+def _is_stale(folder: Place, index: Place) -> bool:
     """Whether an index is left over from a save in shards that are gone."""
     weight_map = read_json(inside(folder, index)).get("weight_map")
     shards = weight_map.values() if isinstance(weight_map, dict) else ()
-    return bool(shards) and not any(_is_there(folder, str(shard)) for shard in shards)
+    return bool(shards) and not any((folder / str(shard)).is_file() for shard in shards)
 
 
-def _is_there(folder: Path, shard: str) -> bool:
-    return "\0" not in shard and (folder / shard).is_file()
-
-
-def _shards(folder: Path, index: Path) -> Choice:
+def _shards(folder: Place, index: Place) -> Choice:
     weight_map = read_json(inside(folder, index)).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise SourceError(f"{index} has no weight_map of names to files; download it again")
     names = sorted(set(weight_map.values()))
     for shard in names:
-        if Path(shard).is_absolute() or ".." in Path(shard).parts or "\0" in shard:
+        path = PureWindowsPath(shard)  # knows both separators and drives, whatever this machine is
+        if path.anchor or ".." in path.parts or "\0" in shard:
             raise SourceError(f"{index} points outside its folder: {shard!r}; nothing was read")
     missing = {shard for shard in names if not (folder / shard).is_file()}
     if len(missing) == len(names):
@@ -145,35 +144,31 @@ def _shards(folder: Path, index: Path) -> Choice:
     return Choice([folder / shard for shard in names if shard not in missing], weight_map, broken)
 
 
-def inside(folder: Path, file: Path) -> Path:
-    """The file, unless a symlink takes it out of the folder. A hub cache's snapshots may link to its blobs.
+def inside(folder: Place, file: Place) -> Place:
+    """The file, unless a link takes it out of the folder.
 
     Raises:
         SourceError: it does.
     """
-    home, target = folder.resolve(), file.resolve()
-    allowed = [home]
-    for parent in (home, *home.parents):
-        if parent.parent.name == "snapshots":  # …/models--org--name/snapshots/<commit>[/<component>]
-            allowed.append(parent.parent.parent / "blobs")
-            break
-    if not any(target.is_relative_to(root) for root in allowed):
+    target = folder.storage.leads_outside(file.path, folder.path)
+    if target is not None:
         raise SourceError(f"{file} is a link that leaves its folder ({target}); pass the target's own path")
     return file
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(file: Place) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
         SourceError: it is not JSON, not an object, or absurdly large.
     """
+    size, _ = file.stamp()
+    if size > _MAX_JSON:
+        raise SourceError(f"{file} is larger than {_MAX_JSON} bytes; that is no config")
     try:
-        if path.stat().st_size > _MAX_JSON:
-            raise SourceError(f"{path} is larger than {_MAX_JSON} bytes; that is no config")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as problem:
-        raise SourceError(f"{path} is not readable JSON ({problem}); download or save it again") from None
+        content = json.loads(file.read(0, size).decode("utf-8"))
+    except (ValueError, RecursionError) as problem:
+        raise SourceError(f"{file} is not readable JSON ({problem}); download or save it again") from None
     if not isinstance(content, dict):
-        raise SourceError(f"{path} holds a JSON {type(content).__name__}, not an object")
+        raise SourceError(f"{file} holds a JSON {type(content).__name__}, not an object")
     return content

@@ -1,4 +1,4 @@
-"""What lies at a path: the tensors of its weight files by name, unread, and the configs beside them."""
+"""What lies at a place: the tensors of its weight files by name, unread, and the configs beside them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from spectra.errors import NotFoundError, SourceError
-from spectra.files import quantised, safetensors_file, torch_file
+from spectra.files import ggml, gguf_file, gguf_names, quantised, safetensors_file
 from spectra.files.choice import PIPELINE, WEIGHT_SUFFIXES, Choice, choose, inside, read_json
+from spectra.files.header import Header
+from spectra.files.storage import Place
 from spectra.files.tensors import TensorRef
 
 
@@ -18,7 +20,7 @@ class Folder:
     """The tensors at a path, unread.
 
     Attributes:
-        path: what was opened, a folder or one file.
+        path: what was opened, a folder or one file, as messages call it.
         tensors: name → reference; fp8 weights with their scales attached, GGUF under transformers' names.
         broken: name → why it cannot be read.
         config: the model's `config.json`, or what a GGUF file's metadata amount to, or {}.
@@ -30,7 +32,7 @@ class Folder:
         components: the config of each component of a diffusers pipeline; its names start with the component.
     """
 
-    path: Path
+    path: str
     tensors: dict[str, TensorRef]
     broken: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -69,28 +71,27 @@ class Folder:
         return self.components.get(name.partition(".")[0], self.config)
 
 
-def open_folder(path: Path) -> Folder:
-    """Read the headers of the weights at a path.
+def open_folder(path: Place | str | Path) -> Folder:
+    """Read the headers of the weights at a place, or at a path of this machine.
 
     Raises:
         NotFoundError: there are no weights.
         SourceError: an index, a config or the only weights file is broken.
         MissingExtraError: a GGUF file is quantised and the `gguf` package is not installed.
     """
-    if path.is_dir() and (path / PIPELINE).is_file():
-        return _pipeline(path)
-    if path.is_dir():
-        choice, home = choose(path), path
-    else:
-        choice, home = Choice([path]), path.parent
+    place = Place.of(path)
+    is_folder = place.is_folder()
+    if is_folder and (place / PIPELINE).is_file():
+        return _pipeline(place)
+    choice, home = (choose(place), place) if is_folder else (Choice([place]), place.parent)
     read = _read_all(choice)
     is_adapter = any(file.name.startswith("adapter_model") for file in choice.files)
-    beside_model = path.is_dir() or path.name.startswith(("model", "pytorch_model", "diffusion_pytorch_model"))
+    beside_model = is_folder or place.name.startswith(("model", "pytorch_model", "diffusion_pytorch_model"))
     config = _beside(home, "config.json")
     adapter_config = _beside(home, "adapter_config.json") if is_adapter or not beside_model else None
     folder = replace(
         read,
-        path=path,
+        path=str(place),
         config=read.config or config or {},
         adapter_config=adapter_config,
         warnings=(*choice.warnings, *read.warnings),
@@ -98,7 +99,7 @@ def open_folder(path: Path) -> Folder:
     return folder if folder.is_adapter else _decoded(folder)
 
 
-def _beside(home: Path, name: str) -> dict[str, Any] | None:
+def _beside(home: Place, name: str) -> dict[str, Any] | None:
     """A config beside the weights, or None."""
     return read_json(inside(home, home / name)) if (home / name).is_file() else None
 
@@ -117,71 +118,57 @@ def _read_all(choice: Choice) -> Folder:
     """The headers of all files, merged; a broken shard costs its own tensors only."""
     if choice.files[0].suffix == ".gguf":
         return _gguf(choice.files)
-    tensors: dict[str, TensorRef] = {}
-    broken: dict[str, str] = {}
-    metadata: dict[str, str] = {}
-    warnings: list[str] = []
+    headers: list[Header] = []
     lost: dict[str, str] = {}
     for file in choice.files:
         try:
-            found, cut_off, notes = read_header(file)
+            headers.append(read_header(file))
         except SourceError as problem:
             if len(choice.files) == 1:
                 raise
-            warnings.append(str(problem))
             lost[file.name] = str(problem)
-            continue
-        twice = sorted(set(found) & set(tensors))
-        if twice:
-            raise SourceError(f"{twice[0]} is in both {tensors[twice[0]].path} and {file}; name one of the files")
-        tensors.update(found)
-        broken.update(cut_off)
-        metadata.update(notes)
+    whole = Header.merged(headers)
+    broken = whole.broken | _not_there(choice, whole, lost)
+    broken = {name: why for name, why in broken.items() if name not in whole.tensors}
+    return Folder(str(choice.files[0]), whole.tensors, broken, metadata=whole.metadata, warnings=tuple(lost.values()))
+
+
+def _not_there(choice: Choice, whole: Header, lost: dict[str, str]) -> dict[str, str]:
+    """The tensors that the index names and no file holds → why."""
+    missing = {}
     for name, shard in choice.expected.items():
-        if name not in tensors and name not in broken:
-            why = lost.get(Path(shard).name) or f"{shard} does not hold it; download the model again"
-            broken[name] = choice.broken.get(name, why)
-    broken = {name: why for name, why in broken.items() if name not in tensors}
-    return Folder(choice.files[0], tensors, broken, metadata=metadata, warnings=tuple(warnings))
+        if name not in whole.tensors and name not in whole.broken:
+            why = lost.get(shard.rpartition("/")[2]) or f"{shard} does not hold it; download the model again"
+            missing[name] = choice.broken.get(name, why)
+    return missing
 
 
-def _gguf(files: list[Path]) -> Folder:
+def _gguf(files: list[Place]) -> Folder:
     """One GGUF file, or the parts that llama.cpp split it into, of which the first has the metadata."""
-    from spectra.files import gguf_file, gguf_names
-
-    whole = gguf_file.Header()
-    for file in files:
-        header = gguf_file.read_header(file)
-        twice = sorted(set(header.tensors) & set(whole.tensors))
-        if twice:
-            raise SourceError(f"{twice[0]} is in both {whole.tensors[twice[0]].path} and {file}; name one of the files")
-        whole = gguf_file.Header(
-            header.values | whole.values, whole.tensors | header.tensors, whole.broken | header.broken
-        )
-    named = gguf_names.named(whole, str(files[0]))
-    coded = sorted({ref.dtype for ref in named.tensors.values() if ref.dtype not in gguf_file.PLAIN})
+    named = gguf_names.named(Header.merged(map(gguf_file.read_header, files)), str(files[0]))
+    coded = sorted({ref.dtype for ref in named.tensors.values() if ref.dtype not in ggml.PLAIN})
     said = f"{files[0]}: weights are quantised ({', '.join(coded)}), so ΔW includes what quantisation rounded away"
     warnings = (*named.warnings, said) if coded else named.warnings
-    return Folder(files[0], named.tensors, named.broken, named.config, warnings=warnings)
+    return Folder(str(files[0]), named.tensors, named.broken, named.config, warnings=warnings)
 
 
-def _pipeline(path: Path) -> Folder:
+def _pipeline(place: Place) -> Folder:
     """A diffusers pipeline: every component's tensors under the component's name."""
-    whole = Folder(path, {})
-    for component, entry in read_json(inside(path, path / PIPELINE)).items():
-        place = path / component
-        if not isinstance(entry, list) or "/" in component or component in ("", ".", "..") or not place.is_dir():
+    whole = Folder(str(place), {})
+    for component, entry in read_json(inside(place, place / PIPELINE)).items():
+        if not isinstance(entry, list) or "/" in component or component in ("", ".", ".."):
+            continue
+        part = place / component
+        if not part.is_folder():
             continue
         try:
-            part = open_folder(inside(path, place))
+            whole = _joined(whole, component, open_folder(inside(place, part)))
         except NotFoundError:
             continue  # tokenizers, schedulers and feature extractors have no weights
         except SourceError as problem:
             whole = replace(whole, warnings=(*whole.warnings, f"{component} was left out: {problem}"))
-            continue
-        whole = _joined(whole, component, part)
     if not whole.tensors:
-        raise NotFoundError(f"{path} is a diffusers pipeline without readable weights: {'; '.join(whole.warnings)}")
+        raise NotFoundError(f"{place} is a diffusers pipeline without readable weights: {'; '.join(whole.warnings)}")
     return whole
 
 
@@ -201,17 +188,19 @@ def _joined(whole: Folder, component: str, part: Folder) -> Folder:
     )
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorRef], dict[str, str], dict[str, str]]:
-    """Tensors, broken tensors and metadata of one weights file, by its suffix.
+def read_header(file: Place) -> Header:
+    """The header of one file of safetensors or torch, by its suffix.
 
     Raises:
         NotFoundError: there is no such file.
         SourceError: its kind is not known, or it is broken.
     """
-    if not path.is_file():
-        raise NotFoundError(f"{path} does not exist; the download may be incomplete")
-    if path.suffix == ".safetensors":
-        return safetensors_file.read_header(path)
-    if path.suffix in WEIGHT_SUFFIXES:
-        return torch_file.read_header(path)
-    raise SourceError(f"{path} is not a weights file: known suffixes are {', '.join(WEIGHT_SUFFIXES)}")
+    if not file.is_file():
+        raise NotFoundError(f"{file} does not exist; the download may be incomplete")
+    if file.suffix == ".safetensors":
+        return safetensors_file.read_header(file)
+    if file.suffix in WEIGHT_SUFFIXES:
+        from spectra.files import torch_file  # needs torch, which the other headers do without
+
+        return torch_file.read_header(file)
+    raise SourceError(f"{file} is not a weights file: known suffixes are {', '.join(WEIGHT_SUFFIXES)}")

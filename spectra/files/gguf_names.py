@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from spectra.files.gguf_file import Header
+from spectra.files.header import Header
 from spectra.files.tensors import TensorRef
 
 _TOP = {
@@ -96,7 +96,7 @@ class Named:
 
 def named(header: Header, where: str) -> Named:
     """Translate one header (or the merged header of a split file)."""
-    arch = str(header.values.get("general.architecture"))
+    arch = str(header.metadata.get("general.architecture"))
     found = _ARCHITECTURES.get(arch)
     if arch == "llama" and _number(header, f"{arch}.expert_count"):
         found = _MIXTRAL
@@ -132,7 +132,7 @@ def _config(header: Header, arch: str, found: _Architecture) -> dict[str, Any]:
 
 
 def _number(header: Header, key: str) -> int:
-    value = header.values.get(key)
+    value = header.metadata.get(key)
     return value if type(value) is int and value > 0 else 0
 
 

@@ -1,4 +1,4 @@
-"""From what the user typed to a path: an existing path, an alias, or a model of the Hugging Face hub."""
+"""From what the user typed to a place: an existing path, an alias, or a model of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spectra.errors import NotFoundError, SourceError
+from spectra.files.storage import Place
 
 # Names that people say → the hub's ids.
 ALIASES = {
@@ -30,8 +31,8 @@ _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _WEIGHTS_AND_JSON = ["*.safetensors", "*.json", "*.bin"]
 
 
-def resolve(name: str | Path) -> Path:
-    """The folder or file that a path, alias or hub id means.
+def resolve(name: str | Path | Place) -> Place:
+    """The folder or file that a path, alias or hub id means; a place means itself.
 
     Tried in order: the path; the user's aliases; the folder `$SPECTRA_MODELS`; the built-in aliases;
     the local hub cache; a download where huggingface_hub is installed and not offline.
@@ -39,11 +40,15 @@ def resolve(name: str | Path) -> Path:
     Raises:
         NotFoundError: nothing was found; the message lists what was tried.
     """
+    if isinstance(name, Place):
+        return name
     path = Path(name).expanduser()
-    if path.exists():
-        return path
-    tried = [f"the path {path}"]
-    text = str(name)
+    return Place.of(path if path.exists() else _by_name(str(name), [f"the path {path}"]))
+
+
+def _by_name(name: str, tried: list[str]) -> Path:
+    """The local folder or file that an alias or hub id means."""
+    text = name
     config = config_file()
     aliases = _user_aliases(config)
     tried.append(f"aliases in {config}" + ("" if config.is_file() else " (no such file)"))
@@ -61,8 +66,8 @@ def resolve(name: str | Path) -> Path:
         text = resolve_alias(text)
     found = _HUB_ID.fullmatch(text)
     if found:
-        return _from_hub(str(name), found["repo"], found["revision"] or "main", tried)
-    raise _not_found(str(name), tried)
+        return _from_hub(name, found["repo"], found["revision"] or "main", tried)
+    raise _not_found(name, tried)
 
 
 def resolve_alias(name: str) -> str:

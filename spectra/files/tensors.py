@@ -8,25 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectra.errors import SourceError
+from spectra.files import ggml
+from spectra.files.dtypes import REAL_FLOATS, plain_bytes
+from spectra.files.storage import DISK, Place, Stamp, Storage
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# safetensors' dtype names → (torch's name, bytes per entry).
-DTYPES: dict[str, tuple[str, int]] = {
-    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
-    "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
-    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1),
-    "U64": ("uint64", 8), "U32": ("uint32", 4), "U16": ("uint16", 2), "U8": ("uint8", 1),
-    "BOOL": ("bool", 1), "C64": ("complex64", 8),
-}  # fmt: skip
-DTYPE_OF_TORCH = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
-REAL_FLOATS = ("F64", "F32", "F16", "BF16")
 
 View = tuple[str, tuple[int, ...]]
 
@@ -36,12 +26,13 @@ class TensorRef:
     """A stored tensor that has not been read: file, name, dtype, shape and a chain of views.
 
     Attributes:
-        path: the file.
+        path: the file, as its storage and messages call it.
         name: the tensor's name in that file.
         dtype: its storage type in safetensors' words, such as "BF16".
         shape: its shape after the views.
-        container: which reader opens the file: "safetensors", "torch" or "gguf", whose file it is with "_file" added.
-        stamp: the file's size and mtime (ns) when its header was read.
+        container: the kind of file, which is its key in `READERS`: "safetensors", "torch" or "gguf".
+        stamp: the file's size and version when its header was read.
+        storage: where the file lies.
         offset: where the data start (safetensors and GGUF), in bytes.
         stored: the shape of what is read, before the views.
         views: what to do with it after reading, in order.
@@ -55,7 +46,8 @@ class TensorRef:
     dtype: str
     shape: tuple[int, ...]
     container: str
-    stamp: tuple[int, int]
+    stamp: Stamp
+    storage: Storage = DISK
     offset: int = 0
     stored: tuple[int, ...] = ()
     views: tuple[View, ...] = field(default=())
@@ -70,11 +62,12 @@ class TensorRef:
     @property
     def nbytes(self) -> int:
         """How many bytes the viewed entries take in the file; 0 for a type whose width is not known."""
-        if self.container == "gguf":
-            from spectra.files import gguf_file
+        return self._bytes_of(self.numel) or 0
 
-            return gguf_file.stored_bytes(self.dtype, self.numel) or 0
-        return self.numel * DTYPES[self.dtype][1] if self.dtype in DTYPES else 0
+    @property
+    def file(self) -> Place:
+        """The file in its storage."""
+        return Place(self.storage, self.path)
 
     @property
     def is_float(self) -> bool:
@@ -91,30 +84,26 @@ class TensorRef:
         if not 0 <= start <= stop <= self.shape[0]:
             raise SourceError(f"{self.name} in {self.path} has {self.shape[0]} rows, not {start}:{stop}")
         shape = (stop - start, *self.shape[1:])
-        skipped = self._bytes_of(start)
-        if skipped is not None:
-            return replace(self, shape=shape, stored=shape, offset=self.offset + skipped)
-        return replace(self, shape=shape, views=(*self.views, ("rows", (start, stop))))
+        return self._part(start, shape) or replace(self, shape=shape, views=(*self.views, ("rows", (start, stop))))
 
     def item(self, index: int) -> TensorRef:
         """The index-th entry along the first axis, which goes away."""
-        skipped = self._bytes_of(index) if 0 <= index < self.shape[0] else None
-        if skipped is not None:
-            return replace(self, shape=self.shape[1:], stored=self.shape[1:], offset=self.offset + skipped)
-        return replace(self, shape=self.shape[1:], views=(*self.views, ("item", (index,))))
+        shape = self.shape[1:]
+        part = self._part(index, shape) if 0 <= index < self.shape[0] else None
+        return part or replace(self, shape=shape, views=(*self.views, ("item", (index,))))
 
-    def _bytes_of(self, rows: int) -> int | None:
-        """The bytes that the first rows fill, so that a part can be read alone; None where it cannot be."""
-        if self.views or self.scale is not None or self.shape != self.stored:
+    def _part(self, rows: int, shape: tuple[int, ...]) -> TensorRef | None:
+        """What follows the first rows, as a tensor that is read alone; None where only the whole can be read."""
+        if self.container == "torch" or self.views or self.scale is not None or self.shape != self.stored:
             return None
-        numel = rows * math.prod(self.shape[1:])
-        if self.container == "safetensors" and self.dtype in DTYPES:
-            return numel * DTYPES[self.dtype][1]
-        if self.container == "gguf" and len(self.shape) > 1:
-            from spectra.files import gguf_file
+        skipped, left = self._bytes_of(rows * math.prod(self.shape[1:])), self._bytes_of(math.prod(shape))
+        if skipped is None or left is None:
+            return None
+        return replace(self, shape=shape, stored=shape, offset=self.offset + skipped)
 
-            return gguf_file.stored_bytes(self.dtype, numel)
-        return None
+    def _bytes_of(self, numel: int) -> int | None:
+        """The bytes of so many entries in the file; None for an unknown type or a piece of a block of codes."""
+        return ggml.stored_bytes(self.dtype, numel) if self.container == "gguf" else plain_bytes(self.dtype, numel)
 
     def reshape(self, *shape: int) -> TensorRef:
         """The same entries in row-major order under another shape."""
@@ -136,8 +125,7 @@ class TensorRef:
 
     def check_unchanged(self) -> None:
         """Raise if the file is gone or is not the one whose header was read."""
-        now = file_stamp(Path(self.path))
-        if now != self.stamp:
+        if self.file.stamp() != self.stamp:
             raise SourceError(f"{self.path} changed after it was opened; run the command again")
 
     def read(self, device: str = "cpu") -> Tensor:
@@ -146,8 +134,10 @@ class TensorRef:
         Raises:
             SourceError: the file is gone, changed or broken, or its dtype is one that torch lacks.
         """
+        from spectra.files.readers import READERS
+
         self.check_unchanged()
-        tensor: Tensor = import_module(f"spectra.files.{self.container}_file").read_tensor(self)
+        tensor = READERS[self.container](self)
         if self.scale is not None:
             tensor = _scaled(tensor, self.scale, self.block)
         return self.view(tensor).to(device)
@@ -177,19 +167,6 @@ class TensorRef:
         if not self.is_float:
             raise SourceError(f"{self.name} in {self.path} is stored as {self.dtype}, not as real numbers")
         return self.read(device)
-
-
-def file_stamp(path: Path) -> tuple[int, int]:
-    """Size and modification time (ns) of a file, symlinks followed.
-
-    Raises:
-        SourceError: it cannot be looked at.
-    """
-    try:
-        status = path.stat()
-    except OSError as problem:
-        raise SourceError(f"{path} cannot be opened: {problem.strerror}") from None
-    return (status.st_size, status.st_mtime_ns)
 
 
 def _apply(tensor: Tensor, kind: str, arguments: tuple[int, ...]) -> Tensor:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from spectra._version import __version__
@@ -27,16 +25,13 @@ def of_pair(a: WeightDelta, b: WeightDelta) -> str:
 
 
 def of_files(source: Source) -> dict[str, dict[str, Any]]:
-    """Path → size, modification time and hash of the first MiB, for every file that the source reads."""
+    """Path → size, version (a disk's modification time) and hash of the first MiB, for every file that is read."""
     refs = (ref for delta in source.deltas for ref in delta.refs)
-    return {path: _of_file(path, stamp) for path, stamp in sorted(_files(refs).items())}
+    one_per_file = {ref.path: ref for ref in refs}
+    return {path: _of_file(ref) for path, ref in sorted(one_per_file.items())}
 
 
-def _files(refs: Iterable[TensorRef]) -> dict[str, tuple[int, int]]:
-    return {ref.path: ref.stamp for ref in refs}
-
-
-def _of_file(path: str, stamp: tuple[int, int]) -> dict[str, Any]:
-    with Path(path).open("rb") as file:
-        head = hashlib.sha256(file.read(_HEAD)).hexdigest()
-    return {"size": stamp[0], "mtime_ns": stamp[1], "head_sha256": head}
+def _of_file(ref: TensorRef) -> dict[str, Any]:
+    size, version = ref.stamp
+    head = hashlib.sha256(ref.file.read(0, min(_HEAD, size)))
+    return {"size": size, "mtime_ns": version, "head_sha256": head.hexdigest()}

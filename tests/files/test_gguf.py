@@ -15,7 +15,7 @@ from support.checkpoints import write_checkpoint
 
 import spectra
 from spectra.errors import MissingExtraError, SourceError
-from spectra.files import gguf_file
+from spectra.files import ggml, readers
 from spectra.files.folder import open_folder
 
 HEADS, GROUPS, HIDDEN, FFN, VOCABULARY, LAYERS = 4, 2, 64, 96, 10, 2
@@ -170,7 +170,7 @@ def test_listing_decodes_nothing_and_reads_no_data(tmp_path, monkeypatch):
     stored = llamacpp_names(tensors(1))
     names = [name for name, tensor in stored.items() if tensor.ndim == 2]
     path = write_gguf(tmp_path / "t.gguf", stored, types=dict.fromkeys(names, gguf.GGMLQuantizationType.Q8_0))
-    monkeypatch.setattr(gguf_file, "read_tensor", lambda ref: pytest.fail("read while listing"))
+    monkeypatch.setitem(readers.READERS, "gguf", lambda ref: pytest.fail("read while listing"))
     monkeypatch.setattr(gguf.quants, "dequantize", lambda *_: pytest.fail("decoded while listing"))
     source = spectra.open_source(path, path)
     assert len(source) == sum(tensor.ndim == 2 for tensor in tensors().values())
@@ -256,7 +256,7 @@ def test_without_the_package_the_install_command_is_given(tmp_path, monkeypatch)
         {"output.weight": torch.randn(4, 32)},
         types={"output.weight": gguf.GGMLQuantizationType.Q8_0},
     )
-    gguf_file._sizes.cache_clear()
+    ggml.block_sizes.cache_clear()
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert len(open_folder(plain).tensors) == len(tensors())
     with pytest.raises(MissingExtraError, match=r"pip install 'weight-spectra\[gguf\]'"):

@@ -12,6 +12,7 @@ from support.checkpoints import llama_tensors, nudged, write_checkpoint
 import spectra
 from spectra.errors import NotFoundError, SourceError
 from spectra.files import hub
+from spectra.files.storage import Place
 
 
 @pytest.fixture
@@ -37,17 +38,17 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_a_path_is_itself(tmp_path):
-    assert hub.resolve(tmp_path) == tmp_path
+    assert hub.resolve(tmp_path) == Place.of(tmp_path)
 
 
 def test_a_hub_id_is_found_in_the_cache_through_its_links(cache):
     base = llama_tensors()
     main = cache("org/base", "a" * 40, base)
     old = cache("org/base", "b" * 40, nudged(base), ref="v1.0")
-    assert hub.resolve("org/base") == main
-    assert hub.resolve("org/base@v1.0") == old
-    assert hub.resolve(f"org/base@{'b' * 40}") == old
-    assert hub.resolve("org/base@bbbbbbbb") == old
+    assert hub.resolve("org/base") == Place.of(main)
+    assert hub.resolve("org/base@v1.0") == Place.of(old)
+    assert hub.resolve(f"org/base@{'b' * 40}") == Place.of(old)
+    assert hub.resolve("org/base@bbbbbbbb") == Place.of(old)
     source = spectra.open_source("org/base@v1.0", "org/base")
     difference = nudged(base)["lm_head.weight"].double() - base["lm_head.weight"].double()
     assert torch.equal(source["lm_head.weight"].read().to_dense(), difference)
@@ -56,13 +57,13 @@ def test_a_hub_id_is_found_in_the_cache_through_its_links(cache):
 def test_the_built_in_aliases_name_the_llama_family(cache):
     assert hub.resolve_alias("LLaMA-7B") == "huggyllama/llama-7b"
     snapshot = cache("huggyllama/llama-7b", "c" * 40, llama_tensors())
-    assert hub.resolve("llama-7b") == snapshot
+    assert hub.resolve("llama-7b") == Place.of(snapshot)
 
 
 def test_the_models_folder(tmp_path, monkeypatch):
     (tmp_path / "llama-7b").mkdir()
     monkeypatch.setenv("SPECTRA_MODELS", str(tmp_path))
-    assert hub.resolve("llama-7b") == tmp_path / "llama-7b"
+    assert hub.resolve("llama-7b") == Place.of(tmp_path / "llama-7b")
 
 
 def test_the_users_aliases_come_before_the_built_in_ones(tmp_path, monkeypatch, cache):
@@ -70,9 +71,9 @@ def test_the_users_aliases_come_before_the_built_in_ones(tmp_path, monkeypatch, 
     monkeypatch.setenv("SPECTRA_CONFIG", str(config))
     (tmp_path / "mine").mkdir()
     config.write_text(f'[aliases]\nllama-7b = "{tmp_path / "mine"}"\nother = "org/base@v2"\n')
-    assert hub.resolve("llama-7b") == tmp_path / "mine"
+    assert hub.resolve("llama-7b") == Place.of(tmp_path / "mine")
     snapshot = cache("org/base", "d" * 40, llama_tensors(), ref="v2")
-    assert hub.resolve("other") == snapshot
+    assert hub.resolve("other") == Place.of(snapshot)
     config.write_text("[aliases]\nllama-7b = 3\n")
     with pytest.raises(SourceError, match=r"config\.toml: \[aliases\]"):
         hub.resolve("llama-7b")
@@ -115,7 +116,7 @@ def test_a_download_takes_weights_and_json_only(monkeypatch, tmp_path, files, pa
     modules = fake_hub(files, tmp_path)
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    assert hub.resolve("org/base@v1") == tmp_path
+    assert hub.resolve("org/base@v1") == Place.of(tmp_path)
     assert modules["huggingface_hub"].calls == [("org/base", {"revision": "v1", "allow_patterns": patterns})]
 
 

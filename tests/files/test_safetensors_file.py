@@ -14,10 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from spectra.errors import SourceError
-from spectra.files.safetensors_file import read_header
-from spectra.files.tensors import DTYPES
+from spectra.files import safetensors_file
+from spectra.files.dtypes import DTYPES
+from spectra.files.storage import Place
 
 GOOD = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
+
+
+def read_header(path):
+    return safetensors_file.read_header(Place.of(path))
 
 
 def write(path, header, data=b"", length=None):
@@ -30,10 +35,10 @@ def write(path, header, data=b"", length=None):
 def test_every_dtype_reads_as_the_library_reads_it(tmp_path, dtype):
     tensor = torch.randn(3, 5).mul(4).abs().to(getattr(torch, DTYPES[dtype][0]))
     save_file({"x": tensor, "empty": tensor[:0].clone()}, tmp_path / "x.safetensors")
-    tensors, broken, _ = read_header(tmp_path / "x.safetensors")
+    header = read_header(tmp_path / "x.safetensors")
     expected = load_file(tmp_path / "x.safetensors")
-    assert not broken
-    for name, ref in tensors.items():
+    assert not header.broken
+    for name, ref in header.tensors.items():
         got = ref.read()
         assert got.dtype == expected[name].dtype
         assert got.shape == expected[name].shape == ref.shape
@@ -43,7 +48,7 @@ def test_every_dtype_reads_as_the_library_reads_it(tmp_path, dtype):
 def test_views_are_applied_when_reading(tmp_path):
     x = torch.arange(24.0).reshape(2, 3, 4)
     save_file({"x": x}, tmp_path / "x.safetensors")
-    ref = read_header(tmp_path / "x.safetensors")[0]["x"]
+    ref = read_header(tmp_path / "x.safetensors").tensors["x"]
     assert torch.equal(ref.item(1).T.rows(1, 3).read(), x[1].T[1:3])
     assert torch.equal(ref.permute(2, 0, 1).reshape(8, 3).read(), x.permute(2, 0, 1).reshape(8, 3))
     assert ref.item(1).T.rows(1, 3).shape == (2, 3)
@@ -56,7 +61,7 @@ def test_views_are_applied_when_reading(tmp_path):
 
 def test_metadata_is_kept(tmp_path):
     save_file(GOOD, tmp_path / "x.safetensors", metadata={"ss_network_alpha": "4"})
-    assert read_header(tmp_path / "x.safetensors")[2] == {"ss_network_alpha": "4"}
+    assert read_header(tmp_path / "x.safetensors").metadata == {"ss_network_alpha": "4"}
 
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
@@ -112,14 +117,15 @@ def test_other_files_under_this_name_are_named(tmp_path):
 def test_a_header_whose_length_looks_like_the_start_of_a_pickle_is_read(tmp_path, length):
     text = json.dumps({"a": entry()}).encode()
     path = write(tmp_path / "x.safetensors", text + b" " * (length - len(text)), bytes(8))
-    assert torch.equal(read_header(path)[0]["a"].read(), torch.zeros(2))
+    assert torch.equal(read_header(path).tensors["a"].read(), torch.zeros(2))
 
 
 def test_a_truncated_file_loses_only_what_is_cut_off(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(4), "b": torch.ones(4)}, path)
     path.write_bytes(path.read_bytes()[:-1])
-    tensors, broken, _ = read_header(path)
+    header = read_header(path)
+    tensors, broken = header.tensors, header.broken
     assert len(tensors) == len(broken) == 1
     assert torch.equal(next(iter(tensors.values())).read(), torch.ones(4))
     assert "truncated" in next(iter(broken.values()))
@@ -128,7 +134,7 @@ def test_a_truncated_file_loses_only_what_is_cut_off(tmp_path):
 def test_a_file_that_changes_after_listing_is_noticed(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file(GOOD, path)
-    ref = read_header(path)[0]["a"]
+    ref = read_header(path).tensors["a"]
     save_file({"a": torch.zeros(7, 3)}, path)
     with pytest.raises(SourceError, match="changed after it was opened"):
         ref.read()
@@ -147,7 +153,7 @@ def test_any_mutation_is_read_as_the_library_reads_it_or_refused(tmp_path_factor
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content)
     try:
-        tensors, _, _ = read_header(path)
+        tensors = read_header(path).tensors
     except SourceError:
         return
     try:

@@ -1,0 +1,73 @@
+"""What `torch.save` wrote (.bin, .pt, .pth, .ckpt), opened only with `weights_only=True`: no code of a pickle runs."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectra.errors import SourceError
+from spectra.files.storage import Place, Stamp
+
+SMALL_FILE = 256 * 2**20  # adapters: kept open between tensors; larger files are opened anew for each
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+_DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
+
+
+def load(file: Place, stamp: Stamp) -> dict[str, Tensor]:
+    """The file's state dict, whatever dict it is wrapped in. The last small files stay open.
+
+    A zip archive on this machine is mapped, so that only the tensors that are used are read from the disk.
+
+    Raises:
+        SourceError: it is not a torch file, or holds something other than tensors.
+    """
+    return _load_small(file, stamp) if stamp[0] <= SMALL_FILE else load_anew(file, stamp)
+
+
+def load_anew(file: Place, stamp: Stamp) -> dict[str, Tensor]:
+    """As `load`, and nothing stays open."""
+    if stamp[0] < 200 and file.read(0, stamp[0]).startswith(b"version https://git-lfs"):
+        raise SourceError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
+    try:
+        content = _content(file)
+    except pickle.UnpicklingError as problem:
+        first = str(problem).strip().splitlines()[0]
+        raise SourceError(
+            f"{file} holds more than tensors or is damaged, and was not opened (torch.load with weights_only=True: "
+            f"{first}); convert it to safetensors where you trust it"
+        ) from None
+    except _DAMAGED as problem:
+        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise SourceError(f"{file} is damaged or not a torch file ({first}); download or save it again") from None
+    return _state_dict(file, content)
+
+
+@lru_cache(maxsize=2)
+def _load_small(file: Place, stamp: Stamp) -> dict[str, Tensor]:
+    return load_anew(file, stamp)
+
+
+def _content(file: Place) -> Any:
+    local = file.storage.local_path(file.path)
+    if local is not None:
+        return torch.load(local, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(local))
+    with file.open() as stream:
+        return torch.load(stream, weights_only=True, map_location="cpu")
+
+
+def _state_dict(file: Place, content: Any) -> dict[str, Tensor]:
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping):
+        raise SourceError(f"{file} holds a {type(content).__name__}, not a state dict of tensors")
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise SourceError(f"{file} holds no tensors; is it an optimizer or arguments file?")
+    return tensors
