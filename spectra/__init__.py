@@ -4,10 +4,10 @@ Reads base and tuned models from files, forms the update ΔW, computes its singu
 Grassmann similarity of its subspaces, and draws both.
 
     >>> import spectra
-    >>> source = spectra.open_source("ckpt/", base="llama-7b")          # doctest: +SKIP
-    >>> found = list(spectra.decompose(source.select("v_proj"), top=30)) # doctest: +SKIP
-    >>> spectra.summarize(found)                                          # doctest: +SKIP
-    >>> spectra.plot_histogram(found)                                     # doctest: +SKIP
+    >>> source = spectra.open_source("ckpt/", base="llama-7b")                 # doctest: +SKIP
+    >>> found = spectra.decompose(source.select("v_proj"), top=30).collect()   # doctest: +SKIP
+    >>> found.to_frame()                                                       # doctest: +SKIP
+    >>> spectra.plot_histogram(found)                                          # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -15,74 +15,62 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from spectra._version import __version__
+from spectra._version import __version__ as __version__
 
-if TYPE_CHECKING:
-    from spectra.deltas.delta import WeightDelta
-    from spectra.deltas.forms import Dense, Kronecker, LowRank
-    from spectra.deltas.source import Coverage, Source
-    from spectra.engine.decompose import decompose
-    from spectra.errors import SpectraError
-    from spectra.metrics import METRICS
-    from spectra.metrics.similarity import SubspaceSimilarity, chance_level, principal_angles, subspace_similarity
-    from spectra.plots import histogram_figure, plot_histogram, plot_similarity, similarity_figure
-    from spectra.results.comparison import NotCompared, compare
-    from spectra.results.store import load, save
-    from spectra.results.tables import summarize
-    from spectra.sources import FORMATS, open_source
-    from spectra.spectrum import Spectrum
-
-__all__ = [
-    "FORMATS",
-    "METRICS",
-    "Coverage",
-    "Dense",
-    "Kronecker",
-    "LowRank",
-    "NotCompared",
-    "Source",
-    "SpectraError",
-    "Spectrum",
-    "SubspaceSimilarity",
-    "WeightDelta",
-    "__version__",
-    "chance_level",
-    "compare",
-    "decompose",
-    "histogram_figure",
-    "load",
-    "open_source",
-    "plot_histogram",
-    "plot_similarity",
-    "principal_angles",
-    "save",
-    "similarity_figure",
-    "subspace_similarity",
-    "summarize",
-]
-
-# Where each public name lives. Looked up on first use, so that `import spectra` loads no torch.
+# The public names, and where each lives. Looked up on first use, so that `import spectra` loads no torch.
 _HOMES = {
-    "spectra.results.comparison": ("NotCompared", "compare"),
-    "spectra.engine.decompose": ("decompose",),
-    "spectra.errors": ("SpectraError",),
-    "spectra.deltas.forms": ("Dense", "Kronecker", "LowRank"),
-    "spectra.metrics": ("METRICS",),
-    "spectra.metrics.similarity": (
-        "SubspaceSimilarity",
-        "chance_level",
-        "principal_angles",
-        "subspace_similarity",
-    ),
-    "spectra.plots": ("histogram_figure", "plot_histogram", "plot_similarity", "similarity_figure"),
-    "spectra.sources": ("FORMATS", "open_source"),
-    "spectra.results.store": ("load", "save"),
-    "spectra.results.tables": ("summarize",),
     "spectra.deltas.delta": ("WeightDelta",),
+    "spectra.deltas.forms": ("Dense", "Kronecker", "LowRank"),
     "spectra.deltas.source": ("Coverage", "Source"),
+    "spectra.errors": ("SpectraError",),
+    "spectra.metrics": ("METRICS",),
+    "spectra.metrics.similarity": ("SubspaceSimilarity", "chance_level", "principal_angles", "subspace_similarity"),
+    "spectra.plots": ("draw_results", "histogram_figure", "plot_histogram", "plot_similarity", "similarity_figure"),
+    "spectra.results.collection": ("Spectra", "load", "save"),
+    "spectra.results.inspection": ("Inspection", "inspect"),
+    "spectra.results.similarities": ("NotCompared", "pool_by_role"),
+    "spectra.results.streams": ("Decomposition", "compare", "decompose"),
+    "spectra.results.tables": ("summarize", "summarize_similarity"),
+    "spectra.sources": ("FORMATS", "open_source"),
     "spectra.spectrum": ("Spectrum",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted([*_HOME_OF, "__version__"])
+
+if TYPE_CHECKING:  # the list above for type checkers, which follow imports only; a test holds the two together
+    from spectra.deltas.delta import WeightDelta as WeightDelta
+    from spectra.deltas.forms import Dense as Dense
+    from spectra.deltas.forms import Kronecker as Kronecker
+    from spectra.deltas.forms import LowRank as LowRank
+    from spectra.deltas.source import Coverage as Coverage
+    from spectra.deltas.source import Source as Source
+    from spectra.errors import SpectraError as SpectraError
+    from spectra.metrics import METRICS as METRICS
+    from spectra.metrics.similarity import SubspaceSimilarity as SubspaceSimilarity
+    from spectra.metrics.similarity import chance_level as chance_level
+    from spectra.metrics.similarity import principal_angles as principal_angles
+    from spectra.metrics.similarity import subspace_similarity as subspace_similarity
+    from spectra.plots import draw_results as draw_results
+    from spectra.plots import histogram_figure as histogram_figure
+    from spectra.plots import plot_histogram as plot_histogram
+    from spectra.plots import plot_similarity as plot_similarity
+    from spectra.plots import similarity_figure as similarity_figure
+    from spectra.results.collection import Spectra as Spectra
+    from spectra.results.collection import load as load
+    from spectra.results.collection import save as save
+    from spectra.results.inspection import Inspection as Inspection
+    from spectra.results.inspection import inspect as inspect
+    from spectra.results.similarities import NotCompared as NotCompared
+    from spectra.results.similarities import pool_by_role as pool_by_role
+    from spectra.results.streams import Decomposition as Decomposition
+    from spectra.results.streams import compare as compare
+    from spectra.results.streams import decompose as decompose
+    from spectra.results.tables import summarize as summarize
+    from spectra.results.tables import summarize_similarity as summarize_similarity
+    from spectra.sources import FORMATS as FORMATS
+    from spectra.sources import open_source as open_source
+    from spectra.spectrum import Spectrum as Spectrum
 
 
 def __getattr__(name: str) -> Any:
@@ -94,4 +82,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return list(__all__)

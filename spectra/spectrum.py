@@ -36,7 +36,7 @@ class Spectrum:
         shape: (out, in).
         status: "ok", "unchanged" (ΔW = 0), or why there are no numbers; `reason` says it in words.
         S: singular values, descending, float64; empty unless the status is ok or unchanged.
-        U: left singular vectors (out, k), or None.
+        U: left singular vectors (out, k), or None where none exist or none are loaded.
         Vh: right singular vectors, transposed (k, in), or None.
         norm: ‖ΔW‖_F of the whole update, also where S holds only its top.
         max_rank: the rank that the form of ΔW allows.
@@ -44,8 +44,9 @@ class Spectrum:
         method: the solver that gave the numbers, and the ones that failed before it.
         note: what the number stands for where that is not simply tuned − base.
         base_norm: ‖W₀‖_F, or None.
-        unchanged: fraction of entries equal in both files, or None.
+        unmoved_share: fraction of the entries that are equal in both files, or None.
         resolution: values at or below it are not resolved by the method; never drawn or counted.
+        k: how many singular vectors of each side exist, whether they are loaded or lie on the disk.
 
     Example:
         >>> spectrum = Spectrum("a.weight", (2, 2), S=[4.0, 3.0])
@@ -66,8 +67,9 @@ class Spectrum:
     reason: str = ""
     note: str = ""
     base_norm: float | None = None
-    unchanged: float | None = None
+    unmoved_share: float | None = None
     resolution: float = 0.0
+    k: int = 0
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -75,6 +77,8 @@ class Spectrum:
         for side in ("U", "Vh"):
             if getattr(self, side) is not None:
                 put(self, side, np.asarray(getattr(self, side)))
+        if self.U is not None:
+            put(self, "k", int(self.U.shape[1]))
         put(self, "shape", tuple(int(size) for size in self.shape))
         if self.max_rank is None:
             put(self, "max_rank", min(self.shape) if self.shape else 0)
@@ -90,11 +94,6 @@ class Spectrum:
     def layer(self) -> int | None:
         """The index of its layer, or None."""
         return naming.layer_of(self.name)
-
-    @property
-    def k(self) -> int:
-        """How many singular vectors are kept."""
-        return 0 if self.U is None else int(self.U.shape[1])
 
     @property
     def complete(self) -> bool:

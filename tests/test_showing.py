@@ -16,6 +16,7 @@ from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense, Kronecker, LowRank
 from spectra.deltas.source import Coverage, Source
 from spectra.metrics.similarity import SubspaceSimilarity
+from spectra.results.store import Shelf, Store
 from spectra.spectrum import STATUSES, Spectrum
 
 HOSTILE = "layers.0.<script>alert('x')</script>&\"q_proj\".weight"
@@ -102,18 +103,25 @@ def test_stored_spectra_are_escaped_and_listed(tmp_path):
     ]
 
 
+def test_a_collection_in_memory_shows_the_same_without_a_place():
+    found = spectra.Spectra([Spectrum(HOSTILE, (3, 2), S=[4.0, 3.0], U=np.eye(3)[:, :1], Vh=np.eye(2)[:1])])
+    assert shown(found).rows[1:] == [[HOSTILE, "ok", "3×2", "5", "2", "2", "1"]]
+    assert repr(spectra.Spectra([Spectrum("q_proj.weight", (1, 1), S=[1.0])])) == "Spectra(1 matrix: 1 q_proj)"
+    assert "Spectra: 1 matrix</b>" in found._repr_html_()
+
+
 def test_a_damaged_result_is_shown_as_such_and_few_files_are_opened(tmp_path, monkeypatch):
     spectra.save([Spectrum(f"layers.{i}.v_proj.weight", (2, 2), S=[1.0, 0.5]) for i in range(40)], tmp_path)
     stored = spectra.load(tmp_path)
-    stored._store.spectra.path(stored.names[1]).write_bytes(b"broken")
+    Store(tmp_path).spectra.path(stored.names[1]).write_bytes(b"broken")
     opened = []
-    record = stored._store.spectra.record
-    monkeypatch.setattr(stored._store.spectra, "record", lambda name: opened.append(name) or record(name))
+    record = Shelf.record
+    monkeypatch.setattr(Shelf, "record", lambda self, name: opened.append(name) or record(self, name))
     rows = shown(stored).rows
     assert rows[2][:2] == ["layers.1.v_proj.weight", "missing or damaged"]
-    assert rows[-1][0] == "… and 28 more; spectra.summarize(…) shows all"
+    assert rows[-1][0] == "… and 28 more; to_frame() shows all"
     assert opened == list(stored.names[:12])
-    assert repr(stored) == f"StoredSpectra({tmp_path}, 40 matrices: 40 v_proj)"
+    assert repr(stored) == f"Spectra({tmp_path}, 40 matrices: 40 v_proj)"
 
 
 def test_a_source_is_a_table_by_role(source):

@@ -27,11 +27,14 @@ CONTRACT = {
     "summarize": ["spectra"],
     "save": ["spectra", "directory"],
     "load": ["directory"],
+    "compare": ["a", "b", "top", "sides"],
+    "draw_results": ["directories", "out"],
 }
 ATTRIBUTES = {
     "Source": ["kind", "deltas", "coverage", "select"],
     "Coverage": ["base_only", "tuned_only", "shape_mismatch", "unsupported", "skipped", "warnings"],
     "WeightDelta": ["name", "shape", "max_rank", "role", "layer", "read", "from_tensor", "from_factors"],
+    "Spectra": ["names", "select", "to_frame", "directory", "run"],
     "Spectrum": ["name", "shape", "status", "S", "U", "Vh", "norm", "max_rank", "noise_edge"],
     "SubspaceSimilarity": ["grid", "chance", "side", "k_used"],
 }
@@ -56,6 +59,21 @@ def test_every_public_name_is_there_and_has_a_docstring():
         value = getattr(spectra, name)
         if callable(value):
             assert value.__doc__, name
+
+
+def test_type_checkers_see_the_public_names():
+    """They follow imports and not the list; the two say the same."""
+    tree = ast.parse((ROOT / "spectra/__init__.py").read_text())
+    imported = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("spectra.")
+        for alias in node.names
+        if alias.asname == alias.name
+    }
+    listed = {name: home for home, names in spectra._HOMES.items() for name in names}
+    assert imported == listed | {"__version__": "spectra._version"}
+    assert sum(map(len, spectra._HOMES.values())) == len(listed), "no name is there twice"
 
 
 def test_import_loads_nothing_heavy():

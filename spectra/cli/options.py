@@ -1,15 +1,30 @@
-"""Options that several commands share, and what they mean."""
+"""Options that several commands share, and what they mean.
+
+A decorator adds a group of options to a command, and hands the command one object for them:
+
+    @click.command("mine")
+    @click.argument("tuned")
+    @source_options                    # --layer, --heads, --scale, --split → opening
+    @compute_options                   # --device, --workers, --cluster, --memory → compute
+    def command(tuned: str, opening: Opening, compute: Compute) -> None: ...
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+if TYPE_CHECKING:
+    from spectra.deltas.source import Source
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+_Option = Callable[[Any], Any]
 
 
 class HeadsType(click.ParamType):
@@ -26,14 +41,17 @@ class HeadsType(click.ParamType):
         return int(value)
 
 
-_LAYER = click.option(
+layer_option = click.option(
     "--layer", "layers", multiple=True, metavar="PATTERN",
     help="Only these matrices: a role or path component (v_proj), a glob, or re:REGEX. Repeatable.",
 )  # fmt: skip
+scale_option = click.option("--scale", type=float, help="The scale s where the adapter does not carry α/r.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 _SOURCE = (
+    layer_option,
     click.option("--heads", type=HeadsType(), default="mean", show_default=True, metavar="mean|sum|each|N",
                  help="What multi-head adapters stand for."),
-    click.option("--scale", type=float, help="The scale s where the adapter does not carry α/r."),
+    scale_option,
     click.option("--split/--no-split", default=True, show_default=True,
                  help="Report fused projections as their parts."),
 )  # fmt: skip
@@ -46,39 +64,89 @@ _COMPUTE = (
     click.option("--memory", metavar="SIZE", help="Budget for matrices at work, such as 4GiB."
                  "  [default: half of what is free]"),
 )  # fmt: skip
-_OUT = click.option(
-    "--out", type=click.Path(file_okay=False), metavar="DIR",
-    help="Keep tables, arrays and figures here; the same command resumes.",
+_RESULT = (
+    click.option("--out", type=click.Path(file_okay=False), metavar="DIR",
+                 help="Keep tables, arrays and figures here; the same command resumes."),
+    click.option("--figures/--no-figures", default=True, show_default=True,
+                 help="Draw figures into the --out directory."),
+    json_option,
 )  # fmt: skip
-_FIGURES = click.option(
-    "--figures/--no-figures", default=True, show_default=True, help="Draw figures into the --out directory."
-)
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 
 
-def source_options(command: _Command) -> _Command:
-    """--layer, --heads, --scale, --split."""
-    return _apply(command, (_LAYER, *_SOURCE))
+@dataclass(frozen=True)
+class Opening:
+    """What a command was told about reading its inputs."""
+
+    layers: tuple[str, ...]
+    heads: str | int
+    scale: float | None
+    split: bool
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of `open_source`."""
+        return {"heads": self.heads, "scale": self.scale, "split": self.split}
+
+    def open(self, tuned: str, base: str | None) -> Source:
+        """The source with the matrices that --layer means; what it left out is said."""
+        from spectra.cli import report
+        from spectra.sources import open_source
+
+        source = open_source(tuned, base, **self.settings)
+        source = source.select(self.layers) if self.layers else source
+        report.coverage_notes(source.coverage)
+        return source
 
 
-def compute_options(command: _Command) -> _Command:
-    """--device, --workers, --cluster, --memory."""
-    return _apply(command, _COMPUTE)
+@dataclass(frozen=True)
+class Compute:
+    """What a command was told about where to compute."""
+
+    device: str
+    workers: int | None
+    cluster: str | None
+    memory: str | None
+
+    @contextmanager
+    def keywords(self) -> Iterator[dict[str, Any]]:
+        """The keyword arguments of `decompose` and `compare`, while the executor is there."""
+        with _executor(self.workers, self.cluster) as executor:
+            yield {"device": self.device, "executor": executor, "memory_budget": self.memory}
+
+
+def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--layer, --heads, --scale, --split; the command gets them as `opening`."""
+
+    @functools.wraps(command)
+    def bundled(*, layers: tuple[str, ...], heads: str | int, scale: float | None, split: bool, **others: Any) -> Any:
+        return command(opening=Opening(layers, heads, scale, split), **others)
+
+    return _apply(bundled, _SOURCE)
+
+
+def compute_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--device, --workers, --cluster, --memory; the command gets them as `compute`."""
+
+    @functools.wraps(command)
+    def bundled(*, device: str, workers: int | None, cluster: str | None, memory: str | None, **others: Any) -> Any:
+        return command(compute=Compute(device, workers, cluster, memory), **others)
+
+    return _apply(bundled, _COMPUTE)
 
 
 def result_options(command: _Command) -> _Command:
-    """--out, --figures, --json."""
-    return _apply(command, (_OUT, _FIGURES, _JSON))
+    """--out, --figures, --json; the command gets them as `out`, `figures` and `as_json`."""
+    return _apply(command, _RESULT)
 
 
-def _apply(command: _Command, options: tuple[Callable[[Any], Any], ...]) -> _Command:
+def _apply(command: _Command, options: tuple[_Option, ...]) -> _Command:
     for option in reversed(options):
         command = option(command)
     return command
 
 
 @contextmanager
-def executor_for(workers: int | None, cluster: str | None) -> Iterator[Executor | None]:
+def _executor(workers: int | None, cluster: str | None) -> Iterator[Executor | None]:
     """The executor that the options ask for; None to run in this process."""
     if cluster:
         from spectra.engine.executors.dask_cluster import cluster_executor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -43,6 +44,17 @@ def _text(value: Any) -> str:
 def note(text: str) -> None:
     """One line on stderr."""
     click.echo(text, err=True)
+
+
+def draw(out: str, *, names: Sequence[str], sides: Sequence[str] = ()) -> list[Path]:
+    """Draw these matrices of a results directory into it, say what does not fit, and give the files."""
+    from spectra.metrics.similarity import SIDES
+    from spectra.plots import draw_results
+
+    drawn = draw_results(out, names=names, sides=sides or SIDES)
+    for line in drawn.notes:
+        note(line)
+    return list(drawn.files)
 
 
 def coverage_notes(coverage: Any, shown: int = _MOST_NAMES) -> None:

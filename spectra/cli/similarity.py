@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spectra.cli import report
-from spectra.cli.options import compute_options, executor_for, result_options, source_options
+from spectra.cli.options import Compute, Opening, compute_options, result_options, source_options
 
 if TYPE_CHECKING:
+    from spectra.deltas.source import Source
     from spectra.metrics.similarity import SubspaceSimilarity
-    from spectra.results.comparison import NotCompared
+    from spectra.results.collection import Spectra
+    from spectra.results.similarities import Compared, NotCompared
 
 _MOST_LINES = 12
 
@@ -37,14 +39,8 @@ def command(
     base: str | None,
     top: int,
     side: str,
-    layers: tuple[str, ...],
-    heads: str | int,
-    scale: float | None,
-    split: bool,
-    device: str,
-    workers: int | None,
-    cluster: str | None,
-    memory: str | None,
+    opening: Opening,
+    compute: Compute,
     out: str | None,
     figures: bool,
     as_json: bool,
@@ -53,76 +49,54 @@ def command(
 
     A and B are tuned models, adapters, or directories that `spectra svd --top K --out` made.
     """
-    from spectra.results.comparison import NotCompared
+    from spectra.results.streams import compare
 
-    sides = ("left", "right") if side == "both" else (side,)
-    settings = {"heads": heads, "scale": scale, "split": split}
-    with executor_for(workers, cluster) as executor:
-        compute = {"device": device, "executor": executor, "memory_budget": memory}
-        inputs, total, order, found = _compare(a, b, base, layers, settings, top, sides, compute, out)
-        done: list[SubspaceSimilarity] = []
-        undone: list[NotCompared] = []
-        with report.progress(total, "spectra similarity") as bar:
-            for item in found:
-                bar.update()
-                if isinstance(item, NotCompared):
-                    undone.append(item)
-                else:
-                    done.append(item)
-    done.sort(key=lambda item: order[item.name])  # they come as they finish
-    written = _draw(out, done) if out and figures and done else []
+    sides: tuple[Any, ...] = ("left", "right") if side == "both" else (side,)
+    first, second = _open(a, b, base, opening)
+    with compute.keywords() as keywords:
+        stream = compare(first, second, top=top, sides=sides, out=out, labels=(a, b), **keywords)
+        done, undone = _gather(stream, first.names, second.names, len(sides))
+    written = report.draw(out, names=[item.name for item in done], sides=sides) if out and figures and done else []
     if as_json:
+        inputs = {"kind": "similarity", "a": a, "b": b, "base": base, "options": opening.settings}
         report.print_json(_document(inputs, done, undone))
     else:
         _print(done)
     _close(done, undone, out, written)
 
 
-def _compare(
-    a: str,
-    b: str,
-    base: str | None,
-    layers: tuple[str, ...],
-    settings: dict[str, Any],
-    top: int,
-    sides: tuple[Any, ...],
-    compute: dict[str, Any],
-    out: str | None,
-) -> tuple[dict[str, Any], int, dict[str, int], Iterator[SubspaceSimilarity | NotCompared]]:
-    """What is compared, how many comparisons that makes, each matrix's place, and the stream."""
-    from spectra.results import resume as runs
-    from spectra.results.store import load
-    from spectra.sources import open_source
+def _open(a: str, b: str, base: str | None, opening: Opening) -> tuple[Source | Spectra, Source | Spectra]:
+    """Both as stored results, or both as weights."""
+    from spectra.results.collection import load
 
     stored = [Path(path, "run.json").is_file() for path in (a, b)]
-    inputs: dict[str, Any] = {"kind": "similarity", "a": str(a), "b": str(b), "base": base, "options": settings}
     if all(stored):
-        loaded = [load(path) for path in (a, b)]
-        loaded = [run.select(layers) for run in loaded] if layers else loaded
-        total, order = _count([run.names for run in loaded], sides)
-        one, other = loaded
-        return inputs, total, order, runs.compare_stored_into(out, one, other, inputs, top=top, sides=sides)
+        first, second = load(a), load(b)
+        return (first.select(opening.layers), second.select(opening.layers)) if opening.layers else (first, second)
     if any(stored):
         raise click.UsageError("one of A and B holds stored results and the other weights: give two of a kind")
-    sources = [open_source(path, base, **settings) for path in (a, b)]
-    sources = [source.select(layers) for source in sources] if layers else sources
-    for source in sources:
-        report.coverage_notes(source.coverage)
-    total, order = _count([[delta.name for delta in source] for source in sources], sides)
-    first, second = sources
-    found = runs.compare_into(out, first, second, inputs, top=top, sides=sides, **compute)
-    return inputs, total, order, found
+    return opening.open(a, base), opening.open(b, base)
 
 
-def _count(names: Sequence[Sequence[str]], sides: tuple[Any, ...]) -> tuple[int, dict[str, int]]:
-    a, b = map(set, names)
-    return len(a & b) * len(sides) + len(a ^ b), {name: place for place, name in enumerate(names[0])}
+def _gather(
+    stream: Iterator[Compared], first: Sequence[str], second: Sequence[str], sides: int
+) -> tuple[list[SubspaceSimilarity], list[NotCompared]]:
+    """What was compared, in the first update's order, and what was not."""
+    from spectra.results.similarities import NotCompared
 
-
-def _draw(out: str, done: list[SubspaceSimilarity]) -> list[str]:
-    from spectra.cli.plot import draw_directories
-
-    return draw_directories([out], out)
+    done: list[SubspaceSimilarity] = []
+    undone: list[NotCompared] = []
+    a, b = set(first), set(second)
+    with report.progress(len(a & b) * sides + len(a ^ b), "spectra similarity") as bar:
+        for item in stream:
+            bar.update()
+            if isinstance(item, NotCompared):
+                undone.append(item)
+            else:
+                done.append(item)
+    order = {name: place for place, name in enumerate(first)}
+    done.sort(key=lambda item: order[item.name])
+    return done, undone
 
 
 def _document(inputs: dict[str, Any], done: list[SubspaceSimilarity], undone: list[NotCompared]) -> dict[str, Any]:
@@ -140,29 +114,23 @@ def _document(inputs: dict[str, Any], done: list[SubspaceSimilarity], undone: li
 
 
 def _print(done: list[SubspaceSimilarity]) -> None:
-    from spectra.metrics.similarity import pool
+    from spectra.results.similarities import pool_by_role
     from spectra.results.tables import similarity_row
 
-    header = ["matrix", "side", "k", "φ(k,k)", "chance", "φ(1,1)", "note"]
-    shown = done
-    if len(done) > _MOST_LINES:
-        header[0] = "role"
-        groups: dict[tuple[str, Any], list[SubspaceSimilarity]] = {}
-        for item in done:
-            groups.setdefault((item.role, item.side), []).append(item)
-        shown = [pool(items, role) for (role, _), items in groups.items()]
-    rows = [similarity_row(item) for item in shown]
+    by_role = len(done) > _MOST_LINES
+    rows = [similarity_row(item) for item in (pool_by_role(done) if by_role else done)]
     keys = ("name", "side", "k_used", "phi", "chance", "phi_1_1", "note")
+    header = ["role" if by_role else "matrix", "side", "k", "φ(k,k)", "chance", "φ(1,1)", "note"]
     report.print_table(header, [[row[key] for key in keys] for row in rows])
 
 
-def _close(done: list[SubspaceSimilarity], undone: list[NotCompared], out: str | None, written: list[str]) -> None:
+def _close(done: list[SubspaceSimilarity], undone: list[NotCompared], out: str | None, written: list[Path]) -> None:
     if out:
         report.note(f"results: {out}/similarity.csv, {out}/run.json, {out}/similarity/")
     for path in written:
         report.note(f"figure: {path}")
-    only_one = [item for item in undone if item.reason.startswith("only in")]
-    failed = [item for item in undone if item not in only_one]
+    only_one = [item for item in undone if item.one_sided]
+    failed = [item for item in undone if not item.one_sided]
     if only_one:
         report.note(
             f"{len(only_one)} matrices are in one update only, such as {only_one[0].name}: {only_one[0].reason}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import compute_options, executor_for, result_options, source_options
+from spectra.cli.options import Compute, Opening, compute_options, result_options, source_options
 
 if TYPE_CHECKING:
     from spectra.deltas.source import Source
@@ -32,14 +33,8 @@ def command(
     base: str | None,
     tuned: str,
     top: int | None,
-    layers: tuple[str, ...],
-    heads: str | int,
-    scale: float | None,
-    split: bool,
-    device: str,
-    workers: int | None,
-    cluster: str | None,
-    memory: str | None,
+    opening: Opening,
+    compute: Compute,
     out: str | None,
     figures: bool,
     as_json: bool,
@@ -49,16 +44,10 @@ def command(
     Prints a table with one line per matrix, or per role where there are many. With --out it keeps
     everything there: summary.csv, the arrays, run.json and the −ln σ histogram.
     """
-    from spectra.sources import open_source
-
-    source = open_source(tuned, base, heads=heads, scale=scale, split=split)
-    source = source.select(layers) if layers else source
-    report.coverage_notes(source.coverage)
-    settings = {"heads": heads, "scale": scale, "split": split}
-    with executor_for(workers, cluster) as executor:
-        compute = {"device": device, "executor": executor, "budget": memory}
-        rows, values = _run(source, settings, top, compute, out, keep_values=as_json)
-    written = _draw(out, source) if out and figures else []
+    source = opening.open(tuned, base)
+    with compute.keywords() as keywords:
+        rows, values = _run(source, top, out, keywords, keep_values=as_json)
+    written = report.draw(out, names=[delta.name for delta in source]) if out and figures else []
     if as_json:
         report.print_json(_document(source, rows, values))
     else:
@@ -67,35 +56,24 @@ def command(
 
 
 def _run(
-    source: Source,
-    settings: dict[str, Any],
-    top: int | None,
-    compute: dict[str, Any],
-    out: str | None,
-    keep_values: bool,
+    source: Source, top: int | None, out: str | None, compute: dict[str, Any], keep_values: bool
 ) -> tuple[list[Row], dict[str, list[float]]]:
-    """Decompose everything that is not stored yet; rows in the source's order."""
+    """Rows in the source's order, and the singular values if they are wanted; vectors are not kept here."""
     with heavy_imports():
-        from spectra.results import resume as runs
         from spectra.results import tables
+        from spectra.results.streams import decompose
 
     order = {delta.name: place for place, delta in enumerate(source)}
     rows: list[Row] = []
     values: dict[str, list[float]] = {}
     with report.progress(len(source), "spectra svd") as bar:
-        for spectrum in runs.decompose_into(out, source, settings, top=top, **compute):
+        for spectrum in decompose(source, top=top, out=out, **compute):
             rows.append(tables.row(spectrum))
             if keep_values:
                 values[spectrum.name] = spectrum.S.tolist()
             bar.update()
     rows.sort(key=lambda line: order[line["name"]])
     return rows, values
-
-
-def _draw(out: str, source: Source) -> list[str]:
-    from spectra.cli.plot import draw_directories
-
-    return draw_directories([out], out, only=[delta.name for delta in source])
 
 
 def _document(source: Source, rows: list[Row], values: dict[str, list[float]]) -> dict[str, Any]:
@@ -115,36 +93,21 @@ def _document(source: Source, rows: list[Row], values: dict[str, list[float]]) -
 
 
 def _print(rows: list[Row]) -> None:
-    from spectra.spectrum import DONE
+    from spectra.results.tables import role_rows
 
-    done = [line for line in rows if line["status"] in DONE]
     if len(rows) <= _MOST_LINES:
         report.print_table(
             ["matrix", "shape", "status", *_SHOWN],
             [[r["name"], f"{r['out']}×{r['in']}", r["status"], *(r[key] for key in _SHOWN)] for r in rows],
         )
         return
-    roles: dict[str, list[Row]] = {}
-    for line in done:
-        roles.setdefault(line["role"], []).append(line)
     report.print_table(
-        ["role", "matrices", "unchanged", *(f"{key}" for key in _SHOWN)],
-        [
-            [role, len(lines), sum(r["status"] == "unchanged" for r in lines), *(_median(lines, key) for key in _SHOWN)]
-            for role, lines in roles.items()
-        ],
+        ["role", "matrices", "unchanged", *_SHOWN], [list(line.values()) for line in role_rows(rows, _SHOWN)]
     )
     report.note("medians over the changed matrices of a role; every matrix is in summary.csv (--out) and --json")
 
 
-def _median(rows: list[Row], key: str) -> float | None:
-    import numpy as np
-
-    found = [line[key] for line in rows if line["status"] == "ok" and line[key] == line[key]]
-    return float(np.median(found)) if found else None
-
-
-def _close(rows: list[Row], out: str | None, written: list[str]) -> None:
+def _close(rows: list[Row], out: str | None, written: list[Path]) -> None:
     """Notes on the result, where things are, and the exit status."""
     from spectra.spectrum import DONE
 

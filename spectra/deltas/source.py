@@ -66,6 +66,7 @@ class Source:
         coverage: what was not paired or not used.
         tuned: where the update was read from.
         base: where the base was read from, or None.
+        options: how `open_source` was told to read them: heads, scale and split.
 
     Example:
         >>> import torch
@@ -80,6 +81,12 @@ class Source:
     coverage: Coverage = field(default_factory=Coverage)
     tuned: str = ""
     base: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The weights' names, in order."""
+        return tuple(delta.name for delta in self.deltas)
 
     def __iter__(self) -> Iterator[WeightDelta]:
         return iter(self.deltas)
@@ -99,13 +106,13 @@ class Source:
         Raises:
             SelectionError: a pattern matches nothing; the message lists what there is.
         """
-        wanted = set(naming.select(patterns, [delta.name for delta in self.deltas]))
+        wanted = set(naming.select(patterns, self.names))
         return replace(self, deltas=tuple(delta for delta in self.deltas if delta.name in wanted))
 
     def __repr__(self) -> str:
         left_out, warnings = _left_out(self.coverage), len(self.coverage.warnings)
         return (
-            f"Source({self.kind}, {text.contents([delta.name for delta in self.deltas])}"
+            f"Source({self.kind}, {text.contents(self.names)}"
             + (f"; not used: {left_out}" if left_out else "")
             + (f"; warnings: {warnings}" if warnings else "")
             + ")"

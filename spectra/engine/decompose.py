@@ -86,7 +86,8 @@ def decompose_indexed(
     where = device if executor is not None else resolve_device(device)
     schedule = plan(deltas, _bytes_at_work(budget, where, executor), top)
     for index, bytes_needed in schedule.too_large.items():
-        reason = f"needs {readable_size(bytes_needed)}, the budget is {readable_size(schedule.budget)}; raise --memory"
+        there = readable_size(schedule.budget)
+        reason = f"needs {readable_size(bytes_needed)}, the budget is {there}; raise memory_budget= (--memory)"
         delta = deltas[index]
         yield index, Spectrum(delta.name, delta.shape, "too_large", max_rank=delta.max_rank, reason=reason)
     if executor is not None:

@@ -160,7 +160,7 @@ def _with_norms(blank: Spectrum, form: Form) -> Spectrum | Unsolved:
         base_norm=form.base_norm,
         resolution=_ROUNDING * form.magnitude,
         noise_edge=form.noise_edge,
-        unchanged=form.unchanged,
+        unmoved_share=form.unchanged,
     )
     if norm == 0:
         zeros = np.zeros(blank.max_rank or 0)

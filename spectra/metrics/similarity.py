@@ -129,8 +129,9 @@ def subspace_similarity(a: Spectrum, b: Spectrum, *, top: int = 30, side: Side =
     if top < 1:
         raise SelectionError(f"top = {top} is not a positive number of directions")
     for spectrum in (a, b):
-        if spectrum.status != "ok" or spectrum.k == 0:
-            why = spectrum.reason or "no singular vectors are kept; decompose with top=K"
+        if spectrum.status != "ok" or spectrum.U is None:
+            absent = "no singular vectors are kept; decompose with top=K (--top)"
+            why = "its vectors are not loaded; load them with vectors=True" if spectrum.k else spectrum.reason or absent
             raise SelectionError(f"{spectrum.name} cannot be compared: {spectrum.status}: {why}")
     basis_a, basis_b = (s.U if side == "left" else s.Vh.T for s in (a, b))  # type: ignore[union-attr]
     if basis_a.shape[0] != basis_b.shape[0]:  # type: ignore[union-attr]

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from spectra.plots.figures import draw_panels, histogram_figure, histogram_panels, save_figure, similarity_figure
+from spectra.plots.grouping import Comparison, curves_by_role, panels_by_role
 from spectra.plots.histogram import plot_histogram
 from spectra.plots.similarity import grid_rows, plot_similarity
+from spectra.plots.stored import Drawn, draw_results
 
 __all__ = [
+    "Comparison",
+    "Drawn",
+    "curves_by_role",
     "draw_panels",
+    "draw_results",
     "grid_rows",
     "histogram_figure",
     "histogram_panels",
+    "panels_by_role",
     "plot_histogram",
     "plot_similarity",
     "save_figure",

@@ -12,6 +12,7 @@ from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.plots.histogram import BINS, BinnedPanel, bin_pooled, draw_binned, pool_curves
 from spectra.plots.similarity import add_colorbar, heading, plot_similarity
 from spectra.plots.style import look
+from spectra.results.store import ANOTHER_PLACE
 from spectra.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -150,6 +151,6 @@ def save_figure(figure: Figure, path: Path, formats: Sequence[str] = ("png", "pd
             with look():
                 figure.savefig(target, metadata=metadata, dpi=200)
         except OSError as problem:
-            raise StoreError(f"{target} cannot be written ({problem.strerror}); choose another --out") from None
+            raise StoreError(f"{target} cannot be written ({problem.strerror}); choose {ANOTHER_PLACE}") from None
         written.append(target)
     return written

@@ -1,56 +1,35 @@
-"""Two sources, matrix by matrix: subspace similarity as a stream, without keeping either side's vectors."""
+"""Two updates, matrix by matrix: subspace similarity as a stream, without keeping either side's vectors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
 
 from spectra.deltas.delta import WeightDelta
 from spectra.engine.decompose import decompose_indexed
 from spectra.errors import SelectionError
-from spectra.metrics.similarity import Side, SubspaceSimilarity, subspace_similarity
-from spectra.results.store import StoredSpectra
+from spectra.metrics.similarity import Side, subspace_similarity
+from spectra.results.collection import Spectra
+from spectra.results.similarities import Compared, NotCompared
 from spectra.spectrum import Spectrum
 
 _PAIRS_AT_ONCE = 16  # bounds the vectors that wait for their partner
 
 
-@dataclass(frozen=True)
-class NotCompared:
-    """A matrix that has no similarity, and why."""
-
-    name: str
-    reason: str
-
-
-def compare(
+def compare_deltas(
     a: Iterable[WeightDelta],
     b: Iterable[WeightDelta],
     *,
-    top: int = 30,
-    sides: Sequence[Side] = ("left",),
+    top: int,
+    sides: Sequence[Side],
     device: str = "auto",
     executor: Executor | None = None,
     memory_budget: int | str | None = None,
-) -> Iterator[SubspaceSimilarity | NotCompared]:
-    """Compare the matrices that both have, by name; the others come back as `NotCompared`.
-
-    Args:
-        a: a source or deltas.
-        b: likewise.
-        top: how many directions.
-        sides: "left", "right" or both.
-        device: as for `decompose`.
-        executor: as for `decompose`.
-        memory_budget: as for `decompose`.
-
-    Raises:
-        SelectionError: the two share no name.
-    """
+) -> Iterator[Compared]:
+    """As `compare`, from weights; vectors wait for their partner only."""
     first, second = {delta.name: delta for delta in a}, {delta.name: delta for delta in b}
     shared = [name for name in first if name in second]
-    check_shared(shared, first, second)
+    _check_shared(shared, first, second)
     yield from _one_sided(first, second)
     for start in range(0, len(shared), _PAIRS_AT_ONCE):
         names = shared[start : start + _PAIRS_AT_ONCE]
@@ -67,9 +46,7 @@ def compare(
             yield from compare_pair(*pair, top=top, sides=sides)
 
 
-def compare_pair(
-    a: Spectrum, b: Spectrum, *, top: int, sides: Sequence[Side]
-) -> Iterator[SubspaceSimilarity | NotCompared]:
+def compare_pair(a: Spectrum, b: Spectrum, *, top: int, sides: Sequence[Side]) -> Iterator[Compared]:
     """Every side's similarity of two spectra, or the reason why there is none."""
     for side in sides:
         try:
@@ -79,7 +56,7 @@ def compare_pair(
             return
 
 
-def check_shared(shared: Sequence[str], a: Mapping[str, object], b: Mapping[str, object]) -> None:
+def _check_shared(shared: Sequence[str], a: Mapping[str, object], b: Mapping[str, object]) -> None:
     """Raise if two sets of matrices have no name in common."""
     if not shared:
         examples = [next(iter(names), "nothing") for names in (a, b)]
@@ -89,17 +66,11 @@ def check_shared(shared: Sequence[str], a: Mapping[str, object], b: Mapping[str,
         )
 
 
-def compare_stored(
-    a: StoredSpectra, b: StoredSpectra, *, top: int = 30, sides: Sequence[Side] = ("left",)
-) -> Iterator[SubspaceSimilarity | NotCompared]:
-    """As `compare`, from the vectors that two results directories keep.
-
-    Raises:
-        SelectionError: the two share no name.
-    """
+def compare_spectra(a: Spectra, b: Spectra, *, top: int, sides: Sequence[Side]) -> Iterator[Compared]:
+    """As `compare`, from the vectors that are there."""
     first, second = dict.fromkeys(a.names), dict.fromkeys(b.names)
     shared = [name for name in first if name in second]
-    check_shared(shared, first, second)
+    _check_shared(shared, first, second)
     yield from _one_sided(first, second)
     for name in shared:
         yield from compare_pair(a[name], b[name], top=top, sides=sides)
@@ -108,4 +79,4 @@ def compare_stored(
 def _one_sided(first: Mapping[str, object], second: Mapping[str, object]) -> Iterator[NotCompared]:
     for name in [*first, *second]:
         if name not in first or name not in second:
-            yield NotCompared(name, f"only in the {'first' if name in first else 'second'} update")
+            yield NotCompared(name, f"only in the {'first' if name in first else 'second'} update", one_sided=True)

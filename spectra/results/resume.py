@@ -11,21 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from spectra._version import __version__
+from spectra.deltas.recipes import InMemory
 from spectra.deltas.source import Source
 from spectra.engine.decompose import decompose_indexed, threads_for
+from spectra.errors import SelectionError
 from spectra.metrics.similarity import Side, SubspaceSimilarity
 from spectra.results import fingerprint
-from spectra.results.comparison import NotCompared, compare, compare_stored
-from spectra.results.store import Store, StoredSpectra
+from spectra.results.comparison import compare_deltas
+from spectra.results.similarities import Compared
+from spectra.results.store import Store
 from spectra.spectrum import Spectrum
 
 
 def decompose_into(
-    out: str | Path | None,
+    out: str | Path,
     source: Source,
-    settings: Mapping[str, Any],
     *,
     top: int | None = None,
+    only_top: bool = False,
     device: str = "auto",
     executor: Executor | None = None,
     budget: int | str | None = None,
@@ -33,47 +36,46 @@ def decompose_into(
     """The spectra of a source, stored ones first, new ones as they finish and are stored.
 
     A stored result counts if it comes from the same files, recipe and code version and holds at
-    least what is asked for. Where more vectors are stored than asked for, as many are computed.
+    least what is asked for. Where more is stored than asked for, as much is computed.
 
     Args:
-        out: the results directory, or None to store nothing.
-        source: what to decompose.
-        settings: the options that the source was opened with; part of the run's identity.
+        out: the results directory.
+        source: what to decompose; the options that it was opened with are part of the run's identity.
         top: as for `decompose`.
+        only_top: as for `decompose`.
         device: as for `decompose`.
         executor: as for `decompose`.
         budget: as `memory_budget` for `decompose`.
 
     Raises:
         StoreError: the directory holds results of other inputs, or cannot be written to.
+        SelectionError: a matrix comes from no file.
     """
-    if out is None:
-        for _, spectrum in decompose_indexed(source.deltas, top=top, device=device, executor=executor, budget=budget):
-            yield spectrum
-        return
+    _check_files(source)
     store = Store(out)
     threads = None if executor else _threads(store, source, top, device, budget)
-    store.begin(_inputs(source, settings), _details(source, top, device, threads))
-    missing: dict[int, list[int]] = {}
+    store.begin(_inputs(source), _details(source, top, device, threads))
+    missing: dict[tuple[int, bool], list[int]] = {}
     keys = [fingerprint.of_delta(delta) for delta in source]
     for place, delta in enumerate(source):
-        if store.has(delta.name, keys[place], top, only_top=False):
+        if store.has(delta.name, keys[place], top, only_top):
             yield store.get(delta.name)
         else:
-            missing.setdefault(max(top or 0, store.stored_k(delta.name)), []).append(place)
-    for k, places in missing.items():
+            values, k = store.kept(delta.name)
+            missing.setdefault((max(top or 0, k), only_top and not values), []).append(place)
+    for (k, only), places in missing.items():
         deltas = [source.deltas[place] for place in places]
-        found = decompose_indexed(
-            deltas, top=k or None, device=device, executor=executor, budget=budget, threads=threads
+        stream = decompose_indexed(
+            deltas, top=k or None, only_top=only, device=device, executor=executor, budget=budget, threads=threads
         )
-        for index, spectrum in found:
+        for index, spectrum in stream:
             store.put(spectrum, keys[places[index]])
             yield spectrum
     store.finish()
 
 
 def compare_into(
-    out: str | Path | None,
+    out: str | Path,
     a: Source,
     b: Source,
     inputs: Mapping[str, Any],
@@ -81,11 +83,11 @@ def compare_into(
     top: int,
     sides: Sequence[Side],
     **compute: Any,
-) -> Iterator[SubspaceSimilarity | NotCompared]:
+) -> Iterator[Compared]:
     """The comparisons of two sources, stored ones first, new ones as they finish and are stored.
 
     Args:
-        out: the results directory, or None to store nothing.
+        out: the results directory.
         a: one source.
         b: the other.
         inputs: what identifies the run beside the files.
@@ -95,11 +97,10 @@ def compare_into(
 
     Raises:
         StoreError: the directory holds results of other inputs, or cannot be written to.
-        SelectionError: the two share no name.
+        SelectionError: the two share no name, or a matrix comes from no file.
     """
-    if out is None:
-        yield from compare(a, b, top=top, sides=sides, **compute)
-        return
+    _check_files(a)
+    _check_files(b)
     store = Store(out)
     files = fingerprint.of_files(a) | fingerprint.of_files(b)
     store.begin({**inputs, "top": top, "files": files}, {"command": sys.argv, "sides": sides})
@@ -107,54 +108,40 @@ def compare_into(
     keys = {d.name: fingerprint.of_pair(d, partners[d.name]) for d in a if d.name in partners}
     done: set[str] = set()
     for name, key in keys.items():
-        found = [store.similarity_of(name, side, key) for side in sides]
-        if all(found):
+        stored = [store.similarity_of(name, side, key) for side in sides]
+        if all(stored):
             done.add(name)
-            yield from (item for item in found if item)
+            yield from (item for item in stored if item)
     rest = [tuple(delta for delta in source if delta.name not in done) for source in (a, b)]
     if len(done) < len(keys) or not keys:
-        yield from _keep(store, compare(*rest, top=top, sides=sides, **compute), keys)
+        yield from _keep(store, compare_deltas(*rest, top=top, sides=sides, **compute), keys)
     store.finish()
 
 
-def compare_stored_into(
-    out: str | Path | None,
-    a: StoredSpectra,
-    b: StoredSpectra,
-    inputs: Mapping[str, Any],
-    *,
-    top: int,
-    sides: Sequence[Side],
-) -> Iterator[SubspaceSimilarity | NotCompared]:
-    """The comparisons of the vectors that two results directories keep, stored; quick enough to do anew each time.
+def keep_comparisons(
+    out: str | Path, comparisons: Iterable[Compared], inputs: Mapping[str, Any], *, top: int, sides: Sequence[Side]
+) -> Iterator[Compared]:
+    """Comparisons of stored vectors, stored in turn; they are quick enough to make anew each time.
 
     Args:
-        out: the results directory, or None to store nothing.
-        a: one run's spectra.
-        b: the other's.
-        inputs: what identifies the comparison.
+        out: the results directory.
+        comparisons: as they come.
+        inputs: what identifies the run.
         top: as for `compare`.
         sides: as for `compare`.
 
     Raises:
         StoreError: the directory holds results of other inputs, or cannot be written to.
-        SelectionError: the two share no name.
     """
-    found = compare_stored(a, b, top=top, sides=sides)
-    if out is None:
-        yield from found
-        return
     store = Store(out)
     store.begin({**inputs, "top": top}, {"command": sys.argv, "sides": sides})
-    yield from _keep(store, found, {})
+    yield from _keep(store, comparisons, {})
     store.finish()
 
 
-def _keep(
-    store: Store, found: Iterable[SubspaceSimilarity | NotCompared], keys: Mapping[str, str]
-) -> Iterator[SubspaceSimilarity | NotCompared]:
+def _keep(store: Store, comparisons: Iterable[Compared], keys: Mapping[str, str]) -> Iterator[Compared]:
     """Store every comparison before it is passed on."""
-    for item in found:
+    for item in comparisons:
         if isinstance(item, SubspaceSimilarity):
             store.put_similarity(item, keys.get(item.name, ""))
         yield item
@@ -169,12 +156,21 @@ def _threads(store: Store, source: Source, top: int | None, device: str, budget:
     return int(stored) if stored else threads_for(source.deltas, top=top, device=device, budget=budget)
 
 
-def _inputs(source: Source, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _check_files(source: Source) -> None:
+    """Raise if a matrix is in memory only: nothing would tell the stored result from that of another matrix."""
+    for delta in source:
+        if isinstance(delta.recipe, InMemory):
+            raise SelectionError(
+                f"{delta.name} is a matrix in memory, which out= cannot recognise again; leave out= away and save(…)"
+            )
+
+
+def _inputs(source: Source) -> dict[str, Any]:
     return {
         "kind": source.kind,
         "tuned": str(Path(source.tuned).resolve()),
         "base": str(Path(source.base).resolve()) if source.base else None,
-        "options": dict(settings),
+        "options": dict(source.options),
         "files": fingerprint.of_files(source),
     }
 

@@ -13,26 +13,26 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 from urllib.parse import quote, unquote
 
 import numpy as np
 
-from spectra import naming, text
 from spectra.errors import StoreError
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.results import tables
 from spectra.spectrum import DONE, Spectrum
-from spectra.text import Row
 
+ANOTHER_PLACE = "another directory (out=, --out)"
 RUN = "run.json"
 SUMMARY = "summary.csv"
 _ARRAYS = ("S", "U", "Vh")
-_STORED = 12  # files that are opened to show a results directory
+_RECORDED = {item.name: item.name for item in fields(Spectrum) if item.name not in _ARRAYS}
+_RECORDED["unmoved_share"] = "unchanged"  # attribute → key in the record and column of the table
 _SIMILARITY_ARRAYS = ("grid", "chance", "angles")
 _FINAL = (*DONE, "nonfinite", "shape_mismatch", "unsupported")  # not worth trying again on the same input
 
@@ -49,8 +49,8 @@ class Shelf:
 
     def names(self) -> list[str]:
         """The records that are there, numbers in names in numerical order."""
-        found = [unquote(file.name.removesuffix(".safetensors")) for file in self.directory.glob("*.safetensors")]
-        return sorted(found, key=_natural)
+        names = [unquote(file.name.removesuffix(".safetensors")) for file in self.directory.glob("*.safetensors")]
+        return sorted(names, key=_natural)
 
     def put(self, name: str, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
         """Write one record.
@@ -89,7 +89,7 @@ class Shelf:
                 arrays = {key: file.get_tensor(key) for key in keys}
                 return arrays, json.loads((file.metadata() or {})["record"])
         except (OSError, SafetensorError, KeyError, ValueError) as problem:
-            raise StoreError(f"{path} is missing or damaged ({problem}); delete it and run the command again") from None
+            raise StoreError(f"{path} is missing or damaged ({problem}); delete it and compute it again") from None
 
 
 class Store:
@@ -110,7 +110,7 @@ class Store:
         try:
             return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
         except (OSError, ValueError) as problem:
-            raise StoreError(f"{path} is damaged ({problem}); choose another --out") from None
+            raise StoreError(f"{path} is damaged ({problem}); choose {ANOTHER_PLACE}") from None
 
     def begin(self, inputs: Mapping[str, Any], details: Mapping[str, Any]) -> None:
         """Claim the directory for these inputs, or resume if it already holds their results.
@@ -125,10 +125,10 @@ class Store:
         if changed:
             raise StoreError(
                 f"{self.directory} holds results of other inputs (different: {', '.join(changed)}); "
-                "nothing was changed there: choose another --out"
+                f"nothing was changed there: choose {ANOTHER_PLACE}"
             )
         if before is None and self.spectra.names():
-            raise StoreError(f"{self.directory} holds results without a {RUN}; choose another --out")
+            raise StoreError(f"{self.directory} holds results without a {RUN}; choose {ANOTHER_PLACE}")
         started = stored.get("started") or _now()
         wanted["files"] = {**(before or {}).get("files", {}), **wanted.get("files", {})}
         write(self.directory / RUN, _json({"inputs": wanted, "started": started, **details}, indent=1).encode())
@@ -148,17 +148,18 @@ class Store:
         wanted = min(top or 0, record["max_rank"])
         return record["k"] >= wanted and (record["values"] >= record["max_rank"] or only_top)
 
-    def stored_k(self, name: str) -> int:
-        """How many vectors are stored for a matrix; 0 if what is stored is damaged."""
+    def kept(self, name: str) -> tuple[int, int]:
+        """How many values and vectors are stored for a matrix; none if what is stored is missing or damaged."""
         try:
-            return int(self.spectra.record(name).get("k", 0)) if self.spectra.path(name).is_file() else 0
+            record = self.spectra.record(name) if self.spectra.path(name).is_file() else {}
         except StoreError:
-            return 0
+            record = {}
+        return int(record.get("values", 0)), int(record.get("k", 0))
 
     def put(self, spectrum: Spectrum, key: str = "") -> None:
-        """Store one spectrum in its final place."""
-        record = {item.name: getattr(spectrum, item.name) for item in fields(Spectrum) if item.name not in _ARRAYS}
-        record |= {"k": spectrum.k, "values": len(spectrum.S), "key": key}
+        """Store one spectrum in its final place, with the vectors that are loaded."""
+        record = {said: getattr(spectrum, attribute) for attribute, said in _RECORDED.items()}
+        record |= {"k": loaded_vectors(spectrum), "values": len(spectrum.S), "key": key}
         arrays = {name: getattr(spectrum, name) for name in _ARRAYS if getattr(spectrum, name) is not None}
         self.spectra.put(spectrum.name, arrays, record)
 
@@ -169,9 +170,8 @@ class Store:
             StoreError: it is missing or damaged.
         """
         arrays, record = self.spectra.get(name, None if vectors else ("S",))
-        known = {item.name for item in fields(Spectrum)} - set(_ARRAYS)
-        given: dict[str, Any] = {**{key: value for key, value in record.items() if key in known}, **arrays}
-        return Spectrum(**given)
+        known: dict[str, Any] = {attribute: record[said] for attribute, said in _RECORDED.items() if said in record}
+        return Spectrum(**known | arrays)
 
     def similarity_of(self, name: str, side: str, key: str) -> SubspaceSimilarity | None:
         """A stored comparison, if it was made from the same inputs."""
@@ -194,129 +194,22 @@ class Store:
         """All stored comparisons."""
         return [_similarity(*self.similarity.get(name)) for name in self.similarity.names()]
 
-    def finish(self, details: Mapping[str, Any] | None = None) -> None:
+    def finish(self) -> None:
         """Write the tables from everything that is stored, and the methods into `run.json`."""
         names = self.spectra.names()
-        rows = [tables.row(self.get(name, vectors=False)) | {"k": self.stored_k(name)} for name in names]
+        rows = [tables.row(self.get(name, vectors=False)) for name in names]
         if rows:
             write(self.directory / SUMMARY, tables.to_csv(rows).encode())
         compared = [tables.similarity_row(similarity) for similarity in self.similarities()]
         if compared:
             write(self.directory / "similarity.csv", tables.to_csv(compared).encode())
         run = self.run() | {"finished": _now(), "methods": {line["name"]: line["method"] for line in rows}}
-        write(self.directory / RUN, _json({**run, **(details or {})}, indent=1).encode())
+        write(self.directory / RUN, _json(run, indent=1).encode())
 
 
-class StoredSpectra(Sequence[Spectrum]):
-    """The spectra of a results directory as a list, read one at a time; by name, too.
-
-    `run` holds what `run.json` says.
-    """
-
-    def __init__(self, directory: str | Path, names: Sequence[str] | None = None, vectors: bool = True) -> None:
-        self._store = Store(directory)
-        self._vectors = vectors
-        self.directory = self._store.directory
-        self.names = tuple(self._store.spectra.names() if names is None else names)
-
-    @property
-    def run(self) -> dict[str, Any]:
-        """What `run.json` says."""
-        return self._store.run()
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @overload
-    def __getitem__(self, index: int | str) -> Spectrum: ...
-    @overload
-    def __getitem__(self, index: slice) -> StoredSpectra: ...
-    def __getitem__(self, index: int | str | slice) -> Spectrum | StoredSpectra:
-        if isinstance(index, slice):
-            return StoredSpectra(self.directory, self.names[index], self._vectors)
-        if isinstance(index, str) and index not in self.names:
-            raise KeyError(f"{index!r} is not among the {len(self)} matrices in {self.directory}")
-        return self._store.get(index if isinstance(index, str) else self.names[index], self._vectors)
-
-    def __iter__(self) -> Iterator[Spectrum]:
-        return (self._store.get(name, self._vectors) for name in self.names)
-
-    def select(self, patterns: str | Sequence[str]) -> StoredSpectra:
-        """Only the matrices that the patterns mean, as `--layer` does.
-
-        Raises:
-            SelectionError: a pattern matches nothing.
-        """
-        return StoredSpectra(self.directory, naming.select(patterns, self.names), self._vectors)
-
-    def __repr__(self) -> str:
-        return f"StoredSpectra({self.directory}, {text.contents(self.names)})"
-
-    def _repr_html_(self) -> str:
-        shown = self.names[:_STORED]
-        rows = [_stored_row(name, record) for name, record in zip(shown, map(self._header, shown), strict=True)]
-        if len(self.names) > _STORED:
-            rows.append((f"… and {len(self.names) - _STORED:,} more; spectra.summarize(…) shows all", *[""] * 6))
-        columns = ("name", "status", "shape", "‖ΔW‖_F", "rank ≤", "values", "vectors")
-        return text.page(f"StoredSpectra: {text.matrices(len(self.names))} in {self.directory}", {}, columns, rows)
-
-    def _header(self, name: str) -> dict[str, Any] | None:
-        try:
-            return self._store.spectra.record(name)
-        except StoreError:
-            return None  # shown as damaged; asking for it raises
-
-
-def _stored_row(name: str, record: Mapping[str, Any] | None) -> Row:
-    if record is None:
-        return (name, "missing or damaged", *["–"] * 5)
-    norm = record.get("norm")
-    return (
-        name,
-        record.get("status", "?"),
-        text.size(record.get("shape") or ()),
-        "–" if norm is None else f"{norm:.4g}",
-        record.get("max_rank", "–"),
-        record.get("values", "–"),
-        record.get("k", "–"),
-    )
-
-
-def save(spectra: Iterable[Spectrum], directory: str | Path) -> None:
-    """Store spectra as one run, each as soon as it comes, and write the table.
-
-    A stored result is replaced only by one that holds at least as much.
-
-    Raises:
-        StoreError: the directory cannot be written to, or holds more for one of the matrices.
-    """
-    store = Store(directory)
-    for spectrum in spectra:
-        if store.spectra.path(spectrum.name).is_file():
-            old = store.spectra.record(spectrum.name)
-            if old["k"] > spectrum.k or old["values"] > len(spectrum.S):
-                raise StoreError(
-                    f"{store.directory} holds {old['values']} values and {old['k']} vectors of {spectrum.name}, "
-                    f"more than the new {len(spectrum.S)} and {spectrum.k}; save to another directory"
-                )
-        store.put(spectrum)
-    store.finish()
-
-
-def load(directory: str | Path, *, vectors: bool = True) -> StoredSpectra:
-    """The spectra of a results directory, by index or name, read when they are asked for.
-
-    Args:
-        directory: what `save` or `spectra svd --out` made.
-        vectors: False leaves singular vectors on the disk, where most of the bytes are.
-
-    Raises:
-        StoreError: there are no results.
-    """
-    found = StoredSpectra(directory, vectors=vectors)
-    if not found.names:
-        raise StoreError(f"{directory} holds no spectra; make them with spectra svd … --out {directory}")
-    return found
+def loaded_vectors(spectrum: Spectrum) -> int:
+    """How many vectors of each side are here, not only on a disk."""
+    return 0 if spectrum.U is None else spectrum.k
 
 
 def write(path: Path, content: bytes) -> None:
@@ -339,7 +232,7 @@ def write(path: Path, content: bytes) -> None:
     except OSError as problem:
         raise StoreError(
             f"{path} cannot be written ({problem.strerror}); what was stored before is unharmed: "
-            "make room or choose another --out, and run the command again to go on"
+            f"make room or choose {ANOTHER_PLACE}, and run the same again to go on"
         ) from None
 
 

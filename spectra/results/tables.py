@@ -6,23 +6,27 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from spectra.errors import TruncatedSpectrumError
+import numpy as np
+
+from spectra.errors import SelectionError, TruncatedSpectrumError
 from spectra.metrics import METRICS
 from spectra.metrics.similarity import SubspaceSimilarity
+from spectra.results.similarities import Compared, pool_by_role
 from spectra.spectrum import DONE, Spectrum
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Row = dict[str, Any]
+By = Literal["matrix", "role"]
 
 
 def row(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]] = METRICS) -> Row:
     """One matrix as column → value; NaN where a metric has no value or would need values that are not there."""
     out, inside = spectrum.shape if len(spectrum.shape) == 2 else (None, None)
-    found: Row = {
+    columns: Row = {
         "name": spectrum.name,
         "role": spectrum.role,
         "layer": spectrum.layer,
@@ -33,12 +37,43 @@ def row(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]] =
         "rank": spectrum.rank if spectrum.status in DONE else None,
         "signal_rank": spectrum.signal_rank if spectrum.status in DONE else None,
         "noise_edge": spectrum.noise_edge,
-        "unchanged": spectrum.unchanged,
+        "unchanged": spectrum.unmoved_share,
         "k": spectrum.k,
     }
     for name, metric in metrics.items():
-        found[name] = _value(metric, spectrum)
-    return found | {"method": spectrum.method, "reason": spectrum.reason, "note": spectrum.note}
+        columns[name] = _value(metric, spectrum)
+    return columns | {"method": spectrum.method, "reason": spectrum.reason, "note": spectrum.note}
+
+
+def role_rows(rows: Iterable[Row], metrics: Iterable[str] = tuple(METRICS)) -> list[Row]:
+    """One row per role: how many matrices are done, how many of them have ΔW = 0, and medians over the others.
+
+    A median is None where no matrix of the role has a value.
+
+    Example:
+        >>> spectra = [Spectrum(f"layers.{i}.v_proj.weight", (2, 2), S=[s, 0.0]) for i, s in enumerate([1.0, 2.0, 6.0])]
+        >>> role_rows(map(row, spectra), ["norm"])
+        [{'role': 'v_proj', 'matrices': 3, 'unchanged_matrices': 0, 'norm': 2.0}]
+    """
+    metrics = list(metrics)
+    roles: dict[str, list[Row]] = {}
+    for line in rows:
+        if line["status"] in DONE:
+            roles.setdefault(line["role"], []).append(line)
+    return [
+        {
+            "role": role,
+            "matrices": len(lines),
+            "unchanged_matrices": sum(line["status"] == "unchanged" for line in lines),
+            **{name: _median(lines, name) for name in metrics},
+        }
+        for role, lines in roles.items()
+    ]
+
+
+def _median(rows: Iterable[Row], name: str) -> float | None:
+    values = [line[name] for line in rows if line["status"] == "ok" and not math.isnan(line[name])]
+    return float(np.median(values)) if values else None
 
 
 def _value(metric: Callable[[Spectrum], float], spectrum: Spectrum) -> float:
@@ -68,8 +103,15 @@ def similarity_row(similarity: SubspaceSimilarity) -> Row:
     }
 
 
-def summarize(spectra: Iterable[Spectrum]) -> pd.DataFrame:
-    """One row per matrix: names, shape, status, ranks and every metric of METRICS.
+def summarize(spectra: Iterable[Spectrum], *, by: By = "matrix") -> pd.DataFrame:
+    """A table of names, shapes, statuses, ranks and every metric of METRICS.
+
+    Args:
+        spectra: a `Spectra` or any spectra.
+        by: "matrix" for a row each; "role" for a row per role with counts and the medians over its changed matrices.
+
+    Raises:
+        SelectionError: `by` is neither.
 
     Example:
         >>> table = summarize([Spectrum("layers.0.v_proj.weight", (2, 2), S=[4.0, 3.0])])
@@ -79,7 +121,31 @@ def summarize(spectra: Iterable[Spectrum]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    return pd.DataFrame([row(spectrum) for spectrum in spectra])
+    _check_by(by)
+    rows = [row(spectrum) for spectrum in spectra]
+    return pd.DataFrame(rows if by == "matrix" else role_rows(rows))
+
+
+def summarize_similarity(similarities: Iterable[Compared], *, by: By = "matrix") -> pd.DataFrame:
+    """A table of φ(k, k), its chance level, φ(1, 1), principal angles and the gap behind the last direction.
+
+    Args:
+        similarities: what `compare` gives; what could not be compared is left out.
+        by: "matrix" for a row each; "role" for the mean over the matrices of each role and side.
+
+    Raises:
+        SelectionError: `by` is neither.
+    """
+    import pandas as pd
+
+    _check_by(by)
+    compared = [item for item in similarities if isinstance(item, SubspaceSimilarity)]
+    return pd.DataFrame([similarity_row(item) for item in (compared if by == "matrix" else pool_by_role(compared))])
+
+
+def _check_by(by: str) -> None:
+    if by not in get_args(By):
+        raise SelectionError(f"by={by!r} is not one of {', '.join(get_args(By))}")
 
 
 def to_csv(rows: list[Row]) -> str:

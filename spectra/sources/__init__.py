@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from spectra.deltas.source import Source
@@ -56,7 +57,8 @@ def source_of(
     base_folder = open_folder(hub.resolve(base)) if base is not None else None
     if base_folder is not None and base_folder.is_adapter:
         raise SelectionError(f"{base_folder.path} is an adapter, not a base model; pass full weights as base= (--base)")
-    return found.open(folder, base_folder, split=split, heads=heads, scale=scale)
+    source = found.open(folder, base_folder, split=split, heads=heads, scale=scale)
+    return replace(source, options={"heads": heads, "scale": scale, "split": split})
 
 
 def format_of(folder: Folder) -> Format:

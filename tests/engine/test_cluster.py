@@ -17,7 +17,6 @@ import spectra
 from spectra.deltas.source import Source
 from spectra.engine.decompose import Work, decompose_indexed
 from spectra.errors import SpectraError
-from spectra.results.resume import decompose_into
 
 pytest.importorskip("distributed")
 TESTS = Path(__file__).resolve().parents[1]
@@ -67,7 +66,7 @@ def test_a_worker_killed_in_the_middle_costs_nothing(cluster, tmp_path):
         executor._client.wait_for_workers(2, timeout=60)
         assert executor._max_workers == 2
         assert 0.5 * 2**30 < executor.memory_budget < 2**30
-        stream = decompose_into(tmp_path / "run", source, {}, top=2, device="cpu", executor=executor)
+        stream = spectra.decompose(source, top=2, device="cpu", executor=executor, out=tmp_path / "run")
         found = [next(stream)]
         workers[0].send_signal(signal.SIGKILL)
         found += stream

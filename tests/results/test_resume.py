@@ -17,17 +17,16 @@ import spectra
 from spectra.deltas.source import Source
 from spectra.errors import StoreError
 from spectra.results import store
-from spectra.results.resume import decompose_into
 
 TESTS = Path(__file__).resolve().parents[1]
 COUNT = 12
 DRIVER = """
 import sys
-from spectra.results.resume import decompose_into
+import spectra
 from spectra.deltas.source import Source
 from support.spectra_kinds import slow_deltas
 source = Source("made", tuple(slow_deltas({count}, 40, {delay})), tuned="tuned")
-for spectrum in decompose_into(sys.argv[1], source, {{}}, top=3, device="cpu"):
+for spectrum in spectra.decompose(source, top=3, device="cpu", out=sys.argv[1]):
     pass
 """
 
@@ -97,27 +96,27 @@ def test_a_disk_that_fills_up_ends_in_one_message_and_loses_nothing(tmp_path, mo
 
     monkeypatch.setattr(store.os, "fsync", full)
     with pytest.raises(StoreError, match="No space left on device") as raised:
-        list(decompose_into(tmp_path / "run", _source(), {}, device="cpu"))
-    assert "run the command again" in str(raised.value)
+        list(spectra.decompose(_source(), device="cpu", out=tmp_path / "run"))
+    assert "run the same again" in str(raised.value)
     monkeypatch.undo()
     assert len(spectra.load(tmp_path / "run")) == 3
     assert list((tmp_path / "run").rglob("*.partial")) == []
-    assert len(list(decompose_into(tmp_path / "run", _source(), {}, device="cpu"))) == COUNT
-    list(decompose_into(tmp_path / "other", _source(), {}, device="cpu"))
+    assert len(list(spectra.decompose(_source(), device="cpu", out=tmp_path / "run"))) == COUNT
+    list(spectra.decompose(_source(), device="cpu", out=tmp_path / "other"))
     assert (tmp_path / "run/summary.csv").read_bytes() == (tmp_path / "other/summary.csv").read_bytes()
 
 
 def test_a_place_that_cannot_be_written_ends_in_one_message(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match="cannot be written"):
-        list(decompose_into(tmp_path / "file" / "run", _source(), {}, device="cpu"))
+        list(spectra.decompose(_source(), device="cpu", out=tmp_path / "file" / "run"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_directory_ends_in_one_message(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(StoreError, match="cannot be written"):
-        list(decompose_into(tmp_path / "run", _source(), {}, device="cpu"))
+        list(spectra.decompose(_source(), device="cpu", out=tmp_path / "run"))
     tmp_path.chmod(0o700)
 
 
@@ -130,9 +129,9 @@ def test_threads_per_matrix_are_those_that_the_run_began_with(tmp_path, monkeypa
         runs, "decompose_indexed", lambda *a, **options: asked.append(options["threads"]) or decompose(*a, **options)
     )
     whole = _source()
-    list(decompose_into(tmp_path / "run", whole, {}, device="cpu"))
+    list(spectra.decompose(whole, device="cpu", out=tmp_path / "run"))
     next(iter(_stored(tmp_path / "run").values())).unlink()
-    list(decompose_into(tmp_path / "run", whole, {}, device="cpu"))
+    list(spectra.decompose(whole, device="cpu", out=tmp_path / "run"))
     assert len(asked) == 2
     assert asked[0] == asked[1]
     assert spectra.load(tmp_path / "run").run["threads_per_matrix"] == asked[0]

@@ -1,8 +1,7 @@
-"""Results on disk: what comes back, what is resumed, and what is never lost."""
+"""A results directory: what is resumed, what is refused, and what is never lost."""
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import replace
 
@@ -10,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import llama_tensors, nudged, write_checkpoint
+from support.spectra_kinds import same_spectrum
 
 import spectra
 from spectra.deltas.delta import WeightDelta
 from spectra.errors import StoreError
-from spectra.results import resume as runs
 from spectra.results import store
 from spectra.results.store import Store
 from spectra.spectrum import Spectrum
@@ -34,36 +33,7 @@ def computed(monkeypatch):
 
 
 def run(out, source, **options):
-    return {item.name: item for item in runs.decompose_into(out, source, {}, **options)}
-
-
-def same(a: Spectrum, b: Spectrum):
-    arrays = [(a.S, b.S), (a.U, b.U), (a.Vh, b.Vh)]
-    assert all((x is None) == (y is None) and (x is None or np.array_equal(x, y)) for x, y in arrays)
-    fields = ("name", "shape", "status", "norm", "max_rank", "noise_edge", "method", "reason", "note", "base_norm")
-    assert all(getattr(a, field) == getattr(b, field) for field in fields)
-
-
-def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
-    made = [
-        Spectrum("layers.10.v_proj.weight", (3, 2), S=[2.0, 0.1], U=np.eye(3)[:, :1], Vh=np.eye(2)[:1], method="x"),
-        Spectrum("layers.9.v_proj.weight", (3, 2), "unchanged", S=np.zeros(2)),
-        Spectrum("a/b c[q]:\u03c3.weight", (3, 2), "nonfinite", reason="2 entries are NaN"),
-    ]
-    spectra.save(made, tmp_path / "run")
-    loaded = spectra.load(tmp_path / "run")
-    assert [item.name for item in loaded] == [made[2].name, made[1].name, made[0].name]  # 9 before 10
-    for item in made:
-        same(loaded[item.name], item)
-    assert len(loaded) == 3
-    assert loaded[0].name == made[2].name
-    assert [item.name for item in loaded[1:]] == [made[1].name, made[0].name]
-    assert loaded.select("v_proj").names == (made[1].name, made[0].name)
-    assert spectra.load(tmp_path / "run", vectors=False)[made[0].name].U is None
-    with (tmp_path / "run" / "summary.csv").open() as file:
-        assert [line["k"] for line in csv.DictReader(file)] == ["0", "0", "1"]
-    with pytest.raises(KeyError, match="not among the 3"):
-        loaded["other"]
+    return {spectrum.name: spectrum for spectrum in spectra.decompose(source, out=out, **options)}
 
 
 def test_the_same_run_again_computes_nothing_and_says_the_same(tmp_path, source, monkeypatch):
@@ -73,7 +43,7 @@ def test_the_same_run_again_computes_nothing_and_says_the_same(tmp_path, source,
     assert names == []
     assert set(again) == set(first) == {delta.name for delta in source}
     for name in first:
-        same(first[name], again[name])
+        same_spectrum(first[name], again[name])
 
 
 def test_only_what_is_missing_or_damaged_is_computed(tmp_path, source, monkeypatch):
@@ -113,7 +83,7 @@ def test_other_inputs_are_refused_and_nothing_is_touched(tmp_path, source):
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     write_checkpoint(tmp_path / "other", nudged(llama_tensors(), seed=5))
     other = spectra.open_source(tmp_path / "other", tmp_path / "base")
-    with pytest.raises(StoreError, match=r"results of other inputs \(different: tuned\).*another --out"):
+    with pytest.raises(StoreError, match=r"results of other inputs \(different: tuned\).*out=, --out"):
         run(tmp_path / "run", other)
     write_checkpoint(tmp_path / "tuned", nudged(llama_tensors(), seed=6))
     changed = spectra.open_source(tmp_path / "tuned", tmp_path / "base")
@@ -137,14 +107,6 @@ def test_files_of_other_layers_have_to_be_as_they_were(tmp_path):
         run(tmp_path / "run", new.select("layers.1.self_attn.q_proj"))
 
 
-def test_save_does_not_replace_more_by_less(tmp_path):
-    rich = Spectrum("w", (2, 2), S=[2.0, 1.0], U=np.eye(2), Vh=np.eye(2))
-    spectra.save([rich], tmp_path / "run")
-    with pytest.raises(StoreError, match="more than the new"):
-        spectra.save([Spectrum("w", (2, 2), S=[2.0, 1.0])], tmp_path / "run")
-    same(spectra.load(tmp_path / "run")["w"], rich)
-
-
 def test_run_json_tells_where_the_numbers_came_from(tmp_path, source):
     run(tmp_path / "run", source, top=2)
 
@@ -159,25 +121,6 @@ def test_run_json_tells_where_the_numbers_came_from(tmp_path, source):
     assert entry["size"] == (tmp_path / "tuned" / "model.safetensors").stat().st_size
     assert len(entry["head_sha256"]) == 64
     assert record["coverage"]["skipped"]["model.norm.weight"]
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
-    spectra.save([Spectrum("w", (1, 1), S=[1.0])], tmp_path / "run")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(store.os, "replace", full)
-    with pytest.raises(StoreError, match=r"cannot be written \(No space left on device\)"):
-        spectra.save([Spectrum("w", (1, 1), S=[2.0])], tmp_path / "run")
-    monkeypatch.undo()
-    assert spectra.load(tmp_path / "run")["w"].S[0] == 1.0
-    assert not list((tmp_path / "run").rglob("*.partial"))
-
-
-def test_nothing_to_load_is_an_error(tmp_path):
-    with pytest.raises(StoreError, match="holds no spectra"):
-        spectra.load(tmp_path)
 
 
 def test_similarities_come_back(tmp_path):
@@ -196,11 +139,15 @@ def test_similarities_come_back(tmp_path):
     assert np.array_equal(back.angles, similarity.angles)
 
 
-def test_summarize_is_tidy():
-    table = spectra.summarize(
-        [Spectrum("layers.1.v_proj.weight", (2, 3), S=[2.0, 1.0]), Spectrum("b", (), "unreadable")]
-    )
-    assert list(table["status"]) == ["ok", "unreadable"]
-    assert table.loc[0, "layer"] == 1
-    assert table.loc[0, "stable_rank"] == pytest.approx(1.25)
-    assert np.isnan(table.loc[1, "stable_rank"])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    spectra.save([Spectrum("w", (1, 1), S=[1.0])], tmp_path / "run")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store.os, "replace", full)
+    with pytest.raises(StoreError, match=r"cannot be written \(No space left on device\)"):
+        spectra.save([Spectrum("w", (1, 1), S=[2.0])], tmp_path / "run")
+    monkeypatch.undo()
+    assert spectra.load(tmp_path / "run")["w"].S[0] == 1.0
+    assert not list((tmp_path / "run").rglob("*.partial"))

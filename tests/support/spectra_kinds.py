@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense
+from spectra.spectrum import Spectrum
 
 KINDS = (
     "gaussian", "power", "exponential", "clustered", "rank deficient", "bf16 noise", "bf16 merge",
@@ -79,3 +80,11 @@ class SlowMatrix:
 def slow_deltas(count: int, size: int = 12, delay: float = 0.2) -> list[WeightDelta]:
     """As many slow matrices."""
     return [WeightDelta(f"layers.{i}.w", (size, size), SlowMatrix(i, size, delay), size) for i in range(count)]
+
+
+def same_spectrum(a: Spectrum, b: Spectrum) -> None:
+    """Hold two spectra to the same bits and the same words."""
+    arrays = [(a.S, b.S), (a.U, b.U), (a.Vh, b.Vh)]
+    assert all((x is None) == (y is None) and (x is None or np.array_equal(x, y)) for x, y in arrays)
+    fields = ("name", "shape", "status", "norm", "max_rank", "noise_edge", "method", "reason", "note", "base_norm", "k")
+    assert all(getattr(a, field) == getattr(b, field) for field in fields)

@@ -1,0 +1,192 @@
+"""`draw_results`: the figures of results directories, and the numbers behind each beside it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectra import naming
+from spectra.errors import SelectionError, StoreError
+from spectra.metrics.similarity import SIDES
+from spectra.plots.figures import CLOSE_UP, draw_panels, histogram_panels, save_figure, similarity_figure
+from spectra.plots.grouping import Comparison, curves_by_role, panels_by_role
+from spectra.plots.histogram import BINS
+from spectra.plots.similarity import grid_rows
+from spectra.results import tables
+from spectra.results.collection import Spectra
+from spectra.results.store import Store, write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_LONGEST_LABEL = 28
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What `draw_results` did.
+
+    Attributes:
+        files: figures and tables that were written.
+        notes: what was not drawn, and why, in sentences.
+    """
+
+    files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+
+def draw_results(
+    directories: str | Path | Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    layers: str | Sequence[str] = (),
+    names: Iterable[str] | None = None,
+    sides: Sequence[str] = SIDES,
+    labels: Sequence[str] = (),
+    title: str = "",
+    bins: int = BINS,
+    close_up: float = CLOSE_UP,
+    per_layer: bool = False,
+) -> Drawn:
+    """Draw whatever the directories hold; nothing is computed again.
+
+    Of one directory of spectra: a histogram with a curve per role. Of several: a curve each, on shared bins.
+    Of comparisons: the heatmaps, a panel per directory, role and side. The numbers behind each figure go into a
+    csv file beside it.
+
+    Args:
+        directories: one or more, made by `decompose(…, out=…)`, `compare(…, out=…)` or `save`.
+        out: where to put figures; None for the first directory.
+        layers: only the matrices that these patterns mean; () for all.
+        names: only the matrices of these names, curves in their order; None for all.
+        sides: which of the stored similarities.
+        labels: what each directory is called in the figure; () for its folder's name.
+        title: of the figure; "" for a single run's label.
+        bins: of the histogram.
+        close_up: the share of the values, the largest, in the histogram's close-up.
+        per_layer: a curve per layer and role instead of one per role.
+
+    Raises:
+        StoreError: a directory holds no results, or out cannot be written to.
+        SelectionError: labels do not fit the directories, or layers or sides select nothing.
+    """
+    places = [directories] if isinstance(directories, str | Path) else list(directories)
+    called = run_labels(places, labels)
+    wanted = None if names is None else list(dict.fromkeys(names))
+    runs: dict[str, Spectra] = {}
+    comparisons: list[Comparison] = []
+    for label, directory in zip(called, places, strict=True):
+        store = _results(directory)
+        try:
+            if store.spectra.names():
+                runs[label] = _chosen(store, layers, wanted)
+            if store.similarity.names():
+                comparisons.append(_comparison(label, store, layers, wanted, sides))
+        except SelectionError as problem:
+            raise SelectionError(f"{directory}: {problem}") from None
+    target = Path(places[0] if out is None else out)
+    files: list[Path] = []
+    notes: list[str] = []
+    if comparisons:
+        files += _draw_similarity(comparisons, target, title, named=bool(labels) or len(comparisons) > 1)
+    if runs:
+        curves, title, notes = _curves(runs, title, per_layer)
+        try:
+            files += _draw_histogram(curves, target, title, bins, close_up)
+        except SelectionError as problem:
+            notes.append(f"no histogram: {problem}")
+    return Drawn(tuple(files), tuple(notes))
+
+
+def run_labels(directories: Sequence[str | Path], labels: Sequence[str] = ()) -> list[str]:
+    """What each directory is called in a figure: as given, or its folder's name, or its path where names repeat.
+
+    Raises:
+        SelectionError: there is not one label for each, or two are the same.
+    """
+    if labels and len(labels) != len(directories):
+        raise SelectionError(f"{len(labels)} labels for {len(directories)} directories: give one each or none")
+    folders = [Path(directory).resolve().name for directory in directories]
+    unique = len(set(folders)) == len(folders)
+    called = list(labels) or (folders if unique else [str(directory) for directory in directories])
+    for name, count in Counter(called).items():
+        if count > 1:
+            raise SelectionError(f"{count} directories are called {name!r}: give each its own label (labels=, --label)")
+    return called
+
+
+def _results(directory: str | Path) -> Store:
+    store = Store(directory)
+    if not store.spectra.names() and not store.similarity.names():
+        raise StoreError(
+            f"{directory} holds no results; make them with decompose(…, out={str(directory)!r}) "
+            f"or spectra svd … --out {directory}"
+        )
+    return store
+
+
+def _chosen(store: Store, layers: str | Sequence[str], wanted: Sequence[str] | None) -> Spectra:
+    there = store.spectra.names()
+    names = there if wanted is None else [name for name in wanted if name in set(there)]
+    spectra = Spectra.stored(store.directory, names, vectors=False)
+    return spectra.select(layers) if layers else spectra
+
+
+def _comparison(
+    label: str, store: Store, layers: str | Sequence[str], wanted: Sequence[str] | None, sides: Sequence[str]
+) -> Comparison:
+    stored = [item for item in store.similarities() if wanted is None or item.name in set(wanted)]
+    chosen = set(naming.select(layers or "*", dict.fromkeys(item.name for item in stored)))
+    on_side = [item for item in stored if item.side in sides]
+    if not on_side:
+        raise SelectionError(f"nothing is stored for side {sides[0]} (sides=, --side), only {stored[0].side}")
+    return Comparison(label, _updates(store.run()), [item for item in on_side if item.name in chosen])
+
+
+def _updates(run: Mapping[str, Any]) -> tuple[str, str]:
+    """What A and B were, by the last folders of their paths in which they differ."""
+    inputs = run.get("inputs", {})
+    a, b = (Path(inputs.get(key) or f"update {key.upper()}") for key in "ab")
+    while a.name == b.name and a.parent.name and b.parent.name:
+        a, b = a.parent, b.parent
+    return _shortened(a.name), _shortened(b.name)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST_LABEL else name[: _LONGEST_LABEL - 1] + "…"
+
+
+def _curves(
+    runs: Mapping[str, Spectra], title: str, per_layer: bool
+) -> tuple[Mapping[str, Iterable[Any]], str, list[str]]:
+    """The histogram's curves, its title, and what does not fit."""
+    if len(runs) > 1:
+        return runs, title, []
+    ((label, spectra),) = runs.items()
+    curves, left_out = curves_by_role(spectra, per_layer=per_layer)
+    listed = f"not drawn, to keep the figure readable: {', '.join(left_out)}; draw them with layers= (--layer)"
+    return curves, title or label, [listed] if left_out else []
+
+
+def _draw_histogram(
+    curves: Mapping[str, Iterable[Any]], target: Path, title: str, bins: int, close_up: float
+) -> list[Path]:
+    panels = histogram_panels(curves, bins=bins, close_up=close_up)
+    numbers = [row for panel in panels for row in panel.rows()]
+    return _keep(draw_panels(panels, title=title), target / "histogram", numbers, target / "histogram.csv")
+
+
+def _draw_similarity(comparisons: Sequence[Comparison], target: Path, title: str, named: bool) -> list[Path]:
+    panels = panels_by_role(comparisons, named=named)
+    figure = similarity_figure(panels.similarities, title=title, labels=panels.labels, columns=panels.columns)
+    # similarity.csv is the table of the comparison itself
+    return _keep(figure, target / "similarity", grid_rows(panels.similarities), target / "similarity_grid.csv")
+
+
+def _keep(figure: Figure, path: Path, rows: list[dict[str, Any]], table: Path) -> list[Path]:
+    """Save a figure and the numbers that it shows."""
+    write(table, tables.to_csv(rows).encode())  # makes the directory, too
+    return [*save_figure(figure, path), table]

@@ -1,0 +1,241 @@
+"""`Spectra`: the spectra of a run as one collection, in memory or on disk; and how it gets onto the disk and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, overload
+
+from spectra import naming, text
+from spectra.errors import SelectionError, StoreError
+from spectra.results import tables
+from spectra.results.store import Store, loaded_vectors
+from spectra.spectrum import Spectrum
+from spectra.text import Row
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_SHOWN = 12  # rows in a notebook; on disk each costs opening a file
+
+
+class Spectra(Sequence[Spectrum]):
+    """Spectra in order: by index, slice, name or pattern, whether they are in memory or in a results directory.
+
+    On disk, each is read when it is asked for, and nothing is kept.
+
+    Args:
+        spectra: any spectra; their order is kept. `decompose(…).collect()` gives them in the source's order.
+
+    Raises:
+        SelectionError: two of them have the same name.
+
+    Example:
+        >>> found = Spectra([Spectrum("layers.0.v_proj.weight", (2, 2), S=[4.0, 3.0])])
+        >>> found["layers.0.v_proj.weight"].norm, found[0].norm, len(found.select("v_proj"))
+        (5.0, 5.0, 1)
+    """
+
+    def __init__(self, spectra: Iterable[Spectrum] = ()) -> None:
+        held: dict[str, Spectrum] = {}
+        for spectrum in spectra:
+            if spectrum.name in held:
+                raise SelectionError(f"{spectrum.name} is there twice: make one collection for each run")
+            held[spectrum.name] = spectrum
+        self._holder: _Holder = _InMemory(held)
+        self._names = tuple(held)
+
+    @classmethod
+    def stored(cls, directory: str | Path, names: Sequence[str] | None = None, *, vectors: bool = True) -> Spectra:
+        """What a results directory holds, or these of it; `load` with a check that there is something.
+
+        Args:
+            directory: where it is.
+            names: which spectra, in this order; None for all, numbers in names in numerical order.
+            vectors: False leaves singular vectors on the disk.
+        """
+        holder = _OnDisk(Store(directory), vectors)
+        return cls._of(holder, holder.store.spectra.names() if names is None else names)
+
+    @classmethod
+    def _of(cls, holder: _Holder, names: Iterable[str]) -> Spectra:
+        view = cls()
+        view._holder, view._names = holder, tuple(names)
+        return view
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The weights' names, in order."""
+        return self._names
+
+    @property
+    def directory(self) -> Path | None:
+        """Where they are stored; None in memory."""
+        return self._holder.store.directory if isinstance(self._holder, _OnDisk) else None
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """What `run.json` says of how they were made; {} in memory."""
+        return self._holder.store.run() if isinstance(self._holder, _OnDisk) else {}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, item: object) -> bool:
+        return (item.name if isinstance(item, Spectrum) else item) in self.names
+
+    @overload
+    def __getitem__(self, index: int | str) -> Spectrum: ...
+    @overload
+    def __getitem__(self, index: slice) -> Spectra: ...
+    def __getitem__(self, index: int | str | slice) -> Spectrum | Spectra:
+        if isinstance(index, slice):
+            return self._of(self._holder, self.names[index])
+        if isinstance(index, str) and index not in self.names:
+            raise KeyError(f"{index!r} is not among the {len(self)} matrices in {self._place}")
+        return self._holder.get(index if isinstance(index, str) else self.names[index])
+
+    def __iter__(self) -> Iterator[Spectrum]:
+        return map(self._holder.get, self.names)
+
+    def select(self, patterns: str | Sequence[str]) -> Spectra:
+        """Only the matrices that the patterns mean: roles, parts of names, globs, as `--layer` takes them.
+
+        Raises:
+            SelectionError: a pattern matches nothing; the message lists what there is.
+        """
+        return self._of(self._holder, naming.select(patterns, self.names))
+
+    def without_vectors(self) -> Spectra:
+        """The same spectra with singular values only: on disk, most of the bytes stay there. `k` still counts them."""
+        return self._of(self._holder.without_vectors(), self.names)
+
+    def to_frame(self, *, by: tables.By = "matrix") -> pd.DataFrame:
+        """The DataFrame of `summarize`, which needs no vectors."""
+        return tables.summarize(self.without_vectors(), by=by)
+
+    @property
+    def _place(self) -> str:
+        return str(self.directory or "this collection")
+
+    def __repr__(self) -> str:
+        where = f"{self.directory}, " if self.directory else ""
+        return f"Spectra({where}{text.contents(self.names)})"
+
+    def _repr_html_(self) -> str:
+        shown = self.names[:_SHOWN]
+        rows = [_header_row(name, self._holder.header(name)) for name in shown]
+        if len(self) > _SHOWN:
+            rows.append((f"… and {len(self) - _SHOWN:,} more; to_frame() shows all", *[""] * 6))
+        columns = ("name", "status", "shape", "‖ΔW‖_F", "rank ≤", "values", "vectors")
+        where = f" in {self.directory}" if self.directory else ""
+        return text.page(f"Spectra: {text.matrices(len(self))}{where}", {}, columns, rows)
+
+
+class _Holder(Protocol):
+    """Where a collection's spectra are."""
+
+    def get(self, name: str) -> Spectrum:
+        """The spectrum of this name."""
+        ...
+
+    def header(self, name: str) -> Mapping[str, Any] | None:
+        """Its status, shape, norm, max_rank and numbers of values and vectors k; None if it cannot be read."""
+        ...
+
+    def without_vectors(self) -> _Holder:
+        """The same, giving singular values only."""
+        ...
+
+
+class _InMemory:
+    """Spectra by name."""
+
+    def __init__(self, spectra: Mapping[str, Spectrum]) -> None:
+        self._spectra = spectra
+
+    def get(self, name: str) -> Spectrum:
+        return self._spectra[name]
+
+    def header(self, name: str) -> Mapping[str, Any]:
+        spectrum = self._spectra[name]
+        keys = ("status", "shape", "norm", "max_rank", "k")
+        return {key: getattr(spectrum, key) for key in keys} | {"values": len(spectrum.S)}
+
+    def without_vectors(self) -> _InMemory:
+        return self  # they are here already; a copy without them would save nothing
+
+
+class _OnDisk:
+    """The records of a results directory."""
+
+    def __init__(self, store: Store, vectors: bool) -> None:
+        self.store = store
+        self._vectors = vectors
+
+    def get(self, name: str) -> Spectrum:
+        return self.store.get(name, self._vectors)
+
+    def header(self, name: str) -> Mapping[str, Any] | None:
+        try:
+            return self.store.spectra.record(name)
+        except StoreError:
+            return None  # shown as damaged; asking for it raises
+
+    def without_vectors(self) -> _OnDisk:
+        return _OnDisk(self.store, vectors=False)
+
+
+def _header_row(name: str, header: Mapping[str, Any] | None) -> Row:
+    if header is None:
+        return (name, "missing or damaged", *["–"] * 5)
+    norm = header.get("norm")
+    return (
+        name,
+        header.get("status", "?"),
+        text.size(header.get("shape") or ()),
+        "–" if norm is None else f"{norm:.4g}",
+        header.get("max_rank", "–"),
+        header.get("values", "–"),
+        header.get("k", "–"),
+    )
+
+
+def save(spectra: Iterable[Spectrum], directory: str | Path) -> None:
+    """Store spectra as one run, each as soon as it comes, and write the table.
+
+    A stored result is replaced only by one that holds at least as much.
+
+    Raises:
+        StoreError: the directory cannot be written to, or holds more for one of the matrices.
+    """
+    store = Store(directory)
+    for spectrum in spectra:
+        if store.spectra.path(spectrum.name).is_file():
+            old = store.spectra.record(spectrum.name)
+            if old["k"] > loaded_vectors(spectrum) or old["values"] > len(spectrum.S):
+                raise StoreError(
+                    f"{store.directory} holds {old['values']} values and {old['k']} vectors of {spectrum.name}, more "
+                    f"than the new {len(spectrum.S)} and {loaded_vectors(spectrum)}; save to another directory"
+                )
+        store.put(spectrum)
+    store.finish()
+
+
+def load(directory: str | Path, *, vectors: bool = True) -> Spectra:
+    """The spectra of a results directory, each read when it is asked for.
+
+    Args:
+        directory: what `save`, `decompose(…, out=…)` or `spectra svd --out` made.
+        vectors: False leaves singular vectors on the disk, where most of the bytes are.
+
+    Raises:
+        StoreError: there are no results.
+    """
+    spectra = Spectra.stored(directory, vectors=vectors)
+    if not spectra.names:
+        raise StoreError(
+            f"{directory} holds no spectra; make them with decompose(…, out={str(directory)!r}) "
+            f"or spectra svd … --out {directory}"
+        )
+    return spectra

@@ -1,0 +1,101 @@
+"""`inspect`: what lies at a path, from headers only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from spectra import naming, text
+from spectra.deltas.source import Source
+from spectra.errors import BaseRequiredError
+from spectra.files import hub
+from spectra.files.folder import Folder, open_folder
+from spectra.results.tables import Row
+from spectra.sources import format_of, source_of
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """What a model or adapter holds.
+
+    Attributes:
+        folder: its tensors, by their headers.
+        kind: the format, as in `Source.kind`.
+        source: the updates in it; None for full weights without a base, which are no update yet.
+    """
+
+    folder: Folder
+    kind: str
+    source: Source | None
+
+    @property
+    def matrices(self) -> list[Row]:
+        """A row per update; of full weights without a base, a row per stored matrix."""
+        if self.source is None:
+            return [
+                {"name": name, "role": naming.role_of(name), "layer": naming.layer_of(name), "shape": ref.shape}
+                for name, ref in self.folder.tensors.items()
+                if len(ref.shape) >= 2
+            ]
+        columns = ("name", "role", "layer", "shape", "max_rank", "factored", "status", "reason")
+        return [{column: getattr(delta, column) for column in columns} for delta in self.source]
+
+    @property
+    def by_role(self) -> list[Row]:
+        """How many matrices there are of each role, shape, largest possible rank and status."""
+        keys = ("role", "shape", "max_rank", "status")
+        counts = Counter(tuple(row.get(key) for key in keys) for row in self.matrices)
+        return [{**dict(zip(keys, group, strict=True)), "matrices": count} for group, count in counts.items()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values: what `spectra inspect --json` prints."""
+        refs = self.folder.tensors.values()
+        document: dict[str, Any] = {
+            "path": str(self.folder.path),
+            "kind": self.kind,
+            "tensors": len(refs),
+            "parameters": sum(ref.numel for ref in refs),
+            "bytes": sum(ref.nbytes for ref in refs),
+            "dtypes": dict(Counter(ref.dtype for ref in refs)),
+            "model_type": self.folder.config.get("model_type"),
+            "unreadable": self.folder.unusable,
+            "matrices": self.matrices,
+        }
+        if self.source is None:
+            return document | {"warnings": self.folder.warnings}
+        notes = sorted({delta.note for delta in self.source if delta.note})
+        return document | {"coverage": asdict(self.source.coverage), "notes": notes}
+
+    def __repr__(self) -> str:
+        return f"Inspection({self.folder.path}, {self.kind}, {len(self.folder.tensors)} tensors)"
+
+    def _repr_html_(self) -> str:
+        rows = [(row["role"], row["matrices"], text.size(row["shape"]), row["status"] or "–") for row in self.by_role]
+        heading = f"Inspection: {self.kind}, {len(self.folder.tensors):,} tensors in {self.folder.path}"
+        return text.page(heading, {}, ("role", "matrices", "shape", "status"), rows)
+
+
+def inspect(
+    path: str | Path, base: str | Path | None = None, *, heads: str | int = "mean", scale: float | None = None
+) -> Inspection:
+    """What a model or adapter holds: kind, matrices, ranks, dtypes and sizes, and what will not be used.
+
+    Args:
+        path: a folder, a weights file, a hub id or an alias.
+        base: pair it with this model and show what fits.
+        heads: as for `open_source`.
+        scale: as for `open_source`.
+
+    Raises:
+        NotFoundError: a path, id or alias leads nowhere.
+        UnsupportedFormatError: the format is not one of FORMATS.
+        SourceError: a file is broken.
+    """
+    folder = open_folder(hub.resolve(path))
+    kind = format_of(folder).kind
+    try:
+        return Inspection(folder, kind, source_of(folder, base, heads=heads, scale=scale))
+    except BaseRequiredError:
+        return Inspection(folder, kind, None)

@@ -1,0 +1,51 @@
+"""What a comparison gives, matrix by matrix; and how many similarities become few: the means by role and side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from spectra.metrics.similarity import Side, SubspaceSimilarity, pool
+
+
+@dataclass(frozen=True)
+class NotCompared:
+    """A matrix that has no similarity.
+
+    Attributes:
+        name: the weight's name.
+        reason: why, in words.
+        one_sided: whether only one of the updates has it, which is no fault.
+    """
+
+    name: str
+    reason: str
+    one_sided: bool = False
+
+
+Compared = SubspaceSimilarity | NotCompared
+Group = tuple[str, Side]
+
+
+def group_by_role(similarities: Iterable[SubspaceSimilarity]) -> dict[Group, list[SubspaceSimilarity]]:
+    """(role, side) → its similarities, in the order in which they come."""
+    groups: dict[Group, list[SubspaceSimilarity]] = {}
+    for item in similarities:
+        groups.setdefault((item.role, item.side), []).append(item)
+    return groups
+
+
+def pool_by_role(similarities: Iterable[SubspaceSimilarity]) -> list[SubspaceSimilarity]:
+    """The mean φ over the matrices of each role and side, named by the role.
+
+    Example:
+        >>> import numpy as np
+        >>> grids = [np.array([[1.0]]), np.array([[0.5]])]
+        >>> [first, second] = [
+        ...     SubspaceSimilarity(f"layers.{i}.v_proj.weight", "left", 1, grid, grid / 4, np.zeros(1))
+        ...     for i, grid in enumerate(grids)
+        ... ]
+        >>> [(item.name, item.phi, item.note) for item in pool_by_role([first, second])]
+        [('v_proj', 0.75, 'mean over 2 matrices')]
+    """
+    return [pool(items, role) for (role, _), items in group_by_role(similarities).items()]

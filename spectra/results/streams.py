@@ -1,0 +1,177 @@
+"""`decompose` and `compare`: streams of results, which a directory can keep and resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+from spectra import text
+from spectra.deltas.delta import WeightDelta
+from spectra.deltas.source import Source
+from spectra.engine.decompose import decompose_indexed
+from spectra.errors import SelectionError
+from spectra.metrics.similarity import Side
+from spectra.results.collection import Spectra
+from spectra.results.comparison import compare_deltas, compare_spectra
+from spectra.results.resume import compare_into, decompose_into, keep_comparisons
+from spectra.results.similarities import Compared
+from spectra.spectrum import Spectrum
+
+
+class Decomposition(Iterator[Spectrum]):
+    """The spectra of a source while they are computed: a stream, each as soon as it is finished.
+
+    Attributes:
+        names: the weights' names in the source's order.
+    """
+
+    def __init__(self, stream: Iterator[Spectrum], names: Iterable[str], out: str | Path | None = None) -> None:
+        self.names = tuple(names)
+        self._stream = stream
+        self._out = out
+        self._begun = False
+
+    def __next__(self) -> Spectrum:
+        self._begun = True
+        return next(self._stream)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def collect(self) -> Spectra:
+        """Compute all of them: a collection in the source's order.
+
+        It is in memory, or on the disk where `out` keeps it.
+
+        Raises:
+            SelectionError: some were taken from the stream already.
+        """
+        if self._begun:
+            raise SelectionError("spectra were taken from this stream already; call decompose(…).collect() at once")
+        if self._out is None:
+            place = {name: place for place, name in enumerate(self.names)}
+            return Spectra(sorted(self, key=lambda spectrum: place[spectrum.name]))
+        for _ in self:
+            pass  # each is stored before it is passed on
+        return Spectra.stored(self._out, self.names)
+
+    def __repr__(self) -> str:
+        return f"Decomposition({text.matrices(len(self))}{', begun' if self._begun else ''})"
+
+
+def decompose(
+    source: Iterable[WeightDelta],
+    *,
+    top: int | None = None,
+    only_top: bool = False,
+    device: str = "auto",
+    executor: Executor | None = None,
+    memory_budget: int | str | None = None,
+    out: str | Path | None = None,
+) -> Decomposition:
+    """The singular spectrum of every delta, each as soon as it is finished: not in the input's order.
+
+    Iterate over it, or call `.collect()` for a `Spectra` in the input's order. With `out`, every result is stored
+    there before it comes, and one that is stored already is not computed again: killed at any moment, the same call
+    goes on. `spectra svd --out` makes the same directory.
+
+    Args:
+        source: a `Source` or any deltas.
+        top: None for singular values only; K for all values and the top K vectors.
+        only_top: the top K values and vectors alone.
+        device: "auto", "cpu", "cuda" or "cuda:i".
+        executor: where to run; None for this process. Deltas travel to it as recipes.
+        memory_budget: bytes or "4GiB" for all matrices at work together; None for half of what is free.
+        out: a results directory for a source that was read from files; None to store nothing.
+
+    Raises:
+        SelectionError: top is not positive, only_top without top, or out for deltas that are no source's.
+        DeviceError: the device is not there.
+        StoreError: out holds results of other inputs, or cannot be written to.
+
+    Example:
+        >>> import torch
+        >>> values = torch.tensor([[3.0, 4.0], [1.0, 2.0]])
+        >>> deltas = [WeightDelta.from_tensor(name, torch.diag(row)) for name, row in zip("ab", values)]
+        >>> [spectrum.S.tolist() for spectrum in decompose(deltas).collect()]
+        [[4.0, 3.0], [2.0, 1.0]]
+    """
+    deltas = source.deltas if isinstance(source, Source) else tuple(source)
+    names = [delta.name for delta in deltas]
+    if out is None:
+        indexed = decompose_indexed(
+            deltas, top=top, only_top=only_top, device=device, executor=executor, budget=memory_budget
+        )
+        return Decomposition((spectrum for _, spectrum in indexed), names)
+    stream = decompose_into(
+        out, _to_keep(source), top=top, only_top=only_top, device=device, executor=executor, budget=memory_budget
+    )
+    return Decomposition(stream, names, out)
+
+
+def compare(
+    a: Iterable[WeightDelta] | Spectra,
+    b: Iterable[WeightDelta] | Spectra,
+    *,
+    top: int = 30,
+    sides: Sequence[Side] = ("left",),
+    device: str = "auto",
+    executor: Executor | None = None,
+    memory_budget: int | str | None = None,
+    out: str | Path | None = None,
+    labels: tuple[str, str] | None = None,
+) -> Iterator[Compared]:
+    """Subspace similarity of the matrices that two updates share, by name, as they finish; the others as `NotCompared`.
+
+    Args:
+        a: a source or deltas; or spectra that hold vectors, such as `load(…)` gives.
+        b: likewise, two of a kind.
+        top: how many directions.
+        sides: "left", "right" or both.
+        device: as for `decompose`; spectra need no computing.
+        executor: as for `decompose`.
+        memory_budget: as for `decompose`.
+        out: a results directory, which resumes; `spectra similarity --out` makes the same one.
+        labels: what the two are called in the directory's record and figures; None for where they come from.
+
+    Raises:
+        SelectionError: the two share no name, are not of a kind, or out is given for deltas that are no source's.
+        StoreError: out holds results of other inputs, or cannot be written to.
+
+    Example:
+        >>> import numpy as np
+        >>> one = Spectra([Spectrum("w", (2, 2), S=[2.0, 1.0], U=np.eye(2), Vh=np.eye(2))])
+        >>> [(similarity.name, similarity.phi) for similarity in compare(one, one, top=1)]
+        [('w', 1.0)]
+    """
+    if isinstance(a, Spectra) and isinstance(b, Spectra):
+        comparisons = compare_spectra(a, b, top=top, sides=sides)
+        if out is None:
+            return comparisons
+        places = (str(a.directory or "") or None, str(b.directory or "") or None)
+        options = a.run.get("inputs", {}).get("options", {})
+        inputs = _identity(labels or places, None, options)
+        return keep_comparisons(out, comparisons, inputs, top=top, sides=sides)
+    if isinstance(a, Spectra) or isinstance(b, Spectra):
+        raise SelectionError("one of the two holds spectra and the other weights: give two of a kind")
+    compute: dict[str, Any] = {"device": device, "executor": executor, "memory_budget": memory_budget}
+    if out is None:
+        return compare_deltas(a, b, top=top, sides=sides, **compute)
+    first, second = _to_keep(a), _to_keep(b)
+    inputs = _identity(labels or (first.tuned, second.tuned), first.base or second.base, first.options)
+    return compare_into(out, first, second, inputs, top=top, sides=sides, **compute)
+
+
+def _identity(labels: tuple[str | None, str | None], base: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies a comparison in `run.json`, beside its files."""
+    a, b = labels
+    return {"kind": "similarity", "a": a, "b": b, "base": base, "options": dict(options)}
+
+
+def _to_keep(source: Iterable[WeightDelta]) -> Source:
+    """The source, if it is one: only what says where it was read from can be recognised when it comes again."""
+    if not isinstance(source, Source):
+        raise SelectionError("out= keeps the results of a source: open files with open_source, or save(…) the spectra")
+    return source

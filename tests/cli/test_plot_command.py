@@ -1,0 +1,122 @@
+"""`spectra plot` as a user meets it: several runs in one figure, and the numbers beside it."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+from support.command_line import lora_folder, run, table, titles
+
+import spectra
+
+
+def test_a_histogram_has_room_for_seven_roles_and_names_what_it_leaves_out(tmp_path):
+    roles = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+    values = {role: [1.0] if role == "lm_head" else [3.0, 2.0, 1.0] for role in roles}
+    found = [spectra.Spectrum(f"layers.0.{role}.weight", (3, 3), S=S, max_rank=len(S)) for role, S in values.items()]
+    spectra.save(found, tmp_path / "run")
+    _, notes = run("plot", tmp_path / "run")
+    assert "not drawn, to keep the figure readable: lm_head; draw them with layers= (--layer)" in notes
+    with (tmp_path / "run" / "histogram.csv").open() as file:
+        assert {row["curve"] for row in csv.DictReader(file)} == set(roles[:7])
+
+
+def test_plot_redraws_and_overlays_without_computing(llama, monkeypatch):
+    for tuned in ("ckpt", "models/llama-7b"):
+        name = tuned.split("/")[-1]
+        lora_folder(llama / f"lora-{name}", seed=3)
+        run("svd", "--tuned", f"lora-{name}", "--out", f"run-{name}", "--no-figures")
+    monkeypatch.setattr(spectra.deltas.delta.WeightDelta, "read", None)
+    out, _ = run("plot", "run-ckpt", "--per-layer")
+    assert out.split() == [f"run-ckpt/histogram.{kind}" for kind in ("png", "pdf", "csv")]
+    out, _ = run("plot", "run-ckpt", "run-llama-7b", "--label", "a", "--label", "b", "--out", "both")
+    assert out.split() == [f"both/histogram.{kind}" for kind in ("png", "pdf", "csv")]
+    _, err = run("plot", "run-ckpt", "run-llama-7b", "--label", "a", status=2)
+    assert "1 labels for 2" in err
+    _, err = run("plot", "nowhere", status=1)
+    assert "holds no results" in err
+
+
+def test_several_comparisons_are_one_figure_of_labelled_panels(compared, drawn):
+    command = ["plot", "sim-a", "sim-c", "--label", "LoRA r = 36", "--label", "seed 1", "--out", "new/fig4"]
+    out, _ = run(*command, "--layer", "v_proj", "--title", "to full fine-tuning")
+    assert out.split() == [f"new/fig4/similarity{end}" for end in (".png", ".pdf", "_grid.csv")]
+    (figure,) = drawn
+    assert titles(figure) == ["LoRA r = 36: v_proj", "seed 1: v_proj"]
+    assert figure.get_suptitle() == "to full fine-tuning"
+    panels = [ax for ax in figure.axes if ax.images]
+    assert [ax.get_ylabel() for ax in panels] == ["i: top directions of a", "i: top directions of c"]
+    assert {ax.get_xlabel() for ax in panels} == {"j: top directions of full"}
+    assert all("mean over 2 matrices" in ax.get_title() and "chance 0." in ax.get_title() for ax in panels)
+    rows = table(compared / "new/fig4/similarity_grid.csv")
+    for ax, title in zip(panels, titles(figure), strict=True):
+        phi = [float(row["phi"]) for row in rows if row["panel"] == title]
+        assert np.array_equal(np.reshape(phi, (4, 4)), ax.images[0].get_array())
+
+
+def test_rows_of_panels_line_up_by_role_and_side(compared, drawn):
+    run("plot", "sim-a", "sim-b", "sim-c", "--out", "out")
+    (figure,) = drawn
+    panels = [ax for ax in figure.axes if ax.get_subplotspec()]
+    shown = [ax.get_title().splitlines()[0] if ax.get_visible() else "" for ax in panels]
+    assert shown == [
+        *("sim-a: q_proj, left", "sim-b: q_proj, left", ""),
+        *("", "sim-b: q_proj, right", ""),
+        *("sim-a: v_proj, left", "sim-b: v_proj, left", "sim-c: v_proj, left"),
+        *("", "sim-b: v_proj, right", ""),
+    ]
+
+
+def test_layer_filters_comparisons_and_says_what_there_is(compared, drawn):
+    run("plot", "sim-a", "--layer", "layers.1.*")
+    assert titles(drawn[0]) == ["q_proj, left", "v_proj, left"]
+    assert not any("mean over" in ax.get_title() for ax in drawn[0].axes)
+    assert len(table(compared / "sim-a/similarity.csv")) == 4, "the table of the comparison is not the figure's"
+    run("plot", "sim-a", "--label", "LoRA", "--layer", "q_proj")
+    assert titles(drawn[1]) == ["LoRA: q_proj"]
+    _, err = run("plot", "sim-a", "sim-c", "--layer", "q_proj", "--out", "none", status=1)
+    assert "sim-c: layer pattern 'q_proj' matches none of the 2 matrices that are there; roles: v_proj (2)" in err
+    assert not (compared / "none").exists()
+
+
+def test_the_kept_numbers_are_the_drawn_ones_and_options_reach_them(llama, drawn):
+    run("svd", "--base", "llama-7b", "--tuned", "ckpt", "--out", "run", "--no-figures")
+    run("plot", "run", "--bins", 20, "--close-up", 0.25, "--title", "mine", "--layer", "v_proj", "--layer", "q_proj")
+    (figure,) = drawn
+    assert figure.get_suptitle() == "mine"
+    assert "first 25%" in figure.axes[1].get_title()
+    rows = table(llama / "run/histogram.csv")
+    for panel, ax, bins in zip(("all values", "close-up"), figure.axes, (20, 10), strict=True):
+        outlines = [patch for patch in ax.patches if patch.get_label().split(":")[0] in ("q_proj", "v_proj")]
+        assert len(outlines) == 2
+        for patch in outlines:
+            mine = [row for row in rows if (row["panel"], row["curve"]) == (panel, patch.get_label().split(":")[0])]
+            assert len(mine) == bins
+            values, edges, _ = patch.get_data()
+            assert [float(row["height"]) for row in mine] == values.tolist()
+            assert [float(row["left"]) for row in mine] + [float(mine[-1]["right"])] == edges.tolist()
+
+
+def test_spectra_and_comparisons_in_one_command(compared, drawn):
+    run("svd", "--base", "llama-7b", "--tuned", "ckpt", "--out", "run", "--no-figures")
+    out, _ = run("plot", "run", "sim-a", "sim-c", "--layer", "v_proj", "--out", "out")
+    assert [path.split("/")[1] for path in out.split()] == [
+        *("similarity.png", "similarity.pdf", "similarity_grid.csv", "histogram.png", "histogram.pdf", "histogram.csv")
+    ]
+    assert titles(drawn[0]) == ["sim-a: v_proj", "sim-c: v_proj"]
+    assert drawn[1].get_suptitle() == "run"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sim-a", "sim-c", "--label", "same", "--label", "same"], "2 directories are called 'same'"),
+        (["sim-a", "sim-a"], "2 directories are called 'sim-a'"),
+        (["sim-a", "--close-up", "0"], "--close-up"),
+        (["sim-a", "--close-up", "1.5"], "--close-up"),
+    ],
+)
+def test_wrong_use_of_plot(compared, arguments, words):
+    _, err = run("plot", *arguments, status=2)
+    assert words in err

@@ -1,0 +1,91 @@
+"""`spectra similarity` as a user meets it: weights and stored runs, json, resuming, the figure of what was asked."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+from support.checkpoints import llama_tensors, nudged, write_checkpoint
+from support.command_line import lora_folder, run, strict, table, titles
+
+import spectra
+
+
+def test_the_missions_second_command(llama):
+    lora_folder(llama / "a", seed=1)
+    lora_folder(llama / "b", seed=2)
+    out, _ = run("similarity", "a/", "b/", "--top", "30")
+    assert "left" in out
+    assert "k clamped from 30 to 4" in out
+
+
+def test_similarity_stores_draws_and_prints_json(llama):
+    write_checkpoint(llama / "other", nudged(llama_tensors(), seed=9))
+    arguments = ["similarity", "ckpt", "other", "--base", "llama-7b", "--layer", "v_proj", "--top", 5, "--side", "both"]
+    _, err = run(*arguments, "--out", "sim")
+    assert "figure: sim/similarity.png" in err
+    rows = list(csv.DictReader((llama / "sim" / "similarity.csv").open()))
+    assert {(row["side"], row["k_used"]) for row in rows} == {("left", "5"), ("right", "5")}
+    assert 0 <= float(rows[0]["phi"]) <= 1
+    document = strict(run(*arguments, "--json")[0])
+    assert len(document["matrices"]) == 4
+    assert np.shape(document["matrices"][0]["grid"]) == (5, 5)
+
+
+def test_similarity_resumes_and_is_never_replaced_by_less(llama, monkeypatch):
+    write_checkpoint(llama / "other", nudged(llama_tensors(), seed=9))
+    arguments = ["similarity", "ckpt", "other", "--base", "llama-7b", "--out", "sim", "--no-figures"]
+    first, _ = run(*arguments, "--layer", "v_proj", "--top", 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(spectra.deltas.delta.WeightDelta, "read", None)
+        assert run(*arguments, "--layer", "v_proj", "--top", 5)[0] == first
+    _, err = run(*arguments, "--layer", "v_proj", "--top", 2, status=1)
+    assert "different: top" in err
+    run(*arguments, "--layer", "q_proj", "--top", 5)
+    assert len(list(csv.DictReader((llama / "sim" / "similarity.csv").open()))) == 4
+
+
+def test_similarity_of_stored_runs_equals_that_of_their_sources(llama):
+    write_checkpoint(llama / "other", nudged(llama_tensors(), seed=9))
+    for tuned in ("ckpt", "other"):
+        run("svd", "--base", "llama-7b", "--tuned", tuned, "--top", 5, "--out", f"run-{tuned}", "--no-figures")
+    stored = strict(run("similarity", "run-ckpt", "run-other", "--top", 5, "--json")[0])
+    fresh = strict(run("similarity", "ckpt", "other", "--base", "llama-7b", "--top", 5, "--json")[0])
+    by_name = {matrix["name"]: matrix for matrix in fresh["matrices"]}
+    assert len(stored["matrices"]) == len(by_name) == 16
+    for matrix in stored["matrices"]:
+        assert np.allclose(matrix["grid"], by_name[matrix["name"]]["grid"], atol=1e-9)
+    _, err = run("similarity", "run-ckpt", "other", "--base", "llama-7b", status=2)
+    assert "two of a kind" in err
+
+
+def test_similarity_and_svd_keep_the_numbers_of_their_figures(llama, compared):
+    _, err = run("similarity", "a", "full", "--base", "llama-7b", "--top", 3, "--layer", "v_proj", "--out", "sim")
+    assert "sim/similarity_grid.csv" in err
+    assert [(row["i"], row["j"]) for row in table(llama / "sim/similarity_grid.csv")][:4] == [
+        *(("1", "1"), ("1", "2"), ("1", "3"), ("2", "1"))
+    ]
+    _, err = run("svd", "--base", "llama-7b", "--tuned", "ckpt", "--layer", "v_proj", "--out", "run")
+    assert "run/histogram.csv" in err
+    rows = table(llama / "run/histogram.csv")
+    assert list(rows[0]) == ["panel", "curve", "left", "right", "height", "count"]
+    assert sum(int(row["count"]) for row in rows if row["panel"] == "all values") == 16
+    assert {row["curve"] for row in rows} == {"v_proj"}
+
+
+def test_updates_of_one_folder_name_are_told_apart_by_the_folder_above(llama, drawn):
+    for run_name, seed in (("lora", 1), ("full", 2)):
+        write_checkpoint(llama / run_name / "step-9", nudged(llama_tensors(), seed=seed))
+    run("similarity", "lora/step-9", "full/step-9", "--base", "llama-7b", "--layer", "v_proj", "--out", "sim")
+    assert drawn[0].axes[0].get_ylabel() == "i: top directions of lora"
+    assert drawn[0].axes[0].get_xlabel() == "j: top directions of full"
+
+
+def test_the_figure_shows_what_was_asked_for_not_all_that_is_stored(llama, drawn):
+    write_checkpoint(llama / "other", nudged(llama_tensors(), seed=9))
+    command = ["similarity", "ckpt", "other", "--base", "llama-7b", "--top", 3, "--out", "sim"]
+    run(*command, "--layer", "v_proj", "--side", "both")
+    run(*command, "--layer", "q_proj", "--side", "right")
+    assert [titles(figure) for figure in drawn] == [["v_proj, left", "v_proj, right"], ["q_proj, right"]]
+    assert {row["panel"] for row in table(llama / "sim/similarity_grid.csv")} == {"q_proj, right"}
+    assert len(table(llama / "sim/similarity.csv")) == 6, "the table is of everything"

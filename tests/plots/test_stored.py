@@ -1,0 +1,111 @@
+"""`draw_results` from Python: what `spectra plot` draws, and no more than was asked for."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+
+import numpy as np
+import pytest
+
+import spectra
+from spectra.cli import plot as command
+from spectra.errors import SelectionError, StoreError
+from spectra.plots import figures, histogram
+from spectra.plots.stored import run_labels
+from spectra.spectrum import Spectrum
+
+rng = np.random.default_rng(3)
+ROLES = ("q_proj", "v_proj")
+
+
+def made(scale=1.0):
+    vectors = [np.linalg.qr(rng.standard_normal((6, 6)))[0] for _ in range(8)]
+    names = [f"layers.{layer}.{role}.weight" for layer in range(2) for role in ROLES]
+    S = scale * np.arange(6, 0, -1.0)
+    return [Spectrum(name, (6, 6), S=S, U=vectors[2 * i], Vh=vectors[2 * i + 1].T) for i, name in enumerate(names)]
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs and their comparison on both sides."""
+    for name, scale in (("a", 1.0), ("b", 0.5)):
+        spectra.save(made(scale), tmp_path / name)
+    pair = (spectra.load(tmp_path / "a"), spectra.load(tmp_path / "b"))
+    list(spectra.compare(*pair, top=3, sides=("left", "right"), out=tmp_path / "sim"))
+    return tmp_path
+
+
+def rows(path):
+    return list(csv.DictReader(path.open(encoding="utf-8")))
+
+
+def column(path, key):
+    return list(dict.fromkeys(row[key] for row in rows(path)))
+
+
+def test_one_run_is_a_curve_per_role_beside_its_numbers(runs):
+    drawn = spectra.draw_results(runs / "a")
+    assert [path.name for path in drawn.files] == ["histogram.png", "histogram.pdf", "histogram.csv"]
+    assert {path.parent for path in drawn.files} == {runs / "a"}
+    assert all(path.stat().st_size for path in drawn.files)
+    assert column(runs / "a/histogram.csv", "curve") == list(ROLES)
+    assert drawn.notes == ()
+
+
+def test_several_runs_are_a_curve_each(runs):
+    spectra.draw_results([runs / "a", runs / "b"], runs / "out", labels=["one", "two"], layers="v_proj", bins=10)
+    assert column(runs / "out/histogram.csv", "curve") == ["one", "two"]
+    whole = [row for row in rows(runs / "out/histogram.csv") if row["panel"] == "all values"]
+    assert len(whole) == 2 * 10
+    assert sum(int(row["count"]) for row in whole) == 2 * 2 * 6
+
+
+def test_names_and_sides_draw_what_was_asked_for_and_no_more(runs):
+    v_proj = [f"layers.{layer}.v_proj.weight" for layer in range(2)]
+    drawn = spectra.draw_results(str(runs / "sim"), runs / "out", names=v_proj, sides=("right",))
+    assert [path.name for path in drawn.files] == ["similarity.png", "similarity.pdf", "similarity_grid.csv"]
+    assert column(runs / "out/similarity_grid.csv", "panel") == ["v_proj, right"]
+    spectra.draw_results(runs / "sim", runs / "out")
+    assert len(column(runs / "out/similarity_grid.csv", "panel")) == 4
+    spectra.draw_results(runs / "a", runs / "out", names=v_proj[::-1])
+    assert column(runs / "out/histogram.csv", "curve") == ["v_proj"]
+
+
+def test_what_does_not_fit_is_noted(tmp_path):
+    spectra.save([Spectrum("layers.0.v_proj.weight", (2, 2), "unchanged", S=[0.0, 0.0])], tmp_path / "same")
+    drawn = spectra.draw_results(tmp_path / "same")
+    assert drawn.files == ()
+    assert drawn.notes == ("no histogram: there is no nonzero singular value to draw: are all updates unchanged?",)
+    many = [Spectrum(f"layers.{i}.v_proj.weight", (2, 2), S=[2.0, 1.0]) for i in range(9)]
+    spectra.save(many, tmp_path / "many")
+    (note,) = spectra.draw_results(tmp_path / "many", per_layer=True).notes
+    assert "v_proj, layer 7, v_proj, layer 8; draw them with layers= (--layer)" in note
+
+
+def test_what_is_not_there_is_an_error_that_names_the_directory(runs):
+    with pytest.raises(StoreError, match=r"nowhere holds no results; make them with decompose"):
+        spectra.draw_results(runs / "nowhere")
+    with pytest.raises(SelectionError, match="sim: layer pattern 'k_proj' matches none of the 4"):
+        spectra.draw_results(runs / "sim", layers="k_proj")
+    pair = (spectra.load(runs / "a"), spectra.load(runs / "b"))
+    list(spectra.compare(*pair, top=3, out=runs / "left"))
+    with pytest.raises(SelectionError, match=r"left: nothing is stored for side right \(sides=, --side\), only left"):
+        spectra.draw_results(runs / "left", sides=("right",))
+
+
+def test_directories_are_called_by_their_folder_or_their_path_or_as_it_is_said(tmp_path):
+    assert run_labels([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
+    twice = [str(tmp_path / "a/x"), str(tmp_path / "b/x")]
+    assert run_labels(twice) == twice
+    assert run_labels(twice, ["one", "two"]) == ["one", "two"]
+    with pytest.raises(SelectionError, match="1 labels for 2 directories"):
+        run_labels(twice, ["one"])
+    with pytest.raises(SelectionError, match=r"2 directories are called 'one'.*\(labels=, --label\)"):
+        run_labels(twice, ["one", "one"])
+
+
+def test_the_command_has_the_defaults_of_the_function():
+    defaults = {name: item.default for name, item in inspect.signature(spectra.draw_results).parameters.items()}
+    assert (command.BINS, command.CLOSE_UP) == (histogram.BINS, figures.CLOSE_UP)
+    assert (defaults["bins"], defaults["close_up"]) == (histogram.BINS, figures.CLOSE_UP)

@@ -1,0 +1,96 @@
+"""Tables of spectra and similarities: a row per matrix, and a row per role."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import spectra
+from spectra.errors import SelectionError
+from spectra.metrics import METRICS
+from spectra.metrics.similarity import SubspaceSimilarity, pool
+from spectra.results.similarities import NotCompared
+from spectra.results.tables import role_rows, row
+from spectra.spectrum import Spectrum
+
+rng = np.random.default_rng(5)
+
+
+def several() -> list[Spectrum]:
+    """Two roles; one matrix unchanged, one failed, one of which only the top is there."""
+    full = [
+        Spectrum(f"layers.{i}.{role}.weight", (4, 4), S=np.sort(rng.random(4))[::-1])
+        for i in range(3)
+        for role in ("q_proj", "v_proj")
+    ]
+    return [
+        *full,
+        Spectrum("layers.3.v_proj.weight", (4, 4), "unchanged", S=np.zeros(4), unmoved_share=1.0),
+        Spectrum("layers.4.v_proj.weight", (4, 4), "failed", reason="x"),
+        Spectrum("layers.5.v_proj.weight", (4, 4), S=[1.0], norm=1.5),
+        Spectrum("layers.0.o_proj.weight", (4, 4), "unreadable"),
+    ]
+
+
+def test_summarize_is_tidy():
+    table = spectra.summarize(
+        [Spectrum("layers.1.v_proj.weight", (2, 3), S=[2.0, 1.0]), Spectrum("b", (), "unreadable")]
+    )
+    assert list(table["status"]) == ["ok", "unreadable"]
+    assert table.loc[0, "layer"] == 1
+    assert table.loc[0, "stable_rank"] == pytest.approx(1.25)
+    assert np.isnan(table.loc[1, "stable_rank"])
+
+
+def test_a_roles_row_is_what_pandas_makes_of_its_matrices():
+    found = several()
+    table = spectra.summarize(found)
+    by_role = spectra.summarize(found, by="role").set_index("role")
+    done = table[table["status"].isin(["ok", "unchanged"])]
+    assert list(by_role.index) == ["q_proj", "v_proj"], "a role of which nothing is done has no numbers"
+    assert by_role["matrices"].to_dict() == done.groupby("role").size().to_dict() == {"q_proj": 3, "v_proj": 5}
+    assert by_role["unchanged_matrices"].to_dict() == {"q_proj": 0, "v_proj": 1}
+    medians = table[table["status"] == "ok"].groupby("role")[list(METRICS)].median()
+    for name in METRICS:
+        assert by_role[name].astype(float).tolist() == pytest.approx(medians[name].tolist(), nan_ok=True), name
+
+
+def test_a_column_without_any_value_is_none():
+    rows = role_rows([row(Spectrum("layers.0.v_proj.weight", (4, 4), S=[1.0], norm=2.0))], ["norm", "effective_rank"])
+    assert rows == [{"role": "v_proj", "matrices": 1, "unchanged_matrices": 0, "norm": 2.0, "effective_rank": None}]
+
+
+def similarities() -> list[SubspaceSimilarity]:
+    grids = [np.full((2, 2), value) for value in (0.25, 0.75, 1.0)]
+    names = ["layers.0.v_proj.weight", "layers.1.v_proj.weight", "layers.0.q_proj.weight"]
+    return [
+        SubspaceSimilarity(name, "left", 2, grid, grid / 8, np.array([0.1, 0.2]))
+        for name, grid in zip(names, grids, strict=True)
+    ]
+
+
+def test_similarities_make_a_row_each_or_one_per_role_and_side():
+    found = similarities()
+    table = spectra.summarize_similarity([*found, NotCompared("b", "only in the first update", one_sided=True)])
+    assert list(table["name"]) == [item.name for item in found]
+    assert list(table["phi"]) == [0.25, 0.75, 1.0]
+    by_role = spectra.summarize_similarity(iter(found), by="role")
+    assert list(zip(by_role["name"], by_role["side"], by_role["phi"], strict=True)) == [
+        ("v_proj", "left", 0.5),
+        ("q_proj", "left", 1.0),
+    ]
+
+
+def test_pooling_by_role_is_pooling_each_role():
+    found = similarities()
+    first, second = spectra.pool_by_role(found)
+    expected = pool(found[:2], "v_proj")
+    assert (first.name, first.note) == (expected.name, expected.note)
+    assert np.array_equal(first.grid, expected.grid)
+    assert second.name == "q_proj"
+
+
+@pytest.mark.parametrize("table", [spectra.summarize, spectra.summarize_similarity])
+def test_by_is_one_of_two(table):
+    with pytest.raises(SelectionError, match="by='layer' is not one of matrix, role"):
+        table([], by="layer")
