@@ -76,6 +76,10 @@ class Form(ABC):
         """Some rows of ΔW, as a slice or as their numbers; what is known of the base stays that of the whole."""
 
     @abstractmethod
+    def inner(self, matrix: Tensor) -> float:
+        """⟨ΔW, M⟩ = Σᵢⱼ ΔWᵢⱼ Mᵢⱼ for a matrix (out, in), without forming a ΔW that is given in factors."""
+
+    @abstractmethod
     def scaled(self, factor: float) -> Self:
         """factor · ΔW."""
 
@@ -155,6 +159,12 @@ class Dense(Form):
     def take(self, rows: slice | Tensor) -> Dense:
         """Some rows; a slice is a view."""
         return replace(self, matrix=self.matrix[rows])
+
+    def inner(self, matrix: Tensor) -> float:
+        """Over the entries."""
+        import torch
+
+        return float(torch.tensordot(self.matrix, matrix, dims=2))
 
     def scaled(self, factor: float) -> Dense:
         """factor · ΔW; storage rounding, if known, grows with it."""
@@ -241,6 +251,12 @@ class LowRank(Form):
         """Some rows of L; R stays."""
         return replace(self, left=self.left[rows])
 
+    def inner(self, matrix: Tensor) -> float:
+        """Σ (LᵀM) ∘ R."""
+        import torch
+
+        return float(torch.tensordot(self.left.mT @ matrix, self.right, dims=2))
+
     def scaled(self, factor: float) -> LowRank:
         """(factor · L) · R."""
         return replace(self, left=factor * self.left)
@@ -301,6 +317,14 @@ class Kronecker(Form):
     def take(self, rows: slice | Tensor) -> Dense:
         """Some rows, formed: rows of a product are no product."""
         return Dense(self.to_dense()[rows], self.base_norm)
+
+    def inner(self, matrix: Tensor) -> float:
+        """Σᵢⱼ aᵢⱼ ⟨Mᵢⱼ, B⟩ over the blocks of M."""
+        import torch
+
+        (m1, n1), (m2, n2) = self.first.shape, self.second.shape
+        blocks = matrix.reshape(m1, m2, n1, n2)
+        return float(torch.tensordot(torch.einsum("iajb,ab->ij", blocks, self.second), self.first, dims=2))
 
     def scaled(self, factor: float) -> Kronecker:
         """(factor · A) ⊗ B."""

@@ -7,6 +7,7 @@ recorded and applied when the tensor is read, so a part of a fused projection is
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,8 @@ class TensorRef:
         name: the tensor's name in that file.
         dtype: its storage type in safetensors' words, such as "BF16".
         shape: its shape after the views.
-        container: the kind of file, which is its key in `READERS`: "safetensors", "torch" or "gguf".
+        container: the kind of file, which is its key in `READERS`: "safetensors", "torch", "gguf" or
+            "joined".
         stamp: the file's size and version when its header was read.
         storage: where the file lies.
         offset: where the data start (safetensors and GGUF), in bytes.
@@ -39,6 +41,8 @@ class TensorRef:
         scale: what the stored codes are multiplied by where fp8 keeps it apart: a single entry, one
             per row, or one per block.
         block: the (rows, columns) that one entry of `scale` stands for; () without blocks.
+        parts: what a tensor of the container "joined" is put together from; () for one that a file holds.
+        axis: along which the parts lie one after the other.
     """
 
     path: str
@@ -53,6 +57,23 @@ class TensorRef:
     views: tuple[View, ...] = field(default=())
     scale: TensorRef | None = None
     block: tuple[int, ...] = ()
+    parts: tuple[TensorRef, ...] = ()
+    axis: int = 0
+
+    @classmethod
+    def joined(cls, parts: Sequence[TensorRef], axis: int) -> TensorRef:
+        """One tensor of which several files hold a part each, one after the other along an axis.
+
+        Raises:
+            SourceError: their dtypes differ, or their shapes do along another axis.
+        """
+        first = parts[0]
+        others = {(part.dtype, part.shape[:axis], part.shape[axis + 1 :]) for part in parts}
+        if len(others) > 1:
+            raise SourceError(f"the parts of {first.name} in {first.path} and {parts[-1].path} do not fit together")
+        shape = (*first.shape[:axis], sum(part.shape[axis] for part in parts), *first.shape[axis + 1 :])
+        place = (first.path, first.name, first.dtype, shape, "joined", first.stamp, first.storage)
+        return cls(*place, parts=tuple(parts), axis=axis)
 
     @property
     def numel(self) -> int:
@@ -94,7 +115,7 @@ class TensorRef:
 
     def _part(self, rows: int, shape: tuple[int, ...]) -> TensorRef | None:
         """What follows the first rows, as a tensor that is read alone; None where only the whole can be read."""
-        if self.container == "torch" or self.views or self.scale is not None or self.shape != self.stored:
+        if self.container in ("torch", "joined") or self.views or self.scale is not None or self.shape != self.stored:
             return None
         skipped, left = self._bytes_of(rows * math.prod(self.shape[1:])), self._bytes_of(math.prod(shape))
         if skipped is None or left is None:

@@ -50,6 +50,7 @@ STACKS: dict[str, Stack] = {
     **dict.fromkeys(_LINEAR, Stack()),
     "llama4_text": Stack(transposed=True),
     "llama4": Stack(transposed=True),
+    "aria_text": Stack(transposed=True),
     "gpt_oss": Stack(transposed=True, interleaved=True),
 }
 

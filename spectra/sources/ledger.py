@@ -13,6 +13,7 @@ from spectra.deltas.source import Coverage, Source
 from spectra.errors import BaseRequiredError, SourceError
 from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
+from spectra.models.contradictions import contradictions
 from spectra.models.pairing import unwrap
 from spectra.sources.config import Config
 from spectra.spectrum import Status
@@ -233,7 +234,9 @@ class Ledger:
 
     def source(self) -> Source:
         """The finished source."""
-        given = [*self.tuned.warnings, *(self.base.warnings if self.base else ())]
+        given = [*self.tuned.warnings]
+        if self.base:
+            given += [*self.base.warnings, *contradictions(self.tuned.config, self.base.config)]
         coverage = Coverage(
             base_only=self.base_only,
             tuned_only=self.tuned_only,

@@ -17,7 +17,11 @@ MESSAGES = {
     "wrong folder": (["svd", "--base", "llama-7b", "--tuned", "models"], 1, "did you mean one of them"),
     "no such layer": (["svd", "--base", "llama-7b", "--tuned", "ckpt", "--layer", "w_proj"], 1, "v_proj (2)"),
     "bad size": (["svd", "--base", "llama-7b", "--tuned", "ckpt", "--memory", "many"], 1, "write it as 4GiB"),
-    "too little memory": (["svd", "--base", "llama-7b", "--tuned", "ckpt", "--memory", "1KB"], 1, "raise --memory"),
+    "too little memory": (
+        ["svd", "--base", "llama-7b", "--tuned", "ckpt", "--memory", "1KB"],
+        1,
+        r"raise memory_budget= (--memory)",
+    ),
     "no device": (["svd", "--base", "llama-7b", "--tuned", "ckpt", "--device", "tpu"], 1, "not one of auto, cpu, cuda"),
     "top 0": (["svd", "--base", "llama-7b", "--tuned", "ckpt", "--top", "0"], 2, "--top"),
     "no tuned": (["svd", "--base", "llama-7b"], 2, "--tuned"),

@@ -10,6 +10,7 @@ from spectra.files.folder import Folder
 from spectra.models import experts, tied
 from spectra.models.matrices import Weight, stacks_experts, weights_of
 from spectra.models.pairing import align
+from spectra.models.renumbered import renumbered
 from spectra.sources import recognised
 from spectra.sources.difference import subtract
 from spectra.sources.ledger import Ledger
@@ -48,6 +49,7 @@ class _Pairs:
     base: dict[str, Weight]
     stands_for: dict[str, list[str]] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
+    moved: dict[str, str] = field(default_factory=dict)
 
     def config_of(self, name: str) -> Mapping[str, Any]:
         return self.base_folder.config_of(name) or self.tuned_folder.config_of(name)
@@ -63,7 +65,11 @@ def _paired(ledger: Ledger, tuned: Folder, base: Folder) -> _Pairs:
     names, rule = align(_shapes(tuned_weights), _shapes(base_weights))
     if rule:
         ledger.warnings.append(rule)
-    pairs = _Pairs(ledger, tuned, base, {names[key]: weight for key, weight in tuned_weights.items()}, base_weights)
+    found = renumbered({names[key]: weight for key, weight in tuned_weights.items()}, base_weights)
+    ledger.tuned_only.update(found.tuned_only)
+    ledger.base_only.update(found.base_only)
+    ledger.warnings += found.warnings
+    pairs = _Pairs(ledger, tuned, base, found.tuned, found.base, moved=found.notes)
     _note_tied(pairs)
     return pairs
 
@@ -157,7 +163,8 @@ def _pair(pairs: _Pairs, key: str, base: Weight, tuned: Weight) -> None:
         why = f"tuned is {list(tuned.shape)}, base is {list(base.shape)}"
         ledger.refuse(base.name, base.shape, "shape_mismatch", why)
         return
-    notes = [f"also stands for {', '.join(pairs.stands_for[key])} (tied)"] if key in pairs.stands_for else []
+    notes = [pairs.moved[key]] if key in pairs.moved else []
+    notes += [f"also stands for {', '.join(pairs.stands_for[key])} (tied)"] if key in pairs.stands_for else []
     for side, weight in (("base", base), ("tuned", tuned)):
         if weight.same_as:
             notes.append(f"in the {side} model it is the same tensor as {weight.same_as}")
