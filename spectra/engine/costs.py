@@ -92,7 +92,7 @@ COSTS: Mapping[type[Form], Callable[[WeightDelta, int], Cost]] = {
 
 def _stored(delta: WeightDelta) -> int:
     """Bytes of the stored tensors as they are stored."""
-    return sum(_width(ref.dtype) * ref.numel for ref in delta.refs)
+    return sum(ref.codec.reading_bytes if ref.codec else _width(ref.dtype) * ref.numel for ref in delta.refs)
 
 
 def _base(delta: WeightDelta) -> int:

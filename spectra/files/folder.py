@@ -105,10 +105,11 @@ def _beside(home: Place, name: str) -> dict[str, Any] | None:
 
 
 def _decoded(folder: Folder) -> Folder:
-    decoded = quantised.decode(folder.tensors, folder.config)
+    decoded = quantised.decode(folder.tensors, folder.config, folder.broken)
     return replace(
         folder,
         tensors=decoded.tensors,
+        broken=decoded.broken,
         packed=decoded.packed,
         warnings=(*folder.warnings, *decoded.warnings),
     )

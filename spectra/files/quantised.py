@@ -1,31 +1,25 @@
-"""Weights that are stored as codes: fp8 with its scales is decoded, packed formats are refused by name.
+"""Weights that are stored as codes: each becomes one weight that is decoded when it is read, or is refused by name.
 
-fp8: W = code ∘ scale, with one scale per tensor, per row (compressed-tensors, FBGEMM) or per block of
-`weight_block_size` (DeepSeek-AI 2024, DeepSeek-V3, §3.3.2). The product is exact in float64.
+What belongs to a weight (scales, zero points, maxima) leaves the list of tensors with it, decoded or not. A new
+format is a file in `codecs/` and its place in `_FINDERS`.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from spectra.errors import SourceError
+from spectra.files.codecs import awq, bitsandbytes, compressed_tensors, fp8, gptq, mlx, mxfp4, undecoded
+from spectra.files.codecs.coded import BROKEN, Candidate, Coded
 from spectra.files.tensors import TensorRef
 
-_FP8 = ("F8_E4M3", "F8_E5M2")
-_SCALES = ("_scale_inv", "_scale")  # appended to the weight's own name
-_COMFY_SCALE = "scale_weight"  # beside the weight
-# What stands for `<module>.weight`, which format it belongs to, and which tensors go with it.
-_PACKED: tuple[tuple[str, str, str], ...] = (
-    ("qweight", "GPTQ or AWQ", r"qweight|qzeros|scales|g_idx|perm|workspace"),
-    ("weight_packed", "compressed-tensors (packed)",
-     r"weight_packed|weight_(?:shape|scale|zero_point|g_idx|global_scale)|input_(?:scale|zero_point|global_scale)"),
-    ("W_q", "HQQ", r"W_q|meta|scale|zero"),
+# In this order: a tensor belongs to the first format that recognises it.
+_FINDERS: tuple[Callable[[Mapping[str, TensorRef], Mapping[str, Any]], list[Candidate]], ...] = (
+    bitsandbytes.find, awq.find, gptq.find, mlx.find, mxfp4.find, compressed_tensors.find, undecoded.find, fp8.find,
 )  # fmt: skip
-_BITSANDBYTES_4 = re.compile(r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)$")
-_BITSANDBYTES_8 = re.compile(r"\.(SCB|weight_format)$")
 
 
 @dataclass(frozen=True)
@@ -35,128 +29,82 @@ class Decoded:
     Attributes:
         tensors: name → reference that reads as real numbers, and whatever is not a weight's code.
         packed: weight → why it cannot be decoded.
+        broken: name → why it cannot be read; a coded weight's own name where that is one of its parts.
         warnings: what was decoded.
     """
 
     tensors: dict[str, TensorRef]
     packed: dict[str, str]
+    broken: dict[str, str]
     warnings: tuple[str, ...] = ()
 
 
-def decode(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Decoded:
-    """Attach scales to fp8 weights, and take packed weights with their companions out of the list."""
-    left = dict(tensors)
-    packed = _take_packed(left, config) | _take_bitsandbytes(left) | _take_mxfp4(left)
-    decoded = 0
-    for name, ref in list(left.items()):
-        if name not in left or ref.dtype not in (*_FP8, "I8"):
-            continue
-        companion = _scale_of(name, left)
-        if companion is None:
-            if ref.dtype in _FP8:
-                packed[name] = f"fp8 without its scale in {ref.path}: the values are not known"
-                del left[name]
-            continue
-        found = _with_scale(ref, left[companion], companion.endswith("_inv"), config)
-        del left[companion]
-        if isinstance(found, str):
-            packed[name] = found
-            del left[name]
-        else:
-            left[name] = found
-            decoded += 1
-    where = next((ref.path for ref in tensors.values()), "")
-    said = f"{where}: {decoded} weights are fp8 codes times scales, so ΔW includes what fp8 rounded away"
-    return Decoded(left, packed, (said,) if decoded else ())
+def decode(
+    tensors: Mapping[str, TensorRef], config: Mapping[str, Any], broken: Mapping[str, str] | None = None
+) -> Decoded:
+    """Put one reference, or one reason, in the place of all the tensors that a coded weight is stored in.
+
+    Args:
+        tensors: what the files hold.
+        config: the model's `config.json`.
+        broken: name → why it cannot be read, for tensors that the files name and do not hold.
+    """
+    lost = broken or {}
+    named = {**tensors, **{name: TensorRef("", name, BROKEN, (), "", (0, 0)) for name in lost}}
+    places, belonging = _recognised(named, config)
+    left: dict[str, TensorRef] = {}
+    packed: dict[str, str] = {}
+    unreadable = {name: why for name, why in lost.items() if name not in belonging}
+    kinds: Counter[str] = Counter()
+    for name, ref in named.items():
+        if name in places:
+            weight, title = places[name].weight, places[name].title
+            gone = next((f"{part}: {lost[part]}" for part in places[name].names if part in lost), None)
+            if gone is not None:
+                unreadable[weight] = gone
+                continue
+            try:
+                left[weight] = _built(places[name], tensors).as_ref(weight)
+            except SourceError as problem:
+                packed[weight] = f"{title} codes in {ref.path} are not decoded: {problem}"
+            else:
+                kinds[title if title == fp8.TITLE else f"{left[weight].dtype} ({title})"] += 1
+        elif name not in belonging and name not in lost:
+            left[name] = ref
+    first = next((ref.path for ref in tensors.values()), "")
+    said = tuple(f"{first}: {_said(kind, count)}" for kind, count in kinds.items())
+    return Decoded(left, packed, unreadable, said)
 
 
-def _scale_of(name: str, tensors: Mapping[str, TensorRef]) -> str | None:
-    module, _, last = name.rpartition(".")
-    candidates = [name + suffix for suffix in _SCALES]
-    if last == "weight":
-        candidates.append(f"{module}.{_COMFY_SCALE}")
-    return next((candidate for candidate in candidates if candidate in tensors), None)
+def _recognised(
+    tensors: Mapping[str, TensorRef], config: Mapping[str, Any]
+) -> tuple[dict[str, Candidate], frozenset[str]]:
+    """In whose place each coded weight is listed, and every name that belongs to one."""
+    places: dict[str, Candidate] = {}
+    rest = dict(tensors)
+    for find in _FINDERS:
+        for candidate in find(dict(rest), config):
+            mine = [name for name in candidate.names if name in rest]
+            if mine:
+                places[mine[0]] = candidate
+            for name in mine:
+                del rest[name]
+    return places, frozenset(tensors) - frozenset(rest)
 
 
-def _with_scale(ref: TensorRef, scale: TensorRef, inverse: bool, config: Mapping[str, Any]) -> TensorRef | str:
-    """The weight as codes times its scale, or why their layout is not certain."""
-    if ref.dtype not in _FP8:
-        return f"int8 codes with a scale in {ref.path}: this quantised format is not decoded"
-    if not scale.is_float:
-        return f"the fp8 scale {scale.name} in {scale.path} is stored as {scale.dtype}, which is not decoded"
-    if scale.numel == 1:
-        return replace(ref, scale=scale)
-    if len(ref.shape) != 2:
-        return f"fp8 with {len(ref.shape)} axes and a scale {list(scale.shape)} in {ref.path} is not decoded"
-    rows, columns = ref.shape
-    if scale.shape in ((rows, 1), (rows,)):
-        return replace(ref, scale=scale)
-    block = _block_size(config)
-    if block is None:
-        return (
-            f"the fp8 scale {scale.name} {list(scale.shape)} is per block and config.json gives no "
-            "weight_block_size: put the config beside the weights"
-        )
-    block = (min(block[0], rows), min(block[1], columns))
-    if scale.shape != (math.ceil(rows / block[0]), math.ceil(columns / block[1])):
-        return f"the fp8 scale {list(scale.shape)} does not fit {list(ref.shape)} in blocks of {list(block)}"
-    return replace(ref, scale=scale, block=block)
+def _built(candidate: Candidate, tensors: Mapping[str, TensorRef]) -> Coded:
+    """How a weight is decoded.
+
+    Raises:
+        SourceError: a part of it is missing or does not fit, or the weight is there twice.
+    """
+    if candidate.weight in tensors and candidate.weight not in candidate.names:
+        raise SourceError(f"{candidate.weight} is there in plain numbers, too; keep one of the two")
+    return candidate.build()
 
 
-def _block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    settings = config.get("quantization_config")
-    if not isinstance(settings, Mapping):
-        return None
-    found = settings.get("weight_block_size")
-    groups = settings.get("config_groups")
-    if found is None and isinstance(groups, Mapping):
-        weights = [group.get("weights") for group in groups.values() if isinstance(group, Mapping)]
-        sizes = [item["block_structure"] for item in weights if isinstance(item, Mapping) and "block_structure" in item]
-        found = sizes[0] if sizes and all(size == sizes[0] for size in sizes) else None
-    if isinstance(found, list) and len(found) == 2 and all(type(size) is int and size > 0 for size in found):
-        return (found[0], found[1])
-    return None
-
-
-def _take_packed(left: dict[str, TensorRef], config: Mapping[str, Any]) -> dict[str, str]:
-    settings = config.get("quantization_config")
-    method = str(settings.get("quant_method", "")) if isinstance(settings, Mapping) else ""
-    packed = {}
-    for marker, title, companions in _PACKED:
-        modules = {name.removesuffix(f".{marker}") for name in left if name.endswith(f".{marker}")}
-        pattern = re.compile(rf"(.+)\.(?:{companions})")
-        for name in list(left):
-            found = pattern.fullmatch(name)
-            if found and found[1] in modules:
-                packed[f"{found[1]}.weight"] = (
-                    f"{method.upper() if method and marker == 'qweight' else title} codes in {left[name].path} "
-                    "are not decoded: pass the weights in bf16 or fp16"
-                )
-                del left[name]
-    return packed
-
-
-def _take_bitsandbytes(left: dict[str, TensorRef]) -> dict[str, str]:
-    packed = {}
-    for pattern, bits in ((_BITSANDBYTES_4, 4), (_BITSANDBYTES_8, 8)):
-        for name in [name for name in left if pattern.search(name)]:
-            weight = pattern.sub(".weight", name)
-            if weight in left and left[weight].dtype in ("U8", "I8"):
-                packed[weight] = (
-                    f"bitsandbytes {bits}-bit codes in {left[weight].path} are not decoded: "
-                    "pass the weights in bf16 or fp16"
-                )
-                del left[name]
-    for weight in packed:
-        del left[weight]
-    return packed
-
-
-def _take_mxfp4(left: dict[str, TensorRef]) -> dict[str, str]:
-    stems = [name.removesuffix("_blocks") for name in left if name.endswith("_blocks")]
-    packed = {}
-    for stem in stems:
-        if f"{stem}_scales" in left and left[f"{stem}_blocks"].dtype == "U8":
-            packed[stem] = f"MXFP4 codes in {left[f'{stem}_blocks'].path} are not decoded: pass the weights in bf16"
-            del left[f"{stem}_blocks"], left[f"{stem}_scales"]
-    return packed
+def _said(kind: str, count: int) -> str:
+    weights = f"{count} weights are" if count > 1 else "1 weight is"
+    if kind == fp8.TITLE:
+        return f"{weights} fp8 codes times scales, so ΔW includes what fp8 rounded away"
+    return f"{weights} {kind}: ΔW is relative to the decoded weights"

@@ -7,7 +7,7 @@ those are `TensorRef`'s.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -18,13 +18,6 @@ from spectra.errors import SourceError
 from spectra.files import ggml, torch_archive
 from spectra.files.dtypes import DTYPES, plain_bytes
 from spectra.files.storage import Place, Stamp
-
-
-class Part(Protocol):
-    """A tensor that can be read by itself."""
-
-    def read(self) -> Tensor:
-        """Its entries."""
 
 
 class Stored(Protocol):
@@ -53,14 +46,6 @@ class Stored(Protocol):
     @property
     def offset(self) -> int:
         """Where its bytes start."""
-
-    @property
-    def parts(self) -> Sequence[Part]:
-        """What it is put together from, if no file holds all of it."""
-
-    @property
-    def axis(self) -> int:
-        """Along which the parts lie one after the other."""
 
 
 def read_safetensors(ref: Stored) -> Tensor:
@@ -103,20 +88,10 @@ def read_torch(ref: Stored) -> Tensor:
     return torch_archive.load(ref.file, ref.stamp)[ref.name].detach()
 
 
-def read_joined(ref: Stored) -> Tensor:
-    """Parts in several files, each read by its own reader, one after the other along an axis.
-
-    Raises:
-        SourceError: one of the files is gone, changed or broken.
-    """
-    return torch.cat([part.read() for part in ref.parts], ref.axis)
-
-
 READERS: dict[str, Callable[[Stored], Tensor]] = {
     "safetensors": read_safetensors,
     "gguf": read_gguf,
     "torch": read_torch,
-    "joined": read_joined,
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from spectra.errors import SourceError
 from spectra.files import ggml
@@ -22,6 +22,40 @@ if TYPE_CHECKING:
 View = tuple[str, tuple[int, ...]]
 
 
+class Codec(Protocol):
+    """How a weight is made of stored codes and what goes with them; `spectra.files.codecs` has one per format.
+
+    Attributes:
+        linear: the weight is (out, in) whatever the architecture's own files do: the format packs Linear layers.
+        decodes: reading gives real numbers, whatever type the codes have.
+    """
+
+    linear: ClassVar[bool]
+    decodes: ClassVar[bool]
+
+    @property
+    def reading_bytes(self) -> int:
+        """All stored parts, the weight and the work space."""
+        ...
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """All stored tensors that the weight is made of, the codes first."""
+        ...
+
+    def read(self) -> Tensor:
+        """The weight."""
+        ...
+
+    def rows(self, start: int, stop: int) -> Codec | None:
+        """The same for some rows, where they can be read alone."""
+        ...
+
+    def item(self, index: int) -> Codec | None:
+        """The same for one entry along the first axis, where it can be read alone."""
+        ...
+
+
 @dataclass(frozen=True)
 class TensorRef:
     """A stored tensor that has not been read: file, name, dtype, shape and a chain of views.
@@ -31,18 +65,14 @@ class TensorRef:
         name: the tensor's name in that file.
         dtype: its storage type in safetensors' words, such as "BF16".
         shape: its shape after the views.
-        container: the kind of file, which is its key in `READERS`: "safetensors", "torch", "gguf" or
-            "joined".
+        container: the kind of file, which is its key in `READERS`: "safetensors", "torch" or "gguf".
         stamp: the file's size and version when its header was read.
         storage: where the file lies.
         offset: where the data start (safetensors and GGUF), in bytes.
         stored: the shape of what is read, before the views.
         views: what to do with it after reading, in order.
-        scale: what the stored codes are multiplied by where fp8 keeps it apart: a single entry, one
-            per row, or one per block.
-        block: the (rows, columns) that one entry of `scale` stands for; () without blocks.
-        parts: what a tensor of the container "joined" is put together from; () for one that a file holds.
-        axis: along which the parts lie one after the other.
+        codec: how it is made of other stored tensors: codes with what goes with them, or parts in several files;
+            None where it lies in the file as it is. `dtype` then names the codes, `shape` is that of the weight.
     """
 
     path: str
@@ -55,10 +85,7 @@ class TensorRef:
     offset: int = 0
     stored: tuple[int, ...] = ()
     views: tuple[View, ...] = field(default=())
-    scale: TensorRef | None = None
-    block: tuple[int, ...] = ()
-    parts: tuple[TensorRef, ...] = ()
-    axis: int = 0
+    codec: Codec | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[TensorRef], axis: int) -> TensorRef:
@@ -72,8 +99,8 @@ class TensorRef:
         if len(others) > 1:
             raise SourceError(f"the parts of {first.name} in {first.path} and {parts[-1].path} do not fit together")
         shape = (*first.shape[:axis], sum(part.shape[axis] for part in parts), *first.shape[axis + 1 :])
-        place = (first.path, first.name, first.dtype, shape, "joined", first.stamp, first.storage)
-        return cls(*place, parts=tuple(parts), axis=axis)
+        place = (first.path, first.name, first.dtype, shape, first.container, first.stamp, first.storage)
+        return cls(*place, stored=shape, codec=Joined(tuple(parts), axis))
 
     @property
     def numel(self) -> int:
@@ -83,6 +110,8 @@ class TensorRef:
     @property
     def nbytes(self) -> int:
         """How many bytes the viewed entries take in the file; 0 for a type whose width is not known."""
+        if self.codec is not None:
+            return sum(part.nbytes for part in self.codec.refs)
         return self._bytes_of(self.numel) or 0
 
     @property
@@ -93,7 +122,7 @@ class TensorRef:
     @property
     def is_float(self) -> bool:
         """Whether reading gives real numbers: stored as such, or as codes that are decoded."""
-        return self.dtype in REAL_FLOATS or self.scale is not None or self.container == "gguf"
+        return self.dtype in REAL_FLOATS or (self.codec is not None and self.codec.decodes) or self.container == "gguf"
 
     @property
     def T(self) -> TensorRef:  # noqa: N802
@@ -105,17 +134,21 @@ class TensorRef:
         if not 0 <= start <= stop <= self.shape[0]:
             raise SourceError(f"{self.name} in {self.path} has {self.shape[0]} rows, not {start}:{stop}")
         shape = (stop - start, *self.shape[1:])
+        if self.codec is not None and not self.views and (codec := self.codec.rows(start, stop)) is not None:
+            return replace(self, shape=shape, codec=codec)
         return self._part(start, shape) or replace(self, shape=shape, views=(*self.views, ("rows", (start, stop))))
 
     def item(self, index: int) -> TensorRef:
         """The index-th entry along the first axis, which goes away."""
         shape = self.shape[1:]
+        if self.codec is not None and not self.views and (codec := self.codec.item(index)) is not None:
+            return replace(self, shape=shape, codec=codec)
         part = self._part(index, shape) if 0 <= index < self.shape[0] else None
         return part or replace(self, shape=shape, views=(*self.views, ("item", (index,))))
 
     def _part(self, rows: int, shape: tuple[int, ...]) -> TensorRef | None:
         """What follows the first rows, as a tensor that is read alone; None where only the whole can be read."""
-        if self.container in ("torch", "joined") or self.views or self.scale is not None or self.shape != self.stored:
+        if self.container == "torch" or self.views or self.codec is not None or self.shape != self.stored:
             return None
         skipped, left = self._bytes_of(rows * math.prod(self.shape[1:])), self._bytes_of(math.prod(shape))
         if skipped is None or left is None:
@@ -157,11 +190,10 @@ class TensorRef:
         """
         from spectra.files.readers import READERS
 
+        if self.codec is not None:
+            return self.view(self.codec.read()).to(device)
         self.check_unchanged()
-        tensor = READERS[self.container](self)
-        if self.scale is not None:
-            tensor = _scaled(tensor, self.scale, self.block)
-        return self.view(tensor).to(device)
+        return self.view(READERS[self.container](self)).to(device)
 
     def view(self, tensor: Tensor) -> Tensor:
         """This reference's views, applied to a tensor that is already here."""
@@ -190,6 +222,43 @@ class TensorRef:
         return self.read(device)
 
 
+@dataclass(frozen=True)
+class Joined:
+    """A tensor of which several files hold a part each.
+
+    Attributes:
+        parts: the parts in order.
+        axis: along which they lie one after the other.
+    """
+
+    linear: ClassVar[bool] = False
+    decodes: ClassVar[bool] = False
+    parts: tuple[TensorRef, ...]
+    axis: int
+
+    @property
+    def reading_bytes(self) -> int:
+        """The parts, and the whole."""
+        return 2 * sum(part.nbytes for part in self.parts)
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """The parts."""
+        return self.parts
+
+    def read(self) -> Tensor:
+        """The parts side by side."""
+        import torch
+
+        return torch.cat([part.read() for part in self.parts], self.axis)
+
+    def rows(self, start: int, stop: int) -> None:
+        """Not read alone."""
+
+    def item(self, index: int) -> None:
+        """Not read alone."""
+
+
 def _apply(tensor: Tensor, kind: str, arguments: tuple[int, ...]) -> Tensor:
     if kind == "T":
         return tensor.T
@@ -202,19 +271,6 @@ def _apply(tensor: Tensor, kind: str, arguments: tuple[int, ...]) -> Tensor:
     if kind == "blocks":
         return _block_diagonal(tensor, arguments[0])
     return tensor.permute(arguments)
-
-
-def _scaled(codes: Tensor, scale: TensorRef, block: tuple[int, ...]) -> Tensor:
-    """codes ∘ scale in float64, where the product of an fp8 code and its scale is exact."""
-    import torch
-
-    factors = scale.read_float64()
-    if block:
-        for axis, size in enumerate(block):
-            factors = factors.repeat_interleave(size, axis).narrow(axis, 0, codes.shape[axis])
-    elif factors.numel() > 1:
-        factors = factors.reshape(-1, *(1 for _ in codes.shape[1:]))
-    return codes.to(torch.float64) * (factors if block or factors.numel() > 1 else factors.reshape(()))
 
 
 def _block_diagonal(tensor: Tensor, blocks: int) -> Tensor:

@@ -58,7 +58,9 @@ def is_conv1d(config: Config, name: str) -> bool:
 
 
 def oriented(config: Config, name: str, ref: TensorRef) -> TensorRef:
-    """The weight as (out, in), Linear orientation."""
+    """The weight as (out, in), Linear orientation, in which formats that pack Linear layers have it already."""
+    if ref.codec is not None and ref.codec.linear:
+        return ref
     return ref.T if len(ref.shape) == 2 and is_conv1d(config, name) else ref
 
 

@@ -24,6 +24,8 @@ _STACKED = re.compile(
     r"|(?P<moe>.*block_sparse_moe\.)(?P<linear>input_linear|output_linear)\.weight"
     r"|(?P<dbrx>.*experts\.)mlp\.(?P<glu>w1|v1|w2)"
 )
+# MLX's own: one stack per projection, (experts, out, in) for every architecture.
+_MLX_STACKED = re.compile(r"(?P<before>.*\.)switch_mlp\.(?P<part>gate_proj|up_proj|down_proj)\.weight")
 _UNIT = re.compile(r"(?P<before>.*experts\.)\d+\.(?P<part>gate|up|gate_up|down)_proj\.weight")
 _MAX_EXPERTS = 2**16
 
@@ -106,6 +108,8 @@ def unstacked(config: Mapping[str, Any], name: str, ref: TensorRef, *, split: bo
     """The experts of one stacked tensor, gate and up apart if `split`; nothing if the layout is not known."""
     found = _STACKED.fullmatch(name)
     kind = model_type(config, name)
+    if mlx := _MLX_STACKED.fullmatch(name):
+        yield from _mlx(mlx["before"], mlx["part"], ref)
     if not found or not ref.numel:
         return
     if found["dbrx"]:
@@ -126,6 +130,12 @@ def unstacked(config: Mapping[str, Any], name: str, ref: TensorRef, *, split: bo
             yield Expert(f"{key}{half}_proj.weight", f"{own}[{half}]", cut)
         if not halves:
             yield Expert(f"{key}{part}.weight", own, matrix)
+
+
+def _mlx(before: str, part: str, ref: TensorRef) -> Iterator[Expert]:
+    if len(ref.shape) == 3 and 0 < ref.shape[0] <= _MAX_EXPERTS and ref.numel:
+        for index in range(ref.shape[0]):
+            yield Expert(f"{before}experts.{index}.{part}.weight", f"[{index}]", ref.item(index))
 
 
 def _halves(stack: Stack, matrix: TensorRef) -> dict[str, TensorRef]:

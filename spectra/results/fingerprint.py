@@ -27,7 +27,8 @@ def of_pair(a: WeightDelta, b: WeightDelta) -> str:
 def of_files(source: Source) -> dict[str, dict[str, Any]]:
     """Path → size, version (a disk's modification time) and hash of the first MiB, for every file that is read."""
     refs = (ref for delta in source.deltas for ref in delta.refs)
-    one_per_file = {ref.path: ref for ref in refs}
+    stored = (part for ref in refs for part in (ref.codec.refs if ref.codec else (ref,)))
+    one_per_file = {part.path: part for part in stored}
     return {path: _of_file(ref) for path, ref in sorted(one_per_file.items())}
 
 

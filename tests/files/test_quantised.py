@@ -1,4 +1,4 @@
-"""Quantised storage: fp8 with its scales is exact, everything else is refused by name and the rest is done."""
+"""Quantised storage: fp8 with its scales is exact; what does not fit its format is refused by name, the rest done."""
 
 from __future__ import annotations
 
@@ -200,18 +200,21 @@ def test_packed_weights_are_refused_by_name_and_the_others_are_done(tmp_path, ti
     assert not source.coverage.base_only
 
 
-def test_mxfp4_experts_are_refused_by_name(tmp_path):
+@pytest.mark.parametrize("missing", ["blocks", "scales"])
+def test_half_of_mxfp4_experts_is_refused_by_name(tmp_path, missing):
     name = "model.layers.0.mlp.experts.down_proj"
     packed = {
         f"{name}_blocks": torch.ones(2, 4, 3, 16, dtype=torch.uint8),
         f"{name}_scales": torch.ones(2, 4, 3, dtype=torch.uint8),
         OTHER: torch.eye(4),
     }
+    del packed[f"{name}_{missing}"]
     source = spectra.open_source(
         *(write_checkpoint(tmp_path / side, packed, config={"model_type": "gpt_oss"}) for side in "tb")
     )
     assert {delta.name: delta.status for delta in source} == {name: "unsupported", OTHER: "ok"}
-    assert "MXFP4" in source[name].reason
+    assert "gpt-oss" in source[name].reason
+    assert f"their {missing} is not in the file" in source[name].reason
 
 
 def test_an_adapter_needs_no_decoded_base(tmp_path):

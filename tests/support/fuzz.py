@@ -29,9 +29,12 @@ from safetensors.torch import save_file
 import spectra
 from spectra.errors import SpectraError
 from support.examples import EXAMPLES, stored_tensors
+from support.stored_codes import write_coded, write_plain
 
 SECONDS = 10  # for one case, on a loaded machine; most take milliseconds
 MEMORY = 2 * 2**30  # beyond what the process already maps
+# One of each format of quantised weights, beside the examples of FORMATS.
+CODED = ("nf4 nested", "int8", "mlx experts", "gptq 3 bits in act-order", "awq", "compressed asymmetric", "mxfp4")
 ODD = [
     None, 0, -1, 1, 2**40, 2**63, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "LORA", "\x00",
     [], [1], {}, {"x": 1}, True, False, "(" * 50, "(a+)+$",
@@ -231,9 +234,13 @@ def run_case(case: str, originals: dict[str, tuple[Path, Path]], work: Path) -> 
 
 
 def build(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """kind → (tuned, base) of every example."""
+    """kind → (tuned, base) of every example, and of checkpoints in codes."""
     made = {kind: example(folder / kind) for kind, example in EXAMPLES.items()}
-    return {kind: (oracle.adapter, oracle.base) for kind, oracle in made.items()}
+    pairs = {kind: (oracle.adapter, oracle.base) for kind, oracle in made.items()}
+    for case in CODED:
+        kind = case.replace(" ", "_")
+        pairs[kind] = (write_coded(folder / kind / "tuned", case), write_plain(folder / kind / "base", case))
+    return pairs
 
 
 def limit() -> None:
