@@ -44,6 +44,7 @@ class Spectrum:
         method: the solver that gave the numbers, and the ones that failed before it.
         note: what the number stands for where that is not simply tuned − base.
         base_norm: ‖W₀‖_F, or None.
+        base_cosine: cos(W₀ + ΔW, W₀), or None; a fine-tune keeps it above .9, an unrelated weight has about 0.
         unmoved_share: fraction of the entries that are equal in both files, or None.
         resolution: values at or below it are not resolved by the method; never drawn or counted.
         k: how many singular vectors of each side exist, whether they are loaded or lie on the disk.
@@ -67,6 +68,7 @@ class Spectrum:
     reason: str = ""
     note: str = ""
     base_norm: float | None = None
+    base_cosine: float | None = None
     unmoved_share: float | None = None
     resolution: float = 0.0
     k: int = 0

@@ -52,7 +52,16 @@ def command(
         report.print_json(_document(source, rows, values))
     else:
         _print(rows)
+    _warn(source, rows)
     _close(rows, out, written)
+
+
+def _warn(source: Source, rows: list[Row]) -> None:
+    from spectra.results.relation import unrelated
+
+    text = unrelated(source, rows)
+    if text:
+        report.note(f"warning: {text}")
 
 
 def _run(

@@ -119,7 +119,7 @@ class WeightDelta:
             raise SelectionError(f"{self.name} cannot be read: {self.status}: {self.reason}")
         form = self.recipe.read(device)
         if self.base is not None and form.base_norm is None:
-            form = form.with_base_norm(self.base.norm(device))
+            form = form.beside(self.base.read(device))
         return form
 
     @classmethod

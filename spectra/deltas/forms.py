@@ -12,12 +12,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from spectra import text
+from spectra.deltas.relatedness import cosine_to_base
 from spectra.deltas.thin import times
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _BLOCK = 512  # rows of a product that are there at once where its norm needs them
+_BLOCK_ENTRIES = 2**20  # of a matrix that are multiplied at once
 _CANCELLED = 1e-6  # below this share of (‖L‖‖R‖)², ⟨LᵀL, RRᵀ⟩ has lost more than six of its digits
 
 
@@ -29,6 +31,7 @@ class Form(ABC):
 
     Attributes:
         base_norm: ‖W₀‖_F where the base was read, else None.
+        base_inner: ⟨W₀, ΔW⟩ where the base was read, else None.
         noise_edge: the largest singular value that storage rounding alone would give, or None.
         unchanged: the fraction of entries that are equal in both files, or None.
 
@@ -44,6 +47,7 @@ class Form(ABC):
     """
 
     base_norm: float | None
+    base_inner: float | None
     noise_edge: float | None = None
     unchanged: float | None = None
 
@@ -106,9 +110,17 @@ class Form(ABC):
         """Rows start … stop − 1 of ΔW."""
         return self.take(slice(start, stop))
 
-    def with_base_norm(self, norm: float) -> Self:
-        """The same ΔW with ‖W₀‖_F beside it."""
-        return cast("Self", replace(cast("Any", self), base_norm=norm))
+    @property
+    def base_cosine(self) -> float | None:
+        """cos(W₀ + ΔW, W₀), or None where the base was not read or nothing is left to tell a direction from."""
+        if self.base_norm is None or self.base_inner is None:
+            return None
+        return cosine_to_base(self.base_norm, self.norm, self.base_inner)
+
+    def beside(self, base: Tensor) -> Self:
+        """The same ΔW with what W₀ (out, in) says of it: ‖W₀‖_F and ⟨W₀, ΔW⟩."""
+        known = {"base_norm": float(base.norm()), "base_inner": self.inner(base)}
+        return cast("Self", replace(cast("Any", self), **known))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +130,7 @@ class Dense(Form):
     Attributes:
         matrix: ΔW, float64 (out, in).
         base_norm: ‖W₀‖_F where the base was read, else None.
+        base_inner: ⟨W₀, ΔW⟩ where the base was read, else None.
         noise_edge: the largest singular value that storage rounding alone would give, or None.
         unchanged: the fraction of entries that are equal in both files, or None.
     """
@@ -126,6 +139,7 @@ class Dense(Form):
     base_norm: float | None = None
     noise_edge: float | None = None
     unchanged: float | None = None
+    base_inner: float | None = None
 
     @property
     def tensors(self) -> tuple[Tensor]:
@@ -158,18 +172,18 @@ class Dense(Form):
 
     def take(self, rows: slice | Tensor) -> Dense:
         """Some rows; a slice is a view."""
-        return replace(self, matrix=self.matrix[rows])
+        return replace(self, matrix=self.matrix[rows], base_inner=None)
 
     def inner(self, matrix: Tensor) -> float:
-        """Over the entries."""
-        import torch
-
-        return float(torch.tensordot(self.matrix, matrix, dims=2))
+        """Over the entries, some rows at a time: W₀ may be a transpose, which a product of all would copy."""
+        height = max(1, _BLOCK_ENTRIES // max(1, self.shape[1]))
+        blocks = (slice(start, start + height) for start in range(0, self.shape[0], height))
+        return sum(float((self.matrix[block] * matrix[block]).sum()) for block in blocks)
 
     def scaled(self, factor: float) -> Dense:
         """factor · ΔW; storage rounding, if known, grows with it."""
         edge = None if self.noise_edge is None else abs(factor) * self.noise_edge
-        return replace(self, matrix=factor * self.matrix, noise_edge=edge)
+        return replace(self, matrix=factor * self.matrix, noise_edge=edge, base_inner=None)
 
     def to_dense(self) -> Tensor:
         """The matrix."""
@@ -187,11 +201,13 @@ class LowRank(Form):
         left: L, float64 (out, r).
         right: R, float64 (r, in).
         base_norm: ‖W₀‖_F where the base was read, else None.
+        base_inner: ⟨W₀, ΔW⟩ where the base was read, else None.
     """
 
     left: Tensor
     right: Tensor
     base_norm: float | None = None
+    base_inner: float | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -249,7 +265,7 @@ class LowRank(Form):
 
     def take(self, rows: slice | Tensor) -> LowRank:
         """Some rows of L; R stays."""
-        return replace(self, left=self.left[rows])
+        return replace(self, left=self.left[rows], base_inner=None)
 
     def inner(self, matrix: Tensor) -> float:
         """Σ (LᵀM) ∘ R."""
@@ -259,7 +275,7 @@ class LowRank(Form):
 
     def scaled(self, factor: float) -> LowRank:
         """(factor · L) · R."""
-        return replace(self, left=factor * self.left)
+        return replace(self, left=factor * self.left, base_inner=None)
 
     def to_dense(self) -> Tensor:
         """ΔW = L · R as one tensor (out, in)."""
@@ -277,11 +293,13 @@ class Kronecker(Form):
         first: A, float64 (m₁, n₁).
         second: B, float64 (m₂, n₂).
         base_norm: ‖W₀‖_F where the base was read, else None.
+        base_inner: ⟨W₀, ΔW⟩ where the base was read, else None.
     """
 
     first: Tensor
     second: Tensor
     base_norm: float | None = None
+    base_inner: float | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -328,7 +346,7 @@ class Kronecker(Form):
 
     def scaled(self, factor: float) -> Kronecker:
         """(factor · A) ⊗ B."""
-        return replace(self, first=factor * self.first)
+        return replace(self, first=factor * self.first, base_inner=None)
 
     def to_dense(self) -> Tensor:
         """ΔW as one tensor (out, in)."""

@@ -99,16 +99,18 @@ class Difference(FromTensors):
 
         tuned, base = self.tuned.read_real(device), self.base.read_real(device)
         delta = tuned.to(torch.float64, copy=True)
-        squares, unmoved = 0.0, 0
+        squares, inner, unmoved = 0.0, 0.0, 0
         height = max(1, _BLOCK_ENTRIES // max(1, delta.shape[1]))
         for start in range(0, delta.shape[0], height):  # never both weights in float64: half of the memory
             before, rows = base[start : start + height].to(torch.float64), delta[start : start + height]
             squares += float(before.square().sum())
             unmoved += rows.numel() - int(rows.sub_(before).count_nonzero())
+            inner += float(before.mul_(rows).sum())
         del base
         return Dense(
             matrix=delta,
             base_norm=math.sqrt(squares),
+            base_inner=inner,
             noise_edge=rounding_edge(tuned, self.tuned.dtype),
             unchanged=unmoved / delta.numel() if delta.numel() else None,
         )
@@ -257,9 +259,9 @@ class OnBase(FromTensors):
         return 8 * self.copies * self.base.numel
 
     def read(self, device: str = "cpu") -> Form:
-        """Read W₀ once, for ΔW and for its norm."""
+        """Read W₀ once, for ΔW and for what it says of it."""
         base = self.base.read_float64(device)
-        return self.from_base(base).with_base_norm(float(base.norm()))
+        return self.from_base(base).beside(base)
 
     def from_base(self, base: Tensor) -> Form:
         """ΔW from W₀ (out, in) in float64, on its device."""

@@ -23,7 +23,7 @@ of the 16 models in sceptr 1.2.0 (tensors that never move left out):
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 UNRELATED = 0.5  # between what fine-tunes keep (.93 and more) and what unrelated weights have (.08 and less)
 _SAME = 0.9  # above which one weight, rearranged, is taken for the other
 _LOST = 1e-12  # of the squares that cancel: below it the rest is rounding
+UNRELATED_NOTE = "unrelated to the base weight (base_cosine says how far): tuned − base is no update here"
 _CAUSES = (
     "layers renumbered, another orientation, q and k permuted, a slice of a larger weight, another revision of the "
     "base, or another model"
@@ -116,29 +117,22 @@ def _cosine(first: Tensor, second: Tensor) -> float:
     return float((first * second).sum()) / scale if scale else 0.0
 
 
-def unrelated(cosine: float, cause: str = "") -> str:
-    """What to say of a matrix that has nothing to do with the base's.
-
-    Args:
-        cosine: of W and W₀.
-        cause: what `rearranged` found.
-
-    >>> unrelated(0.0134, "it is the base's with the sign flipped")
-    "unrelated to the base (cosine 0.01): it is the base's with the sign flipped"
-    """
-    return f"unrelated to the base (cosine {cosine:.2f}): {cause or 'usually ' + _CAUSES}"
-
-
-def unrelated_warning(names: Sequence[str], total: int) -> str:
+def unrelated_warning(cosines: Mapping[str, float], total: int, cause: str = "") -> str:
     """One line for all matrices of a pair of checkpoints that are unrelated; "" for none.
 
-    >>> unrelated_warning([], 8)
+    Args:
+        cosines: name → cosine of W and W₀, of those that are unrelated.
+        total: how many matrices the pair has.
+        cause: what `rearranged` found for the first of them.
+
+    >>> unrelated_warning({}, 8)
     ''
     """
-    if not names:
+    if not cosines:
         return ""
-    which = "is" if len(names) == 1 else "are"
+    which = "is" if len(cosines) == 1 else "are"
+    first = next(iter(cosines))
     return (
-        f"{len(names)} of {total} matrices {which} unrelated to the base (cosine under {UNRELATED}), for example "
-        f"{names[0]}: their numbers are no update; usually {_CAUSES}"
+        f"{len(cosines)} of {total} matrices {which} unrelated to the base (cosine under {UNRELATED}), for example "
+        f"{first} ({cosines[first]:.2f}): their numbers are no update; {cause or f'usually {_CAUSES}'}"
     )

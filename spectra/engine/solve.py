@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Form
+from spectra.deltas.relatedness import UNRELATED_NOTE, is_unrelated
 from spectra.engine import check
 from spectra.engine.devices import Device, device_named
 from spectra.engine.ladder import Ladder, Numbers, Rung, Solver, ladder_for
@@ -158,14 +159,23 @@ def _with_norms(blank: Spectrum, form: Form) -> Spectrum | Unsolved:
         blank,
         norm=norm,
         base_norm=form.base_norm,
+        base_cosine=form.base_cosine,
         resolution=_ROUNDING * form.magnitude,
         noise_edge=form.noise_edge,
         unmoved_share=form.unchanged,
+        note=_told(blank.note, form),
     )
     if norm == 0:
         zeros = np.zeros(blank.max_rank or 0)
         return replace(known, status="unchanged", reason="ΔW = 0", S=zeros, method="zero")
     return Unsolved(form, blank, known)
+
+
+def _told(note: str, form: Form) -> str:
+    """The note, and where ΔW is the difference of two stored weights that are not related, that as well."""
+    if form.unchanged is None or not is_unrelated(form.base_cosine):
+        return note
+    return "; ".join(filter(None, (note, UNRELATED_NOTE)))
 
 
 def _solved(cases: Sequence[Unsolved], wanted: Wanted) -> Iterator[Spectrum]:

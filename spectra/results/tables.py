@@ -38,6 +38,7 @@ def row(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]] =
         "signal_rank": spectrum.signal_rank if spectrum.status in DONE else None,
         "noise_edge": spectrum.noise_edge,
         "unchanged": spectrum.unmoved_share,
+        "base_cosine": spectrum.base_cosine,
         "k": spectrum.k,
     }
     for name, metric in metrics.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -94,10 +95,14 @@ def test_a_multiple_is_the_matrix_multiplied(case, factor):
 
 
 @given(cases)
-def test_the_norm_of_the_base_can_be_learnt_later(case):
+def test_what_the_base_says_can_be_learnt_later(case):
     form = _form(case)
-    found = form.with_base_norm(8.0)
-    assert (found.base_norm, form.base_norm) == (8.0, 3.0)
+    base = torch.linspace(-1, 2, math.prod(form.shape), dtype=torch.float64).reshape(form.shape)
+    found = form.beside(base)
+    assert form.base_cosine is None
+    assert found.base_norm == pytest.approx(float(base.norm()), rel=1e-14)
+    assert found.base_inner == pytest.approx(float((form.to_dense() * base).sum()), rel=1e-9, abs=1e-9)
+    assert form.beside(base.T.contiguous().T).base_inner == pytest.approx(found.base_inner, rel=1e-12, abs=1e-12)
     assert all(a is b for a, b in zip(found.tensors, form.tensors, strict=True))
 
 
@@ -134,7 +139,7 @@ def test_the_product_is_formed_for_nothing_but_itself(monkeypatch):
         monkeypatch.setattr(kind, "to_dense", None)
         form = MAKERS[kind](5, 4, 2)
         form.T.times(form.times(torch.ones(form.shape[1], 1).double()))
-        form.scaled(2.0).with_base_norm(1.0)
+        form.scaled(2.0).inner(torch.ones(form.shape).double())
         assert form.norm > 0
 
 

@@ -15,7 +15,6 @@ from spectra.deltas.relatedness import (
     cosine_to_base,
     is_unrelated,
     rearranged,
-    unrelated,
     unrelated_warning,
 )
 
@@ -127,7 +126,7 @@ def test_another_order_of_rows_or_columns_is_named():
 
 
 def test_the_sentences():
-    assert unrelated(0.012).startswith("unrelated to the base (cosine 0.01): usually layers renumbered")
-    assert unrelated(-1.0, "it is this") == "unrelated to the base (cosine -1.00): it is this"
-    assert unrelated_warning(["a.weight"], 9).startswith("1 of 9 matrices is unrelated to the base (cosine under 0.5)")
-    assert "2 of 9 matrices are unrelated" in unrelated_warning(["a.weight", "b.weight"], 9)
+    assert unrelated_warning({"a.weight": 0.01}, 9).startswith(
+        "1 of 9 matrices is unrelated to the base (cosine under 0.5)"
+    )
+    assert "2 of 9 matrices are unrelated" in unrelated_warning({"a.weight": 0.0, "b.weight": 0.1}, 9, "it is this")

@@ -11,6 +11,7 @@ from support.checkpoints import write_checkpoint
 
 from spectra.errors import SourceError
 from spectra.files.folder import open_folder, read_header
+from spectra.files.storage import Place
 from spectra.files.tensors import TensorRef
 from spectra.models.meta_names import (
     Joined,
@@ -149,7 +150,7 @@ def test_parts_are_joined_to_the_whole(tmp_path, count, embedding_axis, left_out
     refs = []
     for number, part in enumerate(parts_of(tensors, count, embedding_axis)):
         torch.save(part, tmp_path / f"consolidated.{number:02}.pth")
-        refs.append(read_header(tmp_path / f"consolidated.{number:02}.pth")[0])
+        refs.append(read_header(Place.of(tmp_path / f"consolidated.{number:02}.pth")).tensors)
     found, refused = joined(params, refs)
     assert not refused
     assert found.keys() == tensors.keys()
@@ -163,7 +164,7 @@ def test_parts_are_joined_to_the_whole(tmp_path, count, embedding_axis, left_out
 
 def test_one_part_alone_is_refused(tmp_path):
     torch.save(parts_of(meta_model(), 2, 1)[0], tmp_path / "consolidated.00.pth")
-    refs = read_header(tmp_path / "consolidated.00.pth")[0]
+    refs = read_header(Place.of(tmp_path / "consolidated.00.pth")).tensors
     said = r"is one of 2 parts of a model, as layers.0.attention.wq.weight \[8, 16\] and params.json say, and 1 came"
     with pytest.raises(SourceError, match=said):
         joined(PARAMS, [refs])
@@ -195,7 +196,7 @@ def test_vectors_are_copies_and_a_missing_part_is_named(tmp_path):
     refs = []
     for number, part in enumerate(whole):
         torch.save(part, tmp_path / f"{number}.pth")
-        refs.append(read_header(tmp_path / f"{number}.pth")[0])
+        refs.append(read_header(Place.of(tmp_path / f"{number}.pth")).tensors)
     assert "norm.weight is in 1 of the 2 files only" in joined(PARAMS, refs)[1]["norm.weight"]
 
 
@@ -210,7 +211,7 @@ def test_references_that_do_not_fit_are_not_joined():
 def test_a_part_that_changed_is_noticed(tmp_path):
     for number, part in enumerate(parts_of(meta_model(), 2, 0)):
         torch.save(part, tmp_path / f"{number}.pth")
-    refs = [read_header(tmp_path / f"{number}.pth")[0] for number in range(2)]
+    refs = [read_header(Place.of(tmp_path / f"{number}.pth")).tensors for number in range(2)]
     found, _ = joined(PARAMS, refs)
     torch.save({"x": torch.ones(1)}, tmp_path / "1.pth")
     with pytest.raises(SourceError, match="changed after it was opened"):
