@@ -10,6 +10,7 @@ import numpy as np
 
 from spectra.errors import SelectionError
 from spectra.plots.style import curves, new_axes
+from spectra.results.collection import Spectra
 from spectra.spectrum import DONE, Spectrum
 from spectra.text import matrices
 
@@ -130,7 +131,7 @@ def pool_values(spectra: Iterable[Spectrum], label: str = "") -> PooledValues:
     edges: list[float] = []
     matrices = zero = unresolved = missing = 0
     truncated = False
-    for spectrum in spectra:
+    for spectrum in spectra.without_vectors() if isinstance(spectra, Spectra) else spectra:
         if spectrum.status not in DONE:
             missing += 1
             continue

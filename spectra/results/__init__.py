@@ -1,1 +1,1 @@
-"""What was found: tables, comparisons, and one directory per run that resumes."""
+"""What came out: the collection of spectra, tables, comparisons, and one directory per run that resumes."""

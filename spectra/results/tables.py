@@ -108,7 +108,7 @@ def summarize(spectra: Iterable[Spectrum], *, by: By = "matrix") -> pd.DataFrame
     """A table of names, shapes, statuses, ranks and every metric of METRICS.
 
     Args:
-        spectra: a `Spectra` or any spectra.
+        spectra: any spectra; a stored `Spectra` has `to_frame`, which leaves the vectors on the disk.
         by: "matrix" for a row each; "role" for a row per role with counts and the medians over its changed matrices.
 
     Raises:

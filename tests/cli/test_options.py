@@ -1,0 +1,81 @@
+"""Groups of options: what a command is handed, and the command that CONTRIBUTING shows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import spectra
+from spectra.cli import options
+from spectra.cli.options import Compute, Opening
+
+CONTRIBUTING = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
+
+
+def handed(*arguments):
+    """What a command with all groups gets."""
+    got = {}
+
+    @click.command()
+    @options.source_options
+    @options.compute_options
+    @options.result_options
+    def command(**given):
+        got.update(given)
+
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 0, result.output
+    return got
+
+
+def test_each_group_is_one_object_with_the_defaults_of_the_library():
+    assert handed() == {
+        "opening": Opening(layers=(), heads="mean", scale=None, split=True),
+        "compute": Compute(device="auto", workers=None, cluster=None, memory=None),
+        "out": None,
+        "figures": True,
+        "as_json": False,
+    }
+
+
+def test_what_is_typed_arrives():
+    got = handed(
+        *("--layer", "q_proj", "--layer", "v_proj", "--heads", "2", "--scale", "0.5", "--no-split"),
+        *("--device", "cpu", "--workers", "3", "--memory", "1GiB", "--out", "run", "--no-figures", "--json"),
+    )
+    assert got["opening"] == Opening(("q_proj", "v_proj"), 2, 0.5, False)
+    assert got["opening"].settings == {"heads": 2, "scale": 0.5, "split": False}
+    assert (got["out"], got["figures"], got["as_json"]) == ("run", False, True)
+    with got["compute"].keywords() as keywords:
+        assert keywords["executor"]._max_workers == 3
+        assert (keywords["device"], keywords["memory_budget"]) == ("cpu", "1GiB")
+
+
+def test_without_workers_or_a_cluster_this_process_computes():
+    with Compute("auto", None, None, None).keywords() as keywords:
+        assert keywords == {"device": "auto", "executor": None, "memory_budget": None}
+
+
+def test_opening_selects_and_tells_what_is_left_out(llama, capsys):
+    source = Opening(("v_proj",), "mean", None, True).open("ckpt", "llama-7b")
+    assert [delta.role for delta in source] == ["v_proj", "v_proj"]
+    assert source.options == {"heads": "mean", "scale": None, "split": True}
+    assert "skipped: a vector, not a matrix" in capsys.readouterr().err
+    with pytest.raises(spectra.SpectraError, match="matches none"):
+        Opening(("nothing",), "mean", None, True).open("ckpt", "llama-7b")
+
+
+def test_the_command_that_contributing_shows_runs(llama):
+    text = CONTRIBUTING.read_text().split("## Add a command")[1]
+    (code,) = re.findall(r"```python\n(.*?)```", text.split("\n## ")[0], re.S)
+    room = {"click": click, "Opening": Opening, "Compute": Compute, **vars(options)}
+    exec(code, room)
+    result = CliRunner().invoke(room["command"], ["ckpt", "--base", "llama-7b", "--layer", "v_proj"])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [f"model.layers.{i}.self_attn.v_proj.weight" for i in range(2)]
+    assert all(float(line.split()[1]) > 0 for line in lines)
