@@ -1,4 +1,4 @@
-"""`WeightDelta`: one update ΔW as a recipe, and what a recipe has to offer.
+"""`WeightDelta`: one update ΔW as a recipe that nobody has read yet.
 
 Nothing here imports torch: listing a model touches no tensor.
 """
@@ -8,47 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 from spectra import naming, text
 from spectra.deltas.base import BaseWeight
-from spectra.deltas.forms import Dense, Form, LowRank
+from spectra.deltas.forms import Form
+from spectra.deltas.recipe import Recipe, form_of
 from spectra.errors import SelectionError
 from spectra.files.tensors import TensorRef
 from spectra.spectrum import Status
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@runtime_checkable
-class Recipe(Protocol):
-    """Where the numbers of one ΔW are and how to form it: frozen, small and picklable.
-
-    A recipe whose `read` needs more memory for a while than its refs and the form (a permutation, the SVD of the
-    base) says how many bytes in a property `reading_bytes`, which is optional. So is `form`, the class of what `read`
-    gives where that is neither `LowRank` nor `Dense`.
-    """
-
-    @property
-    def factored(self) -> bool:
-        """True if `read` gives factors, such as a `LowRank`; False for a `Dense`."""
-        ...
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """Every stored tensor that `read` opens."""
-        ...
-
-    def read(self, device: str = "cpu") -> Form:
-        """Form ΔW in float64 on the device."""
-        ...
-
-
-def form_of(recipe: Recipe) -> type[Form]:
-    """The class of what a recipe's `read` gives."""
-    found: type[Form] = getattr(recipe, "form", LowRank if recipe.factored else Dense)
-    return found
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from spectra.deltas.delta import Recipe
 from spectra.deltas.forms import Dense, Form, LowRank
+from spectra.deltas.recipe import Recipe
 from spectra.files.tensors import TensorRef
 
 if TYPE_CHECKING:

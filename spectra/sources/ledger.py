@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from spectra.deltas.base import BaseWeight
-from spectra.deltas.delta import Recipe, WeightDelta
+from spectra.deltas.delta import WeightDelta
+from spectra.deltas.recipe import Recipe
 from spectra.deltas.source import Coverage, Source
 from spectra.errors import BaseRequiredError, SourceError
 from spectra.files.folder import Folder

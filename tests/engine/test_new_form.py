@@ -24,6 +24,7 @@ class Diagonal(Form):
 
     entries: Tensor
     base_norm: float | None = None
+    base_inner: float | None = None
 
     @property
     def tensors(self):
@@ -46,6 +47,9 @@ class Diagonal(Form):
 
     def take(self, rows):
         return Dense(self.to_dense()[rows], self.base_norm)
+
+    def inner(self, matrix: Tensor) -> float:
+        return float((self.entries * matrix.diagonal()).sum())
 
     def scaled(self, factor):
         return replace(self, entries=factor * self.entries)

@@ -15,7 +15,7 @@ MODULE = "model.layers.0.mlp.up_proj"
 _EXPERTS = {"mxfp4": "model.layers.0.mlp.experts.down_proj", "mlx experts": "model.layers.0.mlp.switch_mlp.up_proj"}
 _FILE = Path(__file__).resolve().parents[1] / "files" / "codecs" / "weights.safetensors"
 with safe_open(_FILE, "pt") as file:
-    CONFIGS = {case: json.loads(config) for case, config in file.metadata().items()}
+    CONFIGS = {case: json.loads(config) for case, config in sorted(file.metadata().items())}
 _STORED = load_file(_FILE)
 
 
