@@ -53,6 +53,19 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|block|encoder|decoder|resbloc
 _ANY_NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 
+# What adapters call their factors, as a component of a tensor's name.
+_FACTOR = re.compile(r"(?:^|\.)(?:\w*lora_\w+|lora|hada_w\d_[ab]|lokr_w\d(?:_[ab])?|to_\w+_lora)(?:\.|$)")
+
+
+def is_factor(name: str) -> bool:
+    """Whether a tensor is called as the factors of an adapter are, so that it is no model's weight.
+
+    >>> is_factor("layers.0.q_proj.lora_A.default.weight"), is_factor("layers.0.q_proj.weight")
+    (True, False)
+    """
+    return _FACTOR.search(name) is not None
+
+
 def split_parts(name: str) -> tuple[str, tuple[str, ...]]:
     """The weight's own name and its `[part]` suffixes.
 

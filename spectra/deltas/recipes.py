@@ -211,6 +211,37 @@ class Factors(FromTensors):
         return LowRank(left, right)
 
 
+@dataclass(frozen=True)
+class Summed(FromTensors):
+    """ΔW = Σ parts, for several updates of one weight, none of which depends on the weight.
+
+    Attributes:
+        parts: recipes of equal shape.
+    """
+
+    parts: tuple[Recipe, ...]
+
+    @property
+    def factored(self) -> bool:
+        """Whether all parts are."""
+        return all(part.factored for part in self.parts)
+
+    @property
+    def reading_bytes(self) -> int:
+        """The largest of what the parts need."""
+        return max(getattr(part, "reading_bytes", 0) for part in self.parts)
+
+    def read(self, device: str = "cpu") -> Form:
+        """The factors side by side, or the matrices added up, in float64."""
+        import torch
+
+        forms = [part.read(device) for part in self.parts]
+        if all(isinstance(form, LowRank) for form in forms):
+            lefts, rights = zip(*((form.left, form.right) for form in forms if isinstance(form, LowRank)), strict=True)
+            return LowRank(torch.cat(lefts, 1), torch.cat(rights, 0))
+        return Dense(torch.stack([form.to_dense() for form in forms]).sum(0))
+
+
 def svd_bytes(m: int, n: int) -> int:
     """What a matrix (m, n) in float64 takes with LAPACK's copy, all its singular vectors and the work space."""
     short = min(m, n)

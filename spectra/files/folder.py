@@ -13,6 +13,7 @@ from spectra.files.choice import PIPELINE, WEIGHT_SUFFIXES, Choice, choose, insi
 from spectra.files.header import Header
 from spectra.files.storage import Place
 from spectra.files.tensors import TensorRef
+from spectra.naming import is_factor
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def open_folder(path: Place | str | Path) -> Folder:
     is_adapter = any(file.name.startswith("adapter_model") for file in choice.files)
     beside_model = is_folder or place.name.startswith(("model", "pytorch_model", "diffusion_pytorch_model"))
     config = _beside(home, "config.json")
-    adapter_config = _beside(home, "adapter_config.json") if is_adapter or not beside_model else None
+    is_adapter = is_adapter or not beside_model or any(map(_of_an_adapter, read.tensors))
+    adapter_config = _beside(home, "adapter_config.json") if is_adapter else None
     folder = replace(
         read,
         path=str(place),
@@ -97,6 +99,11 @@ def open_folder(path: Place | str | Path) -> Folder:
         warnings=(*choice.warnings, *read.warnings),
     )
     return folder if folder.is_adapter else _decoded(folder)
+
+
+def _of_an_adapter(name: str) -> bool:
+    """Whether only an adapted model has such a tensor: then a config beside it is the adapter's."""
+    return name.startswith("base_model.model.") or ".base_layer." in name or is_factor(name)
 
 
 def _beside(home: Place, name: str) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 _HEAD = re.compile(
@@ -35,19 +35,49 @@ def is_vocabulary(name: str) -> bool:
     return is_head(name) or is_embedding(name)
 
 
-def ties(config: Mapping[str, Any]) -> bool:
-    """Whether the config says that the head is the embedding.
+def ties(config: Mapping[str, Any]) -> bool | None:
+    """Whether the config says that the head is the embedding, where the file holds no head; None if it does not say.
 
     transformers before 5 left the flag out where it is true; then a model class with a head and no
     stored head can only be tied.
     """
+    flag = _flag(config)
+    if flag is not None:
+        return flag
+    classes = config.get("architectures")
+    return True if isinstance(classes, list) and any(str(name).endswith(_WITH_HEAD) for name in classes) else None
+
+
+def _flag(config: Mapping[str, Any]) -> bool | None:
     flag = config.get("tie_word_embeddings")
     if flag is None and isinstance(config.get("text_config"), Mapping):
         flag = config["text_config"].get("tie_word_embeddings")
-    if isinstance(flag, bool):
-        return flag
-    classes = config.get("architectures")
-    return isinstance(classes, list) and any(str(name).endswith(_WITH_HEAD) for name in classes)
+    return flag if isinstance(flag, bool) else None
+
+
+def stored_as(name: str, names: Collection[str], same: Mapping[str, str], config: Mapping[str, Any]) -> str | None:
+    """The stored weight that a weight of the model is, where that has another name: a tied head is the embedding.
+
+    A head that is adapted exists; where the file holds none it is the embedding unless the config says that it is
+    not. Where the file holds both, the config must say that they are one: it then has two copies of it.
+
+    Args:
+        name: the weight.
+        names: the names in the base's file.
+        same: those of them that share their storage: second name → first.
+        config: the base's.
+
+    Returns:
+        The other name, or None.
+
+    >>> stored_as("lm_head.weight", ["model.embed_tokens.weight"], {}, {"tie_word_embeddings": True})
+    'model.embed_tokens.weight'
+    """
+    if name in same:
+        return same[name]
+    if not is_head(name) or ties(config) is False or (name in names and not _flag(config)):
+        return None
+    return embedding_in({other: same.get(other, "") for other in names})
 
 
 def embedding_in(names: Mapping[str, str]) -> str | None:

@@ -74,6 +74,8 @@ class Ledger:
     skipped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     base_names: dict[str, str] = field(default_factory=dict)  # tuned weight → base weight, one rule for the whole file
+    tied: dict[str, list[str]] = field(default_factory=dict)  # weight of the base → the heads it is, that were adapted
+    inner: Folder | None = None  # the adapted weights as the tuned file itself holds them, where no base is given
     base_evidence: dict[str, tuple[int, ...] | None] = field(default_factory=dict)  # the shapes that led to it
     owners: dict[str, str] = field(default_factory=dict)  # stored name → the module it belongs to
     named: set[str] = field(default_factory=set)  # stored names that are accounted for beside the recipes
@@ -101,15 +103,16 @@ class Ledger:
             )
 
     def need_base(self, because: str = "") -> Folder:
-        """The base.
+        """The base, or what the file itself holds of it.
 
         Raises:
             BaseRequiredError: there is none; the message says why one is needed.
         """
-        if self.base is None:
+        found = self.base or self.inner
+        if found is None:
             because = because or f"ΔW of {self.title} depends on the base weights"
             raise BaseRequiredError(f"{self.where}: {because}: pass base= (--base)")
-        return self.base
+        return found
 
     def need_scale(self) -> None:
         """Make sure that s is known: α/r of the config, or what the user gives for files without one.
@@ -225,6 +228,11 @@ class Ledger:
         listed[name] = reason
         self.deltas.append(WeightDelta.refused(name, shape, status, reason))
 
+    def lack(self, name: str, why: str, shape: Sequence[int] = ()) -> None:
+        """A matrix of the adapter that the base does not have: it has no number, and is listed as the tuned side's."""
+        self.tuned_only[name] = why
+        self.deltas.append(WeightDelta.refused(name, shape, "unsupported", why))
+
     @contextmanager
     def attempt(self, name: str, shape: Sequence[int] = ()) -> Iterator[None]:
         """Work on one matrix: a `Refusal` inside becomes its row. The one place where refusals end."""
@@ -232,6 +240,21 @@ class Ledger:
             yield
         except Refusal as why:
             self.refuse(name, shape, why.status, str(why))
+
+    def need_something(self) -> None:
+        """Make sure that there is a row.
+
+        Raises:
+            SourceError: there is none; the message has the first reasons.
+            BaseRequiredError: that is because there is no base.
+        """
+        if self.deltas:
+            return
+        left_out = {**self.tuned_only, **self.skipped, **self.base_only}
+        listed = "; ".join(f"{name}: {why}" for name, why in list(left_out.items())[:3])
+        more = f"; and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        kind = BaseRequiredError if self.base is None and "pass base=" in listed else SourceError
+        raise kind(f"{self.where} holds {self.title}, and no matrix of it can be done: {listed}{more}")
 
     def source(self) -> Source:
         """The finished source."""

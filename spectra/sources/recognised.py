@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from spectra.files.folder import Folder
+from spectra.naming import is_factor
 
 _BY_KEY: tuple[tuple[str, str], ...] = (
     (r"\.oft_r(\.|$)", "an OFT of PEFT before 0.16, another parametrisation under the same peft_type"),
@@ -19,12 +20,9 @@ def name_of(folder: Folder) -> str | None:
     return None
 
 
-_FACTORS = re.compile(r"(?:^|\.)(?:\w*lora_\w+|lora|hada_w\d_[ab]|lokr_w\d(?:_[ab])?|to_\w+_lora)(?:\.|$)")
-
-
 def has_factors(folder: Folder) -> bool:
     """Whether tensors are called as factors of an adapter are: then they are no full weights, config or not."""
-    return any(_FACTORS.search(name) for name in folder.tensors)
+    return any(is_factor(name) for name in folder.tensors)
 
 
 def declared_type(folder: Folder) -> str | None:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectra.deltas.base import BaseWeight
-from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
-from spectra.models import architectures, renames
+from spectra.models import architectures, renames, tied
 from spectra.models.architectures import Cut
 from spectra.models.matrices import as_matrix
 from spectra.models.pairing import align, unwrap
-from spectra.naming import role_of, split_parts
+from spectra.naming import split_parts
 from spectra.sources.ledger import Ledger
 
 
@@ -55,7 +54,8 @@ def targets(ledger: Ledger, shapes: Mapping[str, tuple[int, int] | None]) -> dic
     A shape of None is one that the file does not say: the base's is taken as it is.
 
     Without a base the name is the module's own. With one, names are aligned as for checkpoints; a
-    module that the base lacks goes to `tuned_only`, one of another shape is refused.
+    module that the base lacks, or has in another shape, has no number. Several modules whose weights are one
+    have one target.
     """
     found = weight_targets(ledger, {f"{module}.weight": shape for module, shape in shapes.items()})
     return {name.removesuffix(".weight"): target for name, target in found.items()}
@@ -64,19 +64,23 @@ def targets(ledger: Ledger, shapes: Mapping[str, tuple[int, int] | None]) -> dic
 def weight_targets(ledger: Ledger, shapes: Mapping[str, tuple[int, int] | None]) -> dict[str, Target]:
     """The same for weights by their full names, which need not end in `.weight`."""
     if ledger.base is None or not shapes:
-        return {name: Target(name) for name in shapes}
+        return {name: _inside(ledger, name, shape) for name, shape in shapes.items()}
     base = ledger.base
     held = {name: Target.of(name, ref, base.config_of(name)) for name, ref in base.tensors.items()}
     names = align_file(ledger, shapes, {name: target.ref.shape for name, target in held.items() if target.ref})
     found: dict[str, Target] = {}
     for own, shape in shapes.items():
         name = names[own]
+        other = shared_weight(ledger, name)
+        if other is not None:
+            ledger.tied.setdefault(other, []).append(own)
+            name = other
         if name not in held and name not in base.unusable:
-            embedding = tied_to(base, name)
-            if embedding is None:
-                ledger.tuned_only[own] = "not in the base"
+            untied = tied.stored_as(name, held.keys(), {}, base.config_of(name))
+            if untied is None:
+                ledger.lack(own, "not in the base", shape or ())
                 continue
-            held[name] = Target(name, held[embedding].ref, held[embedding].stored)
+            held[name] = Target(name, held[untied].ref, held[untied].stored)
         if name in base.unusable and shape is None:
             ledger.refuse(name, (), "unreadable", base.unusable[name])
         elif name in base.unusable:
@@ -85,6 +89,15 @@ def weight_targets(ledger: Ledger, shapes: Mapping[str, tuple[int, int] | None])
         else:
             _enter(ledger, found, own, shape, held[name])
     return found
+
+
+def _inside(ledger: Ledger, name: str, shape: tuple[int, int] | None) -> Target:
+    """A weight where no base is given: W₀ is what the file itself holds of it, if anything."""
+    stored = ledger.inner.tensors.get(name) if ledger.inner else None
+    if ledger.inner is None or stored is None:
+        return Target(name)
+    target = Target.of(name, stored, ledger.inner.config)
+    return target if target.ref is not None and shape in (None, target.ref.shape) else Target(name)
 
 
 def _enter(ledger: Ledger, found: dict[str, Target], own: str, shape: tuple[int, int] | None, target: Target) -> None:
@@ -125,12 +138,20 @@ def saved_name(stored: str) -> str:
     >>> saved_name("base_model.model.lm_head.modules_to_save.default.weight")
     'lm_head.weight'
     """
-    return re.sub(r"\.modules_to_save\.[^.]+\.", ".", unwrap(stored))
+    return re.sub(r"\.modules_to_save\.[^.]+\.|\.base_layer\.", ".", unwrap(stored))
 
 
-def tied_to(base: Folder, name: str) -> str | None:
-    """The embedding whose weight an output head shares: a base that does not hold the one has it in the other."""
-    if role_of(name) != "lm_head" or base.config.get("tie_word_embeddings") is False:
-        return None
-    embeddings = [other for other in base.tensors if role_of(other) == "embed_tokens"]
-    return embeddings[0] if len(embeddings) == 1 else None
+def shared_weight(ledger: Ledger, name: str) -> str | None:
+    """The stored weight that a weight of the base is where it has another name, unless the adapter unties the two."""
+    assert ledger.base is not None
+    base = ledger.base
+    found = tied.stored_as(name, base.tensors.keys(), base.same, base.config_of(name))
+    return None if found is None or saves_whole(ledger, name) or saves_whole(ledger, found) else found
+
+
+def saves_whole(ledger: Ledger, name: str) -> bool:
+    """Whether the config names the weight's module, or one around it, in `modules_to_save`."""
+    named = ledger.config.get("modules_to_save") or ()
+    listed = [named] if isinstance(named, str) else [str(item) for item in named]
+    module = name.removesuffix(".weight")
+    return any(module == item or module.endswith(f".{item}") or f".{item}." in f".{name}" for item in listed)

@@ -33,10 +33,10 @@ def test_diffusers_names(case, tmp_path):
     down, up = (name.format(PATH) for name in NAMES[case])
     plain = lora(alpha=None)
     tensors = dict(zip((down, up), plain.values(), strict=True))
-    source = spectra.open_source(file(tmp_path, tensors), base)
+    source = spectra.open_source(file(tmp_path, tensors), base, scale=1.0)
     assert source.kind == "diffusers"
     close(only(source, f"unet.{PATH}.weight"), product(plain, s=1.0))
-    assert any("s = 1 was taken" in warning for warning in source.coverage.warnings)
+    assert any(f"s = 1 as given for unet.{PATH}" in w for w in source.coverage.warnings) or "older" in case
     alone = spectra.open_source(file(tmp_path, tensors), base / "unet", scale=0.5)
     close(only(alone, f"{PATH}.weight"), product(plain, s=0.5))
 
@@ -51,7 +51,7 @@ def test_the_output_of_an_old_processor_and_of_a_text_encoder(tmp_path):
         "text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.down.weight": encoder["e.lora_down.weight"],
         "text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.up.weight": encoder["e.lora_up.weight"],
     }
-    source = spectra.open_source(file(tmp_path, tensors), base)
+    source = spectra.open_source(file(tmp_path, tensors), base, scale=1.0)
     close(source["unet.down_blocks.0.attentions.0.to_out.0.weight"], product(plain, s=1.0))
     close(source["text_encoder.text_model.encoder.layers.0.self_attn.q_proj.weight"], product(encoder, "e", 1.0))
 
@@ -78,7 +78,7 @@ def test_dora_under_diffusers_names(tmp_path):
     magnitude = tensors[f"unet.{PATH}.lora_magnitude_vector"] = torch.rand(OUT, dtype=torch.float64)
     weight = weights[f"unet.{PATH}.weight"]
     merged = weight + product(plain, s=1.0)
-    delta = only(spectra.open_source(file(tmp_path, tensors), base))
+    delta = only(spectra.open_source(file(tmp_path, tensors), base, scale=1.0))
     close(delta, (magnitude / merged.norm(dim=1))[:, None] * merged - weight)
 
 
@@ -111,7 +111,7 @@ def test_a_tensor_under_a_modules_path_that_no_rule_knows_costs_the_module_its_n
     if processor:
         new, old = f"unet.{PATH}", f"unet.{PATH.removesuffix('to_q')}processor.to_q_lora"
         tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
-    source = spectra.open_source(file(tmp_path, tensors))
+    source = spectra.open_source(file(tmp_path, tensors), scale=1.0)
     assert source[f"unet.{PATH}.weight"].status == "unsupported"
     assert named in source.coverage.unsupported[f"unet.{PATH}.weight"]
     assert source["unet.other.weight"].status == "ok"
@@ -120,6 +120,6 @@ def test_a_tensor_under_a_modules_path_that_no_rule_knows_costs_the_module_its_n
 def test_a_layers_own_parameters_and_the_rest_of_a_file_are_listed(tmp_path):
     own = {f"unet.{PATH}.weight": randn(OUT, IN), f"unet.{PATH}.base_layer.weight": randn(OUT, IN)}
     biases = {f"unet.{PATH}.bias": randn(OUT), f"unet.{PATH}.lora_B.bias": randn(OUT)}
-    source = spectra.open_source(file(tmp_path, factors() | own | biases | {"unet.norm.weight": randn(4)}))
+    source = spectra.open_source(file(tmp_path, factors() | own | biases | {"unet.norm.weight": randn(4)}), scale=1.0)
     close(only(source, f"unet.{PATH}.weight"), product(lora(alpha=None), s=1.0))
     assert set(source.coverage.skipped) == {*own, *biases, "unet.norm.weight"}

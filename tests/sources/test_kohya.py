@@ -84,7 +84,8 @@ def test_a_single_component_as_base(tmp_path):
     base, _ = pipeline(tmp_path / "base")
     tensors = lora()
     source = spectra.open_source(file(tmp_path, tensors | lora("lora_te_text_model_x", 8, 8)), base / "unet")
-    close(only(source, f"{PATH}.weight"), product(tensors))
+    close(source[f"{PATH}.weight"], product(tensors))
+    assert [delta.status for delta in source] == ["unsupported", "ok"]  # it is asked for, and cannot be done
     assert source.coverage.tuned_only == {"lora_te_text_model_x.weight": "not in the base"}
 
 
@@ -113,8 +114,7 @@ def test_the_adapter_of_another_model_is_refused(tmp_path):
 
 
 SCALES = {
-    "none stored": ({}, None, 1.0, "store no α"),
-    "given": ({}, 0.25, 0.25, ""),
+    "given": ({}, 0.25, 0.25, f"s = 0.25 as given for {FLAT}"),
     "in the header": ({"ss_network_alpha": "5.0", "ss_network_dim": "2"}, None, 2.5, ""),
     "in the header, given too": ({"ss_network_alpha": "5.0"}, 9.0, 2.5, "scale was ignored"),
 }
@@ -283,7 +283,7 @@ def change(**changes):
         (change(lora_up__weight=randn(OUT, 3)), "cannot be multiplied"),
         (change(lora_up__weight=torch.ones(OUT, R, dtype=torch.int8)), "stored as I8"),
         (change(alpha=torch.ones(2)), "not one real number"),
-        (change(alpha=torch.tensor(2)), "not one real number"),
+        (change(alpha=torch.tensor(True)), "not one real number"),
         (change(lora_mid__weight=randn(R, R, K, K), lora_down__weight=randn(R, IN, K, K)), "do not fit lora_mid"),
         (change(hada_w1_a=randn(2, 2)), "no module that is known"),
         (change(lora_up__weight=None, lora_down__weight=None), "without the factors"),
@@ -309,7 +309,8 @@ def test_two_flat_names_of_one_weight_leave_it_without_a_number(tmp_path):
     base, _ = pipeline(tmp_path / "base")
     ends = "text_model_encoder_layers_0_self_attn_q_proj"
     both = lora(f"lora_te_{ends}", 8, 8) | lora(f"lora_te1_{ends}", 8, 8)
-    (delta,) = spectra.open_source(file(tmp_path, both | lora("lora_unet_gone")), base)
+    gone, delta = spectra.open_source(file(tmp_path, both | lora("lora_unet_gone")), base)
+    assert (gone.name, gone.reason) == ("lora_unet_gone.weight", "not in the base")
     assert delta.status == "unsupported"
     assert f"lora_te1_{ends} and lora_te_{ends} all stand for" in delta.reason  # in the order of the file
 

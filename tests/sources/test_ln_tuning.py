@@ -9,7 +9,7 @@ from support.checkpoints import llama_tensors, write_adapter, write_checkpoint
 from support.peft_oracle import assert_matches, make_oracle
 
 import spectra
-from spectra.errors import UnsupportedFormatError
+from spectra.errors import BaseRequiredError, UnsupportedFormatError
 
 
 @pytest.mark.parametrize(("kind", "norms"), [("llama", ["input_layernorm"]), ("gpt2", ["ln_1", "ln_f"])])
@@ -34,8 +34,8 @@ def test_a_head_saved_beside_them_is_read(tmp_path):
     assert_matches(source, {"lm_head.weight": head.double() - model["lm_head.weight"].double()})
     assert "a vector" in source.coverage.skipped["model.layers.0.input_layernorm.weight"]
     assert len(source.coverage.skipped) == 2
-    alone = spectra.open_source(tmp_path / "adapter")
-    assert "pass base=" in alone.coverage.skipped["lm_head.weight"]
+    with pytest.raises(BaseRequiredError, match=r"lm_head.weight: saved whole, .* pass base="):
+        spectra.open_source(tmp_path / "adapter")
 
 
 def test_biases_and_something_that_is_no_norm_are_listed(tmp_path):

@@ -250,20 +250,6 @@ def test_biases_are_listed_and_do_not_change_the_matrices(tmp_path):
     assert set(source.coverage.skipped.values()) == {"a bias, not a matrix"}
 
 
-def test_a_head_that_is_tied_in_the_base_says_what_merging_would_do(tmp_path):
-    model = tiny_model("gpt2")
-    assert model.lm_head.weight is model.transformer.wte.weight
-    oracle = make_oracle(tmp_path, model, peft.LoraConfig(r=2, target_modules=["lm_head", "c_fc"], fan_in_fan_out=True))
-    source = spectra.open_source(oracle.adapter, oracle.base)
-    head = source["lm_head.weight"]
-    assert "changes the embedding as well" in head.note
-    assert torch.allclose(head.read().to_dense(), oracle.deltas["lm_head.weight"], rtol=0, atol=1e-12)
-    assert head.read().base_norm == pytest.approx(
-        float(load_file(oracle.base / "model.safetensors")["transformer.wte.weight"].norm())
-    )
-    assert not source.coverage.tuned_only
-
-
 def test_a_saved_head_is_untied_from_the_base(tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True, modules_to_save=["lm_head"])
     oracle = make_oracle(tmp_path, "gpt2", config)

@@ -47,10 +47,13 @@ def write_checkpoint(
     return folder
 
 
-def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], config: dict | None) -> Path:
+def write_adapter(
+    folder: Path, tensors: dict[str, torch.Tensor], config: dict | None, header: dict[str, str] | None = None
+) -> Path:
     """A PEFT-like adapter folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, folder / "adapter_model.safetensors", header)
     if config is not None:
         (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder

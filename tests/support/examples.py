@@ -9,6 +9,7 @@ from pathlib import Path
 
 import peft
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from support.checkpoints import VOCABULARY, llama_tensors, nudged, write_adapter, write_checkpoint
@@ -103,8 +104,9 @@ def _pipeline_lora(folder: Path, names: tuple[str, str], alpha: str | None) -> O
     (base / "unet" / "config.json").write_text("{}")
     save_file({f"{path}.weight": torch.randn(6, 5)}, base / "unet" / "diffusion_pytorch_model.safetensors")
     (folder / "adapter").mkdir()
-    save_file(tensors, folder / "adapter" / "pytorch_lora_weights.safetensors")
-    scale = 1.5 if alpha else 1.0
+    header = {} if alpha else {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 3})}
+    save_file(tensors, folder / "adapter" / "pytorch_lora_weights.safetensors", header)
+    scale = 1.5
     return Oracle(base, folder / "adapter", {f"unet.{path}.weight": scale * up.double() @ down.double()})
 
 
@@ -180,4 +182,13 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         found |= load_file(file)
+    return found
+
+
+def stored_header(folder: Path) -> dict[str, str]:
+    """The strings in the headers of a folder's safetensors files."""
+    found: dict[str, str] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            found |= opened.metadata() or {}
     return found

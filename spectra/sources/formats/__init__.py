@@ -9,8 +9,10 @@ from typing import Literal
 
 from spectra.deltas.source import Source
 from spectra.files.folder import Folder
+from spectra.sources.dump import compare_base_layers, inner_base
 from spectra.sources.ledger import Ledger
 from spectra.sources.rest import account_for_rest
+from spectra.sources.shared import add_up
 
 Scale = Literal["none", "config", "own"]
 
@@ -73,12 +75,16 @@ class Format:
 
         Raises:
             BaseRequiredError: the format needs the base.
-            SourceError: the config is missing or unusable, or no scale is known.
+            SourceError: the config is missing or unusable, no scale is known, or no matrix is in it.
         """
         ledger = Ledger(tuned, base, self.kind, self.title, split, heads, scale)
+        ledger.inner = inner_base(tuned) if base is None else None
         self._check_options(ledger)
         self.module.read(ledger)
+        add_up(ledger)
+        compare_base_layers(ledger)
         account_for_rest(ledger)
+        ledger.need_something()
         return ledger.source()
 
     def _check_options(self, ledger: Ledger) -> None:
@@ -140,7 +146,7 @@ FORMATS: tuple[Format, ...] = (
     Format("frod", "FRoD", (".frod_lambda_l",), needs_base=True, peft_types=("FROD",)),
     Format("unilora", "Uni-LoRA", (".unilora_theta_d",), config=True, peft_types=("UNILORA",)),
     Format("kohya", "kohya, LyCORIS", ("\nlora_", "\nlycoris_"), decides=True, scale="own"),
-    Format("diffusers", "diffusers LoRA",
+    Format("diffusers", "diffusers, ComfyUI LoRA",
            ("lora", ".down.weight", ".up.weight", ".hada_", ".lokr_", ".w_norm", ".b_norm", ".oft_", ".on_input"),
            decides=True, scale="own"),
     Format("mixture", "LoRAMoE, MixLoRA, MOELoRA, MTL-LoRA (several pairs per module)", ("lora_",), decides=True,

@@ -1,110 +1,94 @@
-"""LoRA files of image models under dotted names: `unet.down_blocks.0.….lora_A.weight`, one file, no config beside it.
+"""LoRA files of image and video models under dotted names: `unet.down_blocks.0.….lora_A.weight`, one file.
 
-diffusers puts its config, if any, into the header. ComfyUI's names and those of older versions of diffusers, which
-kept factors in attention processors, are read as well.
+diffusers puts its config, if any, into the header. ComfyUI's names, paths without a component, and the names of older
+versions of diffusers, which kept factors in attention processors, are read as well.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Iterator
 
-from spectra.errors import SourceError
 from spectra.files.folder import Folder
 from spectra.models.pairing import unwrap
-from spectra.sources.adapter import Refusal
-from spectra.sources.config import Config
-from spectra.sources.formats import lycoris
+from spectra.sources.formats import components, lycoris
 from spectra.sources.ledger import Ledger
+from spectra.sources.recognised import declared_type
 
 _NAMES = (
-    r"lora_[AB]\.weight|lora_(?:down|up|mid)\.weight|lora\.(?:down|up)\.weight|lora_linear_layer\.(?:down|up)\.weight"
-    rf"|lora_magnitude_vector(?:\.weight)?|{lycoris.NAMES}"
+    r"lora_[AB](?:\.default)?\.weight|lora_(?:down|up|mid)(?:\.default)?\.weight|lora\.(?:down|up)\.weight"
+    rf"|lora_linear_layer\.(?:down|up)\.weight|lora_magnitude_vector(?:\.weight)?|{lycoris.NAMES}"
 )
-_DOTTED = re.compile(
-    r"(?P<module>(?:unet|text_encoder(?:_\d)?|prior|transformer(?:_\d)?|diffusion_model|te\d?)\..+?"
-    rf"|.+\.processor\.to_(?:q|k|v|out)_lora)\.(?P<suffix>(?:down|up)\.weight|{_NAMES})"
-)
+_DOTTED = re.compile(rf"(?P<module>.+?)\.(?P<suffix>{_NAMES})")
+_IN_PROCESSOR = re.compile(r"(?P<module>.+\.(?:processor\.)?to_(?:q|k|v|out)_lora)\.(?P<suffix>(?:down|up)\.weight)")
 # GPT-2 and kin call their body "transformer", too; these are the children of the ones in image models.
-_IMAGE_TRANSFORMER = re.compile(r"transformer(?:_\d)?\.(?:\w*blocks|layers|\w*embed\w*|proj_out|norm_out|caption\w*)\.")
+_IMAGE_TRANSFORMER = re.compile(r"(?:\w*blocks|layers|\w*embed\w*|proj_out|norm_out|caption\w*)\.")
 _PROCESSOR = re.compile(r"(?:\.processor)?\.to_(q|k|v|out)_lora$")
 _ENCODER_WORDS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
 _UNET_WORDS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+_SHARED = re.compile(r"alpha|dora_scale|diff|diff_[bm]")  # suffixes that say nothing: others use them as well
+_OF_PEFT = re.compile(r"lora_[AB](?:\.default)?\.weight|lora_magnitude_vector(?:\.weight)?")
+_OF_LORA = re.compile(r"lora[._].*|(?:down|up)\.weight")
 
 
 def matches(folder: Folder) -> bool:
-    """Factors under the names of a pipeline's components, and no config beside them."""
-    return folder.adapter_config is None and any(_of_an_image_model(name) for name in folder.tensors)
-
-
-def _of_an_image_model(name: str) -> bool:
-    found = _DOTTED.fullmatch(unwrap(name))
-    if not found or found["suffix"] in ("alpha", "dora_scale", "diff", "diff_b"):  # names that others use as well
+    """Factors in words that PEFT does not use, or in its words where only such a file says α or has such components."""
+    if declared_type(folder) not in (None, "LORA"):
         return False
-    return not found["module"].startswith("transformer") or bool(_IMAGE_TRANSFORMER.match(found["module"] + "."))
+    found = list(_found(folder))
+    has_alpha = "lora_adapter_metadata" in folder.metadata or any(suffix == "alpha" for _, suffix in found)
+    for module, suffix in found:
+        if _SHARED.fullmatch(suffix):
+            continue
+        if not _OF_PEFT.fullmatch(suffix):
+            if _OF_LORA.fullmatch(suffix) or has_alpha or _of_an_image_model(module):
+                return True
+        elif folder.adapter_config is None and (has_alpha or _of_an_image_model(module)):
+            return True
+    return False
+
+
+def _found(folder: Folder) -> Iterator[tuple[str, str]]:
+    """Module and suffix of every tensor that is named as a part of an adapter."""
+    for name in folder.tensors:
+        found = _match(name)
+        if found:
+            yield found["module"], found["suffix"]
+
+
+def _match(name: str) -> re.Match[str] | None:
+    bare = unwrap(name)
+    return _IN_PROCESSOR.fullmatch(bare) or _DOTTED.fullmatch(bare)
+
+
+def _of_an_image_model(module: str) -> bool:
+    """Whether a module is in a component of an image model, or in an attention processor of one."""
+    component, path = components.split(module)
+    if component.startswith("transformer"):
+        return _IMAGE_TRANSFORMER.match(path + ".") is not None
+    return component != "" or _PROCESSOR.search(module) is not None
 
 
 def read(ledger: Ledger) -> None:
-    """Enter every module; α comes from the header's config, a tensor, or is r.
+    """Enter every module.
 
     Raises:
-        SourceError: the header's config is unusable.
+        SourceError: the header's config is unusable, or no α is known.
         BaseRequiredError: a module has a DoRA magnitude, and there is no base.
     """
-    configs = _header_configs(ledger)
-    modules = lycoris.grouped(ledger, _parted)
-    names = {module: f"{module}.weight" for module in modules}
-    lycoris.add(ledger, modules, names, partial(_scale, ledger, configs))
-    lycoris.say_scale(ledger, modules, header=bool(configs))
+    modules = lycoris.grouped(ledger, parted)
+    lycoris.add(ledger, modules, {module: f"{module}.weight" for module in modules})
 
 
-def _parted(name: str) -> lycoris.Part | None:
-    """A dotted name's path, its module in the base's words, and slot."""
-    found = _DOTTED.fullmatch(unwrap(name))
+def parted(name: str) -> lycoris.Part | None:
+    """A dotted name's path, its module in the base's words, and slot; None if it is no part of an adapter."""
+    found = _match(name)
     if not found:
         return None
-    path, suffix = found["module"], found["suffix"]
+    path, suffix = found["module"], found["suffix"].replace(".default", "")
     old = _PROCESSOR.search(path)
     if old is None:
         return lycoris.Part(path, path, lycoris.slot(suffix))
     words = _ENCODER_WORDS if path.startswith("text_encoder") else _UNET_WORDS
     whole = suffix if suffix.startswith("l") else f"lora.{suffix}"
     return lycoris.Part(path, f"{path[: old.start()]}.{words[old[1]]}", lycoris.slot(whole))
-
-
-def _header_configs(ledger: Ledger) -> dict[str, dict[str, Any]]:
-    """Component → its LoRA config, which diffusers writes into the header with the component before each key.
-
-    Raises:
-        SourceError: it is not an object.
-    """
-    text = ledger.tuned.metadata.get("lora_adapter_metadata")
-    if text is None:
-        return {}
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise SourceError(f"{ledger.where}: lora_adapter_metadata in the header is not a JSON object; save it again")
-    configs: dict[str, dict[str, Any]] = {}
-    for key, value in content.items():
-        component, _, option = str(key).partition(".")
-        configs.setdefault(component, {})[option] = value
-    return configs
-
-
-def _scale(
-    ledger: Ledger, configs: Mapping[str, Mapping[str, Any]], module: str, convolution: bool, rank: int
-) -> float:
-    """s of a module without a stored α: from its component's config, what the user says, or 1 as diffusers reads it."""
-    component, _, path = module.partition(".")
-    if component not in configs:
-        return 1.0 if ledger.scale is None else ledger.scale
-    s, configured = Config(configs[component], ledger.where).scaling(path)
-    if configured != rank:
-        raise Refusal(f"the header says r = {configured} for {path}, the factors have {rank}")
-    return s

@@ -1,7 +1,7 @@
 """LoRA as PEFT saves it: ΔW = s·B·A per module, and what PEFT builds on the same factors.
 
-Linear layers, convolutions, embeddings and `nn.MultiheadAttention`; DoRA, KaSA, MoSLoRA, block-diagonal factors;
-stacked experts (experts.py); initialisations that changed the base (residual.py).
+Linear layers, convolutions, embeddings and `nn.MultiheadAttention`; DoRA, KaSA, MoSLoRA, LoRA-XS, block-diagonal
+factors; stacked experts (experts.py); initialisations that changed the base (residual.py).
 References: Hu et al. 2021, §4.1 (LoRA); the variants' own files name theirs.
 """
 
@@ -17,7 +17,8 @@ from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
 from spectra.models import architectures
 from spectra.models.matrices import as_matrix
-from spectra.sources.adapter import Refusal, Slots, Target, add_factored, add_update, slot_pattern
+from spectra.models.pairing import unwrap
+from spectra.sources.adapter import Refusal, Slots, add_factored, add_update, slot_pattern
 from spectra.sources.config import Config
 from spectra.sources.formats import dora, lora_experts
 from spectra.sources.formats.residual import FromOriginal, Method
@@ -37,6 +38,8 @@ _CHANGED_BASE = {
     "pissa": "the residual base", "olora": "the residual base", "corda": "the residual base",
     "lora_ga": "the residual base", "loftq": "the quantised base",
 }  # fmt: skip
+# LoRA-XS, LoRA-SB and Fed-SB: R (r, r) beside a module, after the module's name or after a dot and the adapter's.
+_LATENT = "_lora_latent_mapping"
 _TRAINING_ONLY = ("lora_monteclora_sampler", "lora_velora_embed")
 
 
@@ -77,7 +80,7 @@ def read(ledger: Ledger) -> None:
     if ledger.config.get("layer_replication") and ledger.base is not None:
         ledger.base = None
         ledger.warnings.append("layer_replication: names are those of the enlarged model, and the base was not used")
-    groups = ledger.modules(_SLOTS)
+    groups = _with_latent(ledger, ledger.modules(_SLOTS))
     stacks = {m: slots for m, slots in groups.items() if lora_experts.parameters_of(ledger.config, m)}
     found: dict[str, _Module] = {}
     for module in groups:
@@ -94,6 +97,28 @@ def read(ledger: Ledger) -> None:
     for name in ledger.tuned.tensors:
         if any(word in name for word in _TRAINING_ONLY):
             ledger.skip(name, "used while training only")
+
+
+def _with_latent(ledger: Ledger, groups: dict[str, Slots]) -> dict[str, Slots]:
+    """The modules with the R that LoRA-XS trains between frozen factors, which every module has or none."""
+    found = False
+    for name in (*ledger.tuned.tensors, *ledger.tuned.broken):
+        path, mark, rest = unwrap(name).partition(_LATENT)
+        module = path if path in groups else path.rpartition(".")[0]
+        if not mark or rest not in ("", ".weight") or module not in groups:
+            continue
+        found = True
+        ledger.owners[name] = module
+        if name in ledger.tuned.broken:
+            ledger.refuse(f"{module}.weight", (), "unreadable", ledger.tuned.broken[name])
+            del groups[module]
+        else:
+            groups[module]["lora_latent_mapping"] = ledger.tuned.tensors[name]
+    for module in [m for m, slots in groups.items() if found and "lora_latent_mapping" not in slots]:
+        why = f"the other modules are LoRA-XS, and lora_latent_mapping of {module} is missing in {ledger.where}"
+        ledger.refuse(f"{module}.weight", (), "unsupported", why)
+        del groups[module]
+    return groups
 
 
 def _place(module: str, modules: Mapping[str, Slots]) -> tuple[str, str, bool]:
@@ -135,11 +160,15 @@ def _module(ledger: Ledger, module: str, slots: Slots) -> _Module:
 
 
 def _with_variants(config: Config, module: str, slots: Slots, plain: _Module) -> _Module:
-    """MoSLoRA's mixer (ΔW = s·B·AB·A), and DoRA's magnitude and KaSA's diagonal, which the config must agree on."""
-    mixer, width = slots.get("lora_AB"), plain.term.right.shape[0]
-    if mixer is not None:
-        if plain.embedding or mixer.shape != (width, width) or not mixer.is_float:
-            what = f"lora_AB {list(mixer.shape)} of {module} ({mixer.dtype})"
+    """What lies between the factors, and DoRA's magnitude and KaSA's diagonal, which the config must agree on.
+
+    A mixer (MoSLoRA's AB, LoRA-XS' R) gives ΔW = s·B·R·A.
+    """
+    width = plain.term.right.shape[0]
+    for name in sorted({"lora_AB", "lora_latent_mapping"} & set(slots)):
+        mixer = slots[name]
+        if plain.embedding or plain.term.core or mixer.shape != (width, width) or not mixer.is_float:
+            what = f"{name} {list(mixer.shape)} of {module} ({mixer.dtype})"
             raise Refusal(f"{what} does not fit its factors of rank {width}")
         plain = replace(plain, term=replace(plain.term, core=mixer))
     diagonal, magnitude = slots.get("lora_diag"), slots.get("lora_magnitude_vector")
@@ -183,7 +212,7 @@ def _add_modules(ledger: Ledger, found: Mapping[str, _Module]) -> None:
         with ledger.attempt(target.name, item.term.shape):
             ref = target.real
             method = _method(ledger.config, item) if ref is not None else None
-            note = "; ".join(filter(None, (item.note, _note(ledger.config, item, method), _tied(ledger, target))))
+            note = "; ".join(filter(None, (item.note, _note(ledger.config, item, method))))
             if ref is None and item.magnitude is not None:
                 raise Refusal("DoRA needs the base weight as real numbers")
             if method == "olora" and ledger.base and architectures.is_conv1d(ledger.base.config, target.name):
@@ -229,9 +258,3 @@ def _note(config: Config, item: _Module, method: Method | None) -> str:
     if method is not None:
         return f"relative to the base as given, taken for the original: what {how} took out of it is subtracted"
     return f"relative to {left} that {how} left, not to the original"
-
-
-def _tied(ledger: Ledger, target: Target) -> str:
-    """A note for an output layer whose weight the base holds in the embedding."""
-    apart = ledger.base is None or target.ref is None or target.name in ledger.base.tensors
-    return "" if apart else "tied in the base: merged, it changes the embedding as well"

@@ -17,18 +17,22 @@ from spectra.deltas.forms import Dense, Form
 from spectra.deltas.products import HadamardProduct, KroneckerProduct, Product
 from spectra.deltas.recipes import Factors, FromTensors, Term, Update
 from spectra.errors import SourceError
+from spectra.files.dtypes import DTYPES
 from spectra.files.tensors import TensorRef
 from spectra.models.matrices import as_matrix
 from spectra.models.pairing import unwrap
 from spectra.sources.adapter import Refusal, Slots, Target, add_update
+from spectra.sources.formats import components
+from spectra.sources.formats.alpha import Scales, UnknownScale
 from spectra.sources.formats.dora import Axis, Dora
 from spectra.sources.formats.loha import cp_product, hadamard_product
 from spectra.sources.ledger import Ledger
+from spectra.sources.rest import is_unknown_part
 from spectra.sources.targets import weight_targets
 
 # What LyCORIS calls the tensors of a module, as a regular expression.
 NAMES = (
-    r"hada_[wt][12](?:_[ab])?|lokr_w[12](?:_[ab])?|lokr_t2|alpha|dora_scale|diff|diff_b|w_norm|b_norm"
+    r"hada_[wt][12](?:_[ab])?|lokr_w[12](?:_[ab])?|lokr_t2|alpha|dora_scale|diff|diff_[bm]|w_norm|b_norm"
     r"|oft_diag|oft_blocks|on_input"
 )
 # What a module's tensors are called, and what is left of that: down and up are A and B in PEFT's words.
@@ -39,9 +43,11 @@ _SAME = {
 }  # fmt: skip
 _KNOWN = re.compile(rf"down|up|mid|{NAMES}")
 _LORA, _HADA = ("down", "up"), ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-_VECTORS = ("diff_b", "w_norm", "b_norm")
+_VECTORS = ("diff_b", "diff_m", "w_norm", "b_norm")  # of biases, modulations and norms
 # Suffixes of other algorithms of LyCORIS, refused by name.
 _OTHER = {"oft_diag": "OFT", "oft_blocks": "OFT or BOFT", "a1": "GLoRA", "on_input": "(IA)³"}
+_INTEGERS = tuple(name for name in DTYPES if name[0] in "IU")
+_NOT_A_MATRIX = "the change of a bias or a norm, not a matrix"
 _OF_THE_LAYER = (".weight", ".base_layer.weight")  # after a module's path: what it adapts, and no part of the adapter
 
 
@@ -73,7 +79,7 @@ class Scaled(FromTensors):
         Raises:
             SourceError: α is not a finite number.
         """
-        alpha = float(self.alpha.read_float64().reshape(-1)[0])
+        alpha = float(self.alpha.read().reshape(-1)[0])  # of any number type: some trainers store an integer
         if not math.isfinite(alpha):
             raise SourceError(f"{self.alpha.name} in {self.alpha.path} is {alpha}, not a finite number")
         return self.update.read(device).scaled(alpha)
@@ -139,12 +145,16 @@ def grouped(ledger: Ledger, part: Callable[[str], Part | None]) -> dict[str, Slo
         if found is not None and name in tuned.broken:
             ledger.owners[name], lost[found.module] = found.module, tuned.broken[name]
         elif found is not None and found.slot in _VECTORS:
-            ledger.skip(name, "the change of a bias or a norm, not a matrix")
+            ledger.skip(name, _NOT_A_MATRIX)
         elif found is not None:
             ledger.owners[name] = found.module
             modules.setdefault(found.module, Slots())[found.slot] = tuned.tensors[name]
-        elif name in tuned.tensors and not name.endswith(".bias"):
+        elif name in tuned.tensors and not is_unknown_part(name) and not name.endswith(".bias"):
             ledger.skip(name, "no part of an adapter that is known")
+    for module in [module for module, slots in modules.items() if _changes_a_vector(slots)]:
+        for name in [name for name, owner in ledger.owners.items() if owner == module]:
+            ledger.skip(name, _NOT_A_MATRIX)
+        del modules[module]
     for module, why in lost.items():
         modules.pop(module, None)
         ledger.refuse(f"{module}.weight", (), "unreadable", why)
@@ -160,59 +170,89 @@ def _under_a_path(name: str, paths: Mapping[str, str]) -> Part | None:
     return None
 
 
-def add(
-    ledger: Ledger,
-    modules: Mapping[str, Slots],
-    names: Mapping[str, str],
-    scale_of: Callable[[str, bool, int], float],
-) -> None:
+def _changes_a_vector(slots: Slots) -> bool:
+    """Whether a module holds the difference of a norm or a bias, whose entries lie along one axis at most."""
+    axes = slots["diff"].shape if "diff" in slots else ()
+    flat = len(axes) < 2 or (len(axes) > 2 and sum(size > 1 for size in axes) < 2)
+    return "diff" in slots and slots.keys() <= {"diff", "alpha"} and flat
+
+
+@dataclass(frozen=True)
+class _Module:
+    """What one module's tensors amount to: its update, DoRA's magnitude or None, and what is peculiar about it."""
+
+    update: Update
+    magnitude: TensorRef | None
+    note: str = ""
+
+
+def add(ledger: Ledger, modules: Mapping[str, Slots], names: Mapping[str, str]) -> None:
     """Enter the modules under their weights' names.
 
     Args:
         ledger: the account.
         modules: module → its tensors.
         names: module → its weight's name; a module that has none was accounted for when names were looked up.
-        scale_of: s of a module without a stored α, from its name, whether it is a convolution, and its rank.
 
     Raises:
         BaseRequiredError: a module has a DoRA magnitude, and there is no base.
+        SourceError: no module has an α, and the user gave no scale.
     """
-    updates: dict[str, tuple[Update, TensorRef | None]] = {}
-    for module, name in names.items():
-        slots = modules[module]
-        try:
-            update = build(slots, partial(scale_of, module, _is_convolution(slots)))
-        except Refusal as why:
-            ledger.refuse(name, (), why.status, f"{module}: {why}")
-        else:
-            updates[name] = (update, slots.get("dora_scale"))
-    if any(magnitude is not None for _, magnitude in updates.values()):
+    found = _built(ledger, modules, names)
+    if any(item.magnitude is not None for item in found.values()):
         ledger.need_base("ΔW of DoRA depends on the base weights")
     # LyCORIS stores an α where nothing is factored, too: no recipe reads it.
     ledger.use(slots["alpha"] for slots in modules.values() if "alpha" in slots)
-    for name, target in weight_targets(ledger, {name: update.shape for name, (update, _) in updates.items()}).items():
-        update, magnitude = updates[name]
-        with ledger.attempt(target.name, update.shape):
-            add_update(ledger, target, update if magnitude is None else _rescaled(update, magnitude, target))
+    in_base = components.names_in_base(ledger, {name: item.update.shape for name, item in found.items()})
+    here = {in_base[name]: item for name, item in found.items()}
+    for name, target in weight_targets(ledger, {name: item.update.shape for name, item in here.items()}).items():
+        item = here[name]
+        with ledger.attempt(target.name, item.update.shape):
+            add_update(ledger, target, _rescaled(item, target), note=item.note)
 
 
-def say_scale(ledger: Ledger, modules: Mapping[str, Slots], *, header: bool) -> None:
-    """Warnings on where s came from, where that is not a stored α; `header` says whether the file's header has one."""
-    bare = [module for module, slots in modules.items() if "alpha" not in slots and slots.keys() != {"diff"}]
-    if bare and not header and ledger.scale is None:
-        ledger.warnings.append(
-            f"{len(bare)} modules, such as {bare[0]}, store no α: s = 1 was taken, or pass scale= (--scale)"
-        )
-    if ledger.scale is not None and (header or not bare):
-        ledger.warnings.append("scale was ignored where the file says α")
+def _built(ledger: Ledger, modules: Mapping[str, Slots], names: Mapping[str, str]) -> dict[str, _Module]:
+    """Weight's name → its module's update; modules that have none are refused.
+
+    Raises:
+        SourceError: that is so for all of them, as no α is known.
+    """
+    scales = Scales(ledger, modules)
+    found: dict[str, _Module] = {}
+    unknown: dict[str, UnknownScale] = {}
+    for module, name in names.items():
+        try:
+            found[name] = _module(scales, module, modules[module])
+        except UnknownScale as why:
+            unknown[module] = why
+        except Refusal as why:
+            ledger.refuse(name, (), why.status, f"{module}: {why}")
+    scales.say()
+    if unknown and not found:
+        module, reason = next(iter(unknown.items()))
+        count = f"{len(unknown)} modules, such as {module}" if len(unknown) > 1 else module
+        raise SourceError(f"{ledger.where}: {count}: {reason}")
+    for module, reason in unknown.items():
+        ledger.refuse(names[module], (), reason.status, f"{module}: {reason}")
+    return found
 
 
-def build(slots: Slots, scale_of: Callable[[int], float]) -> Update:
+def _module(scales: Scales, module: str, slots: Slots) -> _Module:
+    down = slots.get("down")
+    parts, note = scales.parts(module, down.shape[0]) if down is not None and down.shape else (1, "")
+    update = build(slots, partial(scales.of, module, _is_convolution(slots)), parts)
+    if isinstance(update, Scaled):
+        scales.told.append(module)
+    return _Module(update, slots.get("dora_scale"), note)
+
+
+def build(slots: Slots, scale_of: Callable[[int], float], parts: int = 1) -> Update:
     """The update of one module before any DoRA.
 
     Args:
         slots: slot → reference.
         scale_of: s for a rank r, for a module without a stored α.
+        parts: of how many parts, each with this α, the factors are made: r is their rank divided by it.
 
     Raises:
         Refusal: the tensors are no module that is known, do not fit, or s is not known.
@@ -225,10 +265,10 @@ def build(slots: Slots, scale_of: Callable[[int], float]) -> Update:
     if rank is None:  # nothing was factored: LyCORIS trains with α = r then, and the stored α means nothing
         return update
     if alpha is None:
-        return _times(update, scale_of(rank))
-    if alpha.numel != 1 or not alpha.is_float:
+        return _times(update, scale_of(rank // parts))
+    if alpha.numel != 1 or not (alpha.is_float or alpha.dtype in _INTEGERS):
         raise Refusal(f"alpha is {list(alpha.shape)} of {alpha.dtype}, not one real number")
-    return Scaled(_times(update, 1.0 / rank), alpha)
+    return Scaled(_times(update, parts / rank), alpha)
 
 
 def _is_convolution(slots: Slots) -> bool:
@@ -306,8 +346,11 @@ def _times(update: Update, scale: float) -> Update:
     return replace(update, scale=scale * update.scale)
 
 
-def _rescaled(update: Update, magnitude: TensorRef, target: Target) -> Dora:
-    """The update under a `dora_scale`, whose shape says what it is for: outputs (out, 1, …) or inputs (1, in, …)."""
+def _rescaled(item: _Module, target: Target) -> Update:
+    """The update under its `dora_scale`, whose shape says what it is for: outputs (out, 1, …) or inputs (1, in, …)."""
+    update, magnitude = item.update, item.magnitude
+    if magnitude is None:
+        return update
     if target.real is None or target.stored is None:
         raise Refusal("DoRA needs the base weight as real numbers")
     if not magnitude.is_float:

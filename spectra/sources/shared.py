@@ -1,0 +1,67 @@
+"""Updates that act on one weight: a tied head and the embedding that it is have one ΔW, the sum of both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from spectra.deltas.delta import WeightDelta
+from spectra.deltas.recipe import Recipe
+from spectra.deltas.recipes import Summed
+from spectra.models import tied
+from spectra.naming import split_parts
+from spectra.sources.ledger import Ledger
+
+
+def add_up(ledger: Ledger) -> None:
+    """Leave one update for every weight that several names of the adapter stand for, and say what it is of."""
+    by_name: dict[str, list[WeightDelta]] = {}
+    for delta in ledger.deltas:
+        by_name.setdefault(delta.name, []).append(delta)
+    whole = {name: split_parts(name)[0] for name in by_name}
+    ledger.deltas[:] = [
+        delta
+        for name, found in by_name.items()
+        for delta in (_noted(ledger, whole[name], found) if whole[name] in ledger.tied else found)
+    ]
+    _warn_of_a_pair(ledger)
+
+
+def _noted(ledger: Ledger, name: str, found: list[WeightDelta]) -> list[WeightDelta]:
+    """The sum of the updates of one tied weight."""
+    heads = " and ".join(ledger.tied[name])
+    alone = len(found) == 1
+    note = f"the update of {heads}, tied to this weight" if alone else f"the sum of its own update and that of {heads}"
+    summed = found[0] if alone else _sum(ledger, found, heads)
+    return [replace(summed, note="; ".join(filter(None, (summed.note, note))))] if summed.recipe else [summed]
+
+
+def _sum(ledger: Ledger, found: list[WeightDelta], heads: str) -> WeightDelta:
+    first = found[0]
+    refused = [delta for delta in found if delta.recipe is None]
+    recipes: tuple[Recipe, ...] = tuple(delta.recipe for delta in found if delta.recipe is not None)
+    if refused:
+        why = f"it is tied to {heads}, and one of their updates has no number: {refused[0].reason}"
+    elif any(_depends_on_base(delta) for delta in found):
+        why = f"it is tied to {heads}, and one of their updates depends on the weight, so they do not add up"
+    else:
+        rank = min(sum(delta.max_rank for delta in found), *first.shape)
+        return replace(first, recipe=Summed(recipes), max_rank=rank)
+    ledger.unsupported[first.name] = why
+    return WeightDelta.refused(first.name, first.shape, "unsupported", why)
+
+
+def _depends_on_base(delta: WeightDelta) -> bool:
+    stored = delta.base.stored if delta.base else None
+    refs = delta.recipe.refs if delta.recipe else ()
+    return stored is not None and any((ref.path, ref.name) == (stored.path, stored.name) for ref in refs)
+
+
+def _warn_of_a_pair(ledger: Ledger) -> None:
+    """Without a base, whether an adapted head and an adapted embedding are one weight is not known."""
+    names = [delta.name for delta in ledger.deltas if delta.recipe is not None]
+    heads, embeddings = (list(filter(test, names)) for test in (tied.is_head, tied.is_embedding))
+    if ledger.base is None and heads and embeddings:
+        ledger.warnings.append(
+            f"if the model ties {heads[0]} to {embeddings[0]}, they are one weight and ΔW is the sum of both: "
+            "pass base= (--base) to know"
+        )
