@@ -97,17 +97,26 @@ def find(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> list[Ca
     """Weights in uint32, which nobody else writes, and scales with biases that miss theirs."""
     own = config.get("quantization")
     settings = next((given for given in (own, config.get("quantization_config")) if isinstance(given, Mapping)), {})
-    found = []
-    for module, parts in modules(tensors, "weight|scales|biases", "weight|scales").items():
-        codes = parts.get("weight")
-        if codes is None:
-            mine = "biases" in parts or isinstance(own, Mapping)
-        else:
-            mine = codes.dtype == "U32" or ("scales" in parts and codes.dtype not in REAL_FLOATS)
-        if mine:
-            names = full_names(module, parts, "weight")
-            found.append(Candidate(f"{module}.weight", TITLE, names, partial(_mlx, module, parts, settings)))
-    return found
+    found = modules(tensors, "weight|scales|biases", "scales")
+    for name, ref in tensors.items():
+        module, _, part = name.rpartition(".")
+        if ref.dtype == "U32" and part == "weight" and module not in found:
+            biases = tensors.get(f"{module}.biases")
+            found[module] = {part: ref} | ({"biases": biases} if biases is not None else {})
+    return [
+        Candidate(
+            f"{module}.weight", TITLE, full_names(module, parts, "weight"), partial(_mlx, module, parts, settings)
+        )
+        for module, parts in found.items()
+        if _is_mlx(parts, isinstance(own, Mapping))
+    ]
+
+
+def _is_mlx(parts: Mapping[str, TensorRef], said: bool) -> bool:
+    """Whether a module's parts are codes, or what is left of them; `said` if the config says that there are some."""
+    if "weight" in parts:
+        return parts["weight"].dtype not in REAL_FLOATS
+    return said or "biases" in parts
 
 
 def _mlx(module: str, parts: Mapping[str, TensorRef], settings: Mapping[str, Any]) -> Coded:
