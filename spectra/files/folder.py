@@ -9,7 +9,7 @@ from typing import Any
 
 from spectra.errors import NotFoundError, SourceError
 from spectra.files import ggml, gguf_file, gguf_names, quantised, safetensors_file
-from spectra.files.choice import PIPELINE, WEIGHT_SUFFIXES, Choice, choose, inside, read_json
+from spectra.files.choice import FULL_NAMES, PIPELINE, WEIGHT_SUFFIXES, Choice, choose, inside, read_json
 from spectra.files.header import Header
 from spectra.files.storage import Place
 from spectra.files.tensors import TensorRef
@@ -86,10 +86,10 @@ def open_folder(path: Place | str | Path) -> Folder:
         return _pipeline(place)
     choice, home = (choose(place), place) if is_folder else (Choice([place]), place.parent)
     read = _read_all(choice)
-    is_adapter = any(file.name.startswith("adapter_model") for file in choice.files)
-    beside_model = is_folder or place.name.startswith(("model", "pytorch_model", "diffusion_pytorch_model"))
+    # A config of an adapter beside a model's own files is a leftover; beside any other file it is that file's.
+    beside_model = any(file.name.startswith(FULL_NAMES) for file in choice.files)
     config = _beside(home, "config.json")
-    is_adapter = is_adapter or not beside_model or any(map(_of_an_adapter, read.tensors))
+    is_adapter = not beside_model or any(map(_of_an_adapter, read.tensors))
     adapter_config = _beside(home, "adapter_config.json") if is_adapter else None
     folder = replace(
         read,

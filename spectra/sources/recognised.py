@@ -25,6 +25,11 @@ def has_factors(folder: Folder) -> bool:
     return any(is_factor(name) for name in folder.tensors)
 
 
+def trained_whole(folder: Folder) -> bool:
+    """Whether the config says that the tensors are whole weights (mlx-lm's `fine_tune_type: full`)."""
+    return (folder.adapter_config or {}).get("fine_tune_type") == "full"
+
+
 def declared_type(folder: Folder) -> str | None:
     """The peft_type that the adapter's config claims."""
     declared = (folder.adapter_config or {}).get("peft_type")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -120,6 +121,42 @@ def _diffusers(folder: Path) -> Oracle:
     return _pipeline_lora(folder, (f"{dotted}.lora_A.weight", f"{dotted}.lora_B.weight"), None)
 
 
+def write_mlx(folder: Path, tensors: dict[str, torch.Tensor], config: dict | None) -> Path:
+    """What mlx-lm writes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapters.safetensors")
+    if config is not None:
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _mlx(folder: Path, *, dora: bool) -> Oracle:
+    """A layer, and an embedding, whose factors MLX multiplies the other way round."""
+    base = llama_tensors()
+    layer, embedding = "model.layers.1.mlp.down_proj", "model.embed_tokens"
+    torch.manual_seed(0)
+    a, b = torch.randn(24, 3), torch.randn(3, 16)
+    tensors = {f"{layer}.lora_a": a, f"{layer}.lora_b": b}
+    tensors |= {f"{embedding}.lora_a": torch.randn(VOCABULARY, 3), f"{embedding}.lora_b": torch.randn(3, 16)}
+    updates = {
+        layer: 20 * (a.double() @ b.double()).T,
+        embedding: 20 * tensors[f"{embedding}.lora_a"].double() @ tensors[f"{embedding}.lora_b"].double(),
+    }
+    if dora:
+        for module, update in updates.items():
+            weight, m = base[f"{module}.weight"].double(), torch.rand(len(base[f"{module}.weight"])) + 0.5
+            moved = weight + update
+            tensors[f"{module}.m"] = m
+            updates[module] = (m.double() / moved.norm(dim=1))[:, None] * moved - weight
+    config = {"fine_tune_type": "dora" if dora else "lora", "num_layers": 16}
+    config |= {"lora_parameters": {"rank": 3, "scale": 20.0, "dropout": 0.0}}
+    return Oracle(
+        write_checkpoint(folder / "base", base),
+        write_mlx(folder / "adapter", tensors, config),
+        {f"{module}.weight": update for module, update in updates.items()},
+    )
+
+
 _ON = ["q_proj", "v_proj", "down_proj"]
 _FLOAT32 = 1e-6  # where PEFT itself computes in float32
 
@@ -139,6 +176,8 @@ EXAMPLES: dict[str, Callable[[Path], Oracle]] = {
     "ln_tuning": _ln_tuning,
     "kohya": _kohya,
     "diffusers": _diffusers,
+    "mlx": partial(_mlx, dora=False),
+    "mlx_dora": partial(_mlx, dora=True),
     "lora": _peft(peft.LoraConfig, r=3, lora_alpha=7, target_modules=_ON),
     "dora": _peft(peft.LoraConfig, r=3, lora_alpha=7, use_dora=True, target_modules=_ON),
     "adalora": _peft(

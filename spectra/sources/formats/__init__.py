@@ -145,6 +145,8 @@ FORMATS: tuple[Format, ...] = (
     Format("tinylora", "TinyLoRA", (".tinylora_A",), config=True, peft_types=("TINYLORA",)),
     Format("frod", "FRoD", (".frod_lambda_l",), needs_base=True, peft_types=("FROD",)),
     Format("unilora", "Uni-LoRA", (".unilora_theta_d",), config=True, peft_types=("UNILORA",)),
+    Format("mlx_dora", "DoRA (MLX)", (".m\n",), "mlx", decides=True, needs_base=True, scale="own"),
+    Format("mlx", "LoRA (MLX)", (".lora_a\n", ".A\n"), decides=True, scale="own"),
     Format("kohya", "kohya, LyCORIS", ("\nlora_", "\nlycoris_"), decides=True, scale="own"),
     Format("diffusers", "diffusers, ComfyUI LoRA",
            ("lora", ".down.weight", ".up.weight", ".hada_", ".lokr_", ".w_norm", ".b_norm", ".oft_", ".on_input"),
