@@ -157,6 +157,35 @@ def _mlx(folder: Path, *, dora: bool) -> Oracle:
     )
 
 
+def _torchtune(folder: Path, *, dora: bool) -> Oracle:
+    """A key projection, whose rows torchtune keeps in Meta's order, and one of the MLP."""
+    base = llama_tensors()
+    torch.manual_seed(0)
+    tensors, deltas = {}, {}
+    for name, module, heads in (
+        ("model.layers.0.self_attn.k_proj.weight", "layers.0.attn.k_proj", 2),
+        ("model.layers.1.mlp.gate_proj.weight", "layers.1.mlp.w1", 0),
+    ):
+        weight = base[name].double()
+        a, b, m = torch.randn(3, weight.shape[1]), torch.randn(len(weight), 3), torch.rand(len(weight)) + 0.5
+        update, magnitude = 2 * b.double() @ a.double(), m.double()[:, None]
+        if heads:  # transformers' row h·d + i·d/2 + j is Meta's h·d + 2j + i
+            update, magnitude = (x.reshape(heads, 2, 2, -1).transpose(1, 2).flatten(0, 2) for x in (update, magnitude))
+        tensors |= {f"{module}.lora_a.weight": a, f"{module}.lora_b.weight": b}
+        if dora:
+            tensors[f"{module}.magnitude"] = m
+            moved = weight + update
+            update = magnitude / moved.norm(dim=1, keepdim=True) * moved - weight
+        deltas[name] = update
+    config = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
+    adapter = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "use_dora": dora}
+    return Oracle(
+        write_checkpoint(folder / "base", base, config=config),
+        write_adapter(folder / "adapter", tensors, adapter),
+        deltas,
+    )
+
+
 _ON = ["q_proj", "v_proj", "down_proj"]
 _FLOAT32 = 1e-6  # where PEFT itself computes in float32
 
@@ -176,6 +205,8 @@ EXAMPLES: dict[str, Callable[[Path], Oracle]] = {
     "ln_tuning": _ln_tuning,
     "kohya": _kohya,
     "diffusers": _diffusers,
+    "torchtune": partial(_torchtune, dora=False),
+    "torchtune_dora": partial(_torchtune, dora=True),
     "mlx": partial(_mlx, dora=False),
     "mlx_dora": partial(_mlx, dora=True),
     "lora": _peft(peft.LoraConfig, r=3, lora_alpha=7, target_modules=_ON),
