@@ -24,8 +24,10 @@ _HOMES = {
     "spectra.deltas.source": ("Coverage", "Source"),
     "spectra.errors": ("SpectraError",),
     "spectra.metrics": ("METRICS",),
+    "spectra.metrics.alignment": ("ALIGNMENT",),
     "spectra.metrics.similarity": ("SubspaceSimilarity", "chance_level", "principal_angles", "subspace_similarity"),
     "spectra.plots": ("draw_results", "histogram_figure", "plot_histogram", "plot_similarity", "similarity_figure"),
+    "spectra.results.alignment": ("alignment",),
     "spectra.results.collection": ("Spectra", "load", "save"),
     "spectra.results.inspection": ("Inspection", "inspect"),
     "spectra.results.similarities": ("NotCompared", "pool_by_role"),
@@ -47,6 +49,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.deltas.source import Source as Source
     from spectra.errors import SpectraError as SpectraError
     from spectra.metrics import METRICS as METRICS
+    from spectra.metrics.alignment import ALIGNMENT as ALIGNMENT
     from spectra.metrics.similarity import SubspaceSimilarity as SubspaceSimilarity
     from spectra.metrics.similarity import chance_level as chance_level
     from spectra.metrics.similarity import principal_angles as principal_angles
@@ -56,6 +59,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.plots import plot_histogram as plot_histogram
     from spectra.plots import plot_similarity as plot_similarity
     from spectra.plots import similarity_figure as similarity_figure
+    from spectra.results.alignment import alignment as alignment
     from spectra.results.collection import Spectra as Spectra
     from spectra.results.collection import load as load
     from spectra.results.collection import save as save

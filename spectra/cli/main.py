@@ -14,6 +14,7 @@ from spectra.errors import SpectraError
 _COMMANDS = {
     "svd": "spectra.cli.svd",
     "similarity": "spectra.cli.similarity",
+    "alignment": "spectra.cli.alignment",
     "inspect": "spectra.cli.inspect",
     "plot": "spectra.cli.plot",
     "reproduce": "spectra.cli.reproduce",
@@ -51,6 +52,7 @@ def main() -> None:
       spectra inspect ckpt/                                       what is in it
       spectra svd --base llama-7b --tuned ckpt/ --layer v_proj    singular values of the update
       spectra similarity a/ b/ --top 30                           do two updates agree?
+      spectra alignment --base llama-7b --tuned ckpt/             what it does to W₀'s directions
       spectra plot results/                                       redraw stored results
       spectra reproduce                                           the papers' experiment, end to end
     """

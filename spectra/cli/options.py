@@ -46,6 +46,9 @@ layer_option = click.option(
     help="Only these matrices: a role or path component (v_proj), a glob, or re:REGEX. Repeatable.",
 )  # fmt: skip
 scale_option = click.option("--scale", type=float, help="The scale s where the adapter does not carry α/r.")
+table_option = click.option(
+    "--out", type=click.Path(file_okay=False), metavar="DIR", help="Keep the table here, as csv and as json.",
+)  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 _SOURCE = (
     layer_option,

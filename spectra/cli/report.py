@@ -6,9 +6,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from spectra.deltas.source import Source
 
 _MOST_NAMES = 5
 
@@ -86,3 +89,37 @@ def progress(total: int, what: str) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, desc=what, unit="matrix", file=sys.stderr, disable=None, leave=False, dynamic_ncols=True)
+
+
+def heading(source: Source) -> dict[str, Any]:
+    """What every document about one source begins with."""
+    from spectra._version import __version__
+
+    return {"spectra": __version__, "kind": source.kind, "tuned": source.tuned, "base": source.base}
+
+
+def keep_table(out: str, name: str, document: dict[str, Any]) -> None:
+    """Write a document's matrices as csv and all of it as json into a directory, and say so.
+
+    Raises:
+        StoreError: it cannot be written to.
+    """
+    from spectra.results.store import write
+    from spectra.results.tables import strict, to_csv
+
+    paths = Path(out, f"{name}.csv"), Path(out, f"{name}.json")
+    write(paths[0], to_csv(document["matrices"]).encode())
+    write(paths[1], json.dumps(strict(document), indent=1, allow_nan=False, ensure_ascii=False).encode())
+    note(f"results: {paths[0]}, {paths[1]}")
+
+
+def close(rows: Sequence[dict[str, Any]], done: Sequence[str] = ("ok", "unchanged")) -> None:
+    """Notes of the rows, what could not be done, and exit status 1 if there is any."""
+    for said in sorted({row["note"] for row in rows if row["note"]}):
+        note(f"note: {said}")
+    undone = [row for row in rows if row["status"] not in done]
+    for row in undone:
+        note(f"not done: {row['name']}: {row['status']}: {row['reason']}")
+    if undone:
+        note(f"{len(undone)} of {len(rows)} matrices could not be done")
+        sys.exit(1)

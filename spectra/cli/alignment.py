@@ -1,0 +1,109 @@
+"""`spectra alignment`: what an update does to the directions of W₀."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spectra.cli import report
+from spectra.cli.heavy import heavy_imports
+from spectra.cli.options import Opening, json_option, source_options, table_option
+
+if TYPE_CHECKING:
+    from spectra.results.tables import Row
+
+_SHOWN = {
+    "intruders": "intruders",
+    "amplification": "amplified",
+    "left_in_top": "left",
+    "right_in_top": "right",
+}
+_MOST_LINES = 12
+
+
+@click.command("alignment", short_help="What an update does to the directions of W₀.")
+@click.option("--base", metavar="BASE", help="The model it started from: path, hub id or alias.")
+@click.option("--tuned", required=True, metavar="TUNED", help="The tuned model or adapter: path, hub id or alias.")
+@click.option("--k", type=click.IntRange(min=1), default=10, show_default=True, help="How many top directions.")
+@click.option(
+    "--epsilon", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True,
+    help="The cosine with all of W₀'s directions under which one of W is an intruder.",
+)  # fmt: skip
+@click.option(
+    "--cache", type=click.Path(file_okay=False), metavar="DIR",
+    help="Keep W₀'s singular vectors here: most of the time, and the next run with this base reads them.",
+)  # fmt: skip
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]", help="Where to compute.")
+@click.option(
+    "--memory", metavar="SIZE", help="Budget for the matrix at work, such as 4GiB.  [default: half of what is free]"
+)
+@source_options
+@table_option
+@json_option
+def command(
+    base: str | None,
+    tuned: str,
+    k: int,
+    epsilon: float,
+    cache: str | None,
+    device: str,
+    memory: str | None,
+    opening: Opening,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """ΔW against W₀: intruder dimensions, amplification and shares of energy, matrix by matrix.
+
+    Prints the main columns; --json and --out hold all of them, each with its chance level or control.
+    """
+    source = opening.open(tuned, base)
+    with heavy_imports():
+        from spectra.results.alignment import alignment_rows
+
+    stream = alignment_rows(source, k=k, epsilon=epsilon, cache=cache, device=device, memory_budget=memory)
+    rows: list[Row] = []
+    with report.progress(len(source), "spectra alignment") as bar:
+        for row in stream:
+            rows.append(row)
+            bar.update()
+    document = {
+        **report.heading(source),
+        "options": {"k": k, "epsilon": epsilon},
+        "coverage": asdict(source.coverage),
+        "matrices": rows,
+    }
+    if as_json:
+        report.print_json(document)
+    else:
+        _print(rows)
+    if out:
+        report.keep_table(out, "alignment", document)
+    report.close(rows)
+
+
+def _print(rows: list[Row]) -> None:
+    """A line per matrix, or the medians of a role where there are many; chance levels as a note."""
+    if len(rows) <= _MOST_LINES:
+        report.print_table(["matrix", *_SHOWN.values()], [[r["name"], *map(r.get, _SHOWN)] for r in rows])
+    else:
+        from spectra.results.tables import role_rows
+
+        header = ["role", "matrices", "unchanged", *_SHOWN.values()]
+        report.print_table(header, [list(line.values()) for line in role_rows(rows, _SHOWN)])
+        report.note("medians over the changed matrices of a role; every matrix is in --out and --json")
+    done = [row for row in rows if row["status"] == "ok"]
+    if done:
+        report.note(f"left, right: shares of ‖ΔW‖² in W₀'s top directions; by chance {_chance(done)}")
+        randoms = [row["amplification_random"] for row in done]
+        report.note(f"amplified: ‖ΔW‖ / ‖UᵀW₀V‖; in random directions {_range(randoms)}")
+
+
+def _chance(rows: list[Row]) -> str:
+    return ", ".join(f"{_range([row[f'{side}_chance'] for row in rows])} ({side})" for side in ("left", "right"))
+
+
+def _range(values: list[Any]) -> str:
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return low if low == high else f"{low} – {high}"

@@ -1,0 +1,248 @@
+"""ΔW against W₀: one function per metric, and the table of those that make a column of `alignment`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float64
+from scipy.special import betainc
+from torch import Tensor
+
+from spectra.deltas.forms import Form
+
+_ROUNDING = 1e-14  # float64, with room for the length of the sums
+
+
+@dataclass(frozen=True, eq=False)
+class Triplets:
+    """Singular triplets of one matrix, the largest first; those that rounding decides are left out.
+
+    Attributes:
+        U: left vectors (m, k).
+        S: singular values (k).
+        Vh: right vectors, transposed (k, n).
+    """
+
+    U: Float64[Tensor, "m k"]
+    S: Float64[Tensor, " k"]
+    Vh: Float64[Tensor, "k n"]
+
+    def first(self, k: int) -> Triplets:
+        """The first k, or all where there are fewer."""
+        return Triplets(self.U[:, :k], self.S[:k], self.Vh[:k])
+
+    @property
+    def rank(self) -> int:
+        """The number of values that are not zero to rounding; directions behind it are not determined."""
+        size = max(self.U.shape[0], self.Vh.shape[1]) * torch.finfo(torch.float64).eps
+        return int((size * self.S[:1] < self.S).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class AgainstBase:
+    """What metrics of ΔW against W₀ are computed from: W₀ as all of its triplets, ΔW, and the tops of ΔW and W.
+
+    Attributes:
+        base: all s = min(m, n) triplets of W₀.
+        update: ΔW (m, n) in any form.
+        update_top: the top triplets of ΔW: as many as an adapter's rank, k of a full fine-tune.
+        tuned_top: the top k triplets of W = W₀ + ΔW, fewer where its rank is less.
+        k: how many directions were asked for.
+        epsilon: the cosine below which a direction of W is an intruder.
+
+    Example:
+        >>> eye = torch.eye(3, dtype=torch.float64)
+        >>> base = Triplets(eye[:, :2], torch.tensor([2.0, 1.0]).double(), eye[:2])
+        >>> spike = Triplets(eye[:, 2:], torch.tensor([3.0]).double(), eye[2:])
+        >>> from spectra.deltas.forms import Dense
+        >>> seen = AgainstBase(base, Dense(3 * eye[:, 2:] @ eye[2:]), spike, spike, k=1)
+        >>> intruders(seen), largest_cosines(seen), left_in_top(seen)
+        (1, [0.0], 0.0)
+    """
+
+    base: Triplets
+    update: Form
+    update_top: Triplets
+    tuned_top: Triplets
+    k: int = 10
+    epsilon: float = 0.5
+
+    @cached_property
+    def base_top(self) -> Triplets:
+        """W₀'s top k, fewer where its rank is less."""
+        return self.base.first(min(self.k, self.base.rank))
+
+    @cached_property
+    def left_energy(self) -> Float64[Tensor, " s"]:
+        """‖x_iᵀΔW‖² / ‖ΔW‖² of every left vector x_i of W₀: what share of ΔW's energy it carries."""
+        return self.update.T.times(self.base.U).square().sum(0) / self.update.norm**2
+
+    @cached_property
+    def right_energy(self) -> Float64[Tensor, " s"]:
+        """‖ΔW z_i‖² / ‖ΔW‖² of every right vector z_i of W₀."""
+        return self.update.times(self.base.Vh.mT).square().sum(0) / self.update.norm**2
+
+    def base_within(self, left: Tensor, right: Tensor) -> float:
+        """‖LᵀW₀R‖_F for orthonormal L (m, k) and R (n, k); 0 where only rounding is left of it."""
+        within = (left.mT @ self.base.U * self.base.S) @ (self.base.Vh @ right)
+        size, whole = float(within.norm()), float(self.base.S.norm())
+        return size if size > _ROUNDING * whole else 0.0
+
+
+def largest_cosines(seen: AgainstBase) -> list[float]:
+    """max_i |cos(y_j, x_i)| of each top left vector y_j of W, over all left vectors x_i of W₀ whose σ is not zero.
+
+    Reference: Shuttleworth et al. 2024, Alg. 1; the absolute value is in the authors' code, not in the text.
+    """
+    known = seen.base.U[:, : seen.base.rank]
+    cosines = (known.mT @ seen.tuned_top.U).abs()
+    found: list[float] = cosines.amax(0).clamp(max=1.0).tolist() if known.shape[1] else [0.0] * cosines.shape[1]
+    return found
+
+
+def intruders(seen: AgainstBase) -> int:
+    """How many of W's top k left vectors have a largest cosine under ε with W₀'s: directions that W₀ does not know.
+
+    Reference: Shuttleworth et al. 2024, Alg. 1 (k = 10, ε = .5).
+    """
+    return sum(cosine < seen.epsilon for cosine in largest_cosines(seen))
+
+
+def intruders_chance(seen: AgainstBase) -> float:
+    """How many of k uniformly random directions of ℝᵐ would be intruders, at least: all of them once m is large.
+
+    k·max(0, 1 − s·P(c² ≥ ε²)) with c² ~ Beta(½, (m − 1)/2): the union bound over W₀'s s vectors, exact from ε = 1/√2.
+    """
+    m, found = seen.tuned_top.U.shape
+    if m == 1:
+        return 0.0
+    near = 1.0 - float(betainc(0.5, (m - 1) / 2, min(seen.epsilon**2, 1.0)))
+    return found * max(0.0, 1.0 - seen.base.rank * near)
+
+
+def amplification(seen: AgainstBase) -> float:
+    """‖ΔW‖_F / ‖UᵀW₀V‖_F, U and V the top r directions of ΔW: what it does there against what W₀ does.
+
+    Infinite where W₀ does nothing there.
+
+    Reference: Hu et al. 2021, §7.3 and App. H.4.
+    """
+    return _ratio(seen.update.norm, seen.base_within(seen.update_top.U, seen.update_top.Vh.mT))
+
+
+def amplification_own(seen: AgainstBase) -> float:
+    """The control of `amplification` with W₀'s own top r directions, whose part of W₀ is the largest.
+
+    Reference: Hu et al. 2021, Table 7.
+    """
+    return _ratio(seen.update.norm, float(seen.base.S[: len(seen.update_top.S)].norm()))
+
+
+def amplification_random(seen: AgainstBase) -> float:
+    """The control with random directions, in closed form: √E‖UᵀW₀V‖_F² = r‖W₀‖_F/√(mn) for uniform U and V.
+
+    Reference: Hu et al. 2021, Table 7, which draws one pair.
+    """
+    m, n = seen.update.shape
+    return _ratio(seen.update.norm, len(seen.update_top.S) * float(seen.base.S.norm()) / math.sqrt(m * n))
+
+
+def left_in_top(seen: AgainstBase) -> float:
+    """‖U₀ₖᵀΔW‖_F² / ‖ΔW‖_F²: the share of ΔW's energy in the span of W₀'s top k left vectors."""
+    return float(seen.left_energy[: len(seen.base_top.S)].sum())
+
+
+def right_in_top(seen: AgainstBase) -> float:
+    """‖ΔW V₀ₖ‖_F² / ‖ΔW‖_F²: the share of ΔW's energy in the span of W₀'s top k right vectors."""
+    return float(seen.right_energy[: len(seen.base_top.S)].sum())
+
+
+def left_chance(seen: AgainstBase) -> float:
+    """k/m: `left_in_top` of an update that knows nothing of W₀, on average."""
+    return len(seen.base_top.S) / seen.update.shape[0]
+
+
+def right_chance(seen: AgainstBase) -> float:
+    """k/n: `right_in_top` of an update that knows nothing of W₀, on average."""
+    return len(seen.base_top.S) / seen.update.shape[1]
+
+
+def left_deciles(seen: AgainstBase) -> list[float]:
+    """`left_energy` by tenths of W₀'s spectrum, the largest σ first; they sum to 1 where m ≤ n."""
+    return _deciles(seen.left_energy)
+
+
+def right_deciles(seen: AgainstBase) -> list[float]:
+    """`right_energy` by tenths of W₀'s spectrum, the largest σ first; they sum to 1 where m ≥ n."""
+    return _deciles(seen.right_energy)
+
+
+def principal_top(seen: AgainstBase) -> float:
+    """‖U_kU_kᵀ ΔW V_kV_kᵀ‖_F² / ‖ΔW‖_F² with W₀'s top k: the part that PiSSA trains.
+
+    Reference: Meng et al. 2024 (PiSSA).
+    """
+    return _within(seen, seen.base_top)
+
+
+def principal_bottom(seen: AgainstBase) -> float:
+    """The same share with W₀'s last k triplets: the part that MiLoRA trains.
+
+    Reference: Wang et al. 2024 (MiLoRA).
+    """
+    kept = slice(max(len(seen.base.S) - seen.k, 0), None)
+    return _within(seen, Triplets(seen.base.U[:, kept], seen.base.S[kept], seen.base.Vh[kept]))
+
+
+def principal_random(seen: AgainstBase) -> float:
+    """The same share's mean over uniformly random k-dimensional subspaces: k²/(mn)."""
+    return left_chance(seen) * right_chance(seen)
+
+
+def sigma_1_ratio(seen: AgainstBase) -> float:
+    """σ₁(W)/σ₁(W₀): what became of the weight's own largest singular value."""
+    return _ratio(float(seen.tuned_top.S[0]), float(seen.base.S[0])) if len(seen.tuned_top.S) else 0.0
+
+
+ALIGNMENT: dict[str, Callable[[AgainstBase], int | float | list[float]]] = {
+    "intruders": intruders,
+    "intruders_chance": intruders_chance,
+    "largest_cosines": largest_cosines,
+    "amplification": amplification,
+    "amplification_own": amplification_own,
+    "amplification_random": amplification_random,
+    "left_in_top": left_in_top,
+    "right_in_top": right_in_top,
+    "left_chance": left_chance,
+    "right_chance": right_chance,
+    "left_deciles": left_deciles,
+    "right_deciles": right_deciles,
+    "principal_top": principal_top,
+    "principal_bottom": principal_bottom,
+    "principal_random": principal_random,
+    "sigma_1_ratio": sigma_1_ratio,
+}
+
+
+def _deciles(energy: Float64[Tensor, " s"]) -> list[float]:
+    """Sums over tenths, cut at round(i·s/10).
+
+    >>> _deciles(torch.ones(20).double())
+    [2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+    """
+    cuts = [round(i * len(energy) / 10) for i in range(11)]
+    return [float(energy[start:stop].sum()) for start, stop in pairwise(cuts)]
+
+
+def _within(seen: AgainstBase, part: Triplets) -> float:
+    inner = part.U.mT @ seen.update.times(part.Vh.mT)
+    return float(inner.square().sum()) / seen.update.norm**2
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else math.inf

@@ -1,0 +1,184 @@
+"""`alignment`: what an update does to the directions of W₀, one matrix after another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from spectra.deltas.delta import WeightDelta
+from spectra.deltas.forms import Dense, Form
+from spectra.deltas.source import Source
+from spectra.engine.devices import device_named, resolve_device
+from spectra.engine.memory import memory_budget, readable_size
+from spectra.engine.solve import Wanted, out_of_memory, read, solve_forms
+from spectra.errors import BaseRequiredError, SelectionError, SpectraError, StoreError
+from spectra.metrics.alignment import ALIGNMENT, AgainstBase, Triplets
+from spectra.results.base_cache import BaseCache, triplets_of_base
+from spectra.spectrum import Spectrum, Status
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from spectra.results.tables import Row
+
+_COPIES = 7  # of a matrix that are there at once: W₀, ΔW, W, all of W₀'s vectors, and what LAPACK works on
+
+
+def alignment(
+    source: Iterable[WeightDelta],
+    *,
+    k: int = 10,
+    epsilon: float = 0.5,
+    cache: str | Path | None = None,
+    device: str = "auto",
+    memory_budget: int | str | None = None,
+) -> pd.DataFrame:
+    """ΔW against W₀: intruder dimensions, amplification and shares of energy, one row per matrix.
+
+    The columns behind `k` and `r` are those of `ALIGNMENT`, each a function of `spectra.metrics.alignment` with its
+    definition and its chance level or control beside it. `k` is what was asked for or the rank of W₀ + ΔW, if that is
+    less; `r` is how many directions of ΔW count in `amplification`: the rank of an adapter, k of a full fine-tune. A
+    matrix that cannot be done has its status and reason, and no numbers.
+
+    Most of the time goes into the singular vectors of W₀, all of which are needed: for intruders a bound on the rest
+    (1 − Σᵢ cos² over the top) settles what lies near the top alone, but where a direction *is* an intruder, and for
+    the deciles always, nothing less than all will do. So they are computed once and kept where `cache` says.
+
+    Args:
+        source: a `Source` that was opened with its base, or deltas that know theirs.
+        k: how many top directions of W₀, of W and of a full fine-tune.
+        epsilon: the cosine under which a direction of W is an intruder.
+        cache: a directory for W₀'s singular vectors, as large as W₀ in float64 twice over; the next run with the
+            same base reads them there. None to keep nothing.
+        device: as for `decompose`.
+        memory_budget: as for `decompose`.
+
+    Raises:
+        BaseRequiredError: no matrix knows its W₀.
+        SelectionError: k is not positive, or epsilon not in (0, 1].
+        StoreError: the cache cannot be written to.
+    """
+    import pandas as pd
+
+    rows = alignment_rows(source, k=k, epsilon=epsilon, cache=cache, device=device, memory_budget=memory_budget)
+    return pd.DataFrame(list(rows))
+
+
+def alignment_rows(
+    source: Iterable[WeightDelta],
+    *,
+    k: int = 10,
+    epsilon: float = 0.5,
+    cache: str | Path | None = None,
+    device: str = "auto",
+    memory_budget: int | str | None = None,
+) -> Iterator[Row]:
+    """The rows of `alignment` as they are finished, in the source's order; arguments and errors as there."""
+    if k < 1:
+        raise SelectionError(f"k = {k} is not a positive number of directions")
+    if not 0 < epsilon <= 1:
+        raise SelectionError(f"epsilon = {epsilon} is not a cosine between 0 and 1")
+    deltas = source.deltas if isinstance(source, Source) else tuple(source)
+    if deltas and all(delta.base is None for delta in deltas):
+        raise BaseRequiredError(
+            f"alignment compares an update with the weights it started from, and {deltas[0].name} has none: "
+            "pass base= (--base) when the source is opened"
+        )
+    work = _Work(k, epsilon, resolve_device(device), _budget(memory_budget, device), BaseCache.at(cache))
+    return (work(delta) for delta in deltas)
+
+
+def _budget(given: int | str | None, device: str) -> int:
+    return memory_budget(given) if given is not None else device_named(resolve_device(device)).budget()
+
+
+class _UndoneError(Exception):
+    """A matrix that has no numbers; its spectrum says why."""
+
+    def __init__(self, spectrum: Spectrum) -> None:
+        super().__init__(spectrum.reason)
+        self.spectrum = spectrum
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What to do with every delta."""
+
+    k: int
+    epsilon: float
+    device: str
+    budget: int
+    cache: BaseCache | None
+
+    def __call__(self, delta: WeightDelta) -> Row:
+        """The row of one matrix; what cannot be done has a status there."""
+        try:
+            return _row(delta, _outcome(delta, "ok"), self._seen(delta))
+        except _UndoneError as problem:
+            return _row(delta, problem.spectrum)
+        except StoreError:  # of the cache, which concerns all of them
+            raise
+        except SpectraError as problem:
+            return _row(delta, _outcome(delta, "unreadable", str(problem)))
+        except (MemoryError, RuntimeError) as problem:
+            said = (str(problem) or type(problem).__name__).splitlines()[0]
+            return _row(delta, _outcome(delta, "too_large" if out_of_memory(problem) else "failed", said))
+
+    def _seen(self, delta: WeightDelta) -> AgainstBase:
+        """All that the metrics need of one matrix."""
+        if delta.recipe is None:
+            raise _UndoneError(_outcome(delta, delta.status, delta.reason))
+        if delta.base is None:
+            raise _UndoneError(_outcome(delta, "unsupported", "the base has no such weight to compare it with"))
+        needed = _COPIES * 8 * math.prod(delta.shape)
+        if needed > self.budget:
+            told = f"needs {readable_size(needed)}, the budget is {readable_size(self.budget)}"
+            raise _UndoneError(_outcome(delta, "too_large", f"{told}; raise memory_budget= (--memory)"))
+        form = read(delta, self.device)
+        if isinstance(form, Spectrum):
+            raise _UndoneError(form)
+        update_top = self._top(delta, form, form.max_rank if delta.factored else self.k)
+        if not len(update_top.S):
+            raise _UndoneError(_outcome(delta, "unchanged", "ΔW = 0"))
+        weight = delta.base.read(self.device)
+        base = triplets_of_base(delta.base, weight, self.cache)
+        tuned_top = self._top(delta, Dense(weight + form.to_dense()), self.k)
+        return AgainstBase(base, form, update_top, tuned_top, self.k, self.epsilon)
+
+    def _top(self, delta: WeightDelta, form: Form, k: int) -> Triplets:
+        """The top k triplets of a form that are more than rounding, by the engine with its checks; none of 0."""
+        wanted = Wanted(k, only_top=True, device=device_named(self.device))
+        (found,) = solve_forms([delta], [form], wanted)
+        if found.status == "unchanged":
+            return Triplets(
+                *(torch.zeros(size, dtype=torch.float64) for size in ((form.shape[0], 0), 0, (0, form.shape[1])))
+            )
+        if found.status != "ok" or found.U is None or found.Vh is None:
+            raise _UndoneError(found)
+        kept = min(found.rank, k, found.k)
+        arrays = (found.U[:, :kept], found.S[:kept], found.Vh[:kept])
+        return Triplets(*(torch.as_tensor(array, device=self.device) for array in arrays))
+
+
+def _outcome(delta: WeightDelta, status: Status, reason: str = "") -> Spectrum:
+    return Spectrum(delta.name, delta.shape, status, reason=reason, max_rank=delta.max_rank)
+
+
+def _row(delta: WeightDelta, outcome: Spectrum, seen: AgainstBase | None = None) -> Row:
+    """One matrix as column → value; None for every number of a matrix that has none."""
+    return {
+        "name": delta.name,
+        "role": delta.role,
+        "layer": delta.layer,
+        "status": outcome.status,
+        "k": None if seen is None else len(seen.tuned_top.S),
+        "r": None if seen is None else len(seen.update_top.S),
+        **{name: None if seen is None else metric(seen) for name, metric in ALIGNMENT.items()},
+        "reason": outcome.reason,
+        "note": delta.note,
+    }

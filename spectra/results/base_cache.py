@@ -1,0 +1,84 @@
+"""W₀'s singular vectors, computed once per base and kept where the user says."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from spectra._version import __version__
+from spectra.deltas.base import BaseWeight
+from spectra.engine import check
+from spectra.engine.solvers.dense import svd_top
+from spectra.errors import SpectraError
+from spectra.metrics.alignment import Triplets
+from spectra.results.store import write
+
+
+@dataclass(frozen=True)
+class BaseCache:
+    """A directory with a file per base weight, named after what the weight was read from.
+
+    Attributes:
+        directory: where the files are; made when the first is kept.
+    """
+
+    directory: Path
+
+    @classmethod
+    def at(cls, directory: str | Path | None) -> BaseCache | None:
+        """The cache there; None for nowhere."""
+        return None if directory is None else cls(Path(directory))
+
+    def get(self, weight: BaseWeight) -> Triplets | None:
+        """What is kept of this very weight; None where there is nothing whole."""
+        try:
+            kept = load(self._path(weight).read_bytes())
+            return Triplets(kept["U"], kept["S"], kept["Vh"])
+        except (OSError, SafetensorError, KeyError):
+            return None
+
+    def put(self, weight: BaseWeight, triplets: Triplets) -> None:
+        """Keep them: the file is there whole or not at all.
+
+        Raises:
+            StoreError: the directory cannot be written to.
+        """
+        arrays = {"U": triplets.U, "S": triplets.S, "Vh": triplets.Vh}
+        write(self._path(weight), save({name: array.cpu().contiguous() for name, array in arrays.items()}))
+
+    def _path(self, weight: BaseWeight) -> Path:
+        """Changes with the file's size and time, the tensor, how it is turned and cut, and the code's version."""
+        key = hashlib.sha256(f"{__version__}|{weight.ref!r}".encode()).hexdigest()
+        return self.directory / f"{key[:32]}.safetensors"
+
+
+def triplets_of_base(weight: BaseWeight, matrix: Tensor, cache: BaseCache | None = None) -> Triplets:
+    """All min(m, n) triplets of W₀ by a full SVD in float64, checked; from the cache if they are there.
+
+    Args:
+        weight: where W₀ is.
+        matrix: W₀, as it was read.
+        cache: where to look, and to keep them.
+
+    Raises:
+        SpectraError: W₀ is not finite, or the result does not pass the check.
+        StoreError: the cache cannot be written to.
+    """
+    kept = cache.get(weight) if cache else None
+    if kept is not None:
+        return Triplets(*(array.to(matrix.device) for array in (kept.U, kept.S, kept.Vh)))
+    if not bool(matrix.isfinite().all()):
+        raise SpectraError(f"{weight.name} of the base has entries that are NaN or infinite: nothing to align with")
+    S, U, Vh = svd_top(matrix, min(matrix.shape))
+    fault = check.value_fault(S, float(matrix.norm()), 0.0)
+    if fault:
+        raise SpectraError(f"the SVD of the base's {weight.name} gave {fault}; try another device= (--device)")
+    found = Triplets(U, S, Vh)
+    if cache:
+        cache.put(weight, found)
+    return found
