@@ -23,6 +23,8 @@ _HOMES = {
     "spectra.deltas.forms": ("Dense", "Kronecker", "LowRank"),
     "spectra.deltas.source": ("Coverage", "Source"),
     "spectra.errors": ("SpectraError",),
+    "spectra.extraction.extract": ("extract",),
+    "spectra.extraction.ranks": ("rank_plan",),
     "spectra.metrics": ("METRICS",),
     "spectra.metrics.alignment": ("ALIGNMENT",),
     "spectra.metrics.similarity": ("SubspaceSimilarity", "chance_level", "principal_angles", "subspace_similarity"),
@@ -48,6 +50,8 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.deltas.source import Coverage as Coverage
     from spectra.deltas.source import Source as Source
     from spectra.errors import SpectraError as SpectraError
+    from spectra.extraction.extract import extract as extract
+    from spectra.extraction.ranks import rank_plan as rank_plan
     from spectra.metrics import METRICS as METRICS
     from spectra.metrics.alignment import ALIGNMENT as ALIGNMENT
     from spectra.metrics.similarity import SubspaceSimilarity as SubspaceSimilarity

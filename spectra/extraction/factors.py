@@ -1,0 +1,73 @@
+"""Balanced factors of a truncated ΔW, and what storing them in fewer bits costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectra.deltas.forms import LowRank
+from spectra.errors import SelectionError
+from spectra.spectrum import Spectrum
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """ΔW_r = B·A as it is stored.
+
+    Attributes:
+        B: (out, r).
+        A: (r, in).
+        rounding: ‖B·A as stored − B·A‖_F, absolute.
+    """
+
+    B: Tensor
+    A: Tensor
+    rounding: float
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return int(self.A.shape[0])
+
+
+def balanced(spectrum: Spectrum, rank: int, dtype: str = "float32") -> Factors:
+    r"""B = U√Σ and A = √Σ Vᵀ of the top triplets, which have equal norms: neither factor rounds worse than the other.
+
+    Args:
+        spectrum: an update with at least so many vectors.
+        rank: r.
+        dtype: what the factors are stored in.
+
+    Raises:
+        SelectionError: the factors overflow in the dtype.
+
+    Example:
+        >>> factors = balanced(Spectrum("a", (2, 2), S=[4.0, 1.0], U=np.eye(2), Vh=np.eye(2)), 1)
+        >>> factors.B.tolist(), factors.A.tolist(), factors.rounding
+        ([[2.0], [0.0]], [[2.0, 0.0]], 0.0)
+    """
+    assert spectrum.U is not None
+    assert spectrum.Vh is not None
+    root = np.sqrt(spectrum.S[:rank])
+    B = torch.from_numpy(spectrum.U[:, :rank] * root)
+    A = torch.from_numpy(root[:, None] * spectrum.Vh[:rank])
+    stored = B.to(DTYPES[dtype]), A.to(DTYPES[dtype])
+    if not all(bool(factor.isfinite().all()) for factor in stored):
+        raise SelectionError(f"the factors of {spectrum.name} overflow in {dtype}: store them in bfloat16 or float32")
+    return Factors(*stored, _rounding(B, A, *stored))
+
+
+def _rounding(B: Tensor, A: Tensor, stored_b: Tensor, stored_a: Tensor) -> float:
+    """‖B̃Ã − BA‖_F as that of [B̃ − B | B]·[Ã; Ã − A], in which nothing cancels."""
+    new_b, new_a = stored_b.double(), stored_a.double()
+    return LowRank(torch.cat([new_b - B, B], 1), torch.cat([new_a, new_a - A])).norm

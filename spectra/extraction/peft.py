@@ -1,0 +1,152 @@
+"""A LoRA as PEFT loads it: `adapter_model.safetensors` and `adapter_config.json`.
+
+Every α is r, so that s = 1 and ΔW = B·A. Modules are named by their whole paths, so that nothing else is hit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from spectra.extraction.factors import Factors
+from spectra.extraction.kohya import is_flat
+from spectra.extraction.modules import Module
+from spectra.extraction.output import TensorFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# The first version that takes the last axis of a stack of experts for the inputs, unless its module says otherwise.
+_VERSION_OF_STACKS = "0.19.0"
+
+
+class Peft:
+    """Writes one PEFT adapter.
+
+    Attributes:
+        base_model: what `base_model_name_or_path` says; "" where it is not known.
+        all_modules: paths of the base's modules, which no pattern may hit by accident.
+    """
+
+    file = FILE
+
+    def __init__(self, base_model: str = "", all_modules: Collection[str] = ()) -> None:
+        self.base_model = base_model
+        self.all_modules = all_modules
+        self._ranks: dict[str, int] = {}
+        self._modules: dict[str, Module] = {}
+
+    def why_not(self, module: Module) -> str:
+        """Why PEFT has no LoRA for a module; "" if it has."""
+        if is_flat(module.path):
+            return "the file has underscores for the dots of its modules' paths: pass the base (--base)"
+        return ""
+
+    def tensors(self, module: Module, factors: Sequence[Factors]) -> dict[str, Tensor]:
+        """Stored name → tensor, for a module that gets a LoRA; of experts, one pair of factors for all."""
+        path = _path_of(module)
+        self._ranks[path] = factors[0].rank
+        self._modules[path] = module
+        stem = f"{_PREFIX}{path}"
+        if module.kind == "experts":
+            down, up = _stacked(factors, module.transposed)
+            return {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+        down, up = factors[0].A, factors[0].B
+        if module.kind == "embedding":
+            return {f"{stem}.lora_embedding_A": up.mT, f"{stem}.lora_embedding_B": down.mT}
+        if module.kind == "convolution":
+            down = down.reshape(down.shape[0], -1, *module.kernel)
+            up = up.reshape(*up.shape, *(1 for _ in module.kernel))
+        return {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+
+    def finish(self, file: TensorFile, whole: Collection[str]) -> None:
+        """Write the weights under their final names, and the config.
+
+        Args:
+            file: the weights.
+            whole: paths of modules that are saved whole.
+        """
+        for old, new in self._nested().items():
+            for factor in ("lora_A", "lora_B"):
+                file.rename(f"{_PREFIX}{old}.{factor}.weight", f"{_PREFIX}{new}.{factor}.weight")
+        file.close({"format": "pt"})
+        config = json.dumps(self._config(whole), indent=2, ensure_ascii=False)
+        (file.path.parent / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
+
+    def _nested(self) -> dict[str, str]:
+        """Stacked parameter → where PEFT keeps its factors.
+
+        It wraps the module that holds the parameters, once for each, the first parameter (`gate_up_proj`) inside.
+        """
+        owners = Counter(module.path for module in self._modules.values() if module.kind == "experts")
+        return {
+            path: f"{module.path}.base_layer"
+            if owners[module.path] > 1 and module.parameter == "gate_up_proj"
+            else module.path
+            for path, module in self._modules.items()
+            if module.kind == "experts"
+        }
+
+    def _config(self, whole: Collection[str]) -> dict[str, Any]:
+        rank = Counter(self._ranks.values()).most_common(1)[0][0] if self._ranks else 1
+        others = {self._pattern(path): own for path, own in self._ranks.items() if own != rank}
+        stacks = sorted(path for path, module in self._modules.items() if module.kind == "experts")
+        config: dict[str, Any] = {
+            "peft_type": "LORA",
+            "task_type": None,
+            "base_model_name_or_path": self.base_model or None,
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": rank,
+            "rank_pattern": others,
+            "alpha_pattern": others,
+            "target_modules": self._targets(),
+            "modules_to_save": sorted(whole) or None,
+            "fan_in_fan_out": any(module.transposed and module.kind == "linear" for module in self._modules.values()),
+            "bias": "none",
+            "lora_dropout": 0.0,
+            "use_rslora": False,
+            "use_dora": False,
+        }
+        return config | ({"target_parameters": stacks, "peft_version": _VERSION_OF_STACKS} if stacks else {})
+
+    def _targets(self) -> list[str] | str:
+        """The modules' paths, or a regular expression where a path is the end of another module's."""
+        paths = sorted(path for path, module in self._modules.items() if module.kind != "experts")
+        wanted = set(paths)
+        if any(other not in wanted and _ends_with_any(other, wanted) for other in self.all_modules):
+            return "|".join(map(re.escape, paths))
+        return paths
+
+    def _pattern(self, path: str) -> str:
+        r"""A key of `rank_pattern`, which PEFT takes for a regular expression: `(.*\.)?(key)$`.
+
+        The path itself where that hits no other module of the adapter.
+        """
+        key = re.compile(rf"(.*\.)?({path})$")
+        hit = any(key.match(other) for other in self._ranks if other != path)
+        return f"^{re.escape(path)}" if hit else path
+
+
+def _path_of(module: Module) -> str:
+    return f"{module.path}.{module.parameter}" if module.parameter else module.path
+
+
+def _ends_with_any(path: str, ends: Collection[str]) -> bool:
+    words = path.split(".")
+    return any(".".join(words[start:]) in ends for start in range(1, len(words)))
+
+
+def _stacked(factors: Sequence[Factors], crossed: bool) -> tuple[Tensor, Tensor]:
+    """One A (E·r, in), expert by expert, and one B (out, r·E), rank by rank; in and out change places if crossed."""
+    import torch
+
+    pairs = [(each.B.mT, each.A.mT) if crossed else (each.A, each.B) for each in factors]
+    down = torch.cat([down for down, _ in pairs])
+    up = torch.stack([up for _, up in pairs], dim=2)
+    return down, up.flatten(1)

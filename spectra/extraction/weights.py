@@ -1,0 +1,218 @@
+"""From updates to what a LoRA can hold: whole weights as the base stores them, summed over several sources."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from spectra.deltas.base import BaseWeight
+from spectra.deltas.delta import Recipe, WeightDelta, form_of
+from spectra.deltas.forms import Dense, Form, LowRank
+from spectra.files.tensors import TensorRef
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a weight.
+
+    Attributes:
+        total: how many it has.
+        view: what a cut makes of a column of their numbers.
+    """
+
+    total: int
+    view: TensorRef
+
+    @classmethod
+    def of(cls, total: int, cut: Callable[[TensorRef], TensorRef]) -> Rows:
+        """The rows that a cut takes."""
+        return cls(total, cut(TensorRef("", "", "F64", (total, 1), "", (0, 0))))
+
+
+Place = BaseWeight | Rows | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a whole weight's update.
+
+    Attributes:
+        recipe: how to form them.
+        place: which rows of the whole: where they lie in the base's tensor, or their numbers.
+    """
+
+    recipe: Recipe
+    place: BaseWeight | Rows
+
+    def rows(self) -> Tensor:
+        """The numbers of the rows in the whole."""
+        return row_numbers(self.place)
+
+
+def row_numbers(place: BaseWeight | Rows) -> Tensor:
+    """The rows of the stored weight, in Linear orientation, that a part of it is made of.
+
+    Example:
+        >>> stored = TensorRef("", "c_attn.weight", "F32", (2, 6), "safetensors", (0, 0), stored=(2, 6))
+        >>> row_numbers(BaseWeight("c_attn.weight", stored.T.rows(2, 4), stored)).tolist()
+        [2, 3]
+    """
+    import torch
+
+    if isinstance(place, Rows):
+        return place.view.view(torch.arange(place.total).reshape(-1, 1)).flatten()
+    entries = place.places()[:, 0]
+    width = place.stored.shape[-1] if place.transposed else math.prod(place.stored.shape[1:])
+    return entries % width if place.transposed else entries // width
+
+
+@dataclass(frozen=True)
+class Joined:
+    """ΔW of a whole weight from the updates of its parts; rows that no part has are zero.
+
+    Attributes:
+        parts: the parts.
+        shape: (out, in) of the whole.
+    """
+
+    parts: tuple[Part, ...]
+    shape: tuple[int, int]
+
+    @property
+    def factored(self) -> bool:
+        """Whether every part is a pair of factors."""
+        return all(form_of(part.recipe) is LowRank for part in self.parts)
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Those of the parts."""
+        return tuple(dict.fromkeys(ref for part in self.parts for ref in part.recipe.refs))
+
+    @property
+    def reading_bytes(self) -> int:
+        """The whole, a part, and what reading that takes."""
+        entries = self.shape[0] * self.shape[1]
+        return 0 if self.factored else 16 * entries + _most_reading(part.recipe for part in self.parts)
+
+    def read(self, device: str = "cpu") -> Form:
+        """Put the parts in their rows."""
+        forms = [part.recipe.read(device) for part in self.parts]
+        rows = [part.rows().to(device) for part in self.parts]
+        if self.factored:
+            return join_factors(self.shape, forms, rows)
+        whole = forms[0].tensors[0].new_zeros(self.shape)
+        for form, places in zip(forms, rows, strict=True):
+            whole[places] = form.to_dense()
+        return Dense(whole, noise_edge=_edge(forms))
+
+
+def join_factors(shape: tuple[int, int], forms: Sequence[Form], rows: Sequence[Tensor]) -> LowRank:
+    """One pair of factors for a weight whose rows have a pair each; once as wide where they share the right one."""
+    factors = [form for form in forms if isinstance(form, LowRank)]
+    shared = all(form.right.equal(factors[0].right) for form in factors)
+    widths = [form.left.shape[1] for form in factors]
+    left = factors[0].left.new_zeros((shape[0], widths[0] if shared else sum(widths)))
+    start = 0
+    for form, places in zip(factors, rows, strict=True):
+        columns = slice(0, widths[0]) if shared else slice(start, start + form.left.shape[1])
+        left[places, columns] = form.left
+        start += form.left.shape[1]
+    if shared:
+        return LowRank(left, factors[0].right)
+    import torch
+
+    return LowRank(left, torch.cat([form.right for form in factors]))
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """Σ w·ΔW of updates of one weight, in factors where all of them are.
+
+    Attributes:
+        terms: (w, the update) each.
+        shape: (out, in).
+    """
+
+    terms: tuple[tuple[float, Recipe], ...]
+    shape: tuple[int, int]
+
+    @property
+    def factored(self) -> bool:
+        """Whether every update is a pair of factors."""
+        return all(form_of(recipe) is LowRank for _, recipe in self.terms)
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Those of the updates."""
+        return tuple(dict.fromkeys(ref for _, recipe in self.terms for ref in recipe.refs))
+
+    @property
+    def reading_bytes(self) -> int:
+        """The sum, an update, and what reading that takes."""
+        entries = self.shape[0] * self.shape[1]
+        return 0 if self.factored else 16 * entries + _most_reading(recipe for _, recipe in self.terms)
+
+    def read(self, device: str = "cpu") -> Form:
+        """Add the updates up, one at a time where they are dense."""
+        import torch
+
+        if self.factored:
+            forms = [recipe.read(device).scaled(weight) for weight, recipe in self.terms]
+            pairs = [form for form in forms if isinstance(form, LowRank)]
+            return LowRank(torch.cat([pair.left for pair in pairs], 1), torch.cat([pair.right for pair in pairs]))
+        whole = torch.zeros(self.shape, dtype=torch.float64, device=device)
+        edges: list[Form] = []
+        for weight, recipe in self.terms:
+            form = recipe.read(device).scaled(weight)
+            whole += form.to_dense()
+            edges.append(replace(form, matrix=whole[:0]) if isinstance(form, Dense) else form)
+        return Dense(whole, noise_edge=_edge(edges))
+
+
+def _edge(forms: Sequence[Form]) -> float | None:
+    """An upper bound of what rounding leaves in a sum or stack of matrices: √Σ edge², where any edge is known."""
+    known = [form.noise_edge for form in forms if form.noise_edge is not None]
+    return math.hypot(*known) if known else None
+
+
+def _most_reading(recipes: Iterable[Recipe]) -> int:
+    return max(int(getattr(recipe, "reading_bytes", 0)) for recipe in recipes)
+
+
+def whole(name: str, shape: tuple[int, int], deltas: Sequence[WeightDelta], places: Sequence[Place]) -> WeightDelta:
+    """The update of a whole weight, from that of it or those of its parts.
+
+    W₀ is left out of it: its norm, for which the engine would read it, is not needed.
+
+    Args:
+        name: the weight's name.
+        shape: (out, in).
+        deltas: what there is of it.
+        places: where each of them lies in it; None for a delta that is all of it.
+    """
+    if len(deltas) == 1 and deltas[0].shape == shape:
+        return replace(deltas[0], name=name, base=None)
+    parts = tuple(
+        Part(delta.recipe, place) for delta, place in zip(deltas, places, strict=True) if delta.recipe and place
+    )
+    return _made(name, Joined(parts, shape), sum(delta.max_rank for delta in deltas))
+
+
+def weighted(name: str, updates: Sequence[tuple[float, WeightDelta]]) -> WeightDelta:
+    """Σ w·ΔW of one weight."""
+    weight, first = updates[0]
+    if len(updates) == 1 and weight == 1:
+        return first
+    terms = tuple((weight, delta.recipe) for weight, delta in updates if delta.recipe)
+    shape = (first.shape[0], first.shape[1])
+    return _made(name, WeightedSum(terms, shape), sum(delta.max_rank for _, delta in updates))
+
+
+def _made(name: str, recipe: Joined | WeightedSum, width: int) -> WeightDelta:
+    shape = recipe.shape
+    return WeightDelta(name, shape, recipe, min(width, *shape) if recipe.factored else min(shape))
