@@ -15,6 +15,7 @@ _COMMANDS = {
     "svd": "spectra.cli.svd",
     "similarity": "spectra.cli.similarity",
     "alignment": "spectra.cli.alignment",
+    "extract": "spectra.cli.extract",
     "inspect": "spectra.cli.inspect",
     "plot": "spectra.cli.plot",
     "reproduce": "spectra.cli.reproduce",
@@ -53,6 +54,7 @@ def main() -> None:
       spectra svd --base llama-7b --tuned ckpt/ --layer v_proj    singular values of the update
       spectra similarity a/ b/ --top 30                           do two updates agree?
       spectra alignment --base llama-7b --tuned ckpt/             what it does to W₀'s directions
+      spectra extract --tuned ckpt/ --base b --rank 16 --out l/   the update as a LoRA
       spectra plot results/                                       redraw stored results
       spectra reproduce                                           the papers' experiment, end to end
     """

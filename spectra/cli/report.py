@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,17 +71,19 @@ def coverage_notes(coverage: Any, shown: int = _MOST_NAMES) -> None:
         ("unsupported", "not supported or unreadable"),
         ("skipped", "skipped"),
     ):
-        listed: dict[str, str] = getattr(coverage, key)
-        if not listed:
-            continue
-        reasons: dict[str, list[str]] = {}
-        for name, reason in listed.items():
-            reasons.setdefault(reason, []).append(name)
-        for reason, names in list(reasons.items())[:shown]:
-            names_shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-            note(f"{title}: {reason}: {names_shown}")
-        if len(reasons) > shown:
-            note(f"{title}: {len(reasons) - shown} more reasons; spectra inspect lists them")
+        by_reason(title, getattr(coverage, key), shown)
+
+
+def by_reason(title: str, listed: Mapping[str, str], shown: int = _MOST_NAMES) -> None:
+    """Names that share a reason on one line with it, the first reasons only."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in listed.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in list(reasons.items())[:shown]:
+        names_shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+        note(f"{title}: {reason}: {names_shown}")
+    if len(reasons) > shown:
+        note(f"{title}: {len(reasons) - shown} more reasons; spectra inspect lists them")
 
 
 def progress(total: int, what: str) -> Any:

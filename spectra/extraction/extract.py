@@ -312,8 +312,8 @@ def extract(
 
     Returns:
         Columns name, rank, relative_error = √(Σ_{i>r}σ²/Σσ²), parameters, clamped (why the rank is less than asked
-        for) and dtype_error (what storing the factors adds), a row per matrix. `attrs["not_carried"]` says what no
-        LoRA holds, name → reason.
+        for), norm = ‖ΔW‖_F and dtype_error (what storing the factors adds), a row per matrix. `attrs["not_carried"]`
+        says what no LoRA holds, name → reason.
 
     Raises:
         SelectionError: none or several rules for the ranks, a budget that is too small, or nothing to write.

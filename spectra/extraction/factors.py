@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spectra.deltas.forms import LowRank
 from spectra.errors import SelectionError
 from spectra.spectrum import Spectrum
 
@@ -68,6 +68,10 @@ def balanced(spectrum: Spectrum, rank: int, dtype: str = "float32") -> Factors:
 
 
 def _rounding(B: Tensor, A: Tensor, stored_b: Tensor, stored_a: Tensor) -> float:
-    """‖B̃Ã − BA‖_F as that of [B̃ − B | B]·[Ã; Ã − A], in which nothing cancels."""
-    new_b, new_a = stored_b.double(), stored_a.double()
-    return LowRank(torch.cat([new_b - B, B], 1), torch.cat([new_a, new_a - A])).norm
+    r"""‖B̃Ã − BA‖_F = ‖δB·Ã + B·δA‖_F with δB = B̃ − B, δA = Ã − A, from r×r products: nothing cancels."""
+    new_a = stored_a.double()
+    change_b, change_a = stored_b.double() - B, new_a - A
+    left, right = change_b.mT @ change_b, change_a @ change_a.mT
+    squares = (left * (new_a @ new_a.mT)).sum() + (right * (B.mT @ B)).sum()
+    crossed = ((change_b.mT @ B) * (new_a @ change_a.mT)).sum()
+    return math.sqrt(max(0.0, float(squares + 2 * crossed)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from spectra import naming
@@ -15,6 +15,7 @@ from spectra.extraction.modules import Architecture, Module, NotCarriedError, ba
 from spectra.extraction.weights import Place, weighted, whole
 from spectra.files.folder import Folder
 
+CHECKPOINT = "checkpoint"  # the kind of source whose file is a whole model
 _PART = re.compile(r"q|k|v|o|gate|up|down|\d+")  # of a fused weight, or the number of an expert
 
 
@@ -89,10 +90,13 @@ def gather(sources: Sequence[Source], factors: Sequence[float], base: Folder | N
             members.setdefault(key, {}).setdefault(place, []).append(delta)
     architecture = Architecture(config, tuple(base.tensors) if base else ())
     counts = experts.counts(config, base.tensors) if base else {}
-    for name in dict.fromkeys(name for name, _ in members):
-        blocks = {index: by_source for (owner, index), by_source in members.items() if owner == name}
+    adapters = {place for place, source in enumerate(sources) if source.kind != CHECKPOINT}
+    by_name: dict[str, dict[int, dict[int, list[WeightDelta]]]] = {}
+    for (name, index), by_source in members.items():
+        by_name.setdefault(name, {})[index] = by_source
+    for name, blocks in by_name.items():
         try:
-            found.weights.append(_weight(name, blocks, factors, architecture, counts.get(name)))
+            found.weights.append(_weight(name, blocks, factors, architecture, adapters, counts.get(name)))
         except NotCarriedError as why:
             found.not_carried[name] = str(why)
     return found
@@ -103,13 +107,16 @@ def _weight(
     members: Mapping[int, Mapping[int, Sequence[WeightDelta]]],
     factors: Sequence[float],
     architecture: Architecture,
+    adapters: Collection[int],
     count: int | None,
 ) -> Weight:
     """One weight from block → source → updates."""
-    every = [delta for by_source in members.values() for deltas in by_source.values() for delta in deltas]
+    by_place = [item for by_source in members.values() for item in by_source.items()]
+    every = [delta for _, deltas in by_place for delta in deltas]
     stacked = experts.expert_of(architecture.config, every[0])
     if stacked is None:
-        module = architecture.module(name, every)
+        trained = [delta for place, deltas in by_place if place in adapters for delta in deltas]
+        module = architecture.module(name, every, trained)
         return Weight(name, module, (_block(name, members[0], factors, architecture),))
     if count is None or len(members) < count:
         raise NotCarriedError(

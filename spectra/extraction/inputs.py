@@ -115,10 +115,11 @@ def _unread(spectrum: Spectrum) -> WeightDelta:
 
 
 def _base_model(path: str | None, tuned: Iterable[Folder | None]) -> str:
-    """The base as a loader should name it: a hub id where it lies in the hub's cache."""
+    """The base as a loader should name it: a hub id where it lies in the hub's cache, a whole path on this machine."""
     if path:
         found = _HUB_SNAPSHOT.fullmatch(path)
-        return f"{found['owner']}/{found['name']}" if found else path
+        place = Path(path)
+        return f"{found['owner']}/{found['name']}" if found else str(place.resolve()) if place.exists() else path
     configs = (folder.adapter_config or {} for folder in tuned if folder is not None)
     return next((str(name) for config in configs if (name := config.get("base_model_name_or_path"))), "")
 

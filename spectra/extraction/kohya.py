@@ -47,8 +47,8 @@ class Kohya:
 
     def why_not(self, module: Module) -> str:
         """Why the format has no LoRA for a module; "" if it has."""
-        if module.kind in ("embedding", "experts"):
-            return f"kohya's format has linear layers and convolutions only, not {module.kind}: --format peft has"
+        if module.kind not in ("linear", "convolution"):
+            return "kohya's format has linear layers and convolutions only: use --format peft"
         return ""
 
     def tensors(self, module: Module, factors: Sequence[Factors]) -> dict[str, Tensor]:

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 
 from spectra.deltas.source import Source
 from spectra.errors import SourceError
+from spectra.extraction.gather import CHECKPOINT
 from spectra.extraction.modules import Architecture
 from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
 from spectra.models.matrices import Weight, weights_of
 from spectra.models.pairing import align
 from spectra.sources.targets import saved_name
-
-_CHECKPOINT = "checkpoint"  # the kind of source whose file holds the whole model
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,12 @@ def left_out(source: Source, tuned: Folder, base: Folder | None, architecture: A
     """
     coverage = source.coverage
     lost = {**coverage.base_only, **coverage.tuned_only, **coverage.shape_mismatch, **coverage.unsupported}
-    if source.kind == _CHECKPOINT and base is not None:
+    if source.kind == CHECKPOINT and base is not None:
         pairs = _pairs(tuned, base)
         for name, why in coverage.skipped.items():
             moved = _moved(*pairs[name]) if name in pairs else math.inf
             if moved and name not in base.same:
-                lost[name] = f"{why}: tuning moved it by {moved:.3g} (Frobenius norm)" if name in pairs else why
+                lost[name] = f"{why}, which tuning changed" if math.isfinite(moved) else why
         refs = {name: tuned.tensors[after.name] for name, (after, _) in pairs.items() if after.name in tuned.tensors}
         paired = {after.name for after, _ in pairs.values()}
         refs |= {name: ref for name, ref in tuned.tensors.items() if name not in paired}

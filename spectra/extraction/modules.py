@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,15 +12,20 @@ from spectra.deltas.base import BaseWeight
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.recipes import Factors
 from spectra.models import renames, tied
+from spectra.models.architectures import model_type
+from spectra.models.experts import STACKS
 from spectra.models.pairing import unwrap
 
-Kind = Literal["linear", "convolution", "embedding", "experts"]
+Kind = Literal["linear", "convolution", "embedding", "parameter", "experts"]
 
 # The last words of modules that look their rows up instead of multiplying: `nn.Embedding`.
 _EMBEDDING = re.compile(
     r"(?:embed|embeds|embedding|embeddings|embed_tokens|embed_positions|embed_in|tok_embeddings|tokens_embed"
     r"|positions_embed|wte|wpe|shared|relative_attention_bias|\w+_embeddings?)"
 )
+# In a mixture of experts: routers, which are modules of their own, and the linear layers beside the experts, which
+# PEFT (0.19 to 0.21) takes for experts by their names. Both are adapted as parameters, which it does as told.
+_BESIDE_EXPERTS = re.compile(r"\.(?:gate|router|gate_proj|up_proj|down_proj|w[123])$")
 # Where some checkpoints leave out the name that the model with a head has for its inner model.
 _INNER_MODEL = {"gpt2": "transformer.", "bloom": "transformer.", "bert": "bert.", "roberta": "roberta."}
 _WITH_HEAD = re.compile(r"For[A-Z]|LMHead|DoubleHeads")
@@ -39,7 +44,7 @@ class Module:
         kind: what it is.
         kernel: a convolution's kernel, which ΔW's columns count with the inputs; () for others.
         transposed: whether its weight is stored (in, out), as Conv1D's is.
-        parameter: of experts, the stacked parameter's name in the module.
+        parameter: the parameter's name, where not the module but a parameter of it is adapted.
     """
 
     path: str
@@ -61,33 +66,35 @@ class Architecture:
     config: Mapping[str, Any]
     stored: tuple[str, ...] = ()
 
-    def module(self, name: str, deltas: Iterable[WeightDelta]) -> Module:
+    def module(self, name: str, deltas: Sequence[WeightDelta], adapters: Sequence[WeightDelta] = ()) -> Module:
         """The module that a weight belongs to.
 
         Args:
             name: the weight's name in the base, or in the adapter where there is no base.
-            deltas: its updates, whose base and stored tensors tell the layout and the names that trainers used.
+            deltas: its updates, whose base and stored tensors tell the layout.
+            adapters: those of them that are from adapters, whose names are those of a model in memory.
 
         Raises:
             NotCarriedError: the weight is no module's, or is one that another module shares.
         """
-        deltas = list(deltas)
         if not name.endswith(".weight"):
             raise NotCarriedError("a parameter of its own: a LoRA changes the weights of modules")
         base = next((delta.base for delta in deltas if delta.base is not None), None)
         if base is not None and base.name != name:
             raise NotCarriedError(f"it was compared with the base's {base.name}: the base has no such weight to add to")
         kernel = base.kernel if base is not None else _kernel_of_factors(deltas)
-        path = self._path(name.removesuffix(".weight"), deltas)
+        path = self._path(name.removesuffix(".weight"), adapters)
         if kernel:
             return Module(path, "convolution", kernel)
         if is_embedding(name):
             return Module(path, "embedding")
+        if model_type(self.config, name) in STACKS and _BESIDE_EXPERTS.search(path):
+            return Module(path, "parameter", parameter="weight")
         return Module(path, transposed=base is not None and base.transposed)
 
-    def _path(self, module: str, deltas: Iterable[WeightDelta]) -> str:
+    def _path(self, module: str, adapters: Iterable[WeightDelta]) -> str:
         """The module's path in memory: the adapter's own where it has one, else the base's in its newest names."""
-        for delta in deltas:
+        for delta in adapters:
             own = _own_path(module, delta)
             if own:
                 return own

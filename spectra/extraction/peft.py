@@ -52,7 +52,7 @@ class Peft:
         path = _path_of(module)
         self._ranks[path] = factors[0].rank
         self._modules[path] = module
-        stem = f"{_PREFIX}{path}"
+        stem = f"{_PREFIX}{path if module.kind == 'experts' else module.path}"
         if module.kind == "experts":
             down, up = _stacked(factors, module.transposed)
             return {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
@@ -95,7 +95,7 @@ class Peft:
     def _config(self, whole: Collection[str]) -> dict[str, Any]:
         rank = Counter(self._ranks.values()).most_common(1)[0][0] if self._ranks else 1
         others = {self._pattern(path): own for path, own in self._ranks.items() if own != rank}
-        stacks = sorted(path for path, module in self._modules.items() if module.kind == "experts")
+        parameters = sorted(path for path, module in self._modules.items() if module.parameter)
         config: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": None,
@@ -113,11 +113,13 @@ class Peft:
             "use_rslora": False,
             "use_dora": False,
         }
-        return config | ({"target_parameters": stacks, "peft_version": _VERSION_OF_STACKS} if stacks else {})
+        if parameters:
+            config |= {"target_parameters": parameters, "peft_version": _VERSION_OF_STACKS}
+        return config
 
     def _targets(self) -> list[str] | str:
         """The modules' paths, or a regular expression where a path is the end of another module's."""
-        paths = sorted(path for path, module in self._modules.items() if module.kind != "experts")
+        paths = sorted(path for path, module in self._modules.items() if not module.parameter)
         wanted = set(paths)
         if any(other not in wanted and _ends_with_any(other, wanted) for other in self.all_modules):
             return "|".join(map(re.escape, paths))

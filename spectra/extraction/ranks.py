@@ -64,6 +64,7 @@ class Choice:
         relative_error: √(Σ_{i>r} σ² / Σσ²) = ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F.
         parameters: entries of the two factors, r·(out + in).
         clamped: why the rank is less than was asked for, or "".
+        norm: ‖ΔW‖_F, in which the error is relative.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Choice:
     relative_error: float
     parameters: int
     clamped: str = ""
+    norm: float = 0.0
 
 
 def choose(rule: Rule, spectra: Sequence[Spectrum], *, stored: bool = False) -> list[Choice]:
@@ -103,7 +105,8 @@ def _choice(rule: Rule, spectrum: Spectrum, wanted: int, most: int) -> Choice:
     """The row of a matrix that should have so many triplets, of which it may have fewer."""
     rank = min(wanted, most)
     error, parameters = relative_error(spectrum, rank), rank * sum(spectrum.shape)
-    return Choice(spectrum.name, rank, error, parameters, _why_less(rule, spectrum, wanted, rank))
+    why = _why_less(rule, spectrum, wanted, rank)
+    return Choice(spectrum.name, rank, error, parameters, why, spectrum.norm or 0.0)
 
 
 def relative_error(spectrum: Spectrum, rank: int) -> float:
@@ -144,6 +147,18 @@ def _why_less(rule: Rule, spectrum: Spectrum, wanted: int, rank: int) -> str:
     if rank:
         return ""
     return "no value is above the storage rounding" if rule.above_noise else "the budget goes to other matrices"
+
+
+def total_error(choices: Iterable[Choice]) -> float:
+    """√(Σ‖ΔW − ΔW_r‖² / Σ‖ΔW‖²) over all matrices; 0 where nothing changed.
+
+    Example:
+        >>> total_error([Choice("a", 1, 0.6, 4, norm=4.0), Choice("b", 0, 1.0, 0, norm=3.0)])
+        0.768
+    """
+    rows = list(choices)
+    norm = math.hypot(*(row.norm for row in rows))
+    return math.hypot(*(row.relative_error * row.norm for row in rows)) / norm if norm else 0.0
 
 
 def within_budget(spectra: Sequence[Spectrum], budget: int, most: Sequence[int]) -> list[int]:
@@ -216,7 +231,7 @@ def rank_plan(
         above_noise: keep the values above storage rounding.
 
     Returns:
-        Columns name, rank, relative_error, parameters and clamped; a row per matrix that has numbers.
+        Columns name, rank, relative_error, parameters, clamped and norm; a row per matrix that has numbers.
 
     Raises:
         SelectionError: none of the four, several, or a budget that is too small for a single rank.

@@ -1,0 +1,241 @@
+"""`spectra extract`: an update written as a LoRA."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spectra.cli import report
+from spectra.cli.heavy import heavy_imports
+from spectra.cli.options import Compute, HeadsType, compute_options, json_option, layer_option, scale_option
+
+if TYPE_CHECKING:
+    from spectra.deltas.source import Source
+    from spectra.extraction.extract import Extraction, Row
+    from spectra.results.collection import Spectra
+
+_MOST_LINES = 12
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+class _WeightsCommand(click.Command):
+    """A command whose --weights takes all the numbers that follow it, negative ones, too."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Spell `--weights .5 -.5` as click has it: `--weights=.5 --weights=-.5`."""
+        spelled: list[str] = []
+        following = False
+        for word in args:
+            following = word == "--weights" or (following and _is_number(word))
+            if word != "--weights":
+                spelled.append(f"--weights={word}" if following else word)
+        return super().parse_args(ctx, spelled)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+@click.command("extract", short_help="Write an update as a LoRA.", cls=_WeightsCommand)
+@click.option("--base", metavar="BASE", help="The model it started from: path, hub id or alias.")
+@click.option(
+    "--tuned",
+    "tuned",
+    required=True,
+    multiple=True,
+    metavar="TUNED",
+    help="The tuned model, an adapter, or results of svd --top --out. Repeat it to add updates up.",
+)
+@click.option(
+    "--weights", type=float, multiple=True, metavar="W W …", help="What each TUNED is multiplied by.  [default: 1 each]"
+)
+@click.option("--rank", type=click.IntRange(min=1), metavar="R", help="One rank for all matrices.")
+@click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="E",
+    help="The share of Σσ² that each matrix keeps, such as 0.9.",
+)
+@click.option(
+    "--parameters",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="How many parameters the adapter may have: ranks that lose least in total.",
+)
+@click.option("--above-noise", is_flag=True, help="Keep the values above storage rounding.")
+@click.option("--out", type=click.Path(), metavar="DIR", help="The adapter's folder, which must not exist yet.")
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["peft", "kohya"]),
+    default="peft",
+    show_default=True,
+    help="Whose files to write.",
+)
+@click.option(
+    "--dtype", type=click.Choice(_DTYPES), default="float32", show_default=True, help="What the factors are stored in."
+)
+@click.option("--save-modules", is_flag=True, help="Keep modules whole whose vectors changed, such as norms.")
+@click.option("--dry-run", is_flag=True, help="Print ranks and errors, and write nothing.")
+@layer_option
+@click.option(
+    "--heads",
+    type=HeadsType(),
+    default="mean",
+    show_default=True,
+    metavar="mean|sum|N",
+    help="What multi-head adapters stand for.",
+)
+@scale_option
+@compute_options
+@json_option
+def command(
+    base: str | None,
+    tuned: tuple[str, ...],
+    weights: tuple[float, ...],
+    rank: int | None,
+    energy: float | None,
+    parameters: int | None,
+    above_noise: bool,
+    out: str | None,
+    file_format: str,
+    dtype: str,
+    save_modules: bool,
+    dry_run: bool,
+    layers: tuple[str, ...],
+    heads: str | int,
+    scale: float | None,
+    compute: Compute,
+    as_json: bool,
+) -> None:
+    """Write the update ΔW = tuned − base as a LoRA: the best approximation of each rank, matrix by matrix.
+
+    Choose the ranks by one of --rank, --energy, --parameters and --above-noise. The error is known before anything is
+    written (--dry-run), and what a LoRA cannot hold is listed.
+    """
+    _check_usage([rank, energy, parameters, above_noise or None], tuned, weights, out, dry_run)
+    given = _given(tuned, base, layers, {"heads": heads, "scale": scale, "split": bool(layers)})
+    with heavy_imports():
+        from spectra.extraction.extract import Options, run
+        from spectra.extraction.inputs import inputs_of
+        from spectra.extraction.ranks import Rule
+
+    rule = Rule(rank, energy, parameters, above_noise)
+    options = Options(file_format, dtype, save_modules)  # type: ignore[arg-type]
+    with compute.keywords() as keywords:
+        inputs = inputs_of(given, weights or None, **keywords)
+        with report.progress(len(inputs.gathered.weights), "spectra extract") as bar:
+            found = run(inputs, None if dry_run else out, rule, options, bar.update)
+    if as_json:
+        report.print_json(_document(found, tuned, base, None if dry_run else out, options.format, dtype))
+    else:
+        _print(found.rows)
+    _close(found, None if dry_run else out)
+
+
+def _check_usage(
+    rules: Sequence[Any], tuned: Sequence[str], weights: Sequence[float], out: str | None, dry_run: bool
+) -> None:
+    given = sum(rule is not None for rule in rules)
+    if given != 1:
+        many = "none" if not given else f"{given}"
+        raise click.UsageError(f"{many} of --rank, --energy, --parameters and --above-noise given: choose one")
+    if out is None and not dry_run:
+        raise click.UsageError("--out names the adapter's folder; --dry-run writes nothing")
+    if weights and len(weights) != len(tuned):
+        raise click.UsageError(f"{len(weights)} --weights for {len(tuned)} --tuned: give each its own")
+
+
+def _given(
+    tuned: Sequence[str], base: str | None, layers: Sequence[str], settings: dict[str, Any]
+) -> list[Source] | Spectra:
+    """What --tuned means: the results of a run, or updates to add up."""
+    from spectra.sources import open_source
+
+    if len(tuned) == 1 and (Path(tuned[0]) / "run.json").is_file():
+        from spectra.results.collection import load
+
+        spectra = load(tuned[0])
+        return spectra.select(layers) if layers else spectra
+    sources = []
+    for each in tuned:
+        source = open_source(each, base, **settings)
+        for warning in source.coverage.warnings:
+            report.note(f"warning: {warning}")
+        sources.append(source.select(layers) if layers else source)
+    return sources
+
+
+def _document(
+    found: Extraction, tuned: Sequence[str], base: str | None, out: str | None, file_format: str, dtype: str
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from spectra._version import __version__
+    from spectra.extraction.ranks import total_error
+
+    return {
+        "spectra": __version__,
+        "tuned": list(tuned),
+        "base": base,
+        "out": out,
+        "format": file_format,
+        "dtype": dtype,
+        "parameters": sum(row.parameters for row in found.rows),
+        "relative_error": total_error(found.rows),
+        "matrices": [asdict(row) for row in found.rows],
+        "not_carried": found.not_carried,
+        "modules_to_save": found.whole,
+    }
+
+
+def _print(rows: Sequence[Row]) -> None:
+    """A line per matrix, or per role where there are many."""
+    from spectra import naming, text
+    from spectra.extraction.ranks import total_error
+
+    if len(rows) <= _MOST_LINES:
+        report.print_table(
+            ["matrix", "rank", "relative_error", "parameters", "dtype_error", "clamped"],
+            [[row.name, row.rank, row.relative_error, row.parameters, row.dtype_error, row.clamped] for row in rows],
+        )
+        return
+    roles: dict[str, list[Row]] = {}
+    for row in rows:
+        roles.setdefault(naming.role_of(row.name), []).append(row)
+    lines = []
+    for role, members in roles.items():
+        ranks = str(text.number_range([row.rank for row in members]))
+        lines.append([role, len(members), ranks, total_error(members), sum(row.parameters for row in members)])
+    report.print_table(["role", "matrices", "rank", "relative_error", "parameters"], lines)
+    report.note("errors over all matrices of a role; --json lists every matrix")
+
+
+def _close(found: Extraction, out: str | None) -> None:
+    """What was written and what was not, and the exit status."""
+    from spectra.extraction.ranks import total_error
+
+    clamped = [row for row in found.rows if row.clamped]
+    if clamped:
+        report.note(f"note: {clamped[0].name}: {clamped[0].clamped} ({len(clamped)} matrices)")
+    report.by_reason("not carried", found.not_carried)
+    for module in found.whole[:1]:
+        report.note(f"kept whole: {module} ({len(found.whole)} modules)")
+    parameters = sum(row.parameters for row in found.rows)
+    worst = max((row.dtype_error for row in found.rows if row.dtype_error == row.dtype_error), default=0.0)
+    report.note(
+        f"{parameters:,} parameters, relative error {total_error(found.rows):.4g}"
+        + (f", and at most {worst:.1e} more in a matrix from storing it" if worst else "")
+    )
+    report.note(f"adapter: {out}" if out else "nothing was written (--dry-run)")
+    if found.undone:
+        report.note(f"{len(found.undone)} of {len(found.undone) + len(found.rows)} matrices could not be done")
+        sys.exit(1)
