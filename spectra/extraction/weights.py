@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from spectra.deltas.base import BaseWeight
-from spectra.deltas.delta import Recipe, WeightDelta, form_of
+from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense, Form, LowRank
+from spectra.deltas.recipe import Recipe, form_of
 from spectra.files.tensors import TensorRef
 
 if TYPE_CHECKING:

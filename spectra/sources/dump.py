@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Form
 from spectra.deltas.recipe import Recipe
 from spectra.deltas.recipes import FromTensors
@@ -16,6 +17,7 @@ from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
 from spectra.models import tied
 from spectra.models.pairing import unwrap
+from spectra.naming import split_parts
 from spectra.sources.ledger import Ledger
 
 _MARK = ".base_layer.weight"
@@ -72,15 +74,15 @@ class OnSameBase(FromTensors):
         if squares != 0 and not casts:  # NaN is a difference, too
             share = (squares / norms) ** 0.5 if norms else float("inf")
             raise SourceError(
-                f"{self.held.name} in {self.held.path} and {self.base.name} in {self.base.path} differ by {share:.2g} "
-                "of the base's norm: it was trained, too, or base= (--base) is another model; merge the adapter and "
+                f"{self.held.name} in {self.held.path} differs by {share:.2g} of its norm from {self.base.name} in "
+                f"{self.base.path}: it was trained, too, or base= (--base) is another model; merge the adapter and "
                 "compare the result, or leave the base out to have the adapter's part alone"
             )
 
 
 def is_dump(folder: Folder) -> bool:
-    """Whether a file holds adapted weights beside their factors; of embeddings, adapters may hold copies as well."""
-    return any(name.endswith(_MARK) and not tied.is_embedding(_clean(name)) for name in folder.tensors)
+    """Whether a file holds adapted weights beside their factors; PEFT puts those of the vocabulary into any adapter."""
+    return any(name.endswith(_MARK) and not tied.is_vocabulary(_clean(name)) for name in folder.tensors)
 
 
 def inner_base(folder: Folder) -> Folder | None:
@@ -101,17 +103,24 @@ def compare_base_layers(ledger: Ledger) -> None:
         if not name.endswith(_MARK) or name in ledger.named:
             continue
         clean = _clean(name)
-        weight = ledger.base_names.get(clean, clean)
-        found = [place for place, delta in enumerate(ledger.deltas) if delta.base and delta.base.name == weight]
+        embedding = next((weight for weight, heads in ledger.tied.items() if clean in heads), clean)
+        weight = ledger.base_names.get(embedding, embedding)
+        found = [place for place, delta in enumerate(ledger.deltas) if split_parts(delta.name)[0] == weight]
+        compared = [place for place in found if ledger.deltas[place].base]
         if ledger.base is None:
-            ledger.skip(name, "the base weight that the file itself holds" if found else "a copy of the base weight")
-        elif found:
+            ledger.skip(name, "the base weight that the file itself holds" if compared else "a copy of the base weight")
+        elif compared:
             ledger.skip(name, "the base weight: compared with the base when ΔW is read")
-            for place in found:
-                delta = ledger.deltas[place]
-                if delta.recipe is not None and delta.base is not None:
-                    checked = OnSameBase(delta.recipe, held, delta.base.stored)
-                    ledger.deltas[place] = replace(delta, recipe=checked)
+            for place in compared:
+                ledger.deltas[place] = _checked(ledger.deltas[place], held)
+        elif found:
+            ledger.skip(name, "the base weight: not compared, as the base's cannot be")
+
+
+def _checked(delta: WeightDelta, held: TensorRef) -> WeightDelta:
+    if delta.recipe is None or delta.base is None:
+        return delta
+    return replace(delta, recipe=OnSameBase(delta.recipe, held, delta.base.stored))
 
 
 def _clean(name: str) -> str:

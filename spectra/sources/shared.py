@@ -30,7 +30,11 @@ def _noted(ledger: Ledger, name: str, found: list[WeightDelta]) -> list[WeightDe
     """The sum of the updates of one tied weight."""
     heads = " and ".join(ledger.tied[name])
     alone = len(found) == 1
-    note = f"the update of {heads}, tied to this weight" if alone else f"the sum of its own update and that of {heads}"
+    note = (
+        f"the update of {heads}, tied to this weight"
+        if alone
+        else f"the sum of its own update and that of {heads}, tied to it"
+    )
     summed = found[0] if alone else _sum(ledger, found, heads)
     return [replace(summed, note="; ".join(filter(None, (summed.note, note))))] if summed.recipe else [summed]
 

@@ -33,7 +33,7 @@ from spectra.sources.targets import weight_targets
 # What LyCORIS calls the tensors of a module, as a regular expression.
 NAMES = (
     r"hada_[wt][12](?:_[ab])?|lokr_w[12](?:_[ab])?|lokr_t2|alpha|dora_scale|diff|diff_[bm]|w_norm|b_norm"
-    r"|oft_diag|oft_blocks|on_input"
+    r"|oft_diag|oft_blocks|on_input|set_weight"
 )
 # What a module's tensors are called, and what is left of that: down and up are A and B in PEFT's words.
 _SAME = {
@@ -44,8 +44,12 @@ _SAME = {
 _KNOWN = re.compile(rf"down|up|mid|{NAMES}")
 _LORA, _HADA = ("down", "up"), ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _VECTORS = ("diff_b", "diff_m", "w_norm", "b_norm")  # of biases, modulations and norms
-# Suffixes of other algorithms of LyCORIS, refused by name.
-_OTHER = {"oft_diag": "OFT", "oft_blocks": "OFT or BOFT", "a1": "GLoRA", "on_input": "(IA)³"}
+# Suffixes of what is not read, refused by name.
+_OTHER = {
+    "oft_diag": "a part of LyCORIS' OFT", "oft_blocks": "a part of LyCORIS' OFT or BOFT",
+    "a1": "a part of LyCORIS' GLoRA", "on_input": "a part of LyCORIS' (IA)³",
+    "set_weight": "ComfyUI's name for new values instead of an update",
+}  # fmt: skip
 _INTEGERS = tuple(name for name in DTYPES if name[0] in "IU")
 _NOT_A_MATRIX = "the change of a bias or a norm, not a matrix"
 _OF_THE_LAYER = (".weight", ".base_layer.weight")  # after a module's path: what it adapts, and no part of the adapter
@@ -172,9 +176,11 @@ def _under_a_path(name: str, paths: Mapping[str, str]) -> Part | None:
 
 def _changes_a_vector(slots: Slots) -> bool:
     """Whether a module holds the difference of a norm or a bias, whose entries lie along one axis at most."""
-    axes = slots["diff"].shape if "diff" in slots else ()
-    flat = len(axes) < 2 or (len(axes) > 2 and sum(size > 1 for size in axes) < 2)
-    return "diff" in slots and slots.keys() <= {"diff", "alpha"} and flat
+    change = slots.get("diff", slots.get("set_weight"))
+    if change is None or not slots.keys() <= {"diff", "set_weight", "alpha"}:
+        return False
+    axes = change.shape
+    return len(axes) < 2 or (len(axes) > 2 and sum(size > 1 for size in axes) < 2)
 
 
 @dataclass(frozen=True)
@@ -282,7 +288,7 @@ def _body(slots: Slots) -> tuple[Update, int | None]:
     slots.real(*slots)
     for other, title in _OTHER.items():
         if other in names:
-            raise Refusal(f"{other} is a part of LyCORIS' {title}, which is not supported")
+            raise Refusal(f"{other} is {title}, which is not supported")
     if names <= {*_LORA, "mid"}:
         return _lora(slots)
     if names <= {*_HADA, "hada_t1", "hada_t2"}:
