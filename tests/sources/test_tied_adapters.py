@@ -13,6 +13,7 @@ from support.checkpoints import llama_tensors, write_adapter, write_checkpoint
 from support.peft_oracle import Oracle, assert_matches, make_oracle
 
 import spectra
+from spectra.deltas.recipes import InMemory, Summed
 from spectra.models import tied
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -131,3 +132,13 @@ NAMES = ["model.embed_tokens.weight", "model.layers.0.q_proj.weight"]
 )
 def test_the_one_rule(name, names, same, config, expected):
     assert tied.stored_as(name, names, same, config) == expected
+
+
+def test_a_sum_of_factors_stays_factored_and_one_with_a_matrix_does_not():
+    left, right, matrix = torch.randn(5, 2), torch.randn(2, 4), torch.randn(5, 4)
+    factors, dense = InMemory.of(left, right), InMemory.of(matrix)
+    twice, mixed = Summed((factors, factors)), Summed((factors, dense))
+    assert (twice.factored, mixed.factored) == (True, False)
+    product = left.double() @ right.double()
+    assert torch.allclose(twice.read().to_dense(), 2 * product)
+    assert torch.allclose(mixed.read().to_dense(), product + matrix.double())

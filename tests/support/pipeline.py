@@ -44,7 +44,7 @@ def pipeline(folder):
 
 def file(folder, tensors, metadata=None):
     path = folder / "adapter.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path, metadata)
     return path
 
 

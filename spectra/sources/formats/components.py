@@ -97,24 +97,26 @@ def names_in_base(ledger: Ledger, shapes: Mapping[str, tuple[int, int]]) -> dict
         component, path = split(name)
         groups.setdefault(f"{component}." if component else "", {})[name] = path
     for start, group in groups.items():
-        scores = {
-            place: sum(held.get(place + path) == shapes[name] for name, path in group.items())
-            for place in (start, *_places(start))
-        }
+        wanted = {path: shapes[name] for name, path in group.items()}
+        scores = {place: _fitting(held, place, wanted) for place in (start, *_places(start))}
         best = max(scores.values())
         chosen = [place for place, score in scores.items() if score == best and best]
         if not chosen or start in chosen:
             continue
         if len(chosen) > 1:
-            where = " and in ".join(map(repr, chosen))
             raise SourceError(
-                f"{ledger.where}: {_said(start)} fits the base in {where}; pass the component's own folder"
+                f"{ledger.where}: {_said(start)} fits {' and '.join(map(repr, chosen))} of the base equally well; pass "
+                "the folder of the one that was trained as base= (--base)"
             )
-        ledger.warnings.append(
-            f"{_said(start)} is {chosen[0]!r} in the base" if chosen[0] else f"the base is {_said(start)}"
-        )
+        place = f"{chosen[0]!r} in the base" if chosen[0] else "the base itself"
+        ledger.warnings.append(f"{_said(start)} is {place}")
         names.update({name: chosen[0] + path for name, path in group.items()})
     return names
+
+
+def _fitting(held: Mapping[str, tuple[int, int]], place: str, wanted: Mapping[str, tuple[int, int]]) -> int:
+    """How many of the paths are weights of the wanted shape at a place."""
+    return sum(held.get(place + path) == shape for path, shape in wanted.items())
 
 
 def _places(start: str) -> tuple[str, ...]:

@@ -209,8 +209,12 @@ def add(ledger: Ledger, modules: Mapping[str, Slots], names: Mapping[str, str]) 
         ledger.need_base("ΔW of DoRA depends on the base weights")
     # LyCORIS stores an α where nothing is factored, too: no recipe reads it.
     ledger.use(slots["alpha"] for slots in modules.values() if "alpha" in slots)
-    in_base = components.names_in_base(ledger, {name: item.update.shape for name, item in found.items()})
-    here = {in_base[name]: item for name, item in found.items()}
+    here: dict[str, _Module] = {}
+    for name, place in components.names_in_base(ledger, {n: item.update.shape for n, item in found.items()}).items():
+        if place in here:
+            ledger.refuse(place, (), "unsupported", f"{name} and another module both stand for this weight")
+        here[place] = found[name]
+    here = {place: item for place, item in here.items() if place not in ledger.unsupported}
     for name, target in weight_targets(ledger, {name: item.update.shape for name, item in here.items()}).items():
         item = here[name]
         with ledger.attempt(target.name, item.update.shape):
