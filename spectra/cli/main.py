@@ -17,6 +17,7 @@ _COMMANDS = {
     "alignment": "spectra.cli.alignment",
     "extract": "spectra.cli.extract",
     "inspect": "spectra.cli.inspect",
+    "verify": "spectra.cli.verify",
     "plot": "spectra.cli.plot",
     "reproduce": "spectra.cli.reproduce",
 }
@@ -55,6 +56,7 @@ def main() -> None:
       spectra similarity a/ b/ --top 30                           do two updates agree?
       spectra alignment --base llama-7b --tuned ckpt/             what it does to W₀'s directions
       spectra extract --tuned ckpt/ --base b --rank 16 --out l/   the update as a LoRA
+      spectra verify --base B --adapter A --merged M              is the adapter in the merged model?
       spectra plot results/                                       redraw stored results
       spectra reproduce                                           the papers' experiment, end to end
     """

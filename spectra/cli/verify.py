@@ -1,0 +1,147 @@
+"""`spectra verify`: is the adapter really in the merged model?"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from spectra.cli import report
+from spectra.cli.heavy import heavy_imports
+from spectra.cli.options import HeadsType
+
+if TYPE_CHECKING:
+    from spectra.merges.report import MatrixCheck, MergeReport
+
+_MOST_LINES = 12
+_WIDTH = 78
+
+
+@click.command("verify", short_help="Is the adapter really in the merged model?")
+@click.option("--base", required=True, metavar="BASE", help="The model that the adapter was trained on.")
+@click.option("--adapter", required=True, metavar="ADAPTER", help="The adapter that should be in it.")
+@click.option("--merged", required=True, metavar="MERGED", help="The full weights that should be base + adapter.")
+@click.option(
+    "--layer",
+    "layers",
+    multiple=True,
+    metavar="PATTERN",
+    help="Only these matrices: a role or path component (v_proj), a glob, or re:REGEX. Repeatable.",
+)
+@click.option(
+    "--heads",
+    type=HeadsType(),
+    default="mean",
+    show_default=True,
+    metavar="mean|sum|each|N",
+    help="What multi-head adapters stand for.",
+)
+@click.option("--scale", type=float, help="The scale s where the adapter does not carry α/r.")
+@click.option(
+    "--memory", metavar="SIZE", help="Budget for the matrix at work, such as 4GiB.  [default: half of what is free]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
+def command(
+    base: str,
+    adapter: str,
+    merged: str,
+    layers: tuple[str, ...],
+    heads: str | int,
+    scale: float | None,
+    memory: str | None,
+    as_json: bool,
+) -> None:
+    """Check a merged model against its base and adapter, matrix by matrix.
+
+    Says of every matrix whether it is W₀ + ΔW bit for bit, up to rounding, or what it is instead. What the adapter
+    does not touch must equal the base. Exit status 0 only if every matrix is what the merge should be.
+    """
+    with heavy_imports():
+        from spectra.merges.claims import open_claims
+        from spectra.merges.verify import check_claims, report_of
+
+    claims = open_claims(base, adapter, merged, layers=layers, heads=heads, scale=scale)
+    for line in claims.notes:
+        report.note(f"note: {line}")
+    with report.progress(len(claims.claims), "spectra verify") as bar:
+        checked = []
+        for pair in check_claims(claims.claims, memory_budget=memory):
+            checked.append(pair)
+            bar.update()
+    found = report_of(claims, checked)
+    if as_json:
+        report.print_json(_document(found))
+    else:
+        _print(found)
+    _close(found)
+
+
+def _document(found: MergeReport) -> dict[str, object]:
+    from spectra._version import __version__
+
+    return {
+        "spectra": __version__,
+        "kind": found.kind,
+        "base": found.base,
+        "adapter": found.adapter,
+        "merged": found.merged,
+        "verdict": found.verdict,
+        "counts": found.counts,
+        "untouched": found.untouched,
+        "matrices": [dict(row) for row in found.matrices],
+        "notes": list(found.notes),
+    }
+
+
+def _print(found: MergeReport) -> None:
+    """What is wrong first, matrix by matrix, then the counts by role and verdict."""
+    wrong = [row for row in found.worst_first if not row.ok]
+    for row in wrong[:_MOST_LINES]:
+        _print_wrong(row)
+    if len(wrong) > _MOST_LINES:
+        click.echo(f"… and {len(wrong) - _MOST_LINES:,} more; --json lists all")
+    if wrong:
+        click.echo()
+    report.print_table(
+        ["role", "verdict", "matrices", "scale", "residual", "rounding"],
+        [
+            [role, verdict, count, *_medians(found, role, verdict)]
+            for role, counts in found.by_role().items()
+            for verdict, count in counts.items()
+        ],
+    )
+
+
+def _print_wrong(row: MatrixCheck) -> None:
+    import textwrap
+
+    numbers = "" if row.scale is None else f" (s = {row.scale:.4g})"
+    click.echo(f"{row.name}: {row.verdict}{numbers}")
+    if row.cause:
+        for line in textwrap.wrap(row.cause, _WIDTH - 4):
+            click.echo(f"    {line}")
+
+
+def _medians(found: MergeReport, role: str, verdict: str) -> list[float | None]:
+    """The medians of the numbers of a role under a verdict; None where there are none."""
+    from statistics import median
+
+    rows = [row for row in found.matrices if row.role == role and row.verdict == verdict and row.scale is not None]
+    return [median(row[key] for row in rows) if rows else None for key in ("scale", "residual", "rounding")]
+
+
+def _close(found: MergeReport) -> None:
+    """Notes, the verdict in one line, and the exit status."""
+    for text in sorted({row.note for row in found.matrices if row.note}):
+        report.note(f"note: {text}")
+    for replay in sorted({row.replay for row in found.matrices if row.verdict == "exact"}):
+        count = sum(row.replay == replay for row in found.matrices)
+        report.note(f"bit for bit ({count:,} matrices): {replay}")
+    good = sum(row.ok for row in found.matrices)
+    report.note(
+        f"{good:,} of {len(found):,} matrices are as merged; {found.untouched:,} that the adapter does not touch "
+        "equal the base"
+    )
+    if not found.ok:
+        sys.exit(1)

@@ -1,0 +1,154 @@
+"""What the arithmetic of a merge allows: every entry of M lies between two stored numbers.
+
+Rounding to a storage type is monotone. So where ΔW is known up to δ, M = fl(W₀ + ΔW ± δ) lies between
+fl(W₀ + ΔW − δ) and fl(W₀ + ΔW + δ). Where ΔW is smaller than a unit in the last place of W₀ this is nearly always
+one number, and a merge that rounds as it should is told from one with another s. Where W₀ and ΔW cancel, units in the
+last place of M mean nothing and δ is what counts: it is relative to |s||B||A|.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from spectra.merges.change import Change
+from spectra.merges.replays import blocks
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# Roundings of a 16-bit merge, in units: of each factor, of their product, of its multiple; of what is made of W₀ more.
+_HALF_STEPS, _HALF_STEPS_FROM_BASE = 4, 16
+_SUM_STEPS = 2  # roundings of a sum before it is stored
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """One way to compute a merge, as far as its rounding goes.
+
+    Attributes:
+        kept: the type in which the sum was kept.
+        cast: whether W₀ was cast to it first.
+        formed: the type in which ΔW was formed.
+        steps: how many roundings in that type an entry of ΔW has.
+    """
+
+    kept: torch.dtype
+    cast: bool
+    formed: torch.dtype
+    steps: float
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        first = f"W₀ cast to {_plain(self.kept)}, " if self.cast else ""
+        return f"{first}ΔW formed in {_plain(self.formed)}, sum kept in {_plain(self.kept)}"
+
+    @property
+    def tolerance(self) -> float:
+        """How far s may be off by rounding that is alike in all entries, such as that of s itself."""
+        return _HALF_STEPS * _unit(self.formed)
+
+    def interval(self, base: Tensor, update: Tensor, sizes: Tensor, slack: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The least and the greatest that M can be, in float64.
+
+        Args:
+            base: rows of W₀ as stored.
+            update: the same rows of s·ΔW, float64.
+            sizes: what rounding errors in them are relative to.
+            slack: a share of |s·ΔW| by which it may be off besides.
+        """
+        import torch
+
+        before = base.to(self.kept).double() if self.cast else base.double()
+        unit = _unit(torch.promote_types(self.kept, torch.float32))
+        off = sizes.double() * (self.steps * _unit(self.formed)) + torch.finfo(self.formed).smallest_normal * 2 * _unit(
+            self.formed
+        )
+        off += (before.abs() + update.abs()) * (_SUM_STEPS * unit) + update.abs() * slack
+        middle = before + update
+        return (middle - off).to(self.kept).double(), (middle + off).to(self.kept).double()
+
+
+def _unit(dtype: torch.dtype) -> float:
+    """u, half the distance from 1 to the next number."""
+    import torch
+
+    return torch.finfo(dtype).eps / 2
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def arithmetics(base: Tensor, change: Change, dtypes: Sequence[torch.dtype]) -> list[Arithmetic]:
+    """The ways that come into question, the narrowest bounds first.
+
+    ΔW is formed in 16 bits only where the sum is kept, or the adapter stored, in them.
+    """
+    import torch
+
+    found = []
+    for kept in dtypes:
+        halves = ({kept} if kept.itemsize == 2 else set()) | change.halves
+        steps = _HALF_STEPS_FROM_BASE if change.multiplies else _HALF_STEPS
+        formed = [(torch.float32, change.steps), *((half, steps) for half in sorted(halves, key=str))]
+        casts = (False,) if base.dtype == kept or base.dtype.itemsize < kept.itemsize else (False, True)
+        found += [Arithmetic(kept, cast, *how) for how in formed for cast in casts]
+    return found
+
+
+@dataclass(frozen=True)
+class Weights:
+    """W₀ and M as stored, and ΔW, all (out, in).
+
+    Attributes:
+        base: W₀.
+        merged: M.
+        change: ΔW.
+    """
+
+    base: Tensor
+    merged: Tensor
+    change: Change
+
+    def inside(self, how: Arithmetic, scale: float = 1.0, slack: float = 0.0) -> Iterator[Tensor]:
+        """Block by block, whether each entry of M is what W₀ + s·ΔW may be stored as."""
+        update, sizes = self.change.sharpest(how.kept), self.change.magnitudes()
+        for rows in blocks(self.merged):
+            low, high = how.interval(self.base[rows], scale * update[rows].double(), abs(scale) * sizes[rows], slack)
+            entries = self.merged[rows].double()
+            stored = [edge.to(self.merged.dtype).double() for edge in (low, high)]
+            yield (entries >= stored[0]) & (entries <= stored[1])
+
+    def within(self, how: Arithmetic, scale: float = 1.0, slack: float = 0.0) -> bool:
+        """Whether all of them are; the first block that has another one ends it."""
+        return all(bool(block.all()) for block in self.inside(how, scale, slack))
+
+    def near(self, how: Arithmetic, scale: float = 1.0) -> bool:
+        """Whether every entry of M is within ε·(|W₀| + |s||B||A|) of W₀ + s·ΔW, ε that of the type it was kept in."""
+        import torch
+
+        update, sizes = self.change.sharpest(how.kept), self.change.magnitudes()
+        finfo = torch.finfo(how.kept)
+        for rows in blocks(self.merged):
+            off = (self.merged[rows].double() - self.base[rows].double() - scale * update[rows].double()).abs()
+            size = self.base[rows].double().abs() + abs(scale) * sizes[rows].double()
+            if not bool((off <= finfo.eps * (size + finfo.smallest_normal)).all()):
+                return False
+        return True
+
+    def share(self, how: Arithmetic) -> float:
+        """Of the entries that tell W₀ + ΔW from W₀, the share that is as W₀ + ΔW may be stored; 0 if none tells."""
+        update, sizes = self.change.sharpest(how.kept), self.change.magnitudes()
+        right = telling = 0
+        for rows in blocks(self.merged):
+            low, high = how.interval(self.base[rows], update[rows].double(), sizes[rows])
+            unmoved = self.base[rows].to(how.kept).double()
+            tells = (unmoved < low) | (unmoved > high)
+            entries = self.merged[rows].double()
+            right += int((tells & (entries >= low) & (entries <= high)).count_nonzero())
+            telling += int(tells.count_nonzero())
+        return right / telling if telling else 0.0

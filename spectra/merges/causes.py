@@ -1,0 +1,129 @@
+"""What may have gone wrong with a merge, in words: each function knows the trace of one mistake."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from spectra.deltas.recipes import OnBase
+from spectra.merges.bounds import Arithmetic, Weights
+from spectra.merges.change import Change
+from spectra.merges.fit import cosine
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ALIKE = 0.6  # cosine from which on two updates are taken for one; independent ones of 16 × 16 stay under .4
+_LEVELS = 16  # of four bits
+_CODED = 32  # entries that one scale of a 4-bit code is for, at least
+_MOST_BLOCKS = 4096  # of coded entries that are looked at
+_FEW = 4  # rows or entries that are named
+
+
+def of_scales(change: Change) -> dict[float, str]:
+    """s → the mistake that merges s·ΔW.
+
+    Example:
+        >>> import torch
+        >>> from spectra.deltas.delta import WeightDelta
+        >>> delta = WeightDelta.from_factors("a.weight", torch.ones(2, 1), torch.ones(1, 2))
+        >>> of_scales(Change([delta], torch.zeros(2, 2)))
+        {2.0: 'applied twice', -1.0: 'subtracted: wrong sign, or --base and --merged swapped'}
+    """
+    found = {2.0: ["applied twice"], -1.0: ["subtracted: wrong sign, or --base and --merged swapped"]}
+
+    def add(scale: float, words: str) -> None:
+        if scale > 0 and not math.isclose(scale, 1.0, rel_tol=1e-3):
+            found.setdefault(next((s for s in found if math.isclose(s, scale, rel_tol=1e-3)), scale), []).append(words)
+
+    own = getattr(change.term or change.recipe, "scale", None)
+    if own:
+        add(1 / abs(own), "α/r ignored: merged with s = 1")
+        add(abs(own), "α/r applied twice")
+    if change.term is not None:
+        r = change.term.width
+        add(1 / math.sqrt(r), "rsLoRA ignored: α/r in place of α/√r")
+        add(math.sqrt(r), "α/√r (rsLoRA) in place of α/r, or α not divided by √r")
+        add(float(r), "α not divided by r")
+    return {scale: "; or ".join(words) for scale, words in found.items()}
+
+
+def place_of_damage(weights: Weights, how: Arithmetic) -> str:
+    """Which rows, or entries, of M are not what W₀ + ΔW may be stored as."""
+    import torch
+
+    wrong = torch.cat([~block for block in weights.inside(how)])
+    rows, columns = (wrong.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
+    count = int(wrong.count_nonzero())
+    if count <= _FEW:
+        places = ", ".join(f"[{i}, {j}]" for i, j in wrong.nonzero().tolist())
+        return f"{count} of {wrong.numel():,} entries: {places}"
+    for kind, numbers, total in (("rows", rows, wrong.shape[0]), ("columns", columns, wrong.shape[1])):
+        if len(numbers) <= max(_FEW, total // 8):
+            listed = ", ".join(map(str, numbers[:_FEW])) + (", …" if len(numbers) > _FEW else "")
+            return f"{len(numbers)} of {total:,} {kind}: {listed}"
+    return f"{count / wrong.numel():.0%} of the entries"
+
+
+def transposed(weights: Weights) -> bool:
+    """Whether M − W₀ is more like ΔWᵀ than like ΔW."""
+    update = weights.change.float32()
+    if update.shape[0] != update.shape[1]:
+        return False
+    moved = weights.merged.double() - weights.base.double()
+    return cosine(moved, update.T) > max(_ALIKE, abs(cosine(moved, update)) + 0.1)
+
+
+def dequantised(weights: Weights, applied: bool) -> bool:
+    """Whether M, less ΔW where it was applied, has at most 16 values in each of its blocks, as 4-bit codes give.
+
+    Values that M's rounding, or that of ΔW, cannot tell apart count as one.
+    """
+    import torch
+
+    merged = weights.merged.double()
+    bare = (merged - weights.change.float32().double() if applied else merged).flatten()
+    count = min(bare.numel() // _CODED, _MOST_BLOCKS)
+    if not count:
+        return False
+    entries, order = bare[: count * _CODED].reshape(count, _CODED).sort(dim=1)
+    unit = torch.finfo(weights.merged.dtype).eps
+    off = unit * (merged.flatten().abs() + weights.change.magnitudes().double().flatten())
+    off = off[: count * _CODED].reshape(count, _CODED).gather(1, order)
+    levels = 1 + (entries.diff(dim=1) > off[:, 1:] + off[:, :-1]).sum(1)
+    alike = entries[:, -1] - entries[:, 0] <= off.sum(1)  # a block of one value says nothing
+    return bool((levels[~alike] <= _LEVELS).all()) and bool((~alike).any())
+
+
+def applied_again(weights: Weights, how: Arithmetic) -> bool:
+    """Whether M is what an update made of W₀ gives if it is made of the merged weight once more."""
+    recipe = weights.change.recipe
+    if not isinstance(recipe, OnBase):
+        return False
+    once = (weights.base.double() + weights.change.float64()).to(how.kept).double()
+    step = recipe.from_base(once).to_dense()
+    twice = once + step
+    off = (twice - weights.merged.double()).norm()
+    return float(off) < 0.02 * float(step.norm())
+
+
+def sketch(matrix: Tensor) -> Tensor:
+    """M · X for a fixed random X (in, 4): alike for matrices that are alike, and small enough to keep."""
+    return matrix @ probes(matrix.shape[1])
+
+
+def probes(columns: int) -> Tensor:
+    """The X of `sketch`, float64."""
+    import torch
+
+    return torch.randn(columns, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def alike(first: Tensor, second: Tensor) -> float:
+    """How alike two sketches are: the cosine, 0 for different shapes."""
+    return cosine(first, second) if first.shape == second.shape and bool(second.any()) else 0.0
+
+
+def is_alike(similarity: float) -> bool:
+    """Whether two updates are as good as equal, up to a positive scale and rounding."""
+    return similarity > _ALIKE

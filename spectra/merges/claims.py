@@ -1,0 +1,173 @@
+"""What the three models claim together: for each weight, that M = W₀ + ΔW, or M = W₀ where the adapter is silent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spectra import naming
+from spectra.deltas.delta import WeightDelta
+from spectra.deltas.recipes import Difference
+from spectra.deltas.source import Source
+from spectra.errors import SelectionError, SourceError
+from spectra.files.tensors import REAL_FLOATS, TensorRef
+from spectra.sources import open_source
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One weight, unread: what the adapter does to it, and where W₀ and M are.
+
+    Attributes:
+        name: the weight's name in the base.
+        updates: every ΔW that acts on it; none where M must equal W₀.
+        pair: where W₀ and M are, turned and cut alike; None where there is nothing to compare.
+        status: why there is not, a status or a list of the coverage.
+        reason: the same in words.
+        note: what the numbers stand for.
+    """
+
+    name: str
+    updates: tuple[WeightDelta, ...] = ()
+    pair: Difference | None = None
+    status: str = ""
+    reason: str = ""
+    note: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """Roughly what checking takes at most: both weights, ΔW in three precisions, and what reading it takes."""
+        if self.pair is None:
+            return 0
+        entries = self.pair.base.numel
+        reading = sum(getattr(delta.recipe, "reading_bytes", 8 * entries) for delta in self.updates)
+        return self.pair.base.nbytes + self.pair.tuned.nbytes + (24 * entries + reading if self.updates else 0)
+
+
+@dataclass(frozen=True)
+class Claims:
+    """All claims of three models, and what was noticed while they were opened."""
+
+    claims: tuple[Claim, ...]
+    kind: str
+    base: str
+    adapter: str
+    merged: str
+    notes: tuple[str, ...] = ()
+
+
+def open_claims(
+    base: str | Path,
+    adapter: str | Path,
+    merged: str | Path,
+    *,
+    layers: str | Sequence[str] | None = None,
+    heads: str | int = "mean",
+    scale: float | None = None,
+) -> Claims:
+    """List what must hold, from headers alone; the arguments are those of `spectra.verify_merge`.
+
+    Raises:
+        SelectionError: one of the three is not what it should be, or a pattern of `layers` matches nothing.
+        SourceError: the adapter changes no matrix; a file is broken.
+    """
+    updates = open_source(adapter, base, heads=heads, scale=scale)
+    if updates.kind == "checkpoint":
+        raise SelectionError(
+            f"{updates.tuned} holds full weights, not an adapter; pass the adapter as --adapter and the merged model "
+            "as --merged"
+        )
+    pairs = open_source(merged, base)
+    if pairs.kind != "checkpoint":
+        raise SelectionError(
+            f"{pairs.tuned} is an adapter ({pairs.kind}), not merged weights; pass the adapter as --adapter and the "
+            "merged model as --merged"
+        )
+    touched = _of_updates(updates, pairs)
+    lost = [Claim(name, status="tuned_only", reason=why) for name, why in updates.coverage.tuned_only.items()]
+    claims = [*touched.values(), *lost, *_untouched(pairs, touched)]
+    if not any(claim.updates or claim.status for claim in claims):
+        raise SourceError(
+            f"{updates.tuned} ({updates.kind}) changes no matrix of {updates.base}, so there is no merge to verify"
+        )
+    notes = [f"adapter: {line}" for line in updates.coverage.warnings]
+    notes += [f"merged: {line}" for line in pairs.coverage.warnings]
+    notes += [f"only in the merged model: {name}: {why}" for name, why in pairs.coverage.tuned_only.items()]
+    where = (str(pairs.base), updates.tuned, pairs.tuned)
+    return Claims(tuple(_selected(claims, layers)), updates.kind, *where, tuple(dict.fromkeys(notes)))
+
+
+def _of_updates(updates: Source, pairs: Source) -> dict[str, Claim]:
+    """name → the claim of each weight that the adapter changes: what it says of one weight twice is added up."""
+    by_name = {pair.name: pair for pair in pairs}
+    by_place = {pair.base.ref: pair for pair in pairs if pair.base is not None}
+    found: dict[str, Claim] = {}
+    for delta in updates:
+        pair = by_name.get(delta.name) or (by_place.get(delta.base.ref) if delta.base else None)
+        claim = _claim(delta, pair, pairs)
+        before = found.get(claim.name)
+        found[claim.name] = _joined(before, claim) if before else claim
+    return found
+
+
+def _claim(delta: WeightDelta, pair: WeightDelta | None, pairs: Source) -> Claim:
+    name = pair.name if pair else delta.name
+    notes = [delta.note] + ([pair.note] if pair else [])
+    if pair and pair.name != delta.name:
+        notes.append(f"the update of {delta.name}, which is tied to it")
+    note = "; ".join(filter(None, notes))
+    if delta.recipe is None:
+        return Claim(name, status=delta.status, reason=f"the adapter: {delta.reason}", note=note)
+    if pair is None:
+        reason = pairs.coverage.base_only.get(name) or pairs.coverage.skipped.get(name) or "not in the merged model"
+        return Claim(name, status="base_only", reason=reason, note=note)
+    claim = _of_pair(pair)
+    if claim.pair is not None and delta.shape != pair.shape:
+        why = f"the update is {list(delta.shape)}, what both models have {list(pair.shape)}"
+        return Claim(name, status="shape_mismatch", reason=why, note=note)
+    return Claim(name, (delta,), claim.pair, claim.status, claim.reason, note)
+
+
+def _joined(first: Claim, second: Claim) -> Claim:
+    """Two updates of one weight as one claim; what cannot be done in one of them cannot be done."""
+    if first.status or second.status:
+        return first if first.status else second
+    note = "; ".join(dict.fromkeys(filter(None, (first.note, second.note))))
+    return Claim(first.name, (*first.updates, *second.updates), first.pair, note=note)
+
+
+def _untouched(pairs: Source, touched: Mapping[str, Claim]) -> list[Claim]:
+    """A claim per weight on which the adapter is silent, and one per weight of the base that M lacks."""
+    whole = {naming.split_parts(name)[0] for name in touched}
+    missing = [
+        Claim(name, status="base_only", reason=why)
+        for name, why in pairs.coverage.base_only.items()
+        if name not in whole
+    ]
+    return [*(_of_pair(pair) for pair in pairs if pair.name not in touched), *missing]
+
+
+def _of_pair(pair: WeightDelta) -> Claim:
+    """What a weight of the two models gives to compare, or why it gives nothing."""
+    if not isinstance(pair.recipe, Difference):
+        return Claim(pair.name, status=pair.status, reason=pair.reason)
+    codes = _decoded(pair.recipe.tuned)
+    if codes:
+        return Claim(pair.name, status="unsupported", reason=codes)
+    return Claim(pair.name, pair=pair.recipe, note=pair.note)
+
+
+def _decoded(merged: TensorRef) -> str:
+    """Why M's own rounding is not known, "" where it is."""
+    if merged.dtype in REAL_FLOATS and merged.container != "gguf":
+        return ""
+    return f"{merged.name} in {merged.path} is stored as {merged.dtype}: verify the merge before it is quantised"
+
+
+def _selected(claims: Iterable[Claim], layers: str | Sequence[str] | None) -> list[Claim]:
+    claims = list(claims)
+    if not layers:
+        return claims
+    wanted = set(naming.select(layers, [claim.name for claim in claims]))
+    return [claim for claim in claims if claim.name in wanted]
