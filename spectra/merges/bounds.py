@@ -8,12 +8,11 @@ last place of M mean nothing and δ is what counts: it is relative to |s||B||A|.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spectra.merges.change import Change
-from spectra.merges.replays import blocks
+from spectra.merges.weights import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -63,11 +62,9 @@ class Arithmetic:
         import torch
 
         before = base.to(self.kept).double() if self.cast else base.double()
-        unit = _unit(torch.promote_types(self.kept, torch.float32))
-        off = sizes.double() * (self.steps * _unit(self.formed)) + torch.finfo(self.formed).smallest_normal * 2 * _unit(
-            self.formed
-        )
-        off += (before.abs() + update.abs()) * (_SUM_STEPS * unit) + update.abs() * slack
+        off = sizes.double() * (self.steps * _unit(self.formed)) + _least(self.formed)
+        off += (before.abs() + update.abs()) * (_SUM_STEPS * _unit(torch.promote_types(self.kept, torch.float32)))
+        off += update.abs() * slack
         middle = before + update
         return (middle - off).to(self.kept).double(), (middle + off).to(self.kept).double()
 
@@ -79,76 +76,73 @@ def _unit(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
+def _least(dtype: torch.dtype) -> float:
+    """The least positive number: what rounds to nothing is off by half of it."""
+    import torch
+
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+
+
 def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def arithmetics(base: Tensor, change: Change, dtypes: Sequence[torch.dtype]) -> list[Arithmetic]:
+def arithmetics(weights: Weights) -> list[Arithmetic]:
     """The ways that come into question, the narrowest bounds first.
 
     ΔW is formed in 16 bits only where the sum is kept, or the adapter stored, in them.
     """
     import torch
 
-    found = []
-    for kept in dtypes:
+    found, change, stored = [], weights.change, weights.base.dtype
+    steps = _HALF_STEPS_FROM_BASE if change.multiplies else _HALF_STEPS
+    for kept in weights.kept:
         halves = ({kept} if kept.itemsize == 2 else set()) | change.halves
-        steps = _HALF_STEPS_FROM_BASE if change.multiplies else _HALF_STEPS
         formed = [(torch.float32, change.steps), *((half, steps) for half in sorted(halves, key=str))]
-        casts = (False,) if base.dtype == kept or base.dtype.itemsize < kept.itemsize else (False, True)
+        casts = (False,) if stored == kept or stored.itemsize < kept.itemsize else (False, True)
         found += [Arithmetic(kept, cast, *how) for how in formed for cast in casts]
     return found
 
 
-@dataclass(frozen=True)
-class Weights:
-    """W₀ and M as stored, and ΔW, all (out, in).
+def inside(weights: Weights, how: Arithmetic, scale: float = 1.0, slack: float = 0.0) -> Iterator[Tensor]:
+    """Block by block, whether each entry of M is what W₀ + s·ΔW may be stored as."""
+    for rows in weights.blocks():
+        update = scale * weights.change.sharpest(how.kept, rows).double()
+        sizes = abs(scale) * weights.change.magnitudes(rows)
+        low, high = (
+            edge.to(weights.merged.dtype).double() for edge in how.interval(weights.base[rows], update, sizes, slack)
+        )
+        entries = weights.merged[rows].double()
+        yield (entries >= low) & (entries <= high)
 
-    Attributes:
-        base: W₀.
-        merged: M.
-        change: ΔW.
-    """
 
-    base: Tensor
-    merged: Tensor
-    change: Change
+def within(weights: Weights, how: Arithmetic, scale: float = 1.0, slack: float = 0.0) -> bool:
+    """Whether all entries are; the first block that has another one ends it."""
+    return all(bool(block.all()) for block in inside(weights, how, scale, slack))
 
-    def inside(self, how: Arithmetic, scale: float = 1.0, slack: float = 0.0) -> Iterator[Tensor]:
-        """Block by block, whether each entry of M is what W₀ + s·ΔW may be stored as."""
-        update, sizes = self.change.sharpest(how.kept), self.change.magnitudes()
-        for rows in blocks(self.merged):
-            low, high = how.interval(self.base[rows], scale * update[rows].double(), abs(scale) * sizes[rows], slack)
-            entries = self.merged[rows].double()
-            stored = [edge.to(self.merged.dtype).double() for edge in (low, high)]
-            yield (entries >= stored[0]) & (entries <= stored[1])
 
-    def within(self, how: Arithmetic, scale: float = 1.0, slack: float = 0.0) -> bool:
-        """Whether all of them are; the first block that has another one ends it."""
-        return all(bool(block.all()) for block in self.inside(how, scale, slack))
+def near(weights: Weights, how: Arithmetic, scale: float = 1.0) -> bool:
+    """Whether every entry of M is within ε·(|W₀| + |s||B||A|) of W₀ + s·ΔW, ε that of the type it was kept in."""
+    import torch
 
-    def near(self, how: Arithmetic, scale: float = 1.0) -> bool:
-        """Whether every entry of M is within ε·(|W₀| + |s||B||A|) of W₀ + s·ΔW, ε that of the type it was kept in."""
-        import torch
+    epsilon, least = torch.finfo(how.kept).eps, _least(how.kept)
+    for rows in weights.blocks():
+        base = weights.base[rows].double()
+        off = weights.merged[rows].double() - base - scale * weights.change.sharpest(how.kept, rows).double()
+        sizes = base.abs() + abs(scale) * weights.change.magnitudes(rows)
+        if not bool((off.abs() <= epsilon * sizes + least).all()):
+            return False
+    return True
 
-        update, sizes = self.change.sharpest(how.kept), self.change.magnitudes()
-        finfo = torch.finfo(how.kept)
-        for rows in blocks(self.merged):
-            off = (self.merged[rows].double() - self.base[rows].double() - scale * update[rows].double()).abs()
-            size = self.base[rows].double().abs() + abs(scale) * sizes[rows].double()
-            if not bool((off <= finfo.eps * (size + finfo.smallest_normal)).all()):
-                return False
-        return True
 
-    def share(self, how: Arithmetic) -> float:
-        """Of the entries that tell W₀ + ΔW from W₀, the share that is as W₀ + ΔW may be stored; 0 if none tells."""
-        update, sizes = self.change.sharpest(how.kept), self.change.magnitudes()
-        right = telling = 0
-        for rows in blocks(self.merged):
-            low, high = how.interval(self.base[rows], update[rows].double(), sizes[rows])
-            unmoved = self.base[rows].to(how.kept).double()
-            tells = (unmoved < low) | (unmoved > high)
-            entries = self.merged[rows].double()
-            right += int((tells & (entries >= low) & (entries <= high)).count_nonzero())
-            telling += int(tells.count_nonzero())
-        return right / telling if telling else 0.0
+def share(weights: Weights, how: Arithmetic) -> float:
+    """Of the entries that tell W₀ + ΔW from W₀, the share that is as W₀ + ΔW may be stored; 0 if none tells."""
+    right = telling = 0
+    for rows, good in zip(weights.blocks(), inside(weights, how), strict=True):
+        update = weights.change.sharpest(how.kept, rows).double()
+        low, high = how.interval(weights.base[rows], update, weights.change.magnitudes(rows))
+        unmoved = weights.base[rows].to(how.kept).double()
+        tells = (unmoved < low) | (unmoved > high)
+        right += int((tells & good).count_nonzero())
+        telling += int(tells.count_nonzero())
+    return right / telling if telling else 0.0

@@ -6,9 +6,9 @@ import math
 from typing import TYPE_CHECKING
 
 from spectra.deltas.recipes import OnBase
-from spectra.merges.bounds import Arithmetic, Weights
+from spectra.merges.bounds import Arithmetic, inside
 from spectra.merges.change import Change
-from spectra.merges.fit import cosine
+from spectra.merges.weights import Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +17,7 @@ _ALIKE = 0.6  # cosine from which on two updates are taken for one; independent 
 _LEVELS = 16  # of four bits
 _CODED = 32  # entries that one scale of a 4-bit code is for, at least
 _MOST_BLOCKS = 4096  # of coded entries that are looked at
+_NEARLY = 0.02  # of a second application, as far as the first one's rounding may change it
 _FEW = 4  # rows or entries that are named
 
 
@@ -49,10 +50,10 @@ def of_scales(change: Change) -> dict[float, str]:
 
 
 def place_of_damage(weights: Weights, how: Arithmetic) -> str:
-    """Which rows, or entries, of M are not what W₀ + ΔW may be stored as."""
+    """Which few rows, columns or entries of M are not what W₀ + ΔW may be stored as; "" where it is no few."""
     import torch
 
-    wrong = torch.cat([~block for block in weights.inside(how)])
+    wrong = torch.cat([~block for block in inside(weights, how)])
     rows, columns = (wrong.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
     count = int(wrong.count_nonzero())
     if count <= _FEW:
@@ -62,16 +63,23 @@ def place_of_damage(weights: Weights, how: Arithmetic) -> str:
         if len(numbers) <= max(_FEW, total // 8):
             listed = ", ".join(map(str, numbers[:_FEW])) + (", …" if len(numbers) > _FEW else "")
             return f"{len(numbers)} of {total:,} {kind}: {listed}"
-    return f"{count / wrong.numel():.0%} of the entries"
+    return f"{count:,} of {wrong.numel():,} entries" if count <= wrong.numel() // 100 else ""
 
 
 def transposed(weights: Weights) -> bool:
     """Whether M − W₀ is more like ΔWᵀ than like ΔW."""
-    update = weights.change.float32()
-    if update.shape[0] != update.shape[1]:
+    rows, columns = weights.change.shape
+    if rows != columns:
         return False
-    moved = weights.merged.double() - weights.base.double()
-    return cosine(moved, update.T) > max(_ALIKE, abs(cosine(moved, update)) + 0.1)
+    update = weights.change.float32()
+    squares = along = across = 0.0
+    for some in weights.blocks():
+        moved = weights.merged[some].double() - weights.base[some].double()
+        squares += float(moved.square().sum())
+        along += float((moved * update[some]).sum())
+        across += float((moved * update.T[some]).sum())
+    size = math.sqrt(squares) * float(update.double().norm())
+    return size > 0 and across / size > max(_ALIKE, abs(along) / size + 0.1)
 
 
 def dequantised(weights: Weights, applied: bool) -> bool:
@@ -81,18 +89,17 @@ def dequantised(weights: Weights, applied: bool) -> bool:
     """
     import torch
 
-    merged = weights.merged.double()
-    bare = (merged - weights.change.float32().double() if applied else merged).flatten()
-    count = min(bare.numel() // _CODED, _MOST_BLOCKS)
-    if not count:
-        return False
+    some = slice(0, max(1, _MOST_BLOCKS * _CODED // weights.merged.shape[1]))
+    merged = weights.merged[some].double()
+    bare = (merged - weights.change.float32(some) if applied else merged).flatten()
+    count = bare.numel() // _CODED
     entries, order = bare[: count * _CODED].reshape(count, _CODED).sort(dim=1)
-    unit = torch.finfo(weights.merged.dtype).eps
-    off = unit * (merged.flatten().abs() + weights.change.magnitudes().double().flatten())
-    off = off[: count * _CODED].reshape(count, _CODED).gather(1, order)
+    sizes = merged.abs() + (weights.change.magnitudes(some) if applied else 0.0)
+    off = (torch.finfo(weights.merged.dtype).eps * sizes).flatten()[: count * _CODED].reshape(count, _CODED)
+    off = off.gather(1, order)
     levels = 1 + (entries.diff(dim=1) > off[:, 1:] + off[:, :-1]).sum(1)
-    alike = entries[:, -1] - entries[:, 0] <= off.sum(1)  # a block of one value says nothing
-    return bool((levels[~alike] <= _LEVELS).all()) and bool((~alike).any())
+    tells = 4 * off.sum(1) < entries[:, -1] - entries[:, 0]  # else 32 values could not be told apart either
+    return 2 * int(tells.count_nonzero()) > count and bool((levels[tells] <= _LEVELS).all())
 
 
 def applied_again(weights: Weights, how: Arithmetic) -> bool:
@@ -100,16 +107,18 @@ def applied_again(weights: Weights, how: Arithmetic) -> bool:
     recipe = weights.change.recipe
     if not isinstance(recipe, OnBase):
         return False
-    once = (weights.base.double() + weights.change.float64()).to(how.kept).double()
+    once = (weights.base.double() + weights.change.double()).to(how.kept).double()
     step = recipe.from_base(once).to_dense()
-    twice = once + step
-    off = (twice - weights.merged.double()).norm()
-    return float(off) < 0.02 * float(step.norm())
+    off = once + step - weights.merged.double()
+    return float(off.norm()) < _NEARLY * float(step.norm())
 
 
-def sketch(matrix: Tensor) -> Tensor:
-    """M · X for a fixed random X (in, 4): alike for matrices that are alike, and small enough to keep."""
-    return matrix @ probes(matrix.shape[1])
+def sketch(weights: Weights) -> Tensor:
+    """(M − W₀) · X for a fixed random X (in, 4): alike for matrices that are alike, and small enough to keep."""
+    import torch
+
+    X = probes(weights.merged.shape[1])
+    return torch.cat([(weights.merged[rows].double() - weights.base[rows].double()) @ X for rows in weights.blocks()])
 
 
 def probes(columns: int) -> Tensor:
@@ -121,7 +130,10 @@ def probes(columns: int) -> Tensor:
 
 def alike(first: Tensor, second: Tensor) -> float:
     """How alike two sketches are: the cosine, 0 for different shapes."""
-    return cosine(first, second) if first.shape == second.shape and bool(second.any()) else 0.0
+    if first.shape != second.shape:
+        return 0.0
+    size = float(first.norm() * second.norm())
+    return float((first * second).sum()) / size if size else 0.0
 
 
 def is_alike(similarity: float) -> bool:

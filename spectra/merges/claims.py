@@ -14,6 +14,8 @@ from spectra.errors import SelectionError, SourceError
 from spectra.files.tensors import REAL_FLOATS, TensorRef
 from spectra.sources import open_source
 
+_BLOCKS = 32 * 2**20  # bytes of the rows that are at work at once, in all precisions
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -37,12 +39,13 @@ class Claim:
 
     @property
     def bytes(self) -> int:
-        """Roughly what checking takes at most: both weights, ΔW in three precisions, and what reading it takes."""
+        """Roughly what checking takes at most: both weights as stored, ΔW in three precisions unless it is factored."""
         if self.pair is None:
             return 0
-        entries = self.pair.base.numel
-        reading = sum(getattr(delta.recipe, "reading_bytes", 8 * entries) for delta in self.updates)
-        return self.pair.base.nbytes + self.pair.tuned.nbytes + (24 * entries + reading if self.updates else 0)
+        stored = self.pair.base.nbytes + self.pair.tuned.nbytes + _BLOCKS
+        whole = [delta for delta in self.updates if not delta.factored]
+        reading = [getattr(delta.recipe, "reading_bytes", 0) for delta in self.updates]
+        return stored + sum(reading) + (16 * self.pair.base.numel if whole else 0)
 
 
 @dataclass(frozen=True)

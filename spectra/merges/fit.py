@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spectra.merges.replays import blocks
+from spectra.merges.weights import Weights
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+
+_SAFE = (1e-20, 1e20)  # squared norms between which float32 neither under- nor overflows
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Fit:
         overlap: ⟨E, D⟩.
         rest: ‖E − D‖².
         stored: ‖fl(W₀ + D) − (W₀ + D)‖², fl to M's type.
+        bitwise: whether M = fl(W₀ + D), the sum in float32.
 
     Example:
         >>> fit = Fit(change=4.0, overlap=8.0, rest=4.0, stored=0.0)
@@ -33,6 +35,7 @@ class Fit:
     overlap: float
     rest: float
     stored: float
+    bitwise: bool = False
 
     @property
     def scale(self) -> float | None:
@@ -49,72 +52,85 @@ class Fit:
         """What storing W₀ + ΔW in M's type leaves of it, in the same unit."""
         return math.sqrt(self.stored / self.change) if self.change else None
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether W₀, M and ΔW are."""
+        return math.isfinite(self.rest) and math.isfinite(self.change)
 
-def fit(base: Tensor, merged: Tensor, change: Tensor) -> Fit:
-    """Fit M − W₀ to s·ΔW, all (out, in).
+
+def fit(weights: Weights) -> Fit:
+    """Fit M − W₀ to s·ΔW.
 
     16-bit weights are summed up in float32, whose rounding is nothing beside theirs; others in float64.
     """
     import torch
 
-    narrow = merged.dtype.itemsize == 2 and base.dtype.itemsize == 2 and change.dtype == torch.float32
-    work = torch.float32 if narrow else torch.float64
-    sums = torch.zeros(4, dtype=torch.float64)
-    for rows in blocks(merged):
-        D = change[rows].to(work)
-        W = base[rows].to(work)
-        expected = W + D
-        rounding = (expected.to(merged.dtype).to(work) - expected).flatten()
-        rest = (merged[rows].to(work) - expected).flatten()
-        D = D.flatten()
-        sums += torch.stack([D @ D, rest @ D, rest @ rest, rounding @ rounding]).double()
-    changed, along, rest, stored = sums.tolist()
-    return Fit(changed, along + changed, rest, stored)
+    narrow = weights.merged.dtype.itemsize == 2 and weights.base.dtype.itemsize == 2
+    found = _sums(weights, torch.float32) if narrow else None
+    if found is None or not _SAFE[0] < found.change < _SAFE[1]:
+        found = _sums(weights, torch.float64)
+    return found
 
 
-def spread(base: Tensor, merged: Tensor, change: Tensor, scale: float) -> float:
+def _sums(weights: Weights, work: torch.dtype) -> Fit:
+    import torch
+
+    total = torch.zeros(4, dtype=torch.float64)
+    bitwise = work == torch.float32
+    for rows in weights.blocks():
+        D = weights.change.float32(rows) if bitwise or work == torch.float32 else weights.change.double(rows)
+        expected, merged = weights.base[rows].to(work) + D, weights.merged[rows]
+        stored = expected.to(merged.dtype)
+        same = torch.equal(stored, merged)
+        rest = (merged.to(work) - expected).flatten()
+        rounding = rest if same else (stored.to(work) - expected).flatten()
+        D, bitwise = D.flatten(), bitwise and same
+        total += torch.stack([D @ D, rest @ D, rest @ rest, rounding @ rounding]).double()
+    change, along, rest_, stored_ = total.tolist()
+    return Fit(change, along + change, rest_, stored_, bitwise)
+
+
+def spread(weights: Weights, scale: float) -> float:
     r"""The standard error of s*, whatever the size of the errors in each entry: √Σ((E − s·D)D)²/‖D‖².
 
     Reference: White 1980 (heteroskedasticity-consistent errors).
     """
     total = norm = 0.0
-    for rows in blocks(merged):
-        D = change[rows].double()
-        rest = merged[rows].double() - base[rows].double() - scale * D
+    for rows in weights.blocks():
+        D = weights.change.float32(rows).double()
+        rest = weights.merged[rows].double() - weights.base[rows].double() - scale * D
         total += float((rest * D).square().sum())
         norm += float(D.square().sum())
     return math.sqrt(total) / norm if norm else math.inf
 
 
-def lean(
-    base: Tensor, merged: Tensor, change: Tensor, kept: torch.dtype, scale: float = 1.0, *, signed: bool = False
-) -> tuple[float, float]:
+def lean(weights: Weights, kept: torch.dtype, scale: float = 1.0) -> tuple[float, float]:
     """How far M − fl(W₀ + s·ΔW) leans towards ΔW, as a share of ΔW, and the standard error of that.
 
     Unlike s* this is not drawn to 0 where ΔW is less than a unit in the last place of W₀.
 
     Args:
-        base: W₀ (out, in) as stored.
-        merged: M as stored.
-        change: ΔW.
+        weights: the matrix.
         kept: the type in which the sum was kept.
         scale: s.
-        signed: whether to keep the sign.
     """
     overlap = norm = squares = 0.0
-    for rows in blocks(merged):
-        D = change[rows].double()
-        off = (merged[rows].double() - (base[rows].double() + scale * D).to(kept).double()) * D
+    for rows in weights.blocks():
+        D = weights.change.float32(rows).double()
+        expected = (weights.base[rows].double() + scale * D).to(kept).double()
+        off = (weights.merged[rows].double() - expected) * D
         overlap, squares = overlap + float(off.sum()), squares + float(off.square().sum())
         norm += float(D.square().sum())
-    share = overlap / norm if norm else 0.0
-    return (share if signed else abs(share)), (math.sqrt(squares) / norm if norm else 0.0)
+    return (overlap / norm, math.sqrt(squares) / norm) if norm else (0.0, 0.0)
 
 
-def cosine(a: Tensor, b: Tensor) -> float:
-    """⟨A, B⟩/(‖A‖‖B‖), of two matrices; 1 where one of them is zero."""
+def similarity(weights: Weights, *, of_update: bool = False) -> float:
+    """The cosine of M and W₀, or `of_update` that of M − ΔW and W₀; 1 where one of them is zero."""
     dot = first = second = 0.0
-    for rows in blocks(a):
-        x, y = a[rows].double().flatten(), b[rows].double().flatten()
-        dot, first, second = dot + float(x @ y), first + float(x @ x), second + float(y @ y)
+    for rows in weights.blocks():
+        x, y = weights.merged[rows].double(), weights.base[rows].double()
+        if of_update:
+            x = x - weights.change.float32(rows)
+        dot += float((x * y).sum())
+        first, second = first + float(x.square().sum()), second + float(y.square().sum())
     return dot / math.sqrt(first * second) if first and second else 1.0

@@ -5,68 +5,61 @@ A merged weight tells which one it was: the sums differ in their last bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spectra.merges.change import Change, factors
+from spectra.merges.change import Change
+from spectra.merges.weights import Weights
 from spectra.sources.formats.dora import Dora
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_BLOCK_ENTRIES = 2**18  # of the rows at work at once, 1 MiB in float32: they stay in the cache
+SUM = "ΔW in float32, sum in float32, cast (PEFT, mergekit)"
 
 
-def blocks(matrix: Tensor) -> Iterator[slice]:
-    """The rows of a matrix, as many at a time as stay in the cache."""
-    height = max(1, _BLOCK_ENTRIES // max(1, matrix.shape[1]))
-    for start in range(0, matrix.shape[0], height):
-        yield slice(start, min(start + height, matrix.shape[0]))
+def _sum(base: Tensor, change: Change, rows: slice, kept: torch.dtype) -> Tensor:
+    return (_wide(base) + change.float32(rows)).to(kept)
 
 
-def _sum(base: Tensor, change: Change, rows: slice, dtype: torch.dtype) -> Tensor:
-    return (_wide(base) + change.float32()[rows]).to(dtype)
+def _base_cast(base: Tensor, change: Change, rows: slice, kept: torch.dtype) -> Tensor:
+    return (_wide(base.to(kept)) + change.on(kept, rows)).to(kept)
 
 
-def _base_cast(base: Tensor, change: Change, rows: slice, dtype: torch.dtype) -> Tensor:
-    return (_wide(base.to(dtype)) + change.on(dtype)[rows]).to(dtype)
+def _update_cast(base: Tensor, change: Change, rows: slice, kept: torch.dtype) -> Tensor:
+    return base.to(kept) + change.float32(rows).to(kept)
 
 
-def _update_cast(base: Tensor, change: Change, rows: slice, dtype: torch.dtype) -> Tensor:
-    return base.to(dtype) + change.float32()[rows].to(dtype)
-
-
-def _adapter_cast(base: Tensor, change: Change, rows: slice, dtype: torch.dtype) -> Tensor:
+def _adapter_cast(base: Tensor, change: Change, rows: slice, kept: torch.dtype) -> Tensor:
     (half,) = change.halves
-    return (_wide(base) + change.float32()[rows].to(half)).to(dtype)
+    return (_wide(base) + change.float32(rows).to(half)).to(kept)
 
 
-def _scaled_first(base: Tensor, change: Change, rows: slice, dtype: torch.dtype) -> Tensor:
-    return (_wide(base) + change.scaled_first()[rows]).to(dtype)
+def _scaled_first(base: Tensor, change: Change, rows: slice, kept: torch.dtype) -> Tensor:
+    return (_wide(base) + change.scaled_first(rows)).to(kept)
 
 
-def _fused(base: Tensor, change: Change, rows: slice, dtype: torch.dtype) -> Tensor:
-    assert change.term is not None
-    left, right, s = factors(change.term, _wide(base).dtype)
-    return _wide(base).addmm(left[rows], right, alpha=s).to(dtype)
+def _fused(base: Tensor, change: Change, rows: slice, kept: torch.dtype) -> Tensor:
+    left, right, s = change.factors(_wide(base).dtype)
+    return _wide(base).addmm(left[rows], right, alpha=s).to(kept)
 
 
-def _stepwise(base: Tensor, change: Change, rows: slice, dtype: torch.dtype) -> Tensor:
-    return base.to(dtype) + change.stepwise(dtype)[rows]
+def _stepwise(base: Tensor, change: Change, rows: slice, kept: torch.dtype) -> Tensor:
+    return base.to(kept) + change.stepwise(kept, rows)
 
 
-def _double(base: Tensor, change: Change, rows: slice, dtype: torch.dtype) -> Tensor:
-    return (base.double() + change.double()[rows]).to(dtype)
+def _double(base: Tensor, change: Change, rows: slice, kept: torch.dtype) -> Tensor:
+    return (base.double() + change.double(rows)).to(kept)
 
 
-def _dora(base: Tensor, change: Change, rows: slice, dtype: torch.dtype) -> Tensor:
+def _dora(base: Tensor, change: Change, rows: slice, kept: torch.dtype) -> Tensor:
     """m/‖W + V‖ · (W + V), V = s·B·A, with a magnitude per row."""
     assert isinstance(change.recipe, Dora)
-    moved = _wide(base.to(dtype)) + change.direction()[rows]
+    moved = _wide(base.to(kept)) + change.direction(rows)
     magnitude = change.recipe.magnitude.read_real().to(moved.dtype).reshape(-1)[rows]
-    return ((magnitude / moved.norm(dim=1))[:, None] * moved).to(dtype)
+    return ((magnitude / moved.norm(dim=1))[:, None] * moved).to(kept)
 
 
 def _wide(base: Tensor) -> Tensor:
@@ -76,23 +69,23 @@ def _wide(base: Tensor) -> Tensor:
     return base.to(torch.promote_types(base.dtype, torch.float32))
 
 
-def _always(change: Change, dtype: torch.dtype) -> bool:
+def _always(change: Change, kept: torch.dtype) -> bool:
     return True
 
 
-def _has_term(change: Change, dtype: torch.dtype) -> bool:
+def _has_term(change: Change, kept: torch.dtype) -> bool:
     return change.term is not None
 
 
-def _in_half(change: Change, dtype: torch.dtype) -> bool:
-    return dtype.itemsize == 2 and change.term is not None
+def _in_half(change: Change, kept: torch.dtype) -> bool:
+    return kept.itemsize == 2 and change.term is not None
 
 
-def _from_half(change: Change, dtype: torch.dtype) -> bool:
+def _from_half(change: Change, kept: torch.dtype) -> bool:
     return len(change.halves) == 1
 
 
-def _is_dora(change: Change, dtype: torch.dtype) -> bool:
+def _is_dora(change: Change, kept: torch.dtype) -> bool:
     return isinstance(change.recipe, Dora) and change.recipe.axis == "rows"
 
 
@@ -102,7 +95,7 @@ class Replay:
 
     Attributes:
         name: what it does, and who does it so.
-        merged: rows of W₀ as stored, ΔW, which rows, the type in which the result is kept → rows of M.
+        merged: rows of W₀ as stored, ΔW, which rows, the type in which the sum is kept → rows of M.
         fits: whether there is such an order for a ΔW and a type.
     """
 
@@ -113,12 +106,10 @@ class Replay:
 
 # The likeliest first: a replay that fails ends with the first rows that it gets wrong.
 REPLAYS = (
-    Replay("ΔW in float32, sum in float32, cast (PEFT, mergekit)", _sum),
+    Replay(SUM, _sum),
     Replay("W₀ cast, ΔW in float32, sum in float32, cast (PEFT on a model loaded in M's type)", _base_cast),
     Replay("ΔW cast to M's type, then the sum (PEFT's safe_merge)", _update_cast),
-    Replay(
-        "ΔW cast to the adapter's type, sum in float32, cast (PEFT, adapter kept in 16 bits)", _adapter_cast, _from_half
-    ),
+    Replay("ΔW cast to the adapter's type, sum in float32, cast (PEFT, 16-bit adapter)", _adapter_cast, _from_half),
     Replay("DoRA in float32, cast (PEFT)", _dora, _is_dora),
     Replay("every step in M's type (kohya, PEFT on a GPU)", _stepwise, _in_half),
     Replay("B scaled first, sum in float32, cast", _scaled_first, _has_term),
@@ -127,26 +118,20 @@ REPLAYS = (
 )
 
 
-def replay_of(base: Tensor, merged: Tensor, change: Change, dtypes: Sequence[torch.dtype]) -> str:
-    """The name of the order of operations that gives M bit for bit; "" if none does.
-
-    Args:
-        base: W₀ (out, in) as stored.
-        merged: M (out, in) as stored.
-        change: ΔW.
-        dtypes: the types in which the sum may have been kept before it was stored.
-    """
-    for dtype in dtypes:
+def replay_of(weights: Weights) -> str:
+    """The name of the order of operations that gives M bit for bit; "" if none does."""
+    for kept in weights.kept:
         for replay in REPLAYS:
-            if replay.fits(change, dtype) and _gives(replay, base, merged, change, dtype):
+            if replay.fits(weights.change, kept) and _gives(replay, weights, kept):
                 return replay.name
     return ""
 
 
-def _gives(replay: Replay, base: Tensor, merged: Tensor, change: Change, dtype: torch.dtype) -> bool:
+def _gives(replay: Replay, weights: Weights, kept: torch.dtype) -> bool:
     import torch
 
+    base, merged = weights.base, weights.merged
     return all(
-        torch.equal(replay.merged(base[rows], change, rows, dtype).to(merged.dtype), merged[rows])
-        for rows in blocks(merged)
+        torch.equal(replay.merged(base[rows], weights.change, rows, kept).to(merged.dtype), merged[rows])
+        for rows in weights.blocks()
     )

@@ -61,29 +61,46 @@ def verify_merge(
 def check_claims(
     claims: Sequence[Claim], *, memory_budget: int | str | None = None
 ) -> Iterator[tuple[Claim, MatrixCheck | None]]:
-    """Each claim with its row, as soon as it is checked; None where the adapter is silent and M = W₀.
+    """Each claim with its row, in order; None where the adapter is silent and M = W₀.
 
-    Rows whose cause is open come last: they take the updates of the other weights to compare with.
+    Several are at work side by side, as many as there are cores and bytes for. Rows whose cause is open come last:
+    they take the updates of the other weights to compare with.
     """
-    from spectra.merges.judge import check
+    import torch
+
+    from spectra.engine.executors.threads import keep_freed_memory, thread_executor
 
     budget = budget_of(memory_budget)
+    largest = max((claim.bytes for claim in claims if claim.bytes <= budget), default=1)
+    workers = max(1, min(torch.get_num_threads(), len(claims), budget // max(1, largest)))
     unexplained: list[tuple[Claim, MatrixCheck, Tensor]] = []
-    for claim in claims:
-        if claim.bytes > budget:
-            needs = f"needs {readable_size(claim.bytes)}, the budget is {readable_size(budget)}; raise --memory"
-            yield claim, MatrixCheck(claim.name, "too_large", cause=needs, note=claim.note)
-            continue
+    keep_freed_memory()
+    with thread_executor(workers, 1) as pool:
+        futures = [pool.submit(_check, claim, budget) for claim in claims]
         try:
-            row, sketch = check(claim)
-        except SourceError as problem:
-            yield claim, MatrixCheck(claim.name, "unreadable", cause=str(problem), note=claim.note)
-            continue
-        if row is not None and sketch is not None:
-            unexplained.append((claim, row, sketch))
-        else:
-            yield claim, row
+            for claim, future in zip(claims, futures, strict=True):
+                row, sketch = future.result()
+                if row is not None and sketch is not None:
+                    unexplained.append((claim, row, sketch))
+                else:
+                    yield claim, row
+        finally:
+            for future in futures:
+                future.cancel()
     yield from _explained(unexplained, claims)
+
+
+def _check(claim: Claim, budget: int) -> tuple[MatrixCheck | None, Tensor | None]:
+    """One claim's row; a matrix above the budget or in a broken file has one that says so."""
+    from spectra.merges.judge import check
+
+    if claim.bytes > budget:
+        needs = f"needs {readable_size(claim.bytes)}, the budget is {readable_size(budget)}; raise --memory"
+        return MatrixCheck(claim.name, "too_large", cause=needs, note=claim.note), None
+    try:
+        return check(claim)
+    except SourceError as problem:
+        return MatrixCheck(claim.name, "unreadable", cause=str(problem), note=claim.note), None
 
 
 def report_of(claims: Claims, checked: Iterable[tuple[Claim, MatrixCheck | None]]) -> MergeReport:

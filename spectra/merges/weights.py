@@ -1,0 +1,76 @@
+"""`Weights`: W₀, M and ΔW of one matrix, worked on a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from spectra.merges.change import Change
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_BLOCK_ENTRIES = 2**17  # of the rows at work at once, 1 MiB in float64: they stay in the cache
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """One matrix of a merge, all (out, in).
+
+    Attributes:
+        base: W₀ as stored.
+        merged: M as stored.
+        change: ΔW.
+        kept: the types in which the sum may have been kept before it was stored, the likeliest first.
+    """
+
+    base: Tensor
+    merged: Tensor
+    change: Change
+    kept: Sequence[torch.dtype]
+
+    def blocks(self) -> Iterator[slice]:
+        """The rows, as many at a time as stay in the cache."""
+        return blocks(self.merged)
+
+
+def blocks(matrix: Tensor) -> Iterator[slice]:
+    """The rows of a matrix, as many at a time as stay in the cache."""
+    height = max(1, _BLOCK_ENTRIES // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], height):
+        yield slice(start, min(start + height, matrix.shape[0]))
+
+
+def equals(base: Tensor, merged: Tensor) -> bool:
+    """Whether M is W₀, stored in M's type, by way of 16 bits if need be."""
+    import torch
+
+    by_way = dict.fromkeys([merged.dtype, torch.bfloat16, torch.float16])
+    return any(
+        all(torch.equal(base[rows].to(kept).to(merged.dtype), merged[rows]) for rows in blocks(merged))
+        for kept in by_way
+    )
+
+
+def kept_in(merged: Tensor) -> list[torch.dtype]:
+    """The types in which the sum may have been kept: a narrower one than M's, if M holds nothing else, and M's.
+
+    Example:
+        >>> import torch
+        >>> kept_in(torch.tensor([[0.5]])), kept_in(torch.tensor([[0.1]]))
+        ([torch.bfloat16, torch.float32], [torch.float32])
+    """
+    import torch
+
+    types = (torch.bfloat16, torch.float16, torch.float32)
+    narrower = [kind for kind in types if kind.itemsize < merged.dtype.itemsize]
+    fits = [kind for kind in narrower if all(_holds(kind, merged[rows]) for rows in blocks(merged))]
+    return [*fits[:1], merged.dtype]
+
+
+def _holds(kind: torch.dtype, weight: Tensor) -> bool:
+    import torch
+
+    return torch.equal(weight.to(kind).to(weight.dtype), weight)
