@@ -19,79 +19,14 @@ from spectra._version import __version__ as __version__
 
 # The public names, and where each lives. Looked up on first use, so that `import spectra` loads no torch.
 _HOMES = {
-if TYPE_CHECKING:
-    from spectra.deltas.delta import WeightDelta
-    from spectra.deltas.forms import Dense, Kronecker, LowRank
-    from spectra.deltas.source import Coverage, Source
-    from spectra.engine.decompose import decompose
-    from spectra.errors import SpectraError
-    from spectra.merges.report import MergeReport
-    from spectra.merges.verify import verify_merge
-    from spectra.metrics import METRICS
-    from spectra.metrics.similarity import SubspaceSimilarity, chance_level, principal_angles, subspace_similarity
-    from spectra.plots import histogram_figure, plot_histogram, plot_similarity, similarity_figure
-    from spectra.results.comparison import NotCompared, compare
-    from spectra.results.store import load, save
-    from spectra.results.tables import summarize
-    from spectra.sources import FORMATS, open_source
-    from spectra.spectrum import Spectrum
-
-__all__ = [
-    "FORMATS",
-    "METRICS",
-    "Coverage",
-    "Dense",
-    "Kronecker",
-    "LowRank",
-    "MergeReport",
-    "NotCompared",
-    "Source",
-    "SpectraError",
-    "Spectrum",
-    "SubspaceSimilarity",
-    "WeightDelta",
-    "__version__",
-    "chance_level",
-    "compare",
-    "decompose",
-    "histogram_figure",
-    "load",
-    "open_source",
-    "plot_histogram",
-    "plot_similarity",
-    "principal_angles",
-    "save",
-    "similarity_figure",
-    "subspace_similarity",
-    "summarize",
-    "verify_merge",
-]
-
-# Where each public name lives. Looked up on first use, so that `import spectra` loads no torch.
-_HOMES = {
-    "spectra.results.comparison": ("NotCompared", "compare"),
-    "spectra.engine.decompose": ("decompose",),
-    "spectra.errors": ("SpectraError",),
-    "spectra.deltas.forms": ("Dense", "Kronecker", "LowRank"),
-    "spectra.merges.report": ("MergeReport",),
-    "spectra.merges.verify": ("verify_merge",),
-    "spectra.metrics": ("METRICS",),
-    "spectra.metrics.similarity": (
-        "SubspaceSimilarity",
-        "chance_level",
-        "principal_angles",
-        "subspace_similarity",
-    ),
-    "spectra.plots": ("histogram_figure", "plot_histogram", "plot_similarity", "similarity_figure"),
-    "spectra.sources": ("FORMATS", "open_source"),
-    "spectra.results.store": ("load", "save"),
-    "spectra.results.tables": ("summarize",),
     "spectra.deltas.delta": ("WeightDelta",),
     "spectra.deltas.forms": ("Dense", "Kronecker", "LowRank"),
     "spectra.deltas.source": ("Coverage", "Source"),
     "spectra.errors": ("SpectraError",),
     "spectra.extraction.extract": ("extract",),
     "spectra.extraction.ranks": ("rank_plan",),
+    "spectra.merges.report": ("MergeReport",),
+    "spectra.merges.verify": ("verify_merge",),
     "spectra.metrics": ("METRICS",),
     "spectra.metrics.alignment": ("ALIGNMENT",),
     "spectra.metrics.similarity": ("SubspaceSimilarity", "chance_level", "principal_angles", "subspace_similarity"),
@@ -119,6 +54,8 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.errors import SpectraError as SpectraError
     from spectra.extraction.extract import extract as extract
     from spectra.extraction.ranks import rank_plan as rank_plan
+    from spectra.merges.report import MergeReport as MergeReport
+    from spectra.merges.verify import verify_merge as verify_merge
     from spectra.metrics import METRICS as METRICS
     from spectra.metrics.alignment import ALIGNMENT as ALIGNMENT
     from spectra.metrics.similarity import SubspaceSimilarity as SubspaceSimilarity

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from spectra.deltas.delta import Recipe, WeightDelta
+from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import LowRank
 from spectra.deltas.products import HadamardProduct, KroneckerProduct, Product
+from spectra.deltas.recipe import Recipe
 from spectra.deltas.recipes import Difference, Factors, OnBase, Term
 from spectra.files.tensors import TensorRef
 from spectra.sources.formats.dora import Dora

@@ -11,7 +11,8 @@ from spectra.deltas.delta import WeightDelta
 from spectra.deltas.recipes import Difference
 from spectra.deltas.source import Source
 from spectra.errors import SelectionError, SourceError
-from spectra.files.tensors import REAL_FLOATS, TensorRef
+from spectra.files.dtypes import REAL_FLOATS
+from spectra.files.tensors import TensorRef
 from spectra.sources import open_source
 
 _BLOCKS = 32 * 2**20  # bytes of the rows that are at work at once, in all precisions

@@ -1,8 +1,9 @@
 """Where files without a config of PEFT's kind say their scale, s = α/r.
 
 Trainers write α into a tensor beside the factors (lycoris.py reads it with them), into the file's header (kohya's
-`ss_network_alpha` and `ss_network_args`, diffusers' `lora_adapter_metadata`) or into a config beside the file. An α
-that is nowhere is never taken for r: the module is refused until the user gives s.
+`ss_network_alpha` and `ss_network_args`, diffusers' `lora_adapter_metadata`) or into a config beside the file. Where
+α is nowhere, s is 1 in the layout whose loaders define it so, which is said; elsewhere the module is refused until
+the user gives s.
 """
 
 from __future__ import annotations
@@ -39,12 +40,14 @@ class Scales:
         modules: the file's modules.
         taken: those for which the user's scale was taken.
         told: those for which the file says α.
+        folded: those whose file has none, in a layout that then means s = 1.
     """
 
     ledger: Ledger
     modules: Collection[str]
     taken: list[str] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
+    folded: list[str] = field(default_factory=list)
 
     def of(self, module: str, convolution: bool, rank: int) -> float:
         """s of a module without an α tensor.
@@ -58,6 +61,9 @@ class Scales:
             if found is not None:
                 self.told.append(module)
                 return found
+        if self.ledger.scale is None and self._has_convention(module):
+            self.folded.append(module)
+            return 1.0
         if self.ledger.scale is None:
             raise UnknownScale(
                 f"{self._looked(module)}, so α/r is unknown: pass scale= (--scale), which is 1 if it was trained with "
@@ -92,9 +98,25 @@ class Scales:
             f"ΔW is {count} times as large"
         )
 
+    def _has_convention(self, module: str) -> bool:
+        """Whether the layout itself says that no α means s = 1: a component before the path, no α in all of the file.
+
+        ComfyUI's loader and diffusers' take such factors as they are, and the tools that write them (extractions,
+        merged and converted LoRAs) put the scale into the factors. A flat name without its α has lost it, a path
+        without a component may be any trainer's, and beside modules with an α one without has lost its own.
+        """
+        said = self._header_configs or self._notes.get("ss_network_alpha")
+        stored = any(name.endswith(".alpha") for name in self.ledger.tuned.tensors)
+        return bool(components.split(module)[0]) and not said and not stored
+
     def say(self) -> None:
-        """A warning on what became of the user's scale."""
+        """Warnings on what became of the user's scale, and on modules without an α."""
         ledger, scale = self.ledger, self.ledger.scale
+        if self.folded:
+            ledger.warnings.append(
+                f"no α for {_listed(self.folded)} s = 1, as ComfyUI and diffusers read files of this layout; "
+                "pass scale= (--scale) if yours was trained otherwise"
+            )
         if scale is None:
             return
         if self.taken:
