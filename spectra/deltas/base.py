@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,8 +54,6 @@ class BaseWeight:
             >>> BaseWeight("c_attn.weight", stored.T.rows(0, 2), stored).places().tolist()
             [[0, 3], [1, 4]]
         """
-        import torch
-
         read = self.ref.stored or self.ref.shape
         skipped = self.ref.offset - self.stored.offset
         first = skipped * self.stored.numel // self.stored.nbytes if skipped else 0

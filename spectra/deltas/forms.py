@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from spectra import text
 from spectra.deltas.relatedness import cosine_to_base
 from spectra.deltas.thin import times
+from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -269,8 +270,6 @@ class LowRank(Form):
 
     def inner(self, matrix: Tensor) -> float:
         """Σ (LᵀM) ∘ R."""
-        import torch
-
         return float(torch.tensordot(self.left.mT @ matrix, self.right, dims=2))
 
     def scaled(self, factor: float) -> LowRank:
@@ -338,8 +337,6 @@ class Kronecker(Form):
 
     def inner(self, matrix: Tensor) -> float:
         """Σᵢⱼ aᵢⱼ ⟨Mᵢⱼ, B⟩ over the blocks of M."""
-        import torch
-
         (m1, n1), (m2, n2) = self.first.shape, self.second.shape
         blocks = matrix.reshape(m1, m2, n1, n2)
         return float(torch.tensordot(torch.einsum("iajb,ab->ij", blocks, self.second), self.first, dims=2))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from spectra.deltas.forms import Dense, Kronecker, LowRank
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,8 +58,6 @@ class Product:
 
     def factors(self, device: str) -> tuple[Tensor, Tensor]:
         """(out, r) and (r, in) in float64, the core in the right one."""
-        import torch
-
         left, right = self.left.read_float64(device), self.right.read_float64(device)
         if self.core is not None:
             core = self.core.read_float64(device).reshape(*self.core.shape[:2], -1)

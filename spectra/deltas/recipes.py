@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from spectra.deltas.forms import Dense, Form, LowRank
 from spectra.deltas.recipe import Recipe
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,8 +52,6 @@ class InMemory:
     @classmethod
     def of(cls, *factors: Tensor) -> InMemory:
         """From one matrix (out, in), or left (out, r) and right (r, in)."""
-        import torch
-
         tensors = tuple(torch.as_tensor(factor) for factor in factors)
         shapes = [tuple(tensor.shape) for tensor in tensors]
         if any(len(shape) != 2 for shape in shapes):
@@ -73,8 +72,6 @@ class InMemory:
 
     def read(self, device: str = "cpu") -> Form:
         """The matrix or the factors in float64."""
-        import torch
-
         tensors = [factor.detach().to(device=device, dtype=torch.float64) for factor in self.factors]
         return LowRank(tensors[0], tensors[1]) if self.factored else Dense(tensors[0])
 
@@ -93,8 +90,6 @@ class Difference(FromTensors):
 
     def read(self, device: str = "cpu") -> Dense:
         """Subtract, and note what the stored weights tell about the difference."""
-        import torch
-
         from spectra.deltas.rounding import rounding_edge
 
         tuned, base = self.tuned.read_real(device), self.base.read_real(device)
@@ -155,8 +150,6 @@ class Term(FromTensors):
 
     def write(self, left: Tensor, right: Tensor) -> None:
         """Read the two factors into their places, all scales in the left one."""
-        import torch
-
         device = str(left.device)
         left.copy_(self.lefts[0].read_real(device))
         for ref in self.lefts[1:]:
@@ -177,8 +170,6 @@ class Term(FromTensors):
 
 def _blank(shape: tuple[int, int], width: int, device: str) -> tuple[Tensor, Tensor]:
     """Places for the two factors of a ΔW of a shape."""
-    import torch
-
     left = torch.empty((shape[0], width), dtype=torch.float64, device=device)
     return left, torch.empty((width, shape[1]), dtype=torch.float64, device=device)
 
@@ -233,8 +224,6 @@ class Summed(FromTensors):
 
     def read(self, device: str = "cpu") -> Form:
         """The factors side by side, or the matrices added up, in float64."""
-        import torch
-
         forms = [part.read(device) for part in self.parts]
         if all(isinstance(form, LowRank) for form in forms):
             lefts, rights = zip(*((form.left, form.right) for form in forms if isinstance(form, LowRank)), strict=True)
@@ -338,6 +327,4 @@ class Placed:
 
     def _row_numbers(self, whole: Form) -> Tensor:
         """The numbers of the part's rows among those of the whole."""
-        import torch
-
         return self.rows.view(torch.arange(whole.shape[0], device=whole.tensors[0].device).reshape(-1, 1)).flatten()

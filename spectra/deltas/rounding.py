@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spectra.lazy import torch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -53,8 +55,6 @@ def rounding_edge(stored: Tensor, dtype: str) -> float | None:
 
     Reference: `separable_edge`; uniform rounding errors: Widrow & Kollár 2008, ch. 3.
     """
-    import torch
-
     if dtype not in _FORMATS or stored.numel() == 0:
         return None
     if not all(math.isfinite(extreme) for extreme in torch.aminmax(stored)):  # a sum would make a float64 copy
@@ -153,8 +153,6 @@ def _squared_ulp(block: Tensor, dtype: str) -> Tensor:
 
     Read from and written into the exponent bits of float64: a tenth of the time of frexp and ldexp.
     """
-    import torch
-
     bits, lowest = _FORMATS[dtype]
     exponent = block.to(torch.float64).contiguous().view(torch.int64) >> 52
     exponent.bitwise_and_(0x7FF).clamp_(min=lowest + 1023)

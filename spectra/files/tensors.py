@@ -15,6 +15,7 @@ from spectra.errors import SourceError
 from spectra.files import ggml
 from spectra.files.dtypes import REAL_FLOATS, plain_bytes
 from spectra.files.storage import DISK, Place, Stamp, Storage
+from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -207,8 +208,6 @@ class TensorRef:
         Raises:
             SourceError: the entries are integers or codes, so their values are not known from here.
         """
-        import torch
-
         return self.read_real(device).to(torch.float64)
 
     def read_real(self, device: str = "cpu") -> Tensor:
@@ -248,8 +247,6 @@ class Joined:
 
     def read(self) -> Tensor:
         """The parts side by side."""
-        import torch
-
         return torch.cat([part.read() for part in self.parts], self.axis)
 
     def rows(self, start: int, stop: int) -> None:
@@ -274,6 +271,4 @@ def _apply(tensor: Tensor, kind: str, arguments: tuple[int, ...]) -> Tensor:
 
 
 def _block_diagonal(tensor: Tensor, blocks: int) -> Tensor:
-    import torch
-
     return torch.block_diag(*tensor.chunk(blocks))  # type: ignore[no-untyped-call]

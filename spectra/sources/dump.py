@@ -15,6 +15,7 @@ from spectra.deltas.recipes import FromTensors
 from spectra.errors import SourceError
 from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.models import tied
 from spectra.models.pairing import unwrap
 from spectra.naming import split_parts
@@ -60,8 +61,6 @@ class OnSameBase(FromTensors):
         return self.update.read(device)
 
     def _compare(self) -> None:
-        import torch
-
         if self.held.shape != self.base.shape:
             raise SourceError(f"{self.held.name} is {list(self.held.shape)}, the base weight {list(self.base.shape)}")
         held, base = self.held.read_real().reshape(-1), self.base.read_real().reshape(-1)

@@ -20,6 +20,7 @@ from spectra.files.codecs.coded import Candidate, Coded, expect, full_names, mod
 from spectra.files.codecs.gptq import PARTS, SCALES
 from spectra.files.codecs.packing import row_blocks, scaled, unpacked
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,8 +64,6 @@ class Awq(Coded):
 
     def decode(self, codes: Tensor, companions: Sequence[Tensor]) -> Tensor:
         """A block of inputs at a time."""
-        import torch
-
         zeros, scales = _in_order(companions[0]), companions[1]
         out, inputs = self.shape
         size = inputs // len(scales)

@@ -26,6 +26,7 @@ from spectra.files.codecs.coded import Candidate, Coded, contents, expect, full_
 from spectra.files.codecs.packing import BLOCK_ENTRIES, row_blocks
 from spectra.files.dtypes import DTYPE_OF_TORCH, DTYPES
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,8 +111,6 @@ class FourBit(Coded):
 
     def decode(self, codes: Tensor, companions: Sequence[Tensor]) -> Tensor:
         """Values times maxima in float32, rounded once."""
-        import torch
-
         absmax = self._maxima(companions)
         bytes_ = codes.contiguous().view(torch.uint8).flatten()
         values = torch.tensor(_VALUES[self.quant_type], dtype=torch.float32)
@@ -125,8 +124,6 @@ class FourBit(Coded):
         return weight.reshape(self.shape)
 
     def _maxima(self, companions: Sequence[Tensor]) -> Tensor:
-        import torch
-
         if self.nested is None:
             return companions[0].flatten().to(torch.float32)
         codes, absmax, values = (tensor.flatten() for tensor in companions)
@@ -167,8 +164,6 @@ class EightBit(Coded):
 
     def decode(self, codes: Tensor, companions: Sequence[Tensor]) -> Tensor:
         """Codes times maxima over 127."""
-        import torch
-
         maxima = companions[0].to(torch.float32).reshape(-1, 1)
         weight = torch.empty(self.shape, dtype=torch.float32)
         for rows in row_blocks(*self.shape):

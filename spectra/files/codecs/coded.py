@@ -17,6 +17,7 @@ from spectra.errors import SourceError
 from spectra.files.codecs.packing import BLOCK_ENTRIES
 from spectra.files.dtypes import DTYPES
 from spectra.files.tensors import Codec, TensorRef
+from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -188,6 +189,4 @@ def contents(ref: TensorRef) -> bytes:
         raise SourceError(f"{ref.name} has {ref.nbytes} bytes, where a few hundred are expected")
     if ref.container == "safetensors":
         return bytes(ref.file.read(ref.offset, ref.nbytes))
-    import torch
-
     return ref.read().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -24,6 +24,7 @@ from spectra.files.codecs.coded import Candidate, Coded, contents, expect, full_
 from spectra.files.codecs.packing import group_numbers, row_blocks, scaled, unpacked
 from spectra.files.dtypes import REAL_FLOATS
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,8 +77,6 @@ class CompressedTensors(Coded):
 
     def decode(self, codes: Tensor, companions: Sequence[Tensor]) -> Tensor:
         """A block of rows at a time."""
-        import torch
-
         out, inputs = self.shape
         scales, others = companions[0].reshape(out, -1), list(companions[1:])
         zeros = self._plain(others.pop(0), out) if self.zeros is not None else torch.zeros((), dtype=torch.int16)
@@ -97,8 +96,6 @@ class CompressedTensors(Coded):
 
     def _signed(self, codes: Tensor) -> Tensor:
         """Packed codes along the last axis as signed numbers; int8 as it is."""
-        import torch
-
         if codes.dtype == torch.int8:
             return codes
         return unpacked(codes, self.bits).to(torch.int16) - 2 ** (self.bits - 1)

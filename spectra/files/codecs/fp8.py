@@ -18,6 +18,7 @@ from spectra.errors import SourceError
 from spectra.files.codecs.coded import Candidate, Coded, settings_of
 from spectra.files.codecs.packing import row_blocks
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,8 +65,6 @@ class Fp8(Coded):
 
     def decode(self, codes: Tensor, companions: Sequence[Tensor]) -> Tensor:
         """A block of rows at a time."""
-        import torch
-
         scales = companions[0].to(torch.float64)
         if scales.numel() == 1:
             return codes.to(torch.float64).mul_(scales.reshape(()))

@@ -22,6 +22,7 @@ from spectra.errors import SourceError
 from spectra.files.codecs.coded import Candidate, Coded, expect, full_names, modules, needed, settings_of
 from spectra.files.codecs.packing import group_numbers, row_blocks, scaled, unpacked
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,8 +75,6 @@ class Gptq(Coded):
 
     def decode(self, codes: Tensor, companions: Sequence[Tensor]) -> Tensor:
         """A block of outputs at a time."""
-        import torch
-
         zeros, scales = companions[:2]
         out, inputs = self.shape
         points = (unpacked(zeros, self.bits) + self.offset) & (2**self.bits - 1)

@@ -24,6 +24,7 @@ from spectra.files.codecs.mxfp4 import Mxfp4
 from spectra.files.codecs.packing import row_blocks, unpacked
 from spectra.files.dtypes import REAL_FLOATS
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,8 +71,6 @@ class Mlx(Coded):
 
     def decode(self, codes: Tensor, companions: Sequence[Tensor]) -> Tensor:
         """A block of rows at a time, those of all experts one below the other."""
-        import torch
-
         words, scales, biases = (tensor.flatten(0, -2) for tensor in (codes, *companions))
         size = self.shape[-1] // scales.shape[1]
         weight = torch.empty((len(words), self.shape[-1]), dtype=torch.float32)

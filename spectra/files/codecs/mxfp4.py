@@ -20,6 +20,7 @@ from spectra.errors import SourceError
 from spectra.files.codecs.coded import Candidate, Coded, expect, needed
 from spectra.files.codecs.packing import row_blocks
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,8 +69,6 @@ class Mxfp4(Coded):
 
     def decode(self, codes: Tensor, companions: Sequence[Tensor]) -> Tensor:
         """A block of groups at a time."""
-        import torch
-
         values = torch.tensor(_VALUES, dtype=torch.float32)
         exponents = companions[0].reshape(-1, 1)
         pairs = codes.contiguous().view(torch.uint8).reshape(-1, _GROUP // 2)

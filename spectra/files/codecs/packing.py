@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from spectra.errors import SourceError
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +40,6 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
         >>> unpacked(torch.tensor([[0x76543210]], dtype=torch.int32), 4).tolist()
         [[0, 1, 2, 3, 4, 5, 6, 7]]
     """
-    import torch
-
     shared = math.gcd(bits, 8)
     groups = words.contiguous().view(torch.uint8).reshape(*words.shape[:-1], -1, bits // shared)
     joined = groups[..., 0].to(torch.int64)
@@ -54,8 +53,6 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
 
 def scaled(codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
     """(codes − zeros)·scales, rounded once to the scales' type, as kernels of that type compute it."""
-    import torch
-
     return (codes.to(torch.int16) - zeros).to(scales.dtype) * scales
 
 
@@ -65,8 +62,6 @@ def group_numbers(ref: TensorRef, given: Tensor, groups: int) -> Tensor:
     Raises:
         SourceError: it names groups that there are no scales for.
     """
-    import torch
-
     if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < groups:
         raise SourceError(f"{ref.name} in {ref.path} names groups outside 0 … {groups - 1}; download it again")
     return given.to(torch.int64)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from spectra.deltas.forms import Dense
 from spectra.deltas.recipes import OnBase
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.sources.adapter import Refusal, Slots, add_modules_on_base, slot_pattern
 from spectra.sources.formats.oft import CayleyMap, rotation_minus_identity, times_blocks
 from spectra.sources.ledger import Ledger
@@ -46,8 +47,6 @@ class Butterfly(OnBase):
 
 def _butterfly_order(inputs: int, size: int, level: int, device: str) -> Tensor:
     """Pᵢ as an order of the inputs: in groups of 2^level blocks, the even half blocks before the odd ones."""
-    import torch
-
     order = torch.arange(inputs, device=device)
     if level == 0:
         return order

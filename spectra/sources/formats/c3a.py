@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from spectra.deltas.forms import Dense
 from spectra.deltas.recipes import FromTensors
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.sources.adapter import Refusal, Slots, add_modules, slot_pattern
 from spectra.sources.ledger import Ledger
 
@@ -39,8 +40,6 @@ class CirculantBlocks(FromTensors):
 
     def read(self, device: str = "cpu") -> Dense:
         """The matrix in float64."""
-        import torch
-
         kernels = self.kernels.read_float64(device)
         steps = torch.arange(kernels.shape[2], device=device)
         blocks = kernels[:, :, (steps[None, :] - steps[:, None]) % kernels.shape[2]]  # i, j, p, q

@@ -9,6 +9,7 @@ from spectra.deltas.forms import LowRank
 from spectra.deltas.recipes import OnBase
 from spectra.errors import SourceError
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.sources.adapter import Refusal, Slots, add_modules_on_base, slot_pattern
 from spectra.sources.ledger import Ledger
 
@@ -44,8 +45,6 @@ class Replaced(OnBase):
 
     def from_base(self, base: Tensor) -> LowRank:
         """Left Q, right s·R − VᵀW₀."""
-        import torch
-
         directions = self.directions.read_float64(str(base.device))
         left = torch.linalg.qr(directions).Q if self.orthonormal else directions
         seen = left if self.orthonormal else directions.clamp(min=0)

@@ -13,6 +13,7 @@ from spectra.deltas.forms import Dense, LowRank
 from spectra.deltas.recipes import FromTensors
 from spectra.errors import SourceError
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.sources.adapter import Refusal, Slots, add_modules_on_base, slot_pattern
 from spectra.sources.ledger import Ledger
 
@@ -58,8 +59,6 @@ class SparseSpectrum(FromTensors):
 
     def read(self, device: str = "cpu") -> LowRank | Dense:
         """The cosines and sines in float64, or the matrix."""
-        import torch
-
         m, n = self.shape
         c = self.coefficients.read_float64(device)
         # The positions are a prefix of a permutation that torch's CPU generator gives for the seed.
@@ -79,8 +78,6 @@ class SparseSpectrum(FromTensors):
 
 def _waves(frequencies: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """cos and sin of 2π f p / size (count, size); f·p is reduced exactly before it becomes an angle."""
-    import torch
-
     steps = torch.outer(frequencies, torch.arange(size, device=frequencies.device)) % size
     angles = steps.to(torch.float64) * (2 * math.pi / size)
     return angles.cos(), angles.sin()

@@ -10,6 +10,7 @@ from spectra.deltas.forms import Dense
 from spectra.deltas.recipes import OnBase
 from spectra.errors import SourceError
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.sources.adapter import Refusal, Slots, add_modules_on_base, slot_pattern
 from spectra.sources.ledger import Ledger
 
@@ -51,8 +52,6 @@ class SharedBasis(OnBase):
         Raises:
             SourceError: V cannot be inverted, or the places do not fit S.
         """
-        import torch
-
         device = str(base.device)
         basis = self.basis.read_float64(device)
         solved, failed = torch.linalg.solve_ex(basis, base.T)
@@ -66,8 +65,6 @@ class SharedBasis(OnBase):
         return Dense(unit @ middle @ basis.T)
 
     def _sparse(self, device: str) -> Tensor:
-        import torch
-
         size, places = self.base.shape[1], self.places.read(device).to(torch.int64)
         if self.extent.read().tolist() != [size, size]:
             raise SourceError(f"{self.extent.name} in {self.extent.path} is not {size} × {size}")

@@ -8,6 +8,7 @@ from spectra.deltas.forms import LowRank
 from spectra.deltas.recipes import FromTensors
 from spectra.errors import SourceError
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.sources.adapter import Refusal, Slots, add_modules, slot_pattern
 from spectra.sources.ledger import Ledger
 
@@ -48,8 +49,6 @@ class Granular(FromTensors):
 
     def read(self, device: str = "cpu") -> LowRank:
         """The blocks at their places in both factors."""
-        import torch
-
         down, up = self.down.read_float64(device), self.up.read_float64(device)
         k, inputs, r = down.shape
         left = up.new_zeros(k, up.shape[2], k, r)  # output block j, output, j, column

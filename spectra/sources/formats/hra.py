@@ -9,6 +9,7 @@ from spectra.deltas.forms import LowRank
 from spectra.deltas.recipes import OnBase
 from spectra.errors import SourceError
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.sources.adapter import Refusal, Slots, add_modules_on_base, slot_pattern
 from spectra.sources.ledger import Ledger
 
@@ -49,8 +50,6 @@ class Reflected(OnBase):
 
     def _basis(self, unit: Tensor) -> Tensor:
         """The orthonormal basis of the vectors' span; H does not depend on which."""
-        import torch
-
         basis, triangle = torch.linalg.qr(unit)
         if unit.shape[1] > unit.shape[0] or float(triangle.diagonal().abs().min()) < _DEPENDENT:
             raise SourceError(

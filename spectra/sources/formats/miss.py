@@ -10,6 +10,7 @@ from spectra.deltas.forms import Dense, LowRank
 from spectra.deltas.recipes import FromTensors, OnBase
 from spectra.errors import SourceError
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.sources.adapter import Refusal, Slots, add_modules_on_base, slot_pattern
 from spectra.sources.config import Config
 from spectra.sources.ledger import Ledger
@@ -38,8 +39,6 @@ class Repeated(FromTensors):
 
     def read(self, device: str = "cpu") -> LowRank:
         """The block in one factor and repeated identities in the other, whichever way is narrower."""
-        import torch
-
         block = self.block.read_float64(device)
         out, inputs = self.shape
         if block.shape[0] <= block.shape[1]:
@@ -65,8 +64,6 @@ class BlockAffine(OnBase):
 
     def from_base(self, base: Tensor) -> Dense:
         """Row block by row block."""
-        import torch
-
         blocks = self.blocks.read_float64(str(base.device))
         number, r, _ = blocks.shape
         cut = base.reshape(number, r, -1, r)

@@ -23,6 +23,7 @@ from spectra.deltas.recipes import Factors, FromTensors, Term, Update
 from spectra.errors import SelectionError, UnsupportedFormatError
 from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.sources.adapter import Refusal, Slots, Target, add_update
 from spectra.sources.config import Config
 from spectra.sources.ledger import Ledger
@@ -76,8 +77,6 @@ class Weighted(FromTensors):
 
     def read(self, device: str = "cpu") -> LowRank:
         """The factors in float64, the weights in the left one."""
-        import torch
-
         weights = self._weights(device)
         pairs = [term.read(device) for term in self.terms]
         lefts = [weight * left for weight, (left, _) in zip(weights, pairs, strict=True)]

@@ -11,6 +11,7 @@ from spectra.deltas.forms import Dense
 from spectra.deltas.recipes import OnBase
 from spectra.errors import SourceError
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.sources.adapter import Refusal, Slots, add_modules_on_base, slot_pattern
 from spectra.sources.config import Config
 from spectra.sources.ledger import Ledger
@@ -78,8 +79,6 @@ def rotation_minus_identity(skew: Tensor, cayley: CayleyMap) -> Tensor:
 
     Exactly, (I − Q)(I + Q)⁻¹ − I = −2Q(I + Q)⁻¹; or the first powers of (I + Q)(I − Q)⁻¹ − I = 2Q + 2Q² + ….
     """
-    import torch
-
     if cayley.radius is not None:
         norms = skew.norm(dim=(1, 2), keepdim=True)
         skew = torch.where(norms > cayley.radius, skew * (cayley.radius / norms), skew)
@@ -96,8 +95,6 @@ def rotation_minus_identity(skew: Tensor, cayley: CayleyMap) -> Tensor:
 
 def _skew(angles: Tensor, block: int) -> Tensor:
     """The skew-symmetric blocks (n, b, b) with these entries (n, b(b − 1)/2) above the diagonal, row by row."""
-    import torch
-
     rows, columns = torch.triu_indices(block, block, 1, device=angles.device)
     upper = angles.new_zeros(angles.shape[0], block, block)
     upper[:, rows, columns] = angles

@@ -13,6 +13,7 @@ from spectra.deltas.forms import Dense, Form, LowRank
 from spectra.deltas.recipes import OnBase, svd_bytes
 from spectra.errors import SourceError
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.sources.adapter import Refusal, Slots, add_modules_on_base
 from spectra.sources.config import Config
 from spectra.sources.ledger import Ledger
@@ -61,8 +62,6 @@ class SmallDirectionsReplaced(OnBase):
         Raises:
             SourceError: W₀'s singular values do not separate the small directions from the large ones.
         """
-        import torch
-
         left, values, right = (ref.read_float64(str(base.device)) for ref in (self.left, self.values, self.right))
         if not bool(base.isfinite().all()):  # there is no SVD, and no number in ΔW
             return LowRank(left * torch.nan, right) if self.factored else Dense(base * torch.nan)

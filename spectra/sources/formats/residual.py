@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from spectra.deltas.forms import LowRank
 from spectra.deltas.recipes import OnBase, Update, svd_bytes
+from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,8 +50,6 @@ class FromOriginal(OnBase):
 
     def from_base(self, base: Tensor) -> LowRank:
         """The factors in float64; PEFT decomposes W in float32, so its own residual differs by about 1e-7·‖W‖."""
-        import torch
-
         form = self.update.read(str(base.device))
         assert isinstance(form, LowRank)
         left, right = removed(base, self.method, self.width)
@@ -67,8 +66,6 @@ def removed(weight: Tensor, method: Method, width: int) -> tuple[Tensor, Tensor]
         >>> (left @ right).diagonal().tolist()
         [0.0, 0.0, 1.0]
     """
-    import torch
-
     if method == "olora":
         Q, R = torch.linalg.qr(weight)
         return Q[:, :width], R[:width]

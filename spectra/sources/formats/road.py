@@ -10,6 +10,7 @@ from spectra.deltas.forms import Dense
 from spectra.deltas.recipes import OnBase
 from spectra.errors import SourceError
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.sources.adapter import Refusal, Slots, add_modules_on_base, slot_pattern
 from spectra.sources.config import Config
 from spectra.sources.ledger import Ledger
@@ -41,8 +42,6 @@ class PairsTurned(OnBase):
 
     def from_base(self, base: Tensor) -> Dense:
         """Both halves of every group at once."""
-        import torch
-
         cosines, sines = self._coefficients(str(base.device))
         upper, lower = base.reshape(-1, 2, self.group // 2, base.shape[1]).unbind(1)
         turned = torch.stack((-lower, upper), 1).reshape(base.shape)

@@ -8,6 +8,7 @@ from spectra.deltas.forms import Dense
 from spectra.deltas.recipes import FromTensors
 from spectra.errors import SourceError
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.sources.adapter import Refusal, Slots, add_modules_on_base, slot_pattern
 from spectra.sources.ledger import Ledger
 
@@ -39,8 +40,6 @@ class SparseEntries(FromTensors):
         Raises:
             SourceError: a position lies outside the weight.
         """
-        import torch
-
         rows, columns = self.positions.read(device).to(torch.long)
         out, inside = self.shape
         if bool(((rows < 0) | (rows >= out) | (columns < 0) | (columns >= inside)).any()):

@@ -8,6 +8,7 @@ from spectra.deltas.forms import Dense
 from spectra.deltas.recipes import FromTensors
 from spectra.errors import SourceError
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.sources.adapter import Refusal, Slots, add_modules_on_base, slot_pattern
 from spectra.sources.ledger import Ledger
 
@@ -44,8 +45,6 @@ class SparsePlusLowRank(FromTensors):
         Raises:
             SourceError: a place lies outside the weight.
         """
-        import torch
-
         places = self.places.read(device).to(torch.int64)
         out, inputs = self.shape
         if places.numel() and (int(places.min()) < 0 or int(places.max()) >= out * inputs):

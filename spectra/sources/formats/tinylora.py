@@ -10,6 +10,7 @@ from spectra.deltas.forms import LowRank
 from spectra.deltas.recipes import FromTensors
 from spectra.errors import SourceError
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.sources.adapter import Refusal, Slots, add_modules, slot_pattern
 from spectra.sources.ledger import Ledger
 
@@ -45,8 +46,6 @@ class Groups(FromTensors):
         Raises:
             SourceError: no place in the order, or more than one, gives these matrices.
         """
-        import torch
-
         if len(self.vectors) == 1:
             return self.vectors[0]
         deviation = projections.shape[1] ** -0.5
@@ -94,8 +93,6 @@ class Mixture(FromTensors):
 
     def read(self, device: str = "cpu") -> LowRank:
         """The mixture in the left factor."""
-        import torch
-
         projections = self.projections.read_float64()
         vector = self.groups.vector_for(projections, self.projections.name).read_float64(device)
         middle = torch.einsum("i,ijk->jk", vector, projections.to(device))

@@ -14,6 +14,7 @@ from spectra.deltas.recipes import OnBase
 from spectra.errors import SourceError
 from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.naming import role_of
 from spectra.sources.adapter import Refusal, Slots, add_modules_on_base, slot_pattern
 from spectra.sources.ledger import Ledger
@@ -49,8 +50,6 @@ class ReplacedRows(OnBase):
 
     def from_base(self, base: Tensor) -> LowRank | Dense:
         """A selection of rows times their change, or the matrix."""
-        import torch
-
         device = str(base.device)
         rows = torch.tensor(self.indices, dtype=torch.long, device=device)
         change = self.values.read_float64(device) - base[rows]

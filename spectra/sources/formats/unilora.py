@@ -9,6 +9,7 @@ from spectra.deltas.forms import LowRank
 from spectra.deltas.recipes import FromTensors
 from spectra.errors import SourceError, UnsupportedFormatError
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.sources.adapter import Refusal, Slots, add_modules, slot_pattern
 from spectra.sources.ledger import Ledger
 
@@ -30,8 +31,6 @@ class Entries(FromTensors):
         Raises:
             SourceError: a place lies outside of the vector.
         """
-        import torch
-
         vector, places = self.vector.read_float64(device), self.places.read(device).to(torch.int64)
         if places.numel() and (int(places.min()) < 0 or int(places.max()) >= len(vector)):
             raise SourceError(

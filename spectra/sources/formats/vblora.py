@@ -9,6 +9,7 @@ from spectra.deltas.forms import LowRank
 from spectra.deltas.recipes import FromTensors
 from spectra.errors import SourceError
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.sources.adapter import Refusal, Slots, add_modules, slot_pattern
 from spectra.sources.ledger import Ledger
 
@@ -46,8 +47,6 @@ class Mixture(FromTensors):
         Raises:
             SourceError: an index lies outside the bank.
         """
-        import torch
-
         device = str(bank.device)
         if self.logits is not None:
             top = self.logits.read_float64(device).topk(self.k, dim=-1)

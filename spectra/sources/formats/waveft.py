@@ -9,6 +9,7 @@ from spectra.deltas.forms import Dense
 from spectra.deltas.recipes import FromTensors
 from spectra.errors import SourceError
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.sources.adapter import Refusal, Slots, add_modules_on_base, slot_pattern
 from spectra.sources.ledger import Ledger
 
@@ -51,8 +52,6 @@ class Wavelets(FromTensors):
 
     def read(self, device: str = "cpu") -> Dense:
         """Scatter the coefficients, transform them."""
-        import torch
-
         out, inputs = self.shape
         coefficients = self.coefficients.read_float64(device)
         generator = torch.Generator().manual_seed(self.seed)
@@ -65,8 +64,6 @@ class Wavelets(FromTensors):
 
 def _inverse_haar(coefficients: Tensor) -> Tensor:
     """One level of the orthonormal transform back: each 2×2 block from its mean and its three differences."""
-    import torch
-
     rows, columns = coefficients.shape[0] // 2, coefficients.shape[1] // 2
     mean, across = coefficients[:rows, :columns], coefficients[:rows, columns:]
     down, both = coefficients[rows:, :columns], coefficients[rows:, columns:]
