@@ -32,6 +32,14 @@ _HOMES = {
     "spectra.metrics.similarity": ("SubspaceSimilarity", "chance_level", "principal_angles", "subspace_similarity"),
     "spectra.plots": ("draw_results", "histogram_figure", "plot_histogram", "plot_similarity", "similarity_figure"),
     "spectra.results.alignment": ("alignment",),
+    "spectra.plots": (
+        "draw_results",
+        "histogram_figure",
+        "plot_histogram",
+        "plot_kept_energy",
+        "plot_similarity",
+        "similarity_figure",
+    ),
     "spectra.results.collection": ("Spectra", "load", "save"),
     "spectra.results.inspection": ("Inspection", "inspect"),
     "spectra.results.similarities": ("NotCompared", "pool_by_role"),
@@ -65,6 +73,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.plots import draw_results as draw_results
     from spectra.plots import histogram_figure as histogram_figure
     from spectra.plots import plot_histogram as plot_histogram
+    from spectra.plots import plot_kept_energy as plot_kept_energy
     from spectra.plots import plot_similarity as plot_similarity
     from spectra.plots import similarity_figure as similarity_figure
     from spectra.results.alignment import alignment as alignment

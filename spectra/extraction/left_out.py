@@ -56,7 +56,8 @@ def left_out(source: Source, tuned: Folder, base: Folder | None, architecture: A
         refs |= {name: ref for name, ref in tuned.tensors.items() if name not in paired}
         inside = {architecture.in_memory(name): ref for name, ref in refs.items()}
         return _with_modules(lost, {architecture.in_memory(name): name for name in lost}, inside)
-    lost |= coverage.skipped
+    # PEFT saves the base's weight beside an embedding's factors: a copy, which the source has compared.
+    lost |= {name: why for name, why in coverage.skipped.items() if ".base_layer." not in name}
     return _with_modules(lost, {name: name for name in lost}, {saved_name(n): ref for n, ref in tuned.tensors.items()})
 
 

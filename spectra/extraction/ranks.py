@@ -201,14 +201,76 @@ def within_budget(spectra: Sequence[Spectrum], budget: int, most: Sequence[int])
 
 def _greedy(gains: Sequence[np.ndarray], costs: Sequence[int], budget: int) -> list[int]:
     """How many triplets each matrix has among the best per parameter, up to the first that does not fit."""
-    owners = np.repeat(np.arange(len(gains)), [len(gain) for gain in gains])
-    if not len(owners):
-        return [0] * len(gains)
-    order = np.argsort(-np.concatenate([gain / cost for gain, cost in zip(gains, costs, strict=True)]), kind="stable")
-    spent = np.cumsum(np.asarray(costs)[owners[order]])
-    taken = owners[order[: np.searchsorted(spent, budget, side="right")]]
+    owners, spent, _ = _in_turn(gains, costs)
+    taken = owners[: np.searchsorted(spent, budget, side="right")]
     counts: list[int] = np.bincount(taken, minlength=len(gains)).tolist()
     return counts
+
+
+def _in_turn(gains: Sequence[np.ndarray], costs: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All triplets, the best per parameter first: whose each is, and what it and those before it cost and keep."""
+    owners = np.repeat(np.arange(len(gains)), [len(gain) for gain in gains])
+    energies = np.concatenate([*gains, np.zeros(0)])
+    prices = np.asarray(costs, dtype=np.int64)[owners]
+    order = np.argsort(-energies / prices, kind="stable")
+    return owners[order], np.cumsum(prices[order]), np.cumsum(energies[order])
+
+
+@dataclass(frozen=True)
+class KeptEnergy:
+    """How much of Σ‖ΔW‖² factors keep, over how many parameters they have together.
+
+    Attributes:
+        parameters: entries of all factors, ascending.
+        kept: Σσ² of the triplets that are kept, divided by Σ‖ΔW‖².
+    """
+
+    parameters: np.ndarray
+    kept: np.ndarray
+
+
+def kept_by_budget(spectra: Iterable[Spectrum]) -> KeptEnergy:
+    """With the ranks of `rank_plan(…, parameters=N)`, for every N that ends with a whole triplet.
+
+    Example:
+        >>> curve = kept_by_budget([Spectrum("a", (2, 2), S=[2.0, 1.0]), Spectrum("b", (2, 2), S=[2.0, 0.0])])
+        >>> curve.parameters.tolist(), [round(share, 12) for share in curve.kept.tolist()]
+        ([4, 8, 12], [0.444444444444, 0.888888888889, 1.0])
+    """
+    changed = _changed(spectra)
+    total = sum((spectrum.norm or 0.0) ** 2 for spectrum in changed)
+    _, spent, kept = _in_turn([np.square(s.resolved) for s in changed], [sum(s.shape) for s in changed])
+    return KeptEnergy(spent, kept / total)
+
+
+def kept_by_uniform_rank(spectra: Iterable[Spectrum]) -> KeptEnergy:
+    """With one rank for all matrices, 1, 2, 3, …; a matrix of a lower rank keeps all that it has.
+
+    Example:
+        >>> curve = kept_by_uniform_rank([Spectrum("a", (2, 2), S=[2.0, 1.0]), Spectrum("b", (2, 2), S=[2.0, 0.0])])
+        >>> curve.parameters.tolist(), [round(share, 12) for share in curve.kept.tolist()]
+        ([8, 12], [0.888888888889, 1.0])
+    """
+    changed = _changed(spectra)
+    total = sum((spectrum.norm or 0.0) ** 2 for spectrum in changed)
+    most = max((spectrum.rank for spectrum in changed), default=0)
+    spent, kept = np.zeros(most, dtype=np.int64), np.zeros(most)
+    for spectrum in changed:
+        spent[: spectrum.rank] += sum(spectrum.shape)
+        kept[: spectrum.rank] += np.square(spectrum.resolved)
+    return KeptEnergy(np.cumsum(spent), np.cumsum(kept) / total)
+
+
+def _changed(spectra: Iterable[Spectrum]) -> list[Spectrum]:
+    """The updates that are not zero.
+
+    Raises:
+        SelectionError: there is none.
+    """
+    changed = [spectrum for spectrum in spectra if spectrum.status in DONE and spectrum.rank]
+    if not changed:
+        raise SelectionError("no matrix changed: there is no energy to keep")
+    return changed
 
 
 def rank_plan(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from spectra.plots.figures import draw_panels, histogram_figure, histogram_panels, save_figure, similarity_figure
 from spectra.plots.grouping import Comparison, curves_by_role, panels_by_role
 from spectra.plots.histogram import plot_histogram
+from spectra.plots.ranks import plot_kept_energy
 from spectra.plots.similarity import grid_rows, plot_similarity
 from spectra.plots.stored import Drawn, draw_results
 
@@ -19,6 +20,7 @@ __all__ = [
     "histogram_panels",
     "panels_by_role",
     "plot_histogram",
+    "plot_kept_energy",
     "plot_similarity",
     "save_figure",
     "similarity_figure",

@@ -1,0 +1,53 @@
+"""Which rank is enough: the energy that an extracted LoRA keeps, over its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from spectra.extraction.ranks import kept_by_budget, kept_by_uniform_rank
+from spectra.plots.style import curves, new_axes
+from spectra.spectrum import Spectrum
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def plot_kept_energy(spectra: Iterable[Spectrum], *, label: str = "", ax: Axes | None = None) -> Axes:
+    """The share of Σ‖ΔW‖² that is kept, over the parameters of all factors together, logarithmic.
+
+    One curve for the ranks that lose least (`rank_plan(…, parameters=N)`), and one for the same rank everywhere, with
+    ranks that are powers of two marked. Where spectra hold their top only, the curves end with it.
+
+    Args:
+        spectra: the matrices of one update.
+        label: what to put before the curves' names, to draw several updates into one axes.
+        ax: where to draw; None for a new figure.
+
+    Raises:
+        SelectionError: no matrix changed.
+    """
+    ax = new_axes(ax)
+    held = list(spectra)
+    best, uniform = kept_by_budget(held), kept_by_uniform_rank(held)
+    before = f"{label}: " if label else ""
+    styles = curves()
+    for _ in ax.get_lines():
+        next(styles)  # another update is there already
+    colour, line = next(styles)
+    ax.plot(best.parameters, best.kept, color=colour, linestyle=line, label=f"{before}ranks that lose least")
+    colour, line = next(styles)
+    powers = [2**place - 1 for place in range(len(uniform.kept).bit_length())]
+    ax.plot(
+        uniform.parameters, uniform.kept, color=colour, linestyle=line, marker="o", markersize=4, markevery=powers,
+        label=f"{before}one rank for all",
+    )  # fmt: skip
+    for place in powers:
+        at = (uniform.parameters[place], uniform.kept[place])
+        ax.annotate(f"r = {place + 1}", at, (4, -9), textcoords="offset points", fontsize=7, color=colour)
+    ax.set_xscale("log")
+    ax.set_ylim(0, 1.02)
+    ax.set_xlabel("parameters of all factors")
+    ax.set_ylabel("kept energy  Σσ² kept / Σ‖ΔW‖²")
+    ax.legend(fontsize=8)
+    return ax

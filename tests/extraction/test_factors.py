@@ -1,0 +1,36 @@
+"""Factors: balanced, equal to the truncated ΔW, and with the error of their dtype stated."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from spectra.errors import SelectionError
+from spectra.extraction.factors import DTYPES, balanced
+from spectra.spectrum import Spectrum
+
+
+def some(scale=1.0):
+    U, S, Vh = np.linalg.svd(scale * np.random.default_rng(0).standard_normal((12, 9)), full_matrices=False)
+    return Spectrum("a", (12, 9), S=S, U=U, Vh=Vh)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_rounding_is_what_was_stored_less_what_was_meant(dtype):
+    spectrum = some()
+    factors = balanced(spectrum, 4, dtype)
+    meant = (spectrum.U[:, :4] * spectrum.S[:4]) @ spectrum.Vh[:4]
+    measured = np.linalg.norm((factors.B.double() @ factors.A.double()).numpy() - meant)
+    assert factors.B.dtype == factors.A.dtype == DTYPES[dtype]
+    assert factors.rounding == pytest.approx(measured, rel=1e-6, abs=1e-13)
+
+
+def test_both_factors_have_the_same_norm_triplet_by_triplet():
+    factors = balanced(some(), 5, "float64")
+    assert torch.allclose(factors.B.norm(dim=0), factors.A.norm(dim=1))
+
+
+def test_factors_that_overflow_are_refused():
+    with pytest.raises(SelectionError, match="overflow in float16: store them in bfloat16 or float32"):
+        balanced(some(scale=1e12), 2, "float16")
