@@ -122,6 +122,8 @@ def command(
     written (--dry-run), and what a LoRA cannot hold is listed.
     """
     _check_usage([rank, energy, parameters, above_noise or None], tuned, weights, out, dry_run)
+    if save_modules and file_format != "peft":
+        raise click.UsageError("--save-modules needs --format peft: kohya's files keep no module whole")
     given = _given(tuned, base, layers, {"heads": heads, "scale": scale, "split": bool(layers)})
     with heavy_imports():
         from spectra.extraction.extract import Options, run

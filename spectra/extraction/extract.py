@@ -16,7 +16,7 @@ from spectra.extraction.inputs import Given, Inputs, inputs_of
 from spectra.extraction.kohya import Kohya
 from spectra.extraction.left_out import why_not_whole
 from spectra.extraction.output import TensorFile, check_free, new_folder
-from spectra.extraction.peft import Peft
+from spectra.extraction.peft import Peft, component_of
 from spectra.extraction.ranks import Choice, Rule, choose
 from spectra.extraction.stacks import together
 from spectra.extraction.triplets import Stored
@@ -153,11 +153,12 @@ class _Work:
     @classmethod
     def begin(cls, inputs: Inputs, rule: Rule, options: Options) -> _Work:
         """Sort out what the format cannot hold."""
-        if options.format == "peft":
-            writer: Peft | Kohya = Peft(inputs.base_model, inputs.all_modules)
-        else:
-            writer = Kohya(inputs.base.components if inputs.base else ())
         gathered = inputs.gathered
+        components = inputs.base.components if inputs.base else ()
+        writer: Peft | Kohya = Kohya(components)
+        if options.format == "peft":
+            component = component_of((weight.module.path for weight in gathered.weights), components)
+            writer = Peft(inputs.base_model, inputs.all_modules, component)
         not_carried = dict(gathered.not_carried)
         for left in inputs.left:
             not_carried |= {name: why for name, why in left.reasons.items() if name not in not_carried}
@@ -238,7 +239,7 @@ class _Work:
 
     def whole_modules(self) -> Iterator[dict[str, Tensor]]:
         """The tensors of each module that is kept whole."""
-        if not self.options.save_modules:
+        if not self.options.save_modules or not isinstance(self.writer, Peft):
             return
         adapted = {weight.module.path for weight in self.weights.values()}
         for left in self.inputs.left:
@@ -251,7 +252,7 @@ class _Work:
                         del self.found.not_carried[name]
                 if not why:
                     self.found.whole.append(module)
-                    yield {f"base_model.model.{module}.{own}": ref.read() for own, ref in tensors.items()}
+                    yield self.writer.whole(module, {own: ref.read() for own, ref in tensors.items()})
 
     def why_nothing(self) -> str:
         """What to say where there is no tensor to write."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from spectra.errors import SelectionError
 from spectra.extraction.factors import Factors
 from spectra.extraction.kohya import is_flat
 from spectra.extraction.modules import Module
@@ -31,13 +32,15 @@ class Peft:
     Attributes:
         base_model: what `base_model_name_or_path` says; "" where it is not known.
         all_modules: paths of the base's modules, which no pattern may hit by accident.
+        component: of a pipeline, the one component that is adapted, whose paths start with its name; "" elsewhere.
     """
 
     file = FILE
 
-    def __init__(self, base_model: str = "", all_modules: Collection[str] = ()) -> None:
+    def __init__(self, base_model: str = "", all_modules: Collection[str] = (), component: str = "") -> None:
         self.base_model = base_model
-        self.all_modules = all_modules
+        self.component = component
+        self.all_modules = [self.in_model(path) for path in all_modules]
         self._ranks: dict[str, int] = {}
         self._modules: dict[str, Module] = {}
 
@@ -47,12 +50,17 @@ class Peft:
             return "the file has underscores for the dots of its modules' paths: pass the base (--base)"
         return ""
 
+    def in_model(self, path: str) -> str:
+        """A module's path in the model that PEFT wraps: a pipeline's components are models of their own."""
+        return path.removeprefix(f"{self.component}.") if self.component else path
+
     def tensors(self, module: Module, factors: Sequence[Factors]) -> dict[str, Tensor]:
         """Stored name → tensor, for a module that gets a LoRA; of experts, one pair of factors for all."""
-        path = _path_of(module)
+        owner = self.in_model(module.path)
+        path = f"{owner}.{module.parameter}" if module.parameter else owner
         self._ranks[path] = factors[0].rank
         self._modules[path] = module
-        stem = f"{_PREFIX}{path if module.kind == 'experts' else module.path}"
+        stem = f"{_PREFIX}{path if module.kind == 'experts' else owner}"
         if module.kind == "experts":
             down, up = _stacked(factors, module.transposed)
             return {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
@@ -63,6 +71,10 @@ class Peft:
             down = down.reshape(down.shape[0], -1, *module.kernel)
             up = up.reshape(*up.shape, *(1 for _ in module.kernel))
         return {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+
+    def whole(self, module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stored name → tensor, for a module that is kept whole."""
+        return {f"{_PREFIX}{self.in_model(module)}.{name}": tensor for name, tensor in tensors.items()}
 
     def finish(self, file: TensorFile, whole: Collection[str]) -> None:
         """Write the weights under their final names, and the config.
@@ -106,7 +118,7 @@ class Peft:
             "rank_pattern": others,
             "alpha_pattern": others,
             "target_modules": self._targets(),
-            "modules_to_save": sorted(whole) or None,
+            "modules_to_save": sorted(map(self.in_model, whole)) or None,
             "fan_in_fan_out": any(module.transposed and module.kind == "linear" for module in self._modules.values()),
             "bias": "none",
             "lora_dropout": 0.0,
@@ -135,8 +147,23 @@ class Peft:
         return f"^{re.escape(path)}" if hit else path
 
 
-def _path_of(module: Module) -> str:
-    return f"{module.path}.{module.parameter}" if module.parameter else module.path
+def component_of(paths: Iterable[str], components: Collection[str]) -> str:
+    """The one component of a pipeline that has all of the paths; "" where the base is no pipeline.
+
+    Raises:
+        SelectionError: they are of several, each a model that PEFT wraps on its own.
+
+    Example:
+        >>> component_of(["unet.mid_block.conv"], ["unet", "vae"])
+        'unet'
+    """
+    found = sorted({path.partition(".")[0] for path in paths} & set(components))
+    if len(found) > 1:
+        raise SelectionError(
+            f"a PEFT adapter is of one model, and these are {' and '.join(found)} of a pipeline: choose one with "
+            f"--layer 're:^{found[0]}\\.', or all with --format kohya"
+        )
+    return found[0] if found else ""
 
 
 def _ends_with_any(path: str, ends: Collection[str]) -> bool:

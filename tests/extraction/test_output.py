@@ -52,9 +52,13 @@ def test_an_empty_folder_is_taken_and_a_full_one_is_not_touched(tmp_path, source
 
 
 def test_a_failure_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "out") as folder:
-        (folder / "half").write_text("half")
-        raise ZeroDivisionError
+    def write_half():
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "half").write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_half()
     assert names(tmp_path) == []
 
 

@@ -1,0 +1,48 @@
+"""The figure of kept energy, by its artists."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+import spectra
+from spectra.errors import SelectionError
+from spectra.spectrum import Spectrum
+
+
+def some(seed):
+    rng = np.random.default_rng(seed)
+    shapes = [(8, 8), (24, 8), (8, 24)]
+    return [Spectrum(str(i), shape, S=np.sort(rng.exponential(size=8))[::-1]) for i, shape in enumerate(shapes)]
+
+
+def test_both_curves_rise_to_all_of_the_energy_and_the_better_one_is_above():
+    found = some(0)
+    ax = spectra.plot_kept_energy(found)
+    best, uniform = ax.get_lines()
+    for line in (best, uniform):
+        x, y = line.get_data()
+        assert (np.diff(x) > 0).all()
+        assert (np.diff(y) >= 0).all()
+        assert y[-1] == pytest.approx(1)
+    plan = spectra.rank_plan(found, parameters=int(uniform.get_xdata()[2]))
+    kept = 1 - (np.square(plan["relative_error"] * plan["norm"]).sum() / np.square(plan["norm"]).sum())
+    assert kept >= uniform.get_ydata()[2]
+    assert [text.get_text() for text in ax.texts] == [f"r = {rank}" for rank in (1, 2, 4, 8)]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ranks that lose least", "one rank for all"]
+    plt.close("all")
+
+
+def test_two_updates_share_an_axes_with_curves_that_can_be_told_apart():
+    ax = spectra.plot_kept_energy(some(0), label="a")
+    assert spectra.plot_kept_energy(some(1), label="b", ax=ax) is ax
+    looks = {(line.get_color(), line.get_linestyle()) for line in ax.get_lines()}
+    assert len(ax.get_lines()) == 4
+    assert len({colour for colour, _ in looks}) == 4
+    plt.close("all")
+
+
+def test_nothing_to_draw_is_an_error():
+    with pytest.raises(SelectionError, match="no matrix changed"):
+        spectra.plot_kept_energy([Spectrum("a", (2, 2), "unchanged", S=[0.0, 0.0])])
