@@ -15,7 +15,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 ADAPTER_FILES = (
     "adapter_model.safetensors", "adapter_model.bin",  # PEFT
     "adapters.safetensors",  # MLX, whose numbered checkpoints lie beside it
-    "pytorch_adapter.bin",  # AdapterHub
+    "adapter.safetensors", "pytorch_adapter.bin",  # AdapterHub
 )  # fmt: skip
 FULL_NAMES = ("model", "pytorch_model", "diffusion_pytorch_model")  # what a file of full weights is called
 PIPELINE = "model_index.json"

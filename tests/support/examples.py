@@ -186,6 +186,18 @@ def _torchtune(folder: Path, *, dora: bool) -> Oracle:
     )
 
 
+def _adapterhub(folder: Path) -> Oracle:
+    """AdapterHub's nested config and names."""
+    base = write_checkpoint(folder / "base", llama_tensors())
+    name = "model.layers.0.self_attn.q_proj"
+    torch.manual_seed(0)
+    A, B = torch.randn(2, 16), torch.randn(16, 2)
+    config = {"config": {"architecture": "lora", "r": 2, "alpha": 5, "composition_mode": "add", "use_gating": False}}
+    tensors = {f"{name}.loras.mine.lora_A": A, f"{name}.loras.mine.lora_B": B}
+    adapter = write_adapter(folder / "adapter", tensors, config)
+    return Oracle(base, adapter, {f"{name}.weight": 2.5 * B.double() @ A.double()})
+
+
 _ON = ["q_proj", "v_proj", "down_proj"]
 _FLOAT32 = 1e-6  # where PEFT itself computes in float32
 
@@ -205,6 +217,7 @@ EXAMPLES: dict[str, Callable[[Path], Oracle]] = {
     "ln_tuning": _ln_tuning,
     "kohya": _kohya,
     "diffusers": _diffusers,
+    "adapterhub": _adapterhub,
     "torchtune": partial(_torchtune, dora=False),
     "torchtune_dora": partial(_torchtune, dora=True),
     "mlx": partial(_mlx, dora=False),
