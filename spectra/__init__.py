@@ -29,9 +29,8 @@ _HOMES = {
     "spectra.merges.verify": ("verify_merge",),
     "spectra.metrics": ("METRICS",),
     "spectra.metrics.alignment": ("ALIGNMENT",),
+    "spectra.metrics.interference": ("INTERFERENCE",),
     "spectra.metrics.similarity": ("SubspaceSimilarity", "chance_level", "principal_angles", "subspace_similarity"),
-    "spectra.plots": ("draw_results", "histogram_figure", "plot_histogram", "plot_similarity", "similarity_figure"),
-    "spectra.results.alignment": ("alignment",),
     "spectra.plots": (
         "draw_results",
         "histogram_figure",
@@ -40,8 +39,10 @@ _HOMES = {
         "plot_similarity",
         "similarity_figure",
     ),
+    "spectra.results.alignment": ("alignment",),
     "spectra.results.collection": ("Spectra", "load", "save"),
     "spectra.results.inspection": ("Inspection", "inspect"),
+    "spectra.results.interference": ("interference",),
     "spectra.results.similarities": ("NotCompared", "pool_by_role"),
     "spectra.results.streams": ("Decomposition", "compare", "decompose"),
     "spectra.results.tables": ("summarize", "summarize_similarity"),
@@ -66,6 +67,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.merges.verify import verify_merge as verify_merge
     from spectra.metrics import METRICS as METRICS
     from spectra.metrics.alignment import ALIGNMENT as ALIGNMENT
+    from spectra.metrics.interference import INTERFERENCE as INTERFERENCE
     from spectra.metrics.similarity import SubspaceSimilarity as SubspaceSimilarity
     from spectra.metrics.similarity import chance_level as chance_level
     from spectra.metrics.similarity import principal_angles as principal_angles
@@ -82,6 +84,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.results.collection import save as save
     from spectra.results.inspection import Inspection as Inspection
     from spectra.results.inspection import inspect as inspect
+    from spectra.results.interference import interference as interference
     from spectra.results.similarities import NotCompared as NotCompared
     from spectra.results.similarities import pool_by_role as pool_by_role
     from spectra.results.streams import Decomposition as Decomposition

@@ -16,6 +16,7 @@ _COMMANDS = {
     "similarity": "spectra.cli.similarity",
     "alignment": "spectra.cli.alignment",
     "extract": "spectra.cli.extract",
+    "interference": "spectra.cli.interference",
     "inspect": "spectra.cli.inspect",
     "verify": "spectra.cli.verify",
     "plot": "spectra.cli.plot",
@@ -57,6 +58,7 @@ def main() -> None:
       spectra alignment --base llama-7b --tuned ckpt/             what it does to W₀'s directions
       spectra extract --tuned ckpt/ --base b --rank 16 --out l/   the update as a LoRA
       spectra verify --base B --adapter A --merged M              is the adapter in the merged model?
+      spectra interference a/ b/ c/                               what adding them up does to each
       spectra plot results/                                       redraw stored results
       spectra reproduce                                           the papers' experiment, end to end
     """

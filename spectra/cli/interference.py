@@ -1,0 +1,94 @@
+"""`spectra interference`: what several updates do to each other when they are added."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from spectra.cli import report
+from spectra.cli.heavy import heavy_imports
+from spectra.cli.options import Opening, json_option, source_options, table_option
+
+if TYPE_CHECKING:
+    from spectra.results.tables import Row
+
+_SHOWN = {"mean_cosine": "mean cosine", "norm_ratio": "norm ratio", "sti": "STI", "mean_sar": "mean SAR"}
+_MOST_LINES = 12
+
+
+@click.command("interference", short_help="What several updates do to each other when added.")
+@click.argument("updates", metavar="A B [C …]", nargs=-1, required=True)
+@click.option("--base", metavar="BASE", help="The model all of them started from, where the formats need it.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]", help="Where to compute.")
+@source_options
+@table_option
+@json_option
+def command(
+    updates: tuple[str, ...], base: str | None, device: str, opening: Opening, out: str | None, as_json: bool
+) -> None:
+    """Cosines of updates, what their sum keeps of their norm, STI and SAR, matrix by matrix.
+
+    A, B, … are tuned models or adapters of one base. Prints means over pairs and updates; --json and --out hold
+    every pair's cosine and every update's SAR.
+    """
+    if len(updates) < 2:
+        raise click.UsageError("interference is between updates: give two or more")
+    sources = [opening.open(path, base) for path in updates]
+    with heavy_imports():
+        from spectra.results.interference import ALONE, interference_rows
+
+    rows: list[Row] = []
+    names = {name for source in sources for name in source.names}
+    with report.progress(len(names), "spectra interference") as bar:
+        for row in interference_rows(sources, device=device):
+            rows.append(row)
+            bar.update()
+    document = {
+        **report.heading(sources[0]),
+        "kind": "interference",
+        "tuned": list(updates),
+        "coverage": [asdict(source.coverage) for source in sources],
+        "matrices": rows,
+    }
+    if as_json:
+        report.print_json(document)
+    else:
+        _print([row | _means(row) for row in rows if row["status"] != ALONE])
+    if out:
+        report.keep_table(out, "interference", document)
+    alone = [row for row in rows if row["status"] == ALONE]
+    if alone:
+        report.note(f"{len(alone)} matrices are in one update only, such as {alone[0]['name']}: {alone[0]['reason']}")
+    report.close(rows, done=("ok", ALONE))
+
+
+def _means(row: Row) -> Row:
+    """Means over the pairs and over the updates that have a value; NaN where none has."""
+    import numpy as np
+
+    if row["status"] != "ok":
+        return dict.fromkeys(_SHOWN)
+    square, ratios = np.array(row["cosines"]), np.array(row["sar"])
+    pairs = square[np.triu_indices(len(square), 1)]
+    known, kept = pairs[~np.isnan(pairs)], ratios[~np.isnan(ratios)]
+    return {
+        "mean_cosine": float(known.mean()) if len(known) else float("nan"),
+        "mean_sar": float(kept.mean()) if len(kept) else float("nan"),
+    }
+
+
+def _print(rows: list[Row]) -> None:
+    if len(rows) <= _MOST_LINES:
+        lines = [[row["name"], *map(row.get, _SHOWN)] for row in rows]
+        report.print_table(["matrix", *_SHOWN.values()], lines)
+    else:
+        from spectra.results.tables import role_rows
+
+        lines = [
+            [value for key, value in line.items() if key != "unchanged_matrices"] for line in role_rows(rows, _SHOWN)
+        ]
+        report.print_table(["role", "matrices", *_SHOWN.values()], lines)
+        report.note("medians over the matrices of a role; every matrix is in --out and --json")
+    report.note("by chance: cosine 0, norm ratio 1; SAR √(k/m), in --json as sar_chance")

@@ -1,0 +1,154 @@
+"""Several updates of one weight: what adding them up does to each. From their triplets, so no product is formed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from spectra.deltas.forms import Dense, Form, LowRank
+from spectra.metrics.alignment import Triplets
+
+RESIDUAL = 0.05  # of ‖ΣΔ‖_F, what the directions that SAR counts may leave out
+_CANCELLED = 1e-12  # of Σ‖Δ‖_F: a sum that small is rounding
+
+
+@dataclass(frozen=True, eq=False)
+class Together:
+    """The updates of one weight side by side, each as its triplets Δ_t = U_t Σ_t V_tᵀ.
+
+    Attributes:
+        updates: all triplets of each update that are more than rounding; none of an update that is zero.
+        total: the triplets of ΣΔ; none where the updates cancel.
+
+    Example:
+        >>> eye = torch.eye(2, dtype=torch.float64)
+        >>> two, minus_two = (Triplets(sign * eye[:, :1], torch.tensor([2.0]).double(), eye[:1]) for sign in (1, -1))
+        >>> seen = Together((two, minus_two), Triplets(eye[:, :0], torch.zeros(0).double(), eye[:0]))
+        >>> cosines(seen), norm_ratio(seen), sar(seen)
+        ([[1.0, -1.0], [-1.0, 1.0]], 0.0, [nan, nan])
+    """
+
+    updates: tuple[Triplets, ...]
+    total: Triplets
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return (self.total.U.shape[0], self.total.Vh.shape[1])
+
+    @cached_property
+    def norms(self) -> list[float]:
+        """‖Δ_t‖_F."""
+        return [float(update.S.norm()) for update in self.updates]
+
+    @cached_property
+    def overlaps(self) -> tuple[Float64[Tensor, "R R"], Float64[Tensor, "R R"]]:
+        """UᵀU and VᵀV of all directions side by side, U = [U₁ | … | U_N], R = Σ ranks."""
+        U = torch.cat([update.U for update in self.updates], 1)
+        Vh = torch.cat([update.Vh for update in self.updates])
+        return U.mT @ U, Vh @ Vh.mT
+
+    @cached_property
+    def values(self) -> Float64[Tensor, " R"]:
+        """All singular values, in the order of `overlaps`."""
+        return torch.cat([update.S for update in self.updates])
+
+
+def sum_of(updates: Sequence[Triplets]) -> Form | None:
+    """ΣΔ: stacked factors while there are fewer of them than rows and columns; None where only rounding is left."""
+    left = torch.cat([update.U * update.S for update in updates], 1)
+    right = torch.cat([update.Vh for update in updates])
+    factored = LowRank(left, right)
+    form = factored if left.shape[1] < min(factored.shape) else Dense(left @ right)
+    return form if form.norm > _CANCELLED * sum(float(update.S.norm()) for update in updates) else None
+
+
+def cosines(seen: Together) -> list[list[float]]:
+    """⟨Δ_s, Δ_t⟩/(‖Δ_s‖‖Δ_t‖) of every pair; NaN beside an update that is zero; 0 for unrelated ones.
+
+    ⟨Δ_s, Δ_t⟩ = Σᵢⱼ σᵢσⱼ (U_sᵀU_t)ᵢⱼ (V_sᵀV_t)ᵢⱼ.
+    """
+    left, right = seen.overlaps
+    products = seen.values[:, None] * left * right * seen.values
+    sizes = [len(update.S) for update in seen.updates]
+    blocks = [[float(block.sum()) for block in torch.split(rows, sizes, 1)] for rows in torch.split(products, sizes)]
+    return [
+        [_cosine(inner, seen.norms[s] * seen.norms[t], same=s == t) for t, inner in enumerate(row)]
+        for s, row in enumerate(blocks)
+    ]
+
+
+def _cosine(inner: float, lengths: float, *, same: bool) -> float:
+    if not lengths:
+        return math.nan
+    return 1.0 if same else max(-1.0, min(1.0, inner / lengths))
+
+
+def norm_ratio(seen: Together) -> float:
+    """‖ΣΔ‖_F² / Σ‖Δ‖_F²: N where all are equal, 1 where they are orthogonal (as by chance), 0 where they cancel."""
+    squares = sum(norm**2 for norm in seen.norms)
+    return float(seen.total.S.square().sum()) / squares if squares else math.nan
+
+
+def sti_raw(seen: Together) -> float:
+    """‖(UᵀU − I) Σ (VᵀV − I)‖₁, summed over the entries: 0 where no two updates share a direction on both sides.
+
+    The norm is not defined in the paper; entry by entry is our reading.
+
+    Reference: Gargiulo et al. 2024 (TSV), singular task interference.
+    """
+    left, right = seen.overlaps
+    eye = torch.eye(len(left), dtype=left.dtype, device=left.device)
+    return float(((left - eye) * seen.values @ (right - eye)).abs().sum())
+
+
+def sti(seen: Together) -> float:
+    """`sti_raw` divided by Σσ over all updates, so that it does not grow with their size."""
+    total = float(seen.values.sum())
+    return sti_raw(seen) / total if total else math.nan
+
+
+def sar_k(seen: Together) -> int:
+    """How many top directions of ΣΔ leave out at most .05 of its norm: the ones that `sar` counts.
+
+    Reference: Marczak et al. 2025, ε = .05; the authors' script uses another k.
+    """
+    tails = seen.total.S.square().flip(0).cumsum(0).flip(0).sqrt()  # what is left out before each direction
+    return int((tails > RESIDUAL * seen.total.S.norm()).sum())
+
+
+def sar(seen: Together) -> list[float]:
+    """‖U_kU_kᵀΔ_t‖_F / ‖Δ_t‖_F of each update, U_k the top directions of ΣΔ: how much of it the sum's span keeps.
+
+    NaN where the updates cancel, and for an update that is zero.
+
+    Reference: Marczak et al. 2025, subspace alignment ratio.
+    """
+    k = sar_k(seen)
+    top = seen.total.U[:, :k]
+    kept = [float((top.mT @ update.U * update.S).norm()) for update in seen.updates]
+    return [inside / norm if k and norm else math.nan for inside, norm in zip(kept, seen.norms, strict=True)]
+
+
+def sar_chance(seen: Together) -> float:
+    """√(k/m): what `sar` is for an update that has nothing to do with the sum, in the root mean square."""
+    k = sar_k(seen)
+    return math.sqrt(k / seen.shape[0]) if k else math.nan
+
+
+INTERFERENCE: dict[str, Callable[[Together], int | float | list[float] | list[list[float]]]] = {
+    "cosines": cosines,
+    "norms": lambda seen: seen.norms,
+    "norm_ratio": norm_ratio,
+    "sti": sti,
+    "sti_raw": sti_raw,
+    "sar": sar,
+    "sar_k": sar_k,
+    "sar_chance": sar_chance,
+}

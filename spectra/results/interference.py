@@ -1,0 +1,143 @@
+"""`interference`: what several updates of one base do to each other when they are added, matrix by matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from spectra import naming
+from spectra.deltas.delta import WeightDelta
+from spectra.engine.devices import device_named, resolve_device
+from spectra.engine.solve import Wanted, solve, solve_forms
+from spectra.errors import SelectionError
+from spectra.metrics.alignment import Triplets
+from spectra.metrics.interference import INTERFERENCE, Together, sum_of
+from spectra.spectrum import DONE, Spectrum
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from spectra.deltas.forms import Form
+    from spectra.results.tables import Row
+
+ALONE = "alone"  # the status of a matrix that only one update has
+
+
+def interference(sources: Sequence[Iterable[WeightDelta]], *, device: str = "auto") -> pd.DataFrame:
+    """Several updates of one base, one row per matrix: cosines, what the sum keeps of their norm, STI and SAR.
+
+    The columns behind `updates` are those of `INTERFERENCE`, each a function of `spectra.metrics.interference` with
+    its definition. Factored updates are never multiplied out, and one matrix at a time is in memory.
+
+    A matrix that only some updates have is measured over those: `updates` says which (counted from 1), the note names
+    the others, and in `cosines`, `norms` and `sar`, which always have a place for each update, theirs is NaN. A
+    matrix that only one has is a row of status "alone" without numbers.
+
+    Args:
+        sources: at least two sources, or any deltas, of the same base.
+        device: as for `decompose`.
+
+    Raises:
+        SelectionError: fewer than two sources, or no matrix is in two of them.
+
+    Example:
+        >>> one = WeightDelta.from_tensor("w", torch.diag(torch.tensor([3.0, 4.0])))
+        >>> other = WeightDelta.from_tensor("w", torch.diag(torch.tensor([-3.0, -4.0])))
+        >>> row = interference([[one], [other]]).iloc[0]
+        >>> [[round(cosine, 12) for cosine in line] for line in row["cosines"]], float(row["norm_ratio"]), row["sar"]
+        ([[1.0, -1.0], [-1.0, 1.0]], 0.0, [nan, nan])
+    """
+    import pandas as pd
+
+    return pd.DataFrame(list(interference_rows(sources, device=device)))
+
+
+def interference_rows(sources: Sequence[Iterable[WeightDelta]], *, device: str = "auto") -> Iterator[Row]:
+    """The rows of `interference` as they are finished; arguments and errors as there."""
+    updates = [{delta.name: delta for delta in source} for source in sources]
+    if len(updates) < 2:
+        raise SelectionError(f"interference is between updates, and {len(updates)} was given: give two or more")
+    names = list(dict.fromkeys(name for update in updates for name in update))
+    if not any(sum(name in update for update in updates) > 1 for name in names):
+        examples = ", ".join(repr(next(iter(update), "nothing")) for update in updates)
+        raise SelectionError(f"no matrix is in two of the updates (they have {examples}): give updates of one base")
+    where = resolve_device(device)
+    return (_row(name, updates, where) for name in names)
+
+
+def _row(name: str, updates: Sequence[Mapping[str, WeightDelta]], device: str) -> Row:
+    """One matrix over the updates that have it."""
+    there = {place: update[name] for place, update in enumerate(updates) if name in update}
+    missing = [str(place + 1) for place in range(len(updates)) if place not in there]
+    note = f"not in update {', '.join(missing)}" if missing else ""
+    if len(there) == 1:
+        return _line(name, there, ALONE, f"only in update {next(iter(there)) + 1} of {len(updates)}")
+    shapes = {delta.shape for delta in there.values() if delta.recipe is not None}
+    if len(shapes) > 1:
+        return _line(name, there, "shape_mismatch", f"the updates have shapes {sorted(shapes)}", note)
+    found: dict[int, Triplets] = {}
+    for place, delta in there.items():
+        spectrum = solve(delta, top=max(1, delta.max_rank), only_top=True, device=device)
+        if spectrum.status not in DONE:
+            return _line(name, there, spectrum.status, f"update {place + 1}: {spectrum.reason}", note)
+        found[place] = _triplets(spectrum, device)
+    total = _sum(name, list(found.values()), device)
+    if total.status not in DONE:
+        return _line(name, there, total.status, f"the sum of the updates: {total.reason}", note)
+    seen = Together(tuple(found.values()), _triplets(total, device))
+    numbers = {column: metric(seen) for column, metric in INTERFERENCE.items()}
+    return _line(name, there, "ok", "", note) | _in_their_places(numbers, list(there), len(updates))
+
+
+def _line(name: str, there: Iterable[int], status: str, reason: str, note: str = "") -> Row:
+    return {
+        "name": name,
+        "role": naming.role_of(name),
+        "layer": naming.layer_of(name),
+        "status": status,
+        "updates": [place + 1 for place in there],
+        **dict.fromkeys(INTERFERENCE),
+        "reason": reason,
+        "note": note,
+    }
+
+
+def _triplets(spectrum: Spectrum, device: str) -> Triplets:
+    """What is more than rounding; nothing of an update that is zero."""
+    m, n = spectrum.shape
+    U, Vh = spectrum.U, spectrum.Vh
+    if U is None or Vh is None:
+        empty = torch.zeros(0, dtype=torch.float64, device=device)
+        return Triplets(empty.expand(m, 0), empty, empty[:, None].expand(0, n))
+    kept = min(spectrum.rank, spectrum.k)
+    return Triplets(*(torch.as_tensor(part, device=device) for part in (U[:, :kept], spectrum.S[:kept], Vh[:kept])))
+
+
+def _sum(name: str, updates: Sequence[Triplets], device: str) -> Spectrum:
+    """The spectrum of ΣΔ with all vectors; unchanged where the updates cancel."""
+    shape = (updates[0].U.shape[0], updates[0].Vh.shape[1])
+    form: Form | None = sum_of(updates)
+    if form is None:
+        return Spectrum(name, shape, "unchanged", reason="the updates cancel")
+    blank = WeightDelta(name, shape, None, form.max_rank)
+    wanted = Wanted(form.max_rank, only_top=True, device=device_named(device))
+    (found,) = solve_forms([blank], [form], wanted)
+    return found
+
+
+def _in_their_places(numbers: Row, places: Sequence[int], count: int) -> Row:
+    """Lists that have an entry per update, with NaN for the updates without this matrix."""
+    if len(places) == count:
+        return numbers
+    at = {place: i for i, place in enumerate(places)}
+
+    def spread(values: Sequence[float]) -> list[float]:
+        return [values[at[place]] if place in at else math.nan for place in range(count)]
+
+    nothing = [math.nan] * count
+    square = numbers["cosines"]
+    cosines = [spread(square[at[place]]) if place in at else nothing for place in range(count)]
+    return numbers | {"cosines": cosines, "norms": spread(numbers["norms"]), "sar": spread(numbers["sar"])}

@@ -1,0 +1,129 @@
+"""Interference of several updates against its definitions on products, planted cases, invariances."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import spectra
+from spectra.deltas.delta import WeightDelta
+from spectra.deltas.forms import LowRank
+from spectra.metrics.interference import INTERFERENCE
+
+seeds = st.integers(0, 10**6)
+
+
+def factored(*pairs):
+    return [[WeightDelta.from_factors("w", *map(torch.as_tensor, pair))] for pair in pairs]
+
+
+def dense(*matrices):
+    return [[WeightDelta.from_tensor("w", torch.as_tensor(matrix))] for matrix in matrices]
+
+
+def row(sources):
+    (found,) = spectra.interference(sources).to_dict("records")
+    return found
+
+
+def slowly(updates):
+    """The definitions on products; every update of full numerical rank but for rounding."""
+    m = updates[0].shape[0]
+    parts = [np.linalg.svd(update, full_matrices=False) for update in updates]
+    kept = [int((1e-10 * S[0] < S).sum()) for _, S, _ in parts]
+    U = np.hstack([part[0][:, :r] for part, r in zip(parts, kept, strict=True)])
+    S = np.concatenate([part[1][:r] for part, r in zip(parts, kept, strict=True)])
+    V = np.hstack([part[2][:r].T for part, r in zip(parts, kept, strict=True)])
+    norms = [np.linalg.norm(update) for update in updates]
+    total = sum(updates)
+    left, values, _ = np.linalg.svd(total)
+    k = next(k for k in range(1, len(values) + 1) if np.linalg.norm(values[k:]) <= 0.05 * np.linalg.norm(total))
+    top = left[:, :k] @ left[:, :k].T
+    raw = np.abs((U.T @ U - np.eye(len(S))) @ np.diag(S) @ (V.T @ V - np.eye(len(S)))).sum()
+    return {
+        "cosines": [[(a * b).sum() / x / y for b, y in zip(updates, norms, strict=True)]
+                    for a, x in zip(updates, norms, strict=True)],
+        "norms": norms,
+        "norm_ratio": np.linalg.norm(total) ** 2 / sum(norm**2 for norm in norms),
+        "sti_raw": raw,
+        "sti": raw / S.sum(),
+        "sar": [np.linalg.norm(top @ update) / norm for update, norm in zip(updates, norms, strict=True)],
+        "sar_k": k,
+        "sar_chance": math.sqrt(k / m),
+    }  # fmt: skip
+
+
+def same(found, wanted):
+    for name in INTERFERENCE:
+        assert np.allclose(found[name], wanted[name], rtol=1e-6, atol=1e-8, equal_nan=True), name
+
+
+@given(seeds, st.sampled_from([(10, 14), (14, 10)]), st.sampled_from([2, 3]))
+def test_factors_give_the_definitions_of_their_products(seed, shape, count):
+    """Of unequal ranks, and together of more directions than the weight has rows or columns, too."""
+    rng = np.random.default_rng(seed)
+    ranks = [2, 5, 4][:count]
+    pairs = [(rng.standard_normal((shape[0], r)), rng.standard_normal((r, shape[1]))) for r in ranks]
+    same(row(factored(*pairs)), slowly([B @ A for B, A in pairs]))
+
+
+@given(seeds)
+def test_full_updates_give_the_definitions(seed):
+    rng = np.random.default_rng(seed)
+    updates = [rng.standard_normal((6, 9)) for _ in range(2)]
+    same(row(dense(*updates)), slowly(updates))
+
+
+@given(seeds)
+def test_another_basis_of_the_factors_or_a_rotation_of_the_spaces_changes_nothing(seed):
+    rng = np.random.default_rng(seed)
+    pairs = [(rng.standard_normal((9, 3)), rng.standard_normal((3, 8))) for _ in range(2)]
+    Q, P = (np.linalg.qr(rng.standard_normal((d, d)))[0] for d in (9, 8))
+    R = rng.standard_normal((3, 3)) + 4 * np.eye(3)
+    plain = row(factored(*pairs))
+    same(row(factored(*[(B @ np.linalg.inv(R), R @ A) for B, A in pairs])), plain)
+    same(row(factored(*[(Q @ B, A @ P) for B, A in pairs])), plain)
+
+
+@pytest.mark.parametrize("kind", [factored, dense])
+def test_a_negated_update_has_cosine_minus_one_and_the_sum_is_nothing(kind):
+    rng = np.random.default_rng(0)
+    B, A = rng.standard_normal((12, 3)), rng.standard_normal((3, 9))
+    found = row(kind((B, A), (-B, A)) if kind is factored else kind(B @ A, -B @ A))
+    assert np.array(found["cosines"]) == pytest.approx(np.array([[1.0, -1.0], [-1.0, 1.0]]), abs=1e-12)
+    assert found["norm_ratio"] == 0
+    assert np.isnan(found["sar"]).all()
+    assert found["status"] == "ok"
+
+
+def test_equal_updates_add_up_and_orthogonal_ones_do_not_interfere():
+    eye = np.eye(6)
+    one, other = (eye[:, :2], 3 * eye[:2]), (eye[:, 2:4], 3 * eye[2:4])
+    equal = row(factored(one, one))
+    assert equal["norm_ratio"] == pytest.approx(2)
+    assert equal["cosines"][0][1] == pytest.approx(1)
+    assert equal["sar"] == pytest.approx([1, 1])
+    apart = row(factored(one, other))
+    assert (apart["norm_ratio"], apart["cosines"][0][1], apart["sti"]) == pytest.approx((1, 0, 0), abs=1e-12)
+
+
+def test_an_update_that_is_zero_has_no_cosine():
+    eye = np.eye(4)
+    found = row(factored((eye[:, :1], eye[:1]), (np.zeros((4, 1)), eye[:1]), (eye[:, :1], 2 * eye[:1])))
+    assert np.isnan(found["cosines"][1]).all()
+    assert math.isnan(found["sar"][1])
+    assert found["cosines"][0][2] == pytest.approx(1)
+    assert found["norm_ratio"] == pytest.approx(9 / 5)
+
+
+def test_factors_are_never_multiplied_out(monkeypatch):
+    rng = np.random.default_rng(1)
+    pairs = [(rng.standard_normal((40, 2)), rng.standard_normal((2, 30))) for _ in range(3)]
+    sources = factored(*pairs)
+    monkeypatch.setattr(LowRank, "to_dense", None)
+    assert row(sources)["status"] == "ok"
