@@ -83,7 +83,6 @@ def test_alpha_in_a_config_beside_the_file(config, name, tmp_path):
 @pytest.mark.parametrize(
     ("notes", "said"),
     [
-        ({}, "no α is stored: no tensor, nothing in the header"),
         ({"ss_network_alpha": "None"}, "no α is stored"),
         ({"ss_network_alpha": "Dynamic", "ss_network_dim": "Dynamic"}, "no α is stored"),
         ({"lora_adapter_metadata": json.dumps({"unet.r": R})}, "no α is stored"),
@@ -98,6 +97,26 @@ def test_an_alpha_that_is_nowhere_is_asked_for_and_never_assumed(notes, said, tm
     source = spectra.open_source(path, scale=0.5)
     close(source[f"{DOTTED}.weight"], product(lora(), s=0.5))
     assert any("s = 0.5 as given for 2 modules" in warning for warning in source.coverage.warnings)
+
+
+def test_a_path_without_a_component_and_a_flat_name_need_their_alpha(tmp_path):
+    for place, tensors in enumerate((dotted(BLOCK), lora(alpha=None))):
+        (tmp_path / str(place)).mkdir()
+        with pytest.raises(
+            SourceError, match=r"pass scale= \(--scale\)"
+        ):
+            spectra.open_source(file(tmp_path / str(place), tensors))
+
+
+def test_a_file_of_components_without_any_alpha_is_read_as_its_loaders_read_it_and_says_so(tmp_path):
+    path = file(tmp_path, dotted() | dotted("text_encoder.layers.0.q_proj"))
+    source = spectra.open_source(path)
+    close(source[f"{DOTTED}.weight"], product(lora(), s=1.0))
+    (said,) = source.coverage.warnings
+    assert said.startswith("no α for 2 modules")
+    assert "pass scale= (--scale)" in said
+    given = spectra.open_source(path, scale=0.5)
+    close(given[f"{DOTTED}.weight"], product(lora(), s=0.5))
 
 
 def test_one_module_without_an_alpha_is_refused_alone(tmp_path):

@@ -105,7 +105,7 @@ class Scales:
         merged and converted LoRAs) put the scale into the factors. A flat name without its α has lost it, a path
         without a component may be any trainer's, and beside modules with an α one without has lost its own.
         """
-        said = self._header_configs or self._notes.get("ss_network_alpha")
+        said = any(key in self._notes for key in ("lora_adapter_metadata", "ss_network_alpha"))
         stored = any(name.endswith(".alpha") for name in self.ledger.tuned.tensors)
         return bool(components.split(module)[0]) and not said and not stored
 
