@@ -17,7 +17,8 @@ from spectra.extraction.left_out import LeftOut, left_out
 from spectra.extraction.modules import Architecture
 from spectra.extraction.triplets import Computed, Stored, Triplets
 from spectra.files import hub
-from spectra.files.folder import Folder, open_folder
+from spectra.files.folder import Folder
+from spectra.models.opening import open_model
 from spectra.results.collection import Spectra, load
 from spectra.sources import open_source
 from spectra.spectrum import Spectrum
@@ -69,11 +70,11 @@ def inputs_of(given: Given, factors: Sequence[float] | None, **compute: Any) -> 
     if len(factors) != len(sources):
         raise SelectionError(f"{len(factors)} weights for {len(sources)} updates: give each its own")
     path = next((source.base for source in sources if source.base), None)
-    base = open_folder(hub.resolve(path)) if path else None
+    base = open_model(hub.resolve(path)) if path else None
     architecture = Architecture(base.config if base else {}, tuple(base.tensors) if base else ())
     gathered = gather(sources, factors, base)
     blocks = [block for weight in gathered.weights for block in weight.blocks]
-    tuned = [open_folder(hub.resolve(source.tuned)) if source.tuned else None for source in sources]
+    tuned = [open_model(hub.resolve(source.tuned)) if source.tuned else None for source in sources]
     triplets = Stored(blocks, spectra) if spectra is not None else Computed(blocks, **compute)
     left = [
         left_out(source, folder, base, architecture)

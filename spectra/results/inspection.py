@@ -11,7 +11,8 @@ from spectra import naming, text
 from spectra.deltas.source import Source
 from spectra.errors import BaseRequiredError
 from spectra.files import hub
-from spectra.files.folder import Folder, open_folder
+from spectra.files.folder import Folder
+from spectra.models.opening import open_model
 from spectra.results.tables import Row
 from spectra.sources import format_of, source_of
 
@@ -93,7 +94,7 @@ def inspect(
         UnsupportedFormatError: the format is not one of FORMATS.
         SourceError: a file is broken.
     """
-    folder = open_folder(hub.resolve(path))
+    folder = open_model(hub.resolve(path))
     kind = format_of(folder).kind
     try:
         return Inspection(folder, kind, source_of(folder, base, heads=heads, scale=scale))

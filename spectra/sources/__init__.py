@@ -8,7 +8,8 @@ from pathlib import Path
 from spectra.deltas.source import Source
 from spectra.errors import SelectionError, SourceError, UnsupportedFormatError
 from spectra.files import hub
-from spectra.files.folder import Folder, open_folder
+from spectra.files.folder import Folder
+from spectra.models.opening import in_the_same_names, open_model
 from spectra.sources import recognised
 from spectra.sources.formats import FORMATS, Format
 
@@ -39,7 +40,7 @@ def open_source(
         BaseRequiredError: the format needs the base.
         SourceError: a file is broken.
     """
-    return source_of(open_folder(hub.resolve(tuned)), base, split=split, heads=heads, scale=scale)
+    return source_of(open_model(hub.resolve(tuned)), base, split=split, heads=heads, scale=scale)
 
 
 def source_of(
@@ -54,9 +55,11 @@ def source_of(
     if not isinstance(heads, int) and heads not in ("mean", "sum", "each"):
         raise SelectionError(f"heads={heads!r} is not one of mean, sum, each or the index of a head")
     found = format_of(folder)
-    base_folder = open_folder(hub.resolve(base)) if base is not None else None
+    base_folder = open_model(hub.resolve(base)) if base is not None else None
     if base_folder is not None and base_folder.is_adapter:
         raise SelectionError(f"{base_folder.path} is an adapter, not a base model; pass full weights as base= (--base)")
+    if base_folder is not None:
+        folder, base_folder = in_the_same_names(folder, base_folder)
     source = found.open(folder, base_folder, split=split, heads=heads, scale=scale)
     return replace(source, options={"heads": heads, "scale": scale, "split": split})
 
