@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectra.deltas.base import BaseWeight
+from spectra.errors import SourceError
 from spectra.files.tensors import TensorRef
 from spectra.models import architectures, renames, tied
 from spectra.models.architectures import Cut
@@ -150,8 +151,14 @@ def shared_weight(ledger: Ledger, name: str) -> str | None:
 
 
 def saves_whole(ledger: Ledger, name: str) -> bool:
-    """Whether the config names the weight's module, or one around it, in `modules_to_save`."""
-    named = ledger.config.get("modules_to_save") or ()
+    """Whether the config names the weight's module, or one around it, in `modules_to_save`.
+
+    Raises:
+        SourceError: that is no list.
+    """
+    named = ledger.config.get("modules_to_save") or []
+    if not isinstance(named, str | list):
+        raise SourceError(f"{ledger.where}: modules_to_save = {named!r} is no list of names; mend adapter_config.json")
     listed = [named] if isinstance(named, str) else [str(item) for item in named]
     module = name.removesuffix(".weight")
     return any(module == item or module.endswith(f".{item}") or f".{item}." in f".{name}" for item in listed)

@@ -28,7 +28,8 @@ from safetensors.torch import save_file
 
 import spectra
 from spectra.errors import SpectraError
-from support.examples import EXAMPLES, stored_tensors
+from support.examples import EXAMPLES, stored_header, stored_tensors
+from support.layouts import LAYOUTS
 from support.stored_codes import write_coded, write_plain
 
 SECONDS = 10  # for one case, on a loaded machine; most take milliseconds
@@ -128,8 +129,8 @@ def _edit(folder: Path, rng: random.Random, change) -> str:
     if not tensors:
         return "sharded"
     name = rng.choice(sorted(tensors))
-    said = change(tensors, name)
-    save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, path)
+    said, header = change(tensors, name), stored_header(folder)
+    save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, path, header)
     return f"{name}: {said}"
 
 
@@ -234,8 +235,8 @@ def run_case(case: str, originals: dict[str, tuple[Path, Path]], work: Path) -> 
 
 
 def build(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """kind → (tuned, base) of every example, and of checkpoints in codes."""
-    made = {kind: example(folder / kind) for kind, example in EXAMPLES.items()}
+    """kind → (tuned, base) of every example, of other layouts, and of checkpoints in codes."""
+    made = {kind: example(folder / kind) for kind, example in (EXAMPLES | LAYOUTS).items()}
     pairs = {kind: (oracle.adapter, oracle.base) for kind, oracle in made.items()}
     for case in CODED:
         kind = case.replace(" ", "_")
