@@ -84,6 +84,7 @@ def test_alpha_in_a_config_beside_the_file(config, name, tmp_path):
     ("notes", "said"),
     [
         ({"ss_network_alpha": "None"}, "no α is stored"),
+        ({"ss_network_dim": "2"}, "no α is stored"),
         ({"ss_network_alpha": "Dynamic", "ss_network_dim": "Dynamic"}, "no α is stored"),
         ({"lora_adapter_metadata": json.dumps({"unet.r": R})}, "no α is stored"),
         (header("transformer."), "the config in the header is for transformer, not for unet"),

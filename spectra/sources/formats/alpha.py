@@ -105,9 +105,9 @@ class Scales:
         merged and converted LoRAs) put the scale into the factors. A flat name without its α has lost it, a path
         without a component may be any trainer's, and beside modules with an α one without has lost its own.
         """
-        said = any(key in self._notes for key in ("lora_adapter_metadata", "ss_network_alpha"))
+        said = any(key in self._notes for key in ("lora_adapter_metadata", "ss_network_alpha", "ss_network_dim"))
         stored = any(name.endswith(".alpha") for name in self.ledger.tuned.tensors)
-        return bool(components.split(module)[0]) and not said and not stored
+        return components.split(module)[0] != "" and not said and not stored
 
     def say(self) -> None:
         """Warnings on what became of the user's scale, and on modules without an α."""
