@@ -12,6 +12,7 @@ import click
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
 from spectra.cli.options import Compute, HeadsType, compute_options, json_option, layer_option, scale_option
+from spectra.extraction.options import DTYPES, FORMATS, DType, Format, Options
 
 if TYPE_CHECKING:
     from spectra.deltas.source import Source
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from spectra.results.collection import Spectra
 
 _MOST_LINES = 12
-_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 class _WeightsCommand(click.Command):
@@ -75,13 +75,13 @@ def _is_number(word: str) -> bool:
 @click.option(
     "--format",
     "file_format",
-    type=click.Choice(["peft", "kohya"]),
+    type=click.Choice(FORMATS),
     default="peft",
     show_default=True,
     help="Whose files to write.",
 )
 @click.option(
-    "--dtype", type=click.Choice(_DTYPES), default="float32", show_default=True, help="What the factors are stored in."
+    "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="What the factors are stored in."
 )
 @click.option("--save-modules", is_flag=True, help="Keep modules whole whose vectors changed, such as norms.")
 @click.option("--dry-run", is_flag=True, help="Print ranks and errors, and write nothing.")
@@ -106,8 +106,8 @@ def command(
     parameters: int | None,
     above_noise: bool,
     out: str | None,
-    file_format: str,
-    dtype: str,
+    file_format: Format,
+    dtype: DType,
     save_modules: bool,
     dry_run: bool,
     layers: tuple[str, ...],
@@ -126,12 +126,12 @@ def command(
         raise click.UsageError("--save-modules needs --format peft: kohya's files keep no module whole")
     given = _given(tuned, base, layers, {"heads": heads, "scale": scale, "split": bool(layers)})
     with heavy_imports():
-        from spectra.extraction.extract import Options, run
+        from spectra.extraction.extract import run
         from spectra.extraction.inputs import inputs_of
         from spectra.extraction.ranks import Rule
 
     rule = Rule(rank, energy, parameters, above_noise)
-    options = Options(file_format, dtype, save_modules)  # type: ignore[arg-type]
+    options = Options(file_format, dtype, save_modules)
     with compute.keywords() as keywords:
         inputs = inputs_of(given, weights or None, **keywords)
         with report.progress(len(inputs.gathered.weights), "spectra extract") as bar:

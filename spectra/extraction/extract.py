@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from spectra.errors import SelectionError
-from spectra.extraction.factors import DTYPES, Factors, balanced
+from spectra.extraction.factors import Factors, balanced
 from spectra.extraction.gather import Weight
 from spectra.extraction.inputs import Given, Inputs, inputs_of
 from spectra.extraction.kohya import Kohya
 from spectra.extraction.left_out import why_not_whole
+from spectra.extraction.options import DType, Format, Options
 from spectra.extraction.output import TensorFile, check_free, new_folder
 from spectra.extraction.peft import Peft, component_of
 from spectra.extraction.ranks import Choice, Rule, choose
@@ -25,9 +26,6 @@ from spectra.spectrum import DONE, Spectrum
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
-
-Format = Literal["peft", "kohya"]
-FORMATS: tuple[Format, ...] = ("peft", "kohya")
 
 
 @dataclass(frozen=True)
@@ -65,29 +63,6 @@ class Extraction:
         table = pd.DataFrame([asdict(row) for row in self.rows], columns=[item.name for item in fields(Row)])
         table.attrs = {"not_carried": self.not_carried, "modules_to_save": self.whole}
         return table
-
-
-@dataclass(frozen=True)
-class Options:
-    """How an extraction writes.
-
-    Attributes:
-        format: "peft" or "kohya".
-        dtype: what the factors are stored in.
-        save_modules: whether modules whose vectors changed are kept whole.
-    """
-
-    format: Format = "peft"
-    dtype: str = "float32"
-    save_modules: bool = False
-
-    def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise SelectionError(f"format = {self.format!r} is not one of {', '.join(FORMATS)}")
-        if self.dtype not in DTYPES:
-            raise SelectionError(f"dtype = {self.dtype!r} is not one of {', '.join(DTYPES)}")
-        if self.save_modules and self.format != "peft":
-            raise SelectionError("save_modules needs format='peft': kohya's files keep no module whole")
 
 
 def run(
@@ -280,7 +255,7 @@ def extract(
     parameters: int | None = None,
     above_noise: bool = False,
     format: Format = "peft",
-    dtype: str = "float32",
+    dtype: DType = "float32",
     weights: Sequence[float] | None = None,
     save_modules: bool = False,
     dry_run: bool = False,

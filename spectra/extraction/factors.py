@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from spectra.errors import SelectionError
+from spectra.lazy import torch
 from spectra.spectrum import Spectrum
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ def balanced(spectrum: Spectrum, rank: int, dtype: str = "float32") -> Factors:
     root = np.sqrt(spectrum.S[:rank])
     B = torch.from_numpy(spectrum.U[:, :rank] * root)
     A = torch.from_numpy(root[:, None] * spectrum.Vh[:rank])
-    stored = B.to(DTYPES[dtype]), A.to(DTYPES[dtype])
+    stored = B.to(getattr(torch, dtype)), A.to(getattr(torch, dtype))
     if not all(bool(factor.isfinite().all()) for factor in stored):
         raise SelectionError(f"the factors of {spectrum.name} overflow in {dtype}: store them in bfloat16 or float32")
     return Factors(*stored, _rounding(B, A, *stored))

@@ -9,6 +9,7 @@ from spectra.errors import SelectionError
 from spectra.extraction.factors import Factors
 from spectra.extraction.modules import Module
 from spectra.extraction.output import TensorFile
+from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,8 +58,6 @@ class Kohya:
         Raises:
             SelectionError: two modules have the same flat name.
         """
-        import torch
-
         name = self.flat_name(module.path)
         down, up = factors[0].A, factors[0].B
         if name in self._ranks:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectra.errors import StoreError
 from spectra.files.dtypes import DTYPE_OF_TORCH
+from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,8 +42,6 @@ class TensorFile:
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors to the end of what waits."""
-        import torch
-
         with self._waiting.open("ab") as file:
             for name, tensor in tensors.items():
                 content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -16,6 +16,7 @@ from spectra.extraction.factors import Factors
 from spectra.extraction.kohya import is_flat
 from spectra.extraction.modules import Module
 from spectra.extraction.output import TensorFile
+from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -173,8 +174,6 @@ def _ends_with_any(path: str, ends: Collection[str]) -> bool:
 
 def _stacked(factors: Sequence[Factors], crossed: bool) -> tuple[Tensor, Tensor]:
     """One A (E·r, in), expert by expert, and one B (out, r·E), rank by rank; in and out change places if crossed."""
-    import torch
-
     pairs = [(each.B.mT, each.A.mT) if crossed else (each.A, each.B) for each in factors]
     down = torch.cat([down for down, _ in pairs])
     up = torch.stack([up for _, up in pairs], dim=2)

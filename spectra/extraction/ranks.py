@@ -153,8 +153,8 @@ def total_error(choices: Iterable[Choice]) -> float:
     """√(Σ‖ΔW − ΔW_r‖² / Σ‖ΔW‖²) over all matrices; 0 where nothing changed.
 
     Example:
-        >>> round(total_error([Choice("a", 1, 0.6, 4, norm=4.0), Choice("b", 0, 1.0, 0, norm=3.0)]), 3)
-        0.768
+        >>> round(total_error([Choice("a", 1, 0.6, 4, norm=4.0), Choice("b", 0, 1.0, 0, norm=3.0)]), 4)
+        0.7684
     """
     rows = list(choices)
     norm = math.hypot(*(row.norm for row in rows))

@@ -14,6 +14,7 @@ from spectra.engine.decompose import decompose_indexed
 from spectra.engine.solvers.factored import factored_svd
 from spectra.extraction.gather import Block
 from spectra.extraction.weights import join_factors, row_numbers
+from spectra.lazy import torch
 from spectra.results.collection import Spectra
 from spectra.spectrum import DONE, Spectrum
 
@@ -123,8 +124,6 @@ def _joined(block: Block, parts: Sequence[Spectrum]) -> Spectrum:
         return Spectrum(
             block.delta.name, block.delta.shape, "failed" if unknown else "unchanged", reason=why, norm=norm
         )
-    import torch
-
     forms = [
         LowRank(torch.from_numpy(part.U * part.S[: part.k]), torch.from_numpy(part.Vh))
         for part, _ in changed

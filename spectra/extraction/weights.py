@@ -12,6 +12,7 @@ from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense, Form, LowRank
 from spectra.deltas.recipe import Recipe, form_of
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,8 +64,6 @@ def row_numbers(place: BaseWeight | Rows) -> Tensor:
         >>> row_numbers(BaseWeight("c_attn.weight", stored.T.rows(2, 4), stored)).tolist()
         [2, 3]
     """
-    import torch
-
     if isinstance(place, Rows):
         return place.view.view(torch.arange(place.total).reshape(-1, 1)).flatten()
     entries = place.places()[:, 0]
@@ -125,8 +124,6 @@ def join_factors(shape: tuple[int, int], forms: Sequence[Form], rows: Sequence[T
         start += form.left.shape[1]
     if shared:
         return LowRank(left, factors[0].right)
-    import torch
-
     return LowRank(left, torch.cat([form.right for form in factors]))
 
 
@@ -160,8 +157,6 @@ class WeightedSum:
 
     def read(self, device: str = "cpu") -> Form:
         """Add the updates up, one at a time where they are dense."""
-        import torch
-
         if self.factored:
             forms = [recipe.read(device).scaled(weight) for weight, recipe in self.terms]
             pairs = [form for form in forms if isinstance(form, LowRank)]
