@@ -101,7 +101,8 @@ def test_an_alpha_that_is_nowhere_is_asked_for_and_never_assumed(notes, said, tm
 
 
 def test_a_path_without_a_component_and_a_flat_name_need_their_alpha(tmp_path):
-    for place, tensors in enumerate((dotted(BLOCK), lora(alpha=None))):
+    gpt = dotted("transformer.h.0.attn.c_attn", ("lora_down.weight", "lora_up.weight"))
+    for place, tensors in enumerate((dotted(BLOCK), lora(alpha=None), gpt)):
         (tmp_path / str(place)).mkdir()
         with pytest.raises(SourceError, match=r"pass scale= \(--scale\)"):
             spectra.open_source(file(tmp_path / str(place), tensors))

@@ -107,7 +107,7 @@ class Scales:
         """
         said = any(key in self._notes for key in ("lora_adapter_metadata", "ss_network_alpha", "ss_network_dim"))
         stored = any(name.endswith(".alpha") for name in self.ledger.tuned.tensors)
-        return components.split(module)[0] != "" and not said and not stored
+        return components.in_image_model(module) and not said and not stored
 
     def say(self) -> None:
         """Warnings on what became of the user's scale, and on modules without an α."""

@@ -52,6 +52,8 @@ _COMPONENTS = (
 )  # fmt: skip
 _OTHER_ENCODER = re.compile(r"(text_encoders\.[^.]+\.(?:transformer\.)?)")
 _ENCODERS = ("text_encoder.", "text_encoder_2.", "text_encoder_3.", "")
+# GPT-2 and kin call their body "transformer", too; these are the children of the ones in image models.
+_IMAGE_TRANSFORMER = re.compile(r"(?:\w*blocks|layers|\w*embed\w*|proj_out|norm_out|caption\w*)\.")
 
 
 def split(module: str) -> tuple[str, str]:
@@ -65,6 +67,18 @@ def split(module: str) -> tuple[str, str]:
     other = _OTHER_ENCODER.match(module)
     start = start or (other[1] if other else "")
     return start.removesuffix("."), module.removeprefix(start)
+
+
+def in_image_model(module: str) -> bool:
+    """Whether a dotted module is in a component of an image model; GPT-2 and kin call their body "transformer", too.
+
+    >>> in_image_model("transformer.transformer_blocks.0.proj"), in_image_model("transformer.h.0.attn.c_attn")
+    (True, False)
+    """
+    component, path = split(module)
+    if component.startswith("transformer"):
+        return _IMAGE_TRANSFORMER.match(path + ".") is not None
+    return component != ""
 
 
 def of_flat(module: str) -> tuple[str, tuple[str, ...]]:

@@ -21,8 +21,6 @@ _NAMES = (
 )
 _DOTTED = re.compile(rf"(?P<module>.+?)\.(?P<suffix>{_NAMES})")
 _IN_PROCESSOR = re.compile(r"(?P<module>.+\.(?:processor\.)?to_(?:q|k|v|out)_lora)\.(?P<suffix>(?:down|up)\.weight)")
-# GPT-2 and kin call their body "transformer", too; these are the children of the ones in image models.
-_IMAGE_TRANSFORMER = re.compile(r"(?:\w*blocks|layers|\w*embed\w*|proj_out|norm_out|caption\w*)\.")
 _PROCESSOR = re.compile(r"(?:\.processor)?\.to_(q|k|v|out)_lora$")
 _ENCODER_WORDS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
 _UNET_WORDS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
@@ -63,10 +61,7 @@ def _match(name: str) -> re.Match[str] | None:
 
 def _of_an_image_model(module: str) -> bool:
     """Whether a module is in a component of an image model, or in an attention processor of one."""
-    component, path = components.split(module)
-    if component.startswith("transformer"):
-        return _IMAGE_TRANSFORMER.match(path + ".") is not None
-    return component != "" or _PROCESSOR.search(module) is not None
+    return components.in_image_model(module) or _PROCESSOR.search(module) is not None
 
 
 def read(ledger: Ledger) -> None:
