@@ -50,6 +50,13 @@ class Arithmetic:
         """How far s may be off by rounding that is alike in all entries, such as that of s itself."""
         return _HALF_STEPS * _unit(self.formed)
 
+    @property
+    def normal(self) -> float:
+        """The least number of the type that ΔW was formed in which has all its digits."""
+        import torch
+
+        return torch.finfo(self.formed).smallest_normal
+
     def interval(self, base: Tensor, update: Tensor, sizes: Tensor, slack: float = 0.0) -> tuple[Tensor, Tensor]:
         """The least and the greatest that M can be, in float64.
 
@@ -108,7 +115,7 @@ def inside(weights: Weights, how: Arithmetic, scale: float = 1.0, slack: float =
     """Block by block, whether each entry of M is what W₀ + s·ΔW may be stored as."""
     for rows in weights.blocks():
         update = scale * weights.change.sharpest(how.kept, rows).double()
-        sizes = abs(scale) * weights.change.magnitudes(rows)
+        sizes = abs(scale) * weights.change.magnitudes(rows, how.normal)
         low, high = (
             edge.to(weights.merged.dtype).double() for edge in how.interval(weights.base[rows], update, sizes, slack)
         )
@@ -140,7 +147,7 @@ def share(weights: Weights, how: Arithmetic) -> float:
     right = telling = 0
     for rows, good in zip(weights.blocks(), inside(weights, how), strict=True):
         update = weights.change.sharpest(how.kept, rows).double()
-        low, high = how.interval(weights.base[rows], update, weights.change.magnitudes(rows))
+        low, high = how.interval(weights.base[rows], update, weights.change.magnitudes(rows, how.normal))
         unmoved = weights.base[rows].to(how.kept).double()
         tells = (unmoved < low) | (unmoved > high)
         right += int((tells & good).count_nonzero())

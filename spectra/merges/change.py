@@ -141,17 +141,22 @@ class Change:
         assert term is not None
         return self._keep(("factors", dtype), lambda: factors(term, dtype))
 
-    def magnitudes(self, rows: slice = _ALL) -> Tensor:
+    def magnitudes(self, rows: slice = _ALL, least: float = 0.0) -> Tensor:
         """What the rounding errors of an entry of ΔW are relative to, float32.
 
         Σ|l||r| for a product of factors; |ΔW| and its root mean square where the factors are not at hand, and
         |W₀| with that of its row where ΔW is made of W₀; 0 where the adapter holds the new weight itself.
+
+        Args:
+            rows: which rows.
+            least: the least number of the type that factors are formed in without losing digits: below it their
+                errors are relative to it.
         """
         if self.replaces:
             return self.base[rows].float().zero_()
         sides = self._keep("sizes of factors", self._sizes_of_factors)
         if sides is not None:
-            return sides[0][rows] @ sides[1]
+            return (sides[0][rows] + least) @ (sides[1] + least)
         sizes = self.float32(rows).abs() + self._keep("typical", lambda: self.float32().square().mean().sqrt())
         if self.multiplies:
             base = self.base[rows].float()

@@ -11,10 +11,14 @@ from spectra.deltas.delta import WeightDelta
 from spectra.deltas.recipes import Difference
 from spectra.deltas.source import Source
 from spectra.errors import SelectionError, SourceError
+from spectra.files import hub
 from spectra.files.dtypes import REAL_FLOATS
 from spectra.files.tensors import TensorRef
-from spectra.sources import open_source
+from spectra.merges.stored import AsStored
+from spectra.models.opening import in_the_same_names, open_model
+from spectra.sources import source_of
 
+_NAMED = 3  # of the weights that a note is about
 _BLOCKS = 32 * 2**20  # bytes of the rows that are at work at once, in all precisions
 
 
@@ -29,6 +33,7 @@ class Claim:
         status: why there is not, a status or a list of the coverage.
         reason: the same in words.
         note: what the numbers stand for.
+        saved: whether the pair is not W₀ and M, but a weight that the adapter saved whole and M: the base lacks it.
     """
 
     name: str
@@ -37,6 +42,7 @@ class Claim:
     status: str = ""
     reason: str = ""
     note: str = ""
+    saved: bool = False
 
     @property
     def bytes(self) -> int:
@@ -76,30 +82,42 @@ def open_claims(
         SelectionError: one of the three is not what it should be, or a pattern of `layers` matches nothing.
         SourceError: the adapter changes no matrix; a file is broken.
     """
-    updates = open_source(adapter, base, heads=heads, scale=scale)
+    adapter_folder, merged_folder = (open_model(hub.resolve(path)) for path in (adapter, merged))
+    updates = source_of(adapter_folder, base, heads=heads, scale=scale)
     if updates.kind == "checkpoint":
         raise SelectionError(
             f"{updates.tuned} holds full weights, not an adapter; pass the adapter as --adapter and the merged model "
             "as --merged"
         )
-    pairs = open_source(merged, base)
+    pairs = source_of(merged_folder, base)
     if pairs.kind != "checkpoint":
         raise SelectionError(
             f"{pairs.tuned} is an adapter ({pairs.kind}), not merged weights; pass the adapter as --adapter and the "
             "merged model as --merged"
         )
     touched = _of_updates(updates, pairs)
-    lost = [Claim(name, status="tuned_only", reason=why) for name, why in updates.coverage.tuned_only.items()]
-    claims = [*touched.values(), *lost, *_untouched(pairs, touched)]
-    if not any(claim.updates or claim.status for claim in claims):
+    stored = AsStored(adapter_folder, *in_the_same_names(merged_folder, open_model(hub.resolve(base))))
+    lost = [_lost(name, why, stored) for name, why in updates.coverage.tuned_only.items()]
+    claims = [*touched.values(), *lost, *_untouched(pairs, touched, stored)]
+    if not any(claim.updates or claim.status or claim.saved for claim in claims):
         raise SourceError(
             f"{updates.tuned} ({updates.kind}) changes no matrix of {updates.base}, so there is no merge to verify"
         )
-    notes = [f"adapter: {line}" for line in updates.coverage.warnings]
-    notes += [f"merged: {line}" for line in pairs.coverage.warnings]
-    notes += [f"only in the merged model: {name}: {why}" for name, why in pairs.coverage.tuned_only.items()]
     where = (str(pairs.base), updates.tuned, pairs.tuned)
-    return Claims(tuple(_selected(claims, layers)), updates.kind, *where, tuple(dict.fromkeys(notes)))
+    return Claims(tuple(_selected(claims, layers)), updates.kind, *where, _notes(updates, pairs, stored))
+
+
+def _notes(updates: Source, pairs: Source, stored: AsStored) -> tuple[str, ...]:
+    lines = [f"adapter: {line}" for line in updates.coverage.warnings]
+    lines += [f"merged: {line}" for line in pairs.coverage.warnings]
+    lines += [f"merged: {name}: {why}" for name, why in pairs.coverage.shape_mismatch.items()]
+    new = [name for name in pairs.coverage.tuned_only if name not in updates.coverage.tuned_only]
+    lines += [f"only in the merged model: {', '.join(new[:_NAMED])}{' …' * (len(new) > _NAMED)}"] if new else []
+    moved = stored.changed_vectors(pairs.coverage.skipped)
+    if moved:
+        named = ", ".join(moved[:_NAMED]) + " …" * (len(moved) > _NAMED)
+        lines.append(f"{len(moved)} vectors are not the base's, and were not judged: {named}")
+    return tuple(dict.fromkeys(lines))
 
 
 def _of_updates(updates: Source, pairs: Source) -> dict[str, Claim]:
@@ -141,7 +159,7 @@ def _joined(first: Claim, second: Claim) -> Claim:
     return Claim(first.name, (*first.updates, *second.updates), first.pair, note=note)
 
 
-def _untouched(pairs: Source, touched: Mapping[str, Claim]) -> list[Claim]:
+def _untouched(pairs: Source, touched: Mapping[str, Claim], stored: AsStored) -> list[Claim]:
     """A claim per weight on which the adapter is silent, and one per weight of the base that M lacks."""
     whole = {naming.split_parts(name)[0] for name in touched}
     missing = [
@@ -149,7 +167,15 @@ def _untouched(pairs: Source, touched: Mapping[str, Claim]) -> list[Claim]:
         for name, why in pairs.coverage.base_only.items()
         if name not in whole
     ]
-    return [*(_of_pair(pair) for pair in pairs if pair.name not in touched), *missing]
+    silent = [(pair.name, _of_pair(pair)) for pair in pairs if pair.name not in touched]
+    raw = {name: stored.pair(name) for name, claim in silent if claim.pair is None}
+    return [*(Claim(name, pair=raw[name]) if raw.get(name) else claim for name, claim in silent), *missing]
+
+
+def _lost(name: str, why: str, stored: AsStored) -> Claim:
+    """What the adapter holds and the base does not: a weight that it saved whole is compared with M's."""
+    pair = stored.saved(name)
+    return Claim(name, pair=pair, saved=True) if pair else Claim(name, status="tuned_only", reason=why)
 
 
 def _of_pair(pair: WeightDelta) -> Claim:
@@ -164,7 +190,7 @@ def _of_pair(pair: WeightDelta) -> Claim:
 
 def _decoded(merged: TensorRef) -> str:
     """Why M's own rounding is not known, "" where it is."""
-    if merged.dtype in REAL_FLOATS and merged.container != "gguf":
+    if merged.dtype in REAL_FLOATS:
         return ""
     return f"{merged.name} in {merged.path} is stored as {merged.dtype}: verify the merge before it is quantised"
 

@@ -23,6 +23,7 @@ _SHARP = 0.2  # a standard error of s* with which an update that is there would 
 _MOST = 0.5  # of the entries that tell
 _LEAST_COSINE = 0.5  # of M and W₀, or M − ΔW and W₀: a weight that was tuned keeps more
 _REFINEMENTS = 4
+_DROWNED = "stored in M's type, W₀ + ΔW is W₀ but for a few entries at most"
 
 
 @dataclass(frozen=True)
@@ -51,24 +52,42 @@ def check(claim: Claim) -> tuple[MatrixCheck | None, Tensor | None]:
     row = MatrixCheck(claim.name, claim.status, cause=claim.reason, note=claim.note)
     if claim.pair is None:
         return row, None
-    base, merged = claim.pair.base.read_real(), claim.pair.tuned.read_real()
+    base, merged = _matrix(claim.pair.base.read()), _matrix(claim.pair.tuned.read())
     if not claim.updates:
-        changed = replace(row, verdict="untouched but changed", cause=_size(base, merged))
-        return (None if equals(base, merged) else changed), None
+        return _kept(claim, row, base, merged), None
     weights = Weights(base, merged, Change(claim.updates, base), kept_in(merged))
     found = fit(weights)
     if not found.is_finite:
         return replace(row, verdict="nonfinite", cause=f"{_nonfinite(weights)} holds NaN or infinity"), None
-    verdict = _verdict(weights, found)
+    verdict = verdict_on(weights, found)
     row = replace(row, scale=found.scale, residual=found.residual, rounding=found.rounding)
     return replace(row, verdict=verdict.word, replay=verdict.replay, cause=verdict.cause), verdict.sketch
 
 
-def _verdict(weights: Weights, found: Fit) -> Verdict:
-    """The verdict, from what needs least to what needs most."""
+def _matrix(weight: Tensor) -> Tensor:
+    """A weight as rows, whatever its axes are."""
+    return weight if weight.ndim == 2 else weight.reshape(weight.shape[0] if weight.ndim else 1, -1)
+
+
+def _kept(claim: Claim, row: MatrixCheck, base: Tensor, merged: Tensor) -> MatrixCheck | None:
+    """The row of a weight that must be as it was, or as the adapter saved it; None for the base's own."""
+    if equals(base, merged):
+        return replace(row, verdict="exact", replay="as the adapter saved it") if claim.saved else None
+    if claim.saved:
+        return replace(row, verdict="different", cause="not what the adapter saved whole")
+    return replace(row, verdict="untouched but changed", cause=_size(base, merged))
+
+
+def verdict_on(weights: Weights, found: Fit) -> Verdict:
+    """The verdict, from what needs least to what needs most.
+
+    Args:
+        weights: the matrix.
+        found: its fit.
+    """
     replay = SUM if found.bitwise else replay_of(weights)
-    if replay and found.change and equals(weights.base, weights.merged):
-        return Verdict("too small to tell", cause="stored in M's type, W₀ + ΔW is W₀")
+    if replay and found.change and not weights.tells():
+        return Verdict("too small to tell", cause=_DROWNED)
     if replay:
         return Verdict("exact", replay)
     if not found.change:
@@ -76,8 +95,8 @@ def _verdict(weights: Weights, found: Fit) -> Verdict:
     ways = arithmetics(weights)
     for how in ways:
         if within(weights, how) and _leans_not(weights, how):
-            unsure = within(weights, how, 0.0)
-            return Verdict("too small to tell" if unsure else "rounded", how.name)
+            unsure = within(weights, how, 0.0) or not weights.tells()
+            return Verdict("too small to tell", cause=_DROWNED) if unsure else Verdict("rounded", how.name)
     if equals(weights.base, weights.merged):
         return Verdict("not applied", cause="M = W₀")
     return _nearly(weights, found, ways) or _scaled(weights, found, ways) or _wrong(weights, found, ways)

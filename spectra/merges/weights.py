@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+_EVIDENCE = 8  # entries
 _BLOCK_ENTRIES = 2**17  # of the rows at work at once, 1 MiB in float64: they stay in the cache
 
 
@@ -35,6 +36,22 @@ class Weights:
         """The rows, as many at a time as stay in the cache."""
         return blocks(self.merged)
 
+    def tells(self) -> bool:
+        """Whether M is not as good as W₀: entries moved, eight of them or half of those that ΔW changes at all.
+
+        Where rounding drowns ΔW, the few entries that are next to zero may move all the same, and tell nothing of s.
+        """
+        if equals(self.base, self.merged):
+            return False
+        moved = changed = 0
+        for rows in self.blocks():
+            unmoved = self.base[rows].to(self.kept[0]).to(self.merged.dtype)
+            moved += int((unmoved != self.merged[rows]).count_nonzero())
+            changed += int(self.change.float32(rows).count_nonzero())
+            if moved >= _EVIDENCE:
+                return True
+        return 2 * moved >= changed
+
 
 def blocks(matrix: Tensor) -> Iterator[slice]:
     """The rows of a matrix, as many at a time as stay in the cache."""
@@ -44,10 +61,11 @@ def blocks(matrix: Tensor) -> Iterator[slice]:
 
 
 def equals(base: Tensor, merged: Tensor) -> bool:
-    """Whether M is W₀, stored in M's type, by way of 16 bits if need be."""
+    """Whether M is W₀, stored in M's type, by way of 16 bits where it went through another type at all."""
     import torch
 
-    by_way = dict.fromkeys([merged.dtype, torch.bfloat16, torch.float16])
+    halves = [] if base.dtype == merged.dtype and base.dtype.itemsize == 2 else [torch.bfloat16, torch.float16]
+    by_way = dict.fromkeys([merged.dtype, *halves])
     return any(
         all(torch.equal(base[rows].to(kept).to(merged.dtype), merged[rows]) for rows in blocks(merged))
         for kept in by_way
