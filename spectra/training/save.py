@@ -34,7 +34,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Write the model's adapters, and whatever else of it is trainable, to a directory.
 
     Keys are `base_model.model.<layer>.<tensor>`, the tensors those of `MultiLoRA` and `RLoRA`; trainable
-    weights outside the adapters are saved whole, as PEFT's `modules_to_save` are.
+    weights outside the adapters are saved whole, and `modules_to_save` in the config names their modules.
 
     Returns:
         The directory.
@@ -49,7 +49,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     if len(configs) > 1:
         raise AdapterError(f"the model holds adapters of {len(configs)} configs; one directory holds one")
     tensors = {f"{_PREFIX}{name}.{key}": t for name, (_, a) in layers.items() for key, t in a.state_dict().items()}
-    for name, parameter in _others(model).items():
+    others = _others(model)
+    for name, parameter in others.items():
         if name.rpartition(".")[0] in layers and name.endswith(".weight"):
             raise AdapterError(f"{name} has an adapter and is trainable itself; freeze it, or do not adapt it")
         tensors[f"{_PREFIX}{name}"] = parameter
@@ -57,7 +58,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     saved = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
     save_file(saved, folder / f".{WEIGHTS}", metadata={"format": "pt"})
-    (folder / f".{CONFIG}").write_text(json.dumps(to_json(configs.pop()), indent=2) + "\n")
+    whole = sorted({name.rpartition(".")[0] for name in others})
+    config = to_json(configs.pop()) | ({"modules_to_save": whole} if whole else {})
+    (folder / f".{CONFIG}").write_text(json.dumps(config, indent=2) + "\n")
     for file in (WEIGHTS, CONFIG):  # each whole or not at all: an interrupted save leaves the one before
         os.replace(folder / f".{file}", folder / file)
     return folder
