@@ -134,7 +134,8 @@ CONFIGS: tuple[type[MultiLoRAConfig] | type[RLoRAConfig], ...] = (MultiLoRAConfi
 _FILE_NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout"}  # where PEFT's name differs from ours
 # What says nothing of the adapter itself; the tensors in the file say which modules were saved whole.
 _HARMLESS = {
-    "base_model_name_or_path", "task_type", "inference_mode", "auto_mapping", "revision", "peft_version", "modules_to_save",
+    "base_model_name_or_path", "task_type", "inference_mode", "auto_mapping", "revision", "peft_version",
+    "modules_to_save",
 }  # fmt: skip
 
 
