@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from spectra.lazy import torch
 from spectra.merges.weights import Weights
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 # Roundings of a 16-bit merge, in units: of each factor, of their product, of its multiple; of what is made of W₀ more.
@@ -53,9 +53,11 @@ class Arithmetic:
     @property
     def normal(self) -> float:
         """The least number of the type that ΔW was formed in which has all its digits."""
-        import torch
-
         return torch.finfo(self.formed).smallest_normal
+
+    def before(self, base: Tensor) -> Tensor:
+        """Rows of W₀ as they were added to, in float64."""
+        return base.to(self.kept).double() if self.cast else base.double()
 
     def interval(self, base: Tensor, update: Tensor, sizes: Tensor, slack: float = 0.0) -> tuple[Tensor, Tensor]:
         """The least and the greatest that M can be, in float64.
@@ -66,9 +68,7 @@ class Arithmetic:
             sizes: what rounding errors in them are relative to.
             slack: a share of |s·ΔW| by which it may be off besides.
         """
-        import torch
-
-        before = base.to(self.kept).double() if self.cast else base.double()
+        before = self.before(base)
         off = sizes.double() * (self.steps * _unit(self.formed)) + _least(self.formed)
         off += (before.abs() + update.abs()) * (_SUM_STEPS * _unit(torch.promote_types(self.kept, torch.float32)))
         off += update.abs() * slack
@@ -78,15 +78,11 @@ class Arithmetic:
 
 def _unit(dtype: torch.dtype) -> float:
     """u, half the distance from 1 to the next number."""
-    import torch
-
     return torch.finfo(dtype).eps / 2
 
 
 def _least(dtype: torch.dtype) -> float:
     """The least positive number: what rounds to nothing is off by half of it."""
-    import torch
-
     return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
 
@@ -99,8 +95,6 @@ def arithmetics(weights: Weights) -> list[Arithmetic]:
 
     ΔW is formed in 16 bits only where the sum is kept, or the adapter stored, in them.
     """
-    import torch
-
     found, change, stored = [], weights.change, weights.base.dtype
     steps = _HALF_STEPS_FROM_BASE if change.multiplies else _HALF_STEPS
     for kept in weights.kept:
@@ -130,8 +124,6 @@ def within(weights: Weights, how: Arithmetic, scale: float = 1.0, slack: float =
 
 def near(weights: Weights, how: Arithmetic, scale: float = 1.0) -> bool:
     """Whether every entry of M is within ε·(|W₀| + |s||B||A|) of W₀ + s·ΔW, ε that of the type it was kept in."""
-    import torch
-
     epsilon, least = torch.finfo(how.kept).eps, _least(how.kept)
     for rows in weights.blocks():
         base = weights.base[rows].double()

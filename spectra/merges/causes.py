@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from spectra.deltas.recipes import OnBase
+from spectra.lazy import torch
 from spectra.merges.bounds import Arithmetic, inside
 from spectra.merges.change import Change
 from spectra.merges.weights import Weights
@@ -51,8 +52,6 @@ def of_scales(change: Change) -> dict[float, str]:
 
 def place_of_damage(weights: Weights, how: Arithmetic) -> str:
     """Which few rows, columns or entries of M are not what W₀ + ΔW may be stored as; "" where it is no few."""
-    import torch
-
     wrong = torch.cat([~block for block in inside(weights, how)])
     rows, columns = (wrong.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
     count = int(wrong.count_nonzero())
@@ -87,8 +86,6 @@ def dequantised(weights: Weights, applied: bool) -> bool:
 
     Values that M's rounding, or that of ΔW, cannot tell apart count as one.
     """
-    import torch
-
     some = slice(0, max(1, _MOST_BLOCKS * _CODED // weights.merged.shape[1]))
     merged = weights.merged[some].double()
     bare = (merged - weights.change.float32(some) if applied else merged).flatten()
@@ -115,16 +112,12 @@ def applied_again(weights: Weights, how: Arithmetic) -> bool:
 
 def sketch(weights: Weights) -> Tensor:
     """(M − W₀) · X for a fixed random X (in, 4): alike for matrices that are alike, and small enough to keep."""
-    import torch
-
     X = probes(weights.merged.shape[1])
     return torch.cat([(weights.merged[rows].double() - weights.base[rows].double()) @ X for rows in weights.blocks()])
 
 
 def probes(columns: int) -> Tensor:
     """The X of `sketch`, float64."""
-    import torch
-
     return torch.randn(columns, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 

@@ -12,10 +12,11 @@ from spectra.deltas.products import HadamardProduct, KroneckerProduct, Product
 from spectra.deltas.recipe import Recipe
 from spectra.deltas.recipes import Difference, Factors, OnBase, Term
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
+from spectra.sources.dump import OnSameBase
 from spectra.sources.formats.dora import Dora
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 # Roundings of an entry of ΔW formed in float32, where the arithmetic is not followed; PEFT's merges of all formats
@@ -31,6 +32,9 @@ class Change:
         updates: the updates that act on the weight; their sum is ΔW.
         base: W₀ (out, in) as it is stored.
 
+    Raises:
+        SourceError: the adapter's file holds the weight that it was trained on, and that is not W₀.
+
     Example:
         >>> import torch
         >>> delta = WeightDelta.from_tensor("a.weight", torch.tensor([[0.5], [0.25]]))
@@ -41,6 +45,7 @@ class Change:
     def __init__(self, updates: Sequence[WeightDelta], base: Tensor) -> None:
         self.updates = updates
         self.base = base
+        self._recipes = [_checked(delta.recipe) for delta in updates]
         self._kept: dict[Any, Any] = {}
 
     @property
@@ -51,7 +56,7 @@ class Change:
     @property
     def recipe(self) -> Recipe | None:
         """How ΔW is formed, where one update is all of it."""
-        return self.updates[0].recipe if len(self.updates) == 1 else None
+        return self._recipes[0] if len(self._recipes) == 1 else None
 
     @property
     def term(self) -> Term | None:
@@ -71,8 +76,6 @@ class Change:
     @cached_property
     def halves(self) -> set[torch.dtype]:
         """The 16-bit types in which the adapter is stored."""
-        import torch
-
         types = {"BF16": torch.bfloat16, "F16": torch.float16}
         own = [ref for ref in self._refs if _place(ref) not in self._base_places]
         return {types[ref.dtype] for ref in own if ref.dtype in types}
@@ -86,14 +89,10 @@ class Change:
 
     def float32(self, rows: slice = _ALL) -> Tensor:
         """ΔW as a merge in float32 computes it: (B·A)·s and the like; else rounded from float64."""
-        import torch
-
         return self._in(torch.float32, rows)
 
     def double(self, rows: slice = _ALL) -> Tensor:
         """ΔW in float64, in a merge's order of operations where that is known."""
-        import torch
-
         return self._in(torch.float64, rows)
 
     def sharpest(self, kept: torch.dtype, rows: slice = _ALL) -> Tensor:
@@ -102,15 +101,11 @@ class Change:
 
     def scaled_first(self, rows: slice = _ALL) -> Tensor:
         """(s·B)·A in float32, of a ΔW that is s·B·A."""
-        import torch
-
         left, right, s = self.factors(torch.float32)
         return (left[rows] * s) @ right
 
     def stepwise(self, dtype: torch.dtype, rows: slice = _ALL) -> Tensor:
         """s·B·A with the factors, their product and its multiple each rounded to a 16-bit type."""
-        import torch
-
         left, right, s = self.factors(torch.float32)
         product = left[rows].to(dtype).float() @ right.to(dtype).float()
         return product.to(dtype) * s
@@ -125,8 +120,6 @@ class Change:
 
     def direction(self, rows: slice = _ALL) -> Tensor:
         """s·B·A inside of a DoRA, in float32."""
-        import torch
-
         inner = self.recipe.update if isinstance(self.recipe, Dora) else None
         term = _only_term(inner)
         if term is not None:
@@ -164,9 +157,9 @@ class Change:
         return sizes
 
     def _sizes_of_factors(self) -> tuple[Tensor, Tensor] | None:
-        if self.multiplies or len(self.updates) > 1:
+        if self.multiplies or self.recipe is None:
             return None
-        form = self.updates[0].read()
+        form = self.recipe.read()
         return (form.left.float().abs(), form.right.float().abs()) if isinstance(form, LowRank) else None
 
     def _in(self, dtype: torch.dtype, rows: slice) -> Tensor:
@@ -176,14 +169,12 @@ class Change:
         return self._keep(dtype, lambda: self._whole(dtype))[rows]
 
     def _whole(self, dtype: torch.dtype) -> Tensor:
-        import torch
-
         recipe = self.recipe
         if isinstance(recipe, HadamardProduct | KroneckerProduct) and not any(p.core for p in _products(recipe)):
             if isinstance(recipe, HadamardProduct):
                 return _product(recipe.first, dtype).mul_(_product(recipe.second, dtype)).mul_(recipe.scale)
             return torch.kron(_side(recipe.first, dtype), _side(recipe.second, dtype)).mul_(recipe.scale)
-        exact = self._keep("exact", lambda: sum(delta.read().to_dense() for delta in self.updates))
+        exact = self._keep("exact", lambda: sum(recipe.read().to_dense() for recipe in self._recipes if recipe))
         return exact.to(dtype)
 
     def _keep(self, key: object, form: Callable[[], Any]) -> Any:
@@ -193,7 +184,7 @@ class Change:
 
     @cached_property
     def _refs(self) -> list[TensorRef]:
-        return [ref for delta in self.updates if delta.recipe for ref in delta.recipe.refs]
+        return [ref for recipe in self._recipes if recipe for ref in recipe.refs]
 
     @cached_property
     def _base_places(self) -> set[tuple[str, str]]:
@@ -211,6 +202,14 @@ def factors(term: Term, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     if term.inner_scale is not None:
         right = term.inner_scale.read_real().to(dtype).reshape(-1, 1) * right
     return left, right, term.scale
+
+
+def _checked(recipe: Recipe | None) -> Recipe | None:
+    """The update itself, once the weight that its file holds beside it has been compared with the base's."""
+    if not isinstance(recipe, OnSameBase):
+        return recipe
+    recipe.read()
+    return recipe.update
 
 
 def _place(ref: TensorRef) -> tuple[str, str]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from spectra.lazy import torch
+from spectra.merges.bounds import Arithmetic
 from spectra.merges.weights import Weights
-
-if TYPE_CHECKING:
-    import torch
 
 _SAFE = (1e-20, 1e20)  # squared norms between which float32 neither under- nor overflows
 
@@ -63,8 +61,6 @@ def fit(weights: Weights) -> Fit:
 
     16-bit weights are summed up in float32, whose rounding is nothing beside theirs; others in float64.
     """
-    import torch
-
     narrow = weights.merged.dtype.itemsize == 2 and weights.base.dtype.itemsize == 2
     found = _sums(weights, torch.float32) if narrow else None
     if found is None or not _SAFE[0] < found.change < _SAFE[1]:
@@ -73,12 +69,10 @@ def fit(weights: Weights) -> Fit:
 
 
 def _sums(weights: Weights, work: torch.dtype) -> Fit:
-    import torch
-
     total = torch.zeros(4, dtype=torch.float64)
     bitwise = work == torch.float32
     for rows in weights.blocks():
-        D = weights.change.float32(rows) if bitwise or work == torch.float32 else weights.change.double(rows)
+        D = weights.change.float32(rows) if work == torch.float32 else weights.change.double(rows)
         expected, merged = weights.base[rows].to(work) + D, weights.merged[rows]
         stored = expected.to(merged.dtype)
         same = torch.equal(stored, merged)
@@ -104,20 +98,20 @@ def spread(weights: Weights, scale: float) -> float:
     return math.sqrt(total) / norm if norm else math.inf
 
 
-def lean(weights: Weights, kept: torch.dtype, scale: float = 1.0) -> tuple[float, float]:
+def lean(weights: Weights, how: Arithmetic, scale: float = 1.0) -> tuple[float, float]:
     """How far M − fl(W₀ + s·ΔW) leans towards ΔW, as a share of ΔW, and the standard error of that.
 
     Unlike s* this is not drawn to 0 where ΔW is less than a unit in the last place of W₀.
 
     Args:
         weights: the matrix.
-        kept: the type in which the sum was kept.
+        how: in which types W₀ and the sum were kept.
         scale: s.
     """
     overlap = norm = squares = 0.0
     for rows in weights.blocks():
         D = weights.change.float32(rows).double()
-        expected = (weights.base[rows].double() + scale * D).to(kept).double()
+        expected = (how.before(weights.base[rows]) + scale * D).to(how.kept).double()
         off = (weights.merged[rows].double() - expected) * D
         overlap, squares = overlap + float(off.sum()), squares + float(off.square().sum())
         norm += float(D.square().sum())

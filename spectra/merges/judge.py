@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from spectra.lazy import torch
 from spectra.merges import causes
 from spectra.merges.bounds import Arithmetic, arithmetics, near, share, within
 from spectra.merges.change import Change
@@ -106,19 +107,22 @@ def _leans_not(weights: Weights, how: Arithmetic) -> bool:
     """Whether what is left of M lies across ΔW: wide bounds alone would let another s pass."""
     if how.formed.itemsize > 2:
         return True
-    off, error = lean(weights, how.kept)
+    off, error = lean(weights, how)
     return abs(off) <= max(_SURE * error, how.tolerance)
 
 
 def _nearly(weights: Weights, found: Fit, ways: Sequence[Arithmetic]) -> Verdict | None:
     """Within a rounding or two of every entry, by an order of operations that is not known; or W₀ so near."""
-    how, scale = ways[-1], found.scale or 0.0
+    scale = found.scale or 0.0
     error = spread(weights, scale)
-    off, _ = lean(weights, how.kept)
-    if near(weights, how) and abs(off) <= max(_SURE * error, how.tolerance) and found.rest <= 4 * found.stored:
+    for how in ways:
+        off, _ = lean(weights, how)
+        if found.rest > 4 * found.stored or not near(weights, how) or abs(off) > max(_SURE * error, how.tolerance):
+            continue
         if scale <= _SURE * error:
             return Verdict("too small to tell", cause="M is as near to W₀ as to W₀ + ΔW")
         return Verdict("rounded", "within a rounding of each step, in no order that is known")
+    how = ways[-1]
     if near(weights, how, 0.0) and abs(scale) <= _SURE * error:
         sure = _SURE * error < 1
         return Verdict("not applied" if sure else "too small to tell", cause="M is W₀ up to rounding")
@@ -142,7 +146,7 @@ def _scaled(weights: Weights, found: Fit, ways: Sequence[Arithmetic]) -> Verdict
 def _refined(weights: Weights, how: Arithmetic, scale: float) -> float:
     """The s for which fl(W₀ + s·ΔW) is nearest to M: where ΔW is below the unit in W₀'s last place, s* is not."""
     for _ in range(_REFINEMENTS):
-        scale += lean(weights, how.kept, scale)[0]
+        scale += lean(weights, how, scale)[0]
     return scale
 
 
@@ -183,8 +187,6 @@ def _different(weights: Weights, scale: float, error: float) -> Verdict:
 
 def _nonfinite(weights: Weights) -> str:
     """Which of the three is not finite."""
-    import torch
-
     sides = {"the base": weights.base, "the merged weight": weights.merged, "ΔW": weights.change.float32()}
     return " and ".join(side for side, matrix in sides.items() if not bool(torch.isfinite(matrix).all()))
 

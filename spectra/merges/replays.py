@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from spectra.lazy import torch
 from spectra.merges.change import Change
 from spectra.merges.weights import Weights
 from spectra.sources.formats.dora import Dora
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 SUM = "ΔW in float32, sum in float32, cast (PEFT, mergekit)"
@@ -64,8 +64,6 @@ def _dora(base: Tensor, change: Change, rows: slice, kept: torch.dtype) -> Tenso
 
 def _wide(base: Tensor) -> Tensor:
     """W₀ in float32, or in float64 if it is stored so."""
-    import torch
-
     return base.to(torch.promote_types(base.dtype, torch.float32))
 
 
@@ -128,8 +126,6 @@ def replay_of(weights: Weights) -> str:
 
 
 def _gives(replay: Replay, weights: Weights, kept: torch.dtype) -> bool:
-    import torch
-
     base, merged = weights.base, weights.merged
     return all(
         torch.equal(replay.merged(base[rows], weights.change, rows, kept).to(merged.dtype), merged[rows])

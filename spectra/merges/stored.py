@@ -11,6 +11,7 @@ from spectra.deltas.recipes import Difference
 from spectra.errors import SourceError
 from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
+from spectra.lazy import torch
 from spectra.models.pairing import unwrapped
 from spectra.sources.targets import saved_name
 
@@ -58,8 +59,6 @@ def _pair(merged: dict[str, TensorRef], other: dict[str, TensorRef], name: str) 
 
 
 def _differ(pair: Difference) -> bool:
-    import torch
-
     try:
         base, merged = pair.base.read(), pair.tuned.read()
     except SourceError:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from spectra.engine.memory import memory_budget as budget_of
 from spectra.engine.memory import readable_size
 from spectra.errors import SourceError
+from spectra.lazy import torch
 from spectra.merges import causes
 from spectra.merges.claims import Claim, Claims, open_claims
 from spectra.merges.report import MatrixCheck, MergeReport, in_order
@@ -66,8 +67,6 @@ def check_claims(
     Several are at work side by side, as many as there are cores and bytes for. Rows whose cause is open come last:
     they take the updates of the other weights to compare with.
     """
-    import torch
-
     from spectra.engine.executors.threads import keep_freed_memory, thread_executor
 
     budget = budget_of(memory_budget)

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from spectra.lazy import torch
 from spectra.merges.change import Change
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 _EVIDENCE = 8  # entries
@@ -62,8 +62,6 @@ def blocks(matrix: Tensor) -> Iterator[slice]:
 
 def equals(base: Tensor, merged: Tensor) -> bool:
     """Whether M is W₀, stored in M's type, by way of 16 bits where it went through another type at all."""
-    import torch
-
     halves = [] if base.dtype == merged.dtype and base.dtype.itemsize == 2 else [torch.bfloat16, torch.float16]
     by_way = dict.fromkeys([merged.dtype, *halves])
     return any(
@@ -80,8 +78,6 @@ def kept_in(merged: Tensor) -> list[torch.dtype]:
         >>> kept_in(torch.tensor([[0.5]])), kept_in(torch.tensor([[0.1]]))
         ([torch.bfloat16, torch.float32], [torch.float32])
     """
-    import torch
-
     types = (torch.bfloat16, torch.float16, torch.float32)
     narrower = [kind for kind in types if kind.itemsize < merged.dtype.itemsize]
     fits = [kind for kind in narrower if all(_holds(kind, merged[rows]) for rows in blocks(merged))]
@@ -89,6 +85,4 @@ def kept_in(merged: Tensor) -> list[torch.dtype]:
 
 
 def _holds(kind: torch.dtype, weight: Tensor) -> bool:
-    import torch
-
     return torch.equal(weight.to(kind).to(weight.dtype), weight)

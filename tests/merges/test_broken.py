@@ -18,26 +18,29 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 Q, Q1 = (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
 K = "model.layers.0.self_attn.k_proj.weight"
 ON = ["q_proj", "v_proj", "down_proj"]
-MODES = {"float32": (F32, F32), "bfloat16": (BF16, BF16), "float16": (F16, F16), "cast": (F32, BF16)}
-# From updates that drown the base to ones of half a percent of it.
-SIZES = (0.3, 0.05, 0.01)
+# The type of the base's file, the one it is merged in, and the size of the factors: from updates that drown the base
+# to ones of half a percent of it.
+MODES = {
+    "float32": (F32, F32, 0.05),
+    "bfloat16": (BF16, BF16, 0.01),
+    "large": (BF16, BF16, 0.3),
+    "float16": (F16, F16, 0.05),
+    "cast": (F32, BF16, 0.01),
+}
 
 
 def lora(**options: object) -> peft.LoraConfig:
     return peft.LoraConfig(r=4, lora_alpha=12, target_modules=ON, **options)
 
 
-@pytest.fixture(scope="module", params=[(mode, size) for mode in MODES for size in SIZES], ids=str)
+@pytest.fixture(scope="module", params=MODES)
 def merge(request, tmp_path_factory) -> Merge:
-    mode, size = request.param
-    stored, loaded = MODES[mode]
+    stored, loaded, size = MODES[request.param]
     return peft_merge(tmp_path_factory.mktemp("merge"), lora(), stored=stored, loaded=loaded, size=size)
 
 
 def broken(merge: Merge, tmp_path: Path, change: Callable[..., torch.Tensor], name: str = Q) -> spectra.MergeReport:
-    """The report on the merge with one weight replaced: `change(W₀, ΔW, all ΔW)` in float64.
-
-    The others must be called what they were."""
+    """The report on the merge with one weight replaced: `change(W₀, ΔW, all ΔW)` in float64."""
     updates = {delta.name: delta.read().to_dense() for delta in spectra.open_source(merge.adapter, merge.base)}
     weight = change(merge.weights("base")[name].double(), updates.get(name), updates)
     copy = Merge(merge.base, merge.adapter, tmp_path / "broken")
@@ -45,8 +48,9 @@ def broken(merge: Merge, tmp_path: Path, change: Callable[..., torch.Tensor], na
     (copy.merged / "config.json").write_text((merge.merged / "config.json").read_text())
     (copy.merged / "model.safetensors").write_bytes((merge.merged / "model.safetensors").read_bytes())
     copy.rewrite("merged", lambda tensors: tensors.update({name: weight.to(tensors[name].dtype)}))
-    before, report = spectra.verify_merge(*merge.paths), spectra.verify_merge(*copy.paths)
-    assert {row for row in report if row.name != name} == {row for row in before if row.name != name}
+    report = spectra.verify_merge(*copy.paths)
+    others = {row.verdict for row in report if row.name != name}
+    assert others <= {*AS_IT_SHOULD_BE, "too small to tell"}
     return report
 
 
