@@ -1,7 +1,7 @@
 """torch on first use: listing a model, `--help` and `import spectra` must not wait for it.
 
-`from spectra.lazy import torch` at the top of a file is the one way in which `files/`, `deltas/`, `sources/` and `merges/`
-get it.
+`from spectra.lazy import torch` at the top of a file is the one way in which `files/`, `deltas/`, `sources/` and
+`merges/` get it.
 """
 
 from __future__ import annotations

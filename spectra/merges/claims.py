@@ -98,7 +98,8 @@ def open_claims(
     touched = _of_updates(updates, pairs)
     stored = AsStored(adapter_folder, *in_the_same_names(merged_folder, open_model(hub.resolve(base))))
     lost = [_lost(name, why, stored) for name, why in updates.coverage.tuned_only.items()]
-    claims = [*touched.values(), *lost, *_untouched(pairs, touched, stored)]
+    new = [claim for delta in updates for claim in _new_rows(delta, stored)]
+    claims = [*touched.values(), *new, *lost, *_untouched(pairs, touched, stored)]
     if not any(claim.updates or claim.status or claim.saved for claim in claims):
         raise SourceError(
             f"{updates.tuned} ({updates.kind}) changes no matrix of {updates.base}, so there is no merge to verify"
@@ -157,6 +158,16 @@ def _joined(first: Claim, second: Claim) -> Claim:
         return first if first.status else second
     note = "; ".join(dict.fromkeys(filter(None, (first.note, second.note))))
     return Claim(first.name, (*first.updates, *second.updates), first.pair, note=note)
+
+
+def _new_rows(delta: WeightDelta, stored: AsStored) -> list[Claim]:
+    """A claim on the rows that a weight saved whole has beyond the base's: those of tokens that were added."""
+    pair = stored.saved(delta.name) if isinstance(delta.recipe, Difference) else None
+    if pair is None or pair.tuned.shape[0] <= delta.shape[0]:
+        return []
+    first, last = delta.shape[0], pair.tuned.shape[0]
+    rows = Difference(pair.tuned.rows(first, last), pair.base.rows(first, last))
+    return [Claim(f"{delta.name}[{first}:{last}]", pair=rows, saved=True)]
 
 
 def _untouched(pairs: Source, touched: Mapping[str, Claim], stored: AsStored) -> list[Claim]:

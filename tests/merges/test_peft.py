@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 
 import peft
 import pytest
 import torch
 import transformers
-from support.merges import peft_merge
-from support.peft_oracle import Convolutions
+from safetensors.torch import load_file, save_file
+from support.examples import EXAMPLES
+from support.merges import Merge, peft_merge
+from support.peft_oracle import Convolutions, save_model, tiny_model
 
 import spectra
 
@@ -146,3 +149,42 @@ def test_sharded_and_renamed_checkpoints(tmp_path):
 
     merge.rewrite("merged", wrapped)
     assert spectra.verify_merge(*merge.paths).counts == {"exact": 6}
+
+
+def test_rows_of_tokens_that_were_added(tmp_path):
+    model = tiny_model("llama").float()
+    save_model(tmp_path / "base", model)
+    model.resize_token_embeddings(44)
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    merge = Merge(tmp_path / "base", *peft_merge(tmp_path / "larger", config, kind=model).paths[1:])
+    assert spectra.verify_merge(*merge.paths).counts == {"exact": 6}
+    merge.rewrite("merged", lambda tensors: tensors["lm_head.weight"][42].add_(1))
+    report = spectra.verify_merge(*merge.paths)
+    assert report["lm_head.weight"].verdict == "exact"
+    assert report["lm_head.weight[40:44]"].verdict == "different"
+
+
+@pytest.mark.parametrize("stored", [F32, BF16])
+def test_experts(tmp_path, stored):
+    config = transformers.MixtralConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=3,
+    )  # fmt: skip
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets)
+    merge = peft_merge(tmp_path, lora, kind=transformers.MixtralForCausalLM(config), stored=stored)
+    assert spectra.verify_merge(*merge.paths).counts == {"exact": 1 + 3 * 3}
+
+
+@pytest.mark.parametrize("kind", ["multilora", "multihead", "mixture", "kohya", "diffusers"])
+def test_what_others_than_peft_merge(tmp_path, kind):
+    oracle = EXAMPLES[kind](tmp_path)
+    shutil.copytree(oracle.base, tmp_path / "merged")
+    (file,) = (tmp_path / "merged").rglob("*.safetensors")
+    component = "unet." if file.parent.name == "unet" else ""
+    tensors = load_file(file)
+    for name, delta in oracle.deltas.items():
+        weight = tensors[name.removeprefix(component)]
+        weight += delta.to(weight.dtype)
+    save_file(tensors, file)
+    assert spectra.verify_merge(oracle.base, oracle.adapter, tmp_path / "merged").ok
