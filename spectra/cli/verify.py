@@ -9,7 +9,7 @@ import click
 
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import HeadsType
+from spectra.cli.options import HeadsType, json_option, layer_option, scale_option
 
 if TYPE_CHECKING:
     from spectra.merges.report import MatrixCheck, MergeReport
@@ -22,13 +22,7 @@ _WIDTH = 78
 @click.option("--base", required=True, metavar="BASE", help="The model that the adapter was trained on.")
 @click.option("--adapter", required=True, metavar="ADAPTER", help="The adapter that should be in it.")
 @click.option("--merged", required=True, metavar="MERGED", help="The full weights that should be base + adapter.")
-@click.option(
-    "--layer",
-    "layers",
-    multiple=True,
-    metavar="PATTERN",
-    help="Only these matrices: a role or path component (v_proj), a glob, or re:REGEX. Repeatable.",
-)
+@layer_option
 @click.option(
     "--heads",
     type=HeadsType(),
@@ -37,11 +31,11 @@ _WIDTH = 78
     metavar="mean|sum|each|N",
     help="What multi-head adapters stand for.",
 )
-@click.option("--scale", type=float, help="The scale s where the adapter does not carry α/r.")
+@scale_option
 @click.option(
-    "--memory", metavar="SIZE", help="Budget for the matrix at work, such as 4GiB.  [default: half of what is free]"
+    "--memory", metavar="SIZE", help="Budget for the matrices at work, such as 4GiB.  [default: half of what is free]"
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
+@json_option
 def command(
     base: str,
     adapter: str,

@@ -18,8 +18,9 @@ from spectra.merges.weights import Weights
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Roundings of a 16-bit merge, in units: of each factor, of their product, of its multiple; of what is made of W₀ more.
-_HALF_STEPS, _HALF_STEPS_FROM_BASE = 4, 16
+# Roundings of a 16-bit merge, in units: of each factor, of their product, of its multiple. Updates whose arithmetic is
+# not followed have more, and those that are made of W₀ most.
+_HALF_STEPS, _HALF_STEPS_UNKNOWN, _HALF_STEPS_FROM_BASE = 4, 8, 16
 _SUM_STEPS = 2  # roundings of a sum before it is stored
 
 
@@ -96,7 +97,8 @@ def arithmetics(weights: Weights) -> list[Arithmetic]:
     ΔW is formed in 16 bits only where the sum is kept, or the adapter stored, in them.
     """
     found, change, stored = [], weights.change, weights.base.dtype
-    steps = _HALF_STEPS_FROM_BASE if change.multiplies else _HALF_STEPS
+    own = _HALF_STEPS if change.term is not None else _HALF_STEPS_UNKNOWN
+    steps = _HALF_STEPS_FROM_BASE if change.multiplies else own
     for kept in weights.kept:
         halves = ({kept} if kept.itemsize == 2 else set()) | change.halves
         formed = [(torch.float32, change.steps), *((half, steps) for half in sorted(halves, key=str))]

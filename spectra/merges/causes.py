@@ -55,6 +55,8 @@ def place_of_damage(weights: Weights, how: Arithmetic) -> str:
     wrong = torch.cat([~block for block in inside(weights, how)])
     rows, columns = (wrong.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
     count = int(wrong.count_nonzero())
+    if not count:
+        return ""
     if count <= _FEW:
         places = ", ".join(f"[{i}, {j}]" for i, j in wrong.nonzero().tolist())
         return f"{count} of {wrong.numel():,} entries: {places}"

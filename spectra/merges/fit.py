@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from spectra.lazy import torch
 from spectra.merges.bounds import Arithmetic
-from spectra.merges.weights import Weights
+from spectra.merges.weights import Weights, same
 
 _SAFE = (1e-20, 1e20)  # squared norms between which float32 neither under- nor overflows
 
@@ -73,15 +73,16 @@ def _sums(weights: Weights, work: torch.dtype) -> Fit:
     bitwise = work == torch.float32
     for rows in weights.blocks():
         D = weights.change.float32(rows) if work == torch.float32 else weights.change.double(rows)
-        expected, merged = weights.base[rows].to(work) + D, weights.merged[rows]
+        merged, expected = weights.merged[rows], weights.base[rows].to(work, copy=True).add_(D)
         stored = expected.to(merged.dtype)
-        same = torch.equal(stored, merged)
-        rest = (merged.to(work) - expected).flatten()
-        rounding = rest if same else (stored.to(work) - expected).flatten()
-        D, bitwise = D.flatten(), bitwise and same
-        total += torch.stack([D @ D, rest @ D, rest @ rest, rounding @ rounding]).double()
-    change, along, rest_, stored_ = total.tolist()
-    return Fit(change, along + change, rest_, stored_, bitwise)
+        equal = same(stored, merged)
+        rounding = None if equal else (stored.to(work) - expected).flatten()
+        off = expected.sub_(merged).flatten()  # in place, as the sum is: fresh memory takes as long as the work
+        rounding = off if rounding is None else rounding
+        D, bitwise = D.flatten(), bitwise and equal
+        total += torch.stack([D @ D, -(off @ D), off @ off, rounding @ rounding]).double()
+    change, along, rest, left = total.tolist()
+    return Fit(change, along + change, rest, left, bitwise)
 
 
 def spread(weights: Weights, scale: float) -> float:

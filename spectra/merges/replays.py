@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from spectra.lazy import torch
 from spectra.merges.change import Change
-from spectra.merges.weights import Weights
+from spectra.merges.weights import Weights, same
 from spectra.sources.formats.dora import Dora
 
 if TYPE_CHECKING:
@@ -128,6 +128,6 @@ def replay_of(weights: Weights) -> str:
 def _gives(replay: Replay, weights: Weights, kept: torch.dtype) -> bool:
     base, merged = weights.base, weights.merged
     return all(
-        torch.equal(replay.merged(base[rows], weights.change, rows, kept).to(merged.dtype), merged[rows])
+        same(replay.merged(base[rows], weights.change, rows, kept).to(merged.dtype), merged[rows])
         for rows in weights.blocks()
     )

@@ -60,13 +60,35 @@ def blocks(matrix: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + height, matrix.shape[0]))
 
 
+def same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one type hold the same: by their bits, eight bytes at a time, or else by their values.
+
+    torch compares 16-bit entries one by one, which takes six times as long.
+
+    Example:
+        >>> same(torch.zeros(4), -torch.zeros(4)), same(torch.zeros(3), torch.ones(3))
+        (True, False)
+    """
+    wide = [_words(tensor) for tensor in (first, second)]
+    if wide[0] is not None and wide[1] is not None and torch.equal(wide[0], wide[1]):
+        return first.shape == second.shape
+    return torch.equal(first, second)
+
+
+def _words(tensor: Tensor) -> Tensor | None:
+    """The entries as 64-bit words; None where they do not fill such words."""
+    bytes_before = tensor.storage_offset() * tensor.itemsize
+    if not tensor.is_contiguous() or tensor.nbytes % 8 or bytes_before % 8:
+        return None
+    return tensor.flatten().view(torch.int64)
+
+
 def equals(base: Tensor, merged: Tensor) -> bool:
     """Whether M is W₀, stored in M's type, by way of 16 bits where it went through another type at all."""
     halves = [] if base.dtype == merged.dtype and base.dtype.itemsize == 2 else [torch.bfloat16, torch.float16]
     by_way = dict.fromkeys([merged.dtype, *halves])
     return any(
-        all(torch.equal(base[rows].to(kept).to(merged.dtype), merged[rows]) for rows in blocks(merged))
-        for kept in by_way
+        all(same(base[rows].to(kept).to(merged.dtype), merged[rows]) for rows in blocks(merged)) for kept in by_way
     )
 
 
@@ -85,4 +107,4 @@ def kept_in(merged: Tensor) -> list[torch.dtype]:
 
 
 def _holds(kind: torch.dtype, weight: Tensor) -> bool:
-    return torch.equal(weight.to(kind).to(weight.dtype), weight)
+    return same(weight.to(kind).to(weight.dtype), weight)
