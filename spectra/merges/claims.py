@@ -113,12 +113,23 @@ def _notes(updates: Source, pairs: Source, stored: AsStored) -> tuple[str, ...]:
     lines += [f"merged: {line}" for line in pairs.coverage.warnings]
     lines += [f"merged: {name}: {why}" for name, why in pairs.coverage.shape_mismatch.items()]
     new = [name for name in pairs.coverage.tuned_only if name not in updates.coverage.tuned_only]
-    lines += [f"only in the merged model: {', '.join(new[:_NAMED])}{' …' * (len(new) > _NAMED)}"] if new else []
+    lines += [f"only in the merged model: {_listed(new)}"] if new else []
+    missing = [name for name in pairs.coverage.base_only if not stored.is_matrix(name)]
+    lines += [f"not in the merged model: {_listed(missing)}"] if missing else []
     moved = stored.changed_vectors(pairs.coverage.skipped)
     if moved:
-        named = ", ".join(moved[:_NAMED]) + " …" * (len(moved) > _NAMED)
-        lines.append(f"{len(moved)} vectors are not the base's, and were not judged: {named}")
+        lines.append(f"not the base's, and not judged, being no matrices: {_listed(moved)}")
     return tuple(dict.fromkeys(lines))
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first of the names, and how many there are if there are more.
+
+    >>> _listed(["a", "b", "c", "d"])
+    'a, b, c and 1 more'
+    """
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _of_updates(updates: Source, pairs: Source) -> dict[str, Claim]:
@@ -176,7 +187,7 @@ def _untouched(pairs: Source, touched: Mapping[str, Claim], stored: AsStored) ->
     missing = [
         Claim(name, status="base_only", reason=why)
         for name, why in pairs.coverage.base_only.items()
-        if name not in whole
+        if name not in whole and stored.is_matrix(name)
     ]
     silent = [(pair.name, _of_pair(pair)) for pair in pairs if pair.name not in touched]
     raw = {name: stored.pair(name) for name, claim in silent if claim.pair is None}

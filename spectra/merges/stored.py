@@ -12,6 +12,7 @@ from spectra.errors import SourceError
 from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
 from spectra.lazy import torch
+from spectra.models.matrices import weights_of
 from spectra.models.pairing import unwrapped
 from spectra.sources.targets import saved_name
 
@@ -41,6 +42,15 @@ class AsStored:
     def pair(self, name: str) -> Difference | None:
         """M's tensor and the base's of one name and shape; a part of a stack stands for the whole."""
         return _pair(self._merged, self._base, naming.split_parts(name)[0])
+
+    def is_matrix(self, name: str) -> bool:
+        """Whether the base's weight of a name is one: no vector, and no buffer that newer versions do not save."""
+        return name not in self._skipped
+
+    @cached_property
+    def _skipped(self) -> set[str]:
+        weights = weights_of(self.base, self.merged, split_experts=False).values()
+        return {weight.name for weight in weights if weight.skip}
 
     def saved(self, name: str) -> Difference | None:
         """M's tensor and the one that the adapter saved whole."""

@@ -129,7 +129,10 @@ def _explained(
     others = [claim for claim in claims if claim.updates and claim.updates[0].shape in shapes] if shapes else []
     best: dict[str, tuple[float, str]] = {}
     for other in others:
-        form = other.updates[0].read()
+        try:
+            form = other.updates[0].read()
+        except SourceError:
+            continue  # its own row says so
         theirs = form.times(causes.probes(form.shape[1]))
         for claim, _, sketch in unexplained:
             if claim.name != other.name:

@@ -234,7 +234,17 @@ def test_a_changed_vector_is_noted(tmp_path):
     merge.rewrite("merged", lambda tensors: tensors["model.norm.weight"].add_(1))
     report = spectra.verify_merge(*merge.paths)
     assert report.ok
-    assert report.notes == ("1 vectors are not the base's, and were not judged: model.norm.weight",)
+    assert report.notes == ("not the base's, and not judged, being no matrices: model.norm.weight",)
+
+
+def test_a_buffer_that_only_the_base_has_is_noted(tmp_path):
+    merge = peft_merge(tmp_path, lora())
+    buffers = {"model.position_ids": torch.arange(8).reshape(1, 8), "model.attn.bias": torch.ones(1, 1, 4, 4)}
+    merge.rewrite("base", lambda tensors: tensors.update(buffers))
+    report = spectra.verify_merge(*merge.paths)
+    assert report.counts == {"exact": 6}
+    (note,) = report.notes
+    assert set(note.removeprefix("not in the merged model: ").split(", ")) == set(buffers)
 
 
 def test_a_weight_that_only_the_adapter_and_the_merged_model_have(tmp_path):
