@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectra.errors import SelectionError
-from spectra.extraction.factors import Factors, balanced
+from spectra.extraction.factors import Factors, balanced, one_thread
 from spectra.extraction.gather import Weight
 from spectra.extraction.inputs import Given, Inputs, inputs_of
 from spectra.extraction.kohya import Kohya
@@ -164,7 +164,8 @@ class _Work:
                 self._undone(whole)
                 continue
             choice = self._final(whole, planned.pop(name, None))
-            factors = [balanced(block, choice.rank, self.options.dtype) for block in blocks] if choice.rank else []
+            with one_thread():
+                factors = [balanced(block, choice.rank, self.options.dtype) for block in blocks] if choice.rank else []
             self._enter(choice, whole, factors)
             yield self.writer.tensors(self.weights[name].module, factors) if factors else {}
         self.found.rows += [Row(**asdict(choice)) for _, choice in planned.values()]
