@@ -225,6 +225,8 @@ def _close(found: Extraction, out: str | None) -> None:
     """What was written and what was not, and the exit status."""
     from spectra.extraction.ranks import total_error
 
+    for text in sorted({row.note for row in found.rows if row.note}):
+        report.note(f"note: {text}")
     clamped = [row for row in found.rows if row.clamped]
     if clamped:
         report.note(f"note: {clamped[0].name}: {clamped[0].clamped} ({len(clamped)} matrices)")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectra.errors import SelectionError
-from spectra.extraction.factors import Factors, balanced, one_thread
+from spectra.extraction.factors import balanced, one_thread
 from spectra.extraction.gather import Weight
 from spectra.extraction.inputs import Given, Inputs, inputs_of
 from spectra.extraction.kohya import Kohya
@@ -35,9 +35,11 @@ class Row(Choice):
     Attributes:
         dtype_error: what storing the factors in their dtype adds, ‖B·A as stored − ΔW_r‖_F / ‖ΔW‖_F; NaN where the
             vectors were not computed.
+        note: what the update stands for where that is not simply tuned − base, and what to know of its LoRA.
     """
 
     dtype_error: float = math.nan
+    note: str = ""
 
 
 @dataclass
@@ -97,10 +99,10 @@ def run(
         for tensors in work.matrices():
             file.add(tensors)
             done()
-        for tensors in work.whole_modules():
-            file.add(tensors)
         if not file.entries:
             raise SelectionError(f"nothing to write: {work.why_nothing()}")
+        for tensors in work.whole_modules():
+            file.add(tensors)
         work.writer.finish(file, work.found.whole)
     return work.finished()
 
@@ -150,7 +152,7 @@ class _Work:
         """The tensors of each matrix as soon as they are there; its row is entered."""
         planned = self._planned() if self.rule.rank is None else {}
         if dry and self.rule.rank is None:
-            self.found.rows += [Row(**asdict(choice)) for _, choice in planned.values()]
+            self.found.rows += [self._row(choice) for _, choice in planned.values()]
             return
         wanted = {name: choice.rank for name, (_, choice) in planned.items()}
         ranks = {
@@ -159,16 +161,17 @@ class _Work:
             for block in weight.blocks
         }
         for name, blocks in self._by_weight(self.inputs.triplets.vectors(ranks)):
-            whole = together(name, blocks)
+            whole, plan = together(name, blocks), planned.pop(name, None)
             if whole.status not in DONE:
                 self._undone(whole)
                 continue
-            choice = self._final(whole, planned.pop(name, None))
+            choice = self._final(whole, plan)
             with one_thread():
                 factors = [balanced(block, choice.rank, self.options.dtype) for block in blocks] if choice.rank else []
-            self._enter(choice, whole, factors)
+            rounding = math.hypot(*(each.rounding for each in factors)) / (whole.norm or 1.0)
+            self.found.rows.append(self._row(choice, rounding))
             yield self.writer.tensors(self.weights[name].module, factors) if factors else {}
-        self.found.rows += [Row(**asdict(choice)) for _, choice in planned.values()]
+        self.found.rows += [self._row(choice) for _, choice in planned.values()]
 
     def _planned(self) -> dict[str, tuple[Spectrum, Choice]]:
         """The rank of every matrix that has numbers, from all of its values."""
@@ -205,9 +208,8 @@ class _Work:
             return choice
         return choose(Rule(rank=choice.rank), [replace(values, k=min(spectrum.rank, spectrum.k))], stored=True)[0]
 
-    def _enter(self, choice: Choice, spectrum: Spectrum, factors: Sequence[Factors]) -> None:
-        rounding = math.hypot(*(each.rounding for each in factors)) / (spectrum.norm or 1.0)
-        self.found.rows.append(Row(**asdict(choice), dtype_error=rounding))
+    def _row(self, choice: Choice, rounding: float = math.nan) -> Row:
+        return Row(**asdict(choice), dtype_error=rounding, note=self.weights[choice.name].note)
 
     def _undone(self, spectrum: Spectrum) -> None:
         self.found.not_carried[spectrum.name] = f"{spectrum.status}: {spectrum.reason}"
@@ -289,8 +291,8 @@ def extract(
 
     Returns:
         Columns name, rank, relative_error = √(Σ_{i>r}σ²/Σσ²), parameters, clamped (why the rank is less than asked
-        for), norm = ‖ΔW‖_F and dtype_error (what storing the factors adds), a row per matrix. `attrs["not_carried"]`
-        says what no LoRA holds, name → reason.
+        for), norm = ‖ΔW‖_F, dtype_error (what storing the factors adds) and note, a row per matrix.
+        `attrs["not_carried"]` says what no LoRA holds, name → reason.
 
     Raises:
         SelectionError: none or several rules for the ranks, a budget that is too small, or nothing to write.
@@ -310,7 +312,7 @@ def extract(
     rule, options = Rule(rank, energy, parameters, above_noise), Options(format, dtype, save_modules)
     if directory is None and not dry_run:
         raise SelectionError("directory = None writes nothing: name a folder, or pass dry_run=True")
-    if directory is not None:
-        check_free(directory)
+    if directory is not None and not dry_run:
+        check_free(directory)  # before anything is read
     inputs = inputs_of(source, weights, device=device, executor=executor, memory_budget=memory_budget)
     return run(inputs, None if dry_run else directory, rule, options).table()

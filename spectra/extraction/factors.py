@@ -42,7 +42,7 @@ def balanced(spectrum: Spectrum, rank: int, dtype: str = "float32") -> Factors:
     r"""B = U√Σ and A = √Σ Vᵀ of the top triplets, which have equal norms: neither factor rounds worse than the other.
 
     Args:
-        spectrum: an update with at least so many vectors.
+        spectrum: an update with its vectors; where it has fewer than asked for, the rest of the factors is zero.
         rank: r.
         dtype: what the factors are stored in.
 
@@ -54,11 +54,13 @@ def balanced(spectrum: Spectrum, rank: int, dtype: str = "float32") -> Factors:
         >>> factors.B.tolist(), factors.A.tolist(), factors.rounding
         ([[2.0], [0.0]], [[2.0, 0.0]], 0.0)
     """
-    assert spectrum.U is not None
-    assert spectrum.Vh is not None
-    root = np.sqrt(spectrum.S[:rank])
-    B = torch.from_numpy(spectrum.U[:, :rank] * root)
-    A = torch.from_numpy(root[:, None] * spectrum.Vh[:rank])
+    out, inside = spectrum.shape
+    B, A = (torch.zeros(shape, dtype=torch.float64) for shape in ((out, rank), (rank, inside)))
+    if spectrum.U is not None and spectrum.Vh is not None:
+        kept = min(rank, spectrum.rank, spectrum.k)
+        root = np.sqrt(spectrum.S[:kept])
+        B[:, :kept] = torch.from_numpy(spectrum.U[:, :kept] * root)
+        A[:kept] = torch.from_numpy(root[:, None] * spectrum.Vh[:kept])
     stored = B.to(getattr(torch, dtype)), A.to(getattr(torch, dtype))
     if not all(bool(factor.isfinite().all()) for factor in stored):
         raise SelectionError(f"the factors of {spectrum.name} overflow in {dtype}: store them in bfloat16 or float32")

@@ -14,6 +14,7 @@ from spectra.extraction import experts
 from spectra.extraction.modules import Architecture, Module, NotCarriedError, base_of_whole
 from spectra.extraction.weights import Place, weighted, whole
 from spectra.files.folder import Folder
+from spectra.models import tied
 
 CHECKPOINT = "checkpoint"  # the kind of source whose file is a whole model
 _PART = re.compile(r"q|k|v|o|gate|up|down|\d+")  # of a fused weight, or the number of an expert
@@ -40,11 +41,13 @@ class Weight:
         name: its name in the base; of experts, that of their stack in memory.
         module: where the LoRA goes.
         blocks: the update, or one for each expert.
+        note: what the update stands for, where that is not simply tuned − base, and what to know of its LoRA.
     """
 
     name: str
     module: Module
     blocks: tuple[Block, ...]
+    note: str = ""
 
 
 @dataclass
@@ -117,7 +120,9 @@ def _weight(
     if stacked is None:
         trained = [delta for place, deltas in by_place if place in adapters for delta in deltas]
         module = architecture.module(name, every, trained)
-        return Weight(name, module, (_block(name, members[0], factors, architecture),))
+        return Weight(
+            name, module, (_block(name, members[0], factors, architecture),), _note(name, every, architecture)
+        )
     if count is None or len(members) < count:
         raise NotCarriedError(
             f"{len(members)} of {count or 'an unknown number of'} experts have an update that is known"
@@ -131,7 +136,14 @@ def _weight(
     blocks = [_block(f"{name}[{index}]", members[index], factors, architecture) for index in sorted(members)]
     if len({block.delta.shape for block in blocks}) > 1:
         raise NotCarriedError("its experts differ in shape")
-    return Weight(name, module, tuple(blocks))
+    return Weight(name, module, tuple(blocks), _note(name, every, architecture))
+
+
+def _note(name: str, deltas: Sequence[WeightDelta], architecture: Architecture) -> str:
+    notes = dict.fromkeys(delta.note for delta in deltas if delta.note)
+    if tied.is_embedding(name) and tied.ties(architecture.config):
+        notes["the output head is tied to it: PEFT changes that, too, once the adapter is merged"] = None
+    return "; ".join(notes)
 
 
 def _block(

@@ -108,7 +108,7 @@ def new_folder(directory: str | Path) -> Iterator[Path]:
     Raises:
         StoreError: there is something already, or the disk does not let itself be written to.
     """
-    folder = check_free(directory)
+    folder = check_free(directory).resolve()
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

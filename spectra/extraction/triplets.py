@@ -130,7 +130,7 @@ def _joined(block: Block, parts: Sequence[Spectrum]) -> Spectrum:
         if part.U is not None and part.Vh is not None
     ]
     shape = (block.delta.shape[0], block.delta.shape[1])
-    whole = join_factors(shape, forms, [row_numbers(place) for _, place in changed if place is not None])
+    whole = join_factors(shape, forms, [row_numbers(place) for _, place in changed if place is not None], shared=False)
     width = min(whole.left.shape[1], *shape)
     S, U, Vh = factored_svd(whole.left, whole.right, width)
     assert U is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from spectra.deltas.base import BaseWeight
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense, Form, LowRank
 from spectra.deltas.recipe import Recipe, form_of
+from spectra.deltas.recipes import Factors, Placed
 from spectra.files.tensors import TensorRef
 from spectra.lazy import torch
 
@@ -94,6 +96,11 @@ class Joined:
         return tuple(dict.fromkeys(ref for part in self.parts for ref in part.recipe.refs))
 
     @property
+    def shared(self) -> bool:
+        """Whether the parts are rows of one product, which was cut for them: they have the right factor in common."""
+        return self.factored and len({_right_of(part.recipe) for part in self.parts}) == 1
+
+    @property
     def reading_bytes(self) -> int:
         """The whole, a part, and what reading that takes."""
         entries = self.shape[0] * self.shape[1]
@@ -104,27 +111,46 @@ class Joined:
         forms = [part.recipe.read(device) for part in self.parts]
         rows = [part.rows().to(device) for part in self.parts]
         if self.factored:
-            return join_factors(self.shape, forms, rows)
+            return join_factors(self.shape, forms, rows, shared=self.shared)
         whole = forms[0].tensors[0].new_zeros(self.shape)
         for form, places in zip(forms, rows, strict=True):
             whole[places] = form.to_dense()
         return Dense(whole, noise_edge=_edge(forms))
 
 
-def join_factors(shape: tuple[int, int], forms: Sequence[Form], rows: Sequence[Tensor]) -> LowRank:
-    """One pair of factors for a weight whose rows have a pair each; once as wide where they share the right one."""
+def join_factors(shape: tuple[int, int], forms: Sequence[Form], rows: Sequence[Tensor], *, shared: bool) -> LowRank:
+    """One pair of factors for a weight whose rows have a pair each.
+
+    Args:
+        shape: (out, in).
+        forms: a pair of factors each.
+        rows: which rows are whose.
+        shared: whether the right factors are one and the same, so that the pair is no wider than each.
+    """
     factors = [form for form in forms if isinstance(form, LowRank)]
-    shared = all(form.right.equal(factors[0].right) for form in factors)
     widths = [form.left.shape[1] for form in factors]
     left = factors[0].left.new_zeros((shape[0], widths[0] if shared else sum(widths)))
     start = 0
-    for form, places in zip(factors, rows, strict=True):
-        columns = slice(0, widths[0]) if shared else slice(start, start + form.left.shape[1])
-        left[places, columns] = form.left
-        start += form.left.shape[1]
-    if shared:
-        return LowRank(left, factors[0].right)
-    return LowRank(left, torch.cat([form.right for form in factors]))
+    for form, places, width in zip(factors, rows, widths, strict=True):
+        left[places, start : start + width] = form.left
+        start += 0 if shared else width
+    right = factors[0].right if shared else torch.cat([form.right for form in factors])
+    return LowRank(left, right)
+
+
+def _right_of(recipe: Recipe) -> object:
+    """What the right factor of a part is made of: the same for parts that were cut from one product."""
+    if isinstance(recipe, Factors):
+        return tuple(replace(term, lefts=(term.right,), row_scale=None) for term in recipe.terms)
+    return recipe.whole if isinstance(recipe, Placed) else recipe
+
+
+def _rank_of(recipe: Recipe) -> int:
+    """What the rank of the product that a part was cut from cannot exceed."""
+    if isinstance(recipe, Factors):
+        return sum(term.width for term in recipe.terms)
+    whole: int = getattr(getattr(recipe, "whole", recipe), "rank", sys.maxsize)
+    return whole
 
 
 @dataclass(frozen=True)
@@ -196,7 +222,9 @@ def whole(name: str, shape: tuple[int, int], deltas: Sequence[WeightDelta], plac
     parts = tuple(
         Part(delta.recipe, place) for delta, place in zip(deltas, places, strict=True) if delta.recipe and place
     )
-    return _made(name, Joined(parts, shape), sum(delta.max_rank for delta in deltas))
+    joined = Joined(parts, shape)
+    width = sum(delta.max_rank for delta in deltas)
+    return _made(name, joined, min(width, _rank_of(parts[0].recipe)) if joined.shared else width)
 
 
 def weighted(name: str, updates: Sequence[tuple[float, WeightDelta]]) -> WeightDelta:

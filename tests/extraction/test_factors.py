@@ -35,3 +35,12 @@ def test_both_factors_have_the_same_norm_triplet_by_triplet():
 def test_factors_that_overflow_are_refused():
     with pytest.raises(SelectionError, match="overflow in float16: store them in bfloat16 or float32"):
         balanced(some(scale=1e12), 2, "float16")
+
+
+def test_where_triplets_are_missing_the_factors_are_zero():
+    few = Spectrum("a", (3, 2), S=[2.0, 0.0], U=np.eye(3)[:, :2], Vh=np.eye(2))
+    factors = balanced(few, 2)
+    assert factors.B[:, 1].abs().sum() == factors.A[1].abs().sum() == 0
+    none = balanced(Spectrum("a", (3, 2), "unchanged", S=[0.0, 0.0]), 2)
+    assert none.B.shape == (3, 2)
+    assert not none.B.any()

@@ -93,3 +93,10 @@ def test_a_dry_run_writes_nothing_and_has_the_same_numbers(tmp_path, source):
     wet = spectra.extract(source, tmp_path / "out", energy=0.7)
     columns = ["name", "rank", "relative_error", "parameters", "clamped"]
     assert dry[columns].equals(wet[columns])
+
+
+def test_the_folder_may_be_where_one_is(tmp_path, source, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    spectra.extract(source, ".", rank=1)
+    assert names(tmp_path / "here") == ["adapter_config.json", "adapter_model.safetensors"]

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from support.extracted import assert_close, make_pair, truncated
 from support.peft_oracle import Convolutions
 from support.peft_oracle import tiny_model as plain
@@ -146,3 +147,29 @@ def test_what_was_resized_is_carried_as_far_as_both_have_it(tmp_path):
     got = merged.state_dict()["model.embed_tokens.weight"].detach().double() - pair_before
     update = large.state_dict()["model.embed_tokens.weight"].detach().double()[:40] - pair_before
     assert_close(got, truncated(update, 3))
+
+
+def test_a_tied_head_follows_the_embedding_once_merged_and_the_row_says_so(tmp_path):
+    pair = make_pair(tmp_path, MODELS["gpt2"])
+    table = spectra.extract(spectra.open_source(pair.tuned, pair.base), tmp_path / "out", rank=3)
+    merged = pair.merged(tmp_path / "out")
+    assert torch.equal(merged["lm_head.weight"], merged["transformer.wte.weight"])
+    notes = table.set_index("name").note
+    assert "once the adapter is merged" in notes["transformer.wte.weight"]
+    assert notes["transformer.wpe.weight"] == ""
+
+
+def test_experts_alone_where_one_of_them_did_not_change(tmp_path):
+    pair = make_pair(tmp_path, MODELS["mixtral"])
+    before, after = (load_file(folder / "model.safetensors") for folder in (pair.base, pair.tuned))
+    same = {name: tensor for name, tensor in before.items() if "experts.1." in name}
+    save_file(after | same, pair.tuned / "model.safetensors", {"format": "pt"})
+    source = spectra.open_source(pair.tuned, pair.base).select("re:experts")
+    table = spectra.extract(source, tmp_path / "out", rank=3)
+    assert set(table["parameters"] / table["rank"]) == {3 * (16 + 2 * 24), 3 * (16 + 24)}
+    merged = pair.merged(tmp_path / "out")
+    assert len(merged) == len(table) == 4
+    for name, delta in merged.items():
+        update = pair.update(name)
+        update[1] = 0
+        assert_close(delta, truncated(update, 3))
