@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spectra.errors import SelectionError
+from spectra.extraction.budget import best_ranks, in_turn
 from spectra.metrics.rank import rank_at
 from spectra.spectrum import DONE, Spectrum
 
@@ -95,7 +96,7 @@ def choose(rule: Rule, spectra: Sequence[Spectrum], *, stored: bool = False) -> 
     done = [spectrum for spectrum in spectra if spectrum.status in DONE]
     most = [min(spectrum.rank, spectrum.k) if stored else spectrum.rank for spectrum in done]
     if rule.parameters is not None:
-        wanted = within_budget(done, rule.parameters, most)
+        wanted = _within_budget(done, rule.parameters, most)
     else:
         wanted = [_wanted(rule, spectrum) for spectrum in done]
     return [_choice(rule, *each) for each in zip(done, wanted, most, strict=True)]
@@ -161,17 +162,8 @@ def total_error(choices: Iterable[Choice]) -> float:
     return math.hypot(*(row.relative_error * row.norm for row in rows)) / norm if norm else 0.0
 
 
-def within_budget(spectra: Sequence[Spectrum], budget: int, most: Sequence[int]) -> list[int]:
-    r"""Ranks r_j that minimise Σ_j Σ_{i>r_j} σ_{ji}² subject to Σ_j r_j·(m_j + n_j) ≤ budget.
-
-    One more triplet of matrix j takes σ²/(m_j + n_j) per parameter off the sum. Each matrix' σ descend, so taking
-    the largest of all in turn never needs a triplet before the one in front of it, and is optimal up to the last
-    step; what the last step leaves of the budget goes to the triplets that still fit.
-
-    Args:
-        spectra: the matrices.
-        budget: how many entries all factors may have.
-        most: the largest rank of each.
+def _within_budget(spectra: Sequence[Spectrum], budget: int, most: Sequence[int]) -> list[int]:
+    """Ranks that lose least, the largest rank of each matrix given.
 
     Raises:
         SelectionError: not even one triplet fits.
@@ -184,36 +176,7 @@ def within_budget(spectra: Sequence[Spectrum], budget: int, most: Sequence[int])
         raise SelectionError(
             f"a budget of {budget:,} parameters is too small for one rank: {name} takes {cost:,} a rank, the fewest"
         )
-    ranks = _greedy(gains, costs, budget)
-    left = budget - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
-    while True:
-        fitting = [
-            (gain[rank] / cost, -place)
-            for place, (gain, rank, cost) in enumerate(zip(gains, ranks, costs, strict=True))
-            if rank < len(gain) and cost <= left
-        ]
-        if not fitting:
-            return ranks
-        place = -max(fitting)[1]
-        ranks[place] += 1
-        left -= costs[place]
-
-
-def _greedy(gains: Sequence[np.ndarray], costs: Sequence[int], budget: int) -> list[int]:
-    """How many triplets each matrix has among the best per parameter, up to the first that does not fit."""
-    owners, spent, _ = _in_turn(gains, costs)
-    taken = owners[: np.searchsorted(spent, budget, side="right")]
-    counts: list[int] = np.bincount(taken, minlength=len(gains)).tolist()
-    return counts
-
-
-def _in_turn(gains: Sequence[np.ndarray], costs: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All triplets, the best per parameter first: whose each is, and what it and those before it cost and keep."""
-    owners = np.repeat(np.arange(len(gains)), [len(gain) for gain in gains])
-    energies = np.concatenate([*gains, np.zeros(0)])
-    prices = np.asarray(costs, dtype=np.int64)[owners]
-    order = np.argsort(-energies / prices, kind="stable")
-    return owners[order], np.cumsum(prices[order]), np.cumsum(energies[order])
+    return best_ranks(gains, costs, budget)
 
 
 @dataclass(frozen=True)
@@ -239,7 +202,7 @@ def kept_by_budget(spectra: Iterable[Spectrum]) -> KeptEnergy:
     """
     changed = _changed(spectra)
     total = sum((spectrum.norm or 0.0) ** 2 for spectrum in changed)
-    _, spent, kept = _in_turn([np.square(s.resolved) for s in changed], [sum(s.shape) for s in changed])
+    _, spent, kept = in_turn([np.square(s.resolved) for s in changed], [sum(s.shape) for s in changed])
     return KeptEnergy(spent, kept / total)
 
 

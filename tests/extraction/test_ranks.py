@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import spectra
 from spectra.errors import SelectionError, TruncatedSpectrumError
+from spectra.extraction.budget import best_ranks
 from spectra.extraction.ranks import (
     Rule,
     choose,
@@ -19,7 +21,6 @@ from spectra.extraction.ranks import (
     kept_by_uniform_rank,
     relative_error,
     total_error,
-    within_budget,
 )
 from spectra.spectrum import Spectrum
 
@@ -50,33 +51,26 @@ def best_by_trying_all(spectra_, budget):
 
 
 @given(several(), st.integers(1, 400))
-def test_a_budget_is_kept_and_no_allocation_is_better_by_more_than_the_last_step(found, budget):
-    most = [len(s.S) for s in found]
+def test_a_budget_is_kept_and_no_allocation_is_better(found, budget):
     if budget < min(sum(s.shape) for s in found):
         with pytest.raises(SelectionError, match="too small for one rank"):
-            within_budget(found, budget, most)
+            choose(Rule(parameters=budget), found)
         return
-    ranks = within_budget(found, budget, most)
+    ranks = [choice.rank for choice in choose(Rule(parameters=budget), found)]
     assert cost(found, ranks) <= budget
-    left = [s.S[r] ** 2 for s, r in zip(found, ranks, strict=True) if r < len(s.S)]
-    assert lost(found, ranks) <= best_by_trying_all(found, budget) + max(left, default=0) * (1 + 1e-9)
-
-
-@given(st.lists(values, min_size=1, max_size=4), sizes, st.integers(0, 12))
-def test_among_matrices_of_equal_cost_the_allocation_is_the_best_there_is(spectra_, shape, steps):
-    found = [spectrum(str(i), shape, S) for i, S in enumerate(spectra_)]
-    budget = (steps + 1) * sum(shape)
-    ranks = within_budget(found, budget, [len(s.S) for s in found])
     assert lost(found, ranks) == pytest.approx(best_by_trying_all(found, budget), abs=1e-9)
 
 
-@given(several(), st.integers(30, 400))
-def test_nothing_that_still_fits_is_left_out(found, budget):
-    if budget < min(sum(s.shape) for s in found):
-        return
-    ranks = within_budget(found, budget, [len(s.S) for s in found])
+@given(several(), st.integers(60, 400))
+def test_in_turn_is_optimal_up_to_the_last_step_and_leaves_nothing_that_fits(found, budget):
+    gains, costs = [np.square(s.S) for s in found], [sum(s.shape) for s in found]
+    with mock.patch("spectra.extraction.budget._MOST_WORK", 0):
+        ranks = best_ranks(gains, costs, budget)
     left = budget - cost(found, ranks)
-    assert all(sum(s.shape) > left for s, r in zip(found, ranks, strict=True) if r < len(s.S))
+    following = [gain[r] for gain, r in zip(gains, ranks, strict=True) if r < len(gain)]
+    assert lost(found, ranks) <= best_by_trying_all(found, budget) + max(following, default=0) * (1 + 1e-9)
+    assert left >= 0
+    assert all(size > left for size, gain, r in zip(costs, gains, ranks, strict=True) if r < len(gain))
 
 
 @given(values, st.floats(0.01, 1))
