@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spectra import naming, text
 from spectra.deltas.source import Source
@@ -13,8 +13,10 @@ from spectra.errors import BaseRequiredError
 from spectra.files import hub
 from spectra.files.folder import Folder
 from spectra.models.opening import open_model
-from spectra.results.tables import Row
 from spectra.sources import format_of, source_of
+
+if TYPE_CHECKING:
+    from spectra.results.tables import Row  # its file imports every metric: a header-only look must not wait for them
 
 
 @dataclass(frozen=True, eq=False)
