@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     BrokenExecutor,
@@ -29,41 +29,6 @@ from spectra.spectrum import Spectrum
 _PER_WORKER = 2  # tasks in flight per worker of another process: one at work, one waiting
 
 
-def decompose(
-    source: Iterable[WeightDelta],
-    *,
-    top: int | None = None,
-    only_top: bool = False,
-    device: str = "auto",
-    executor: Executor | None = None,
-    memory_budget: int | str | None = None,
-) -> Iterator[Spectrum]:
-    """The singular spectrum of every delta, each as soon as it is finished: not in the input's order.
-
-    Args:
-        source: a `Source` or any deltas.
-        top: None for singular values only; K for all values and the top K vectors.
-        only_top: the top K values and vectors alone.
-        device: "auto", "cpu", "cuda" or "cuda:i".
-        executor: where to run; None for this process. Deltas travel to it as recipes.
-        memory_budget: bytes or "4GiB" for all matrices at work together; None for half of what is free.
-
-    Raises:
-        SelectionError: top is not positive, or only_top without top.
-        DeviceError: the device is not there.
-
-    Example:
-        >>> import torch
-        >>> delta = WeightDelta.from_tensor("a.weight", torch.diag(torch.tensor([3.0, 4.0])))
-        >>> [spectrum.S.tolist() for spectrum in decompose([delta])]
-        [[4.0, 3.0]]
-    """
-    for _, spectrum in decompose_indexed(
-        list(source), top=top, only_top=only_top, device=device, executor=executor, budget=memory_budget
-    ):
-        yield spectrum
-
-
 def decompose_indexed(
     deltas: Sequence[WeightDelta],
     *,
@@ -74,10 +39,20 @@ def decompose_indexed(
     budget: int | str | None = None,
     threads: int | None = None,
 ) -> Iterator[tuple[int, Spectrum]]:
-    """As `decompose`, with each spectrum's position in the input.
+    """Each delta's position in the input and its spectrum, as soon as it is finished: not in the input's order.
 
-    `threads` sets how many threads each matrix gets on this machine's CPU; the other cores take other
-    matrices. None: what `threads_for` finds best. The last bits of a result can depend on it.
+    Deltas travel to an `executor` as recipes; without one they are solved in this process.
+
+    Args:
+        top: None for singular values only; K for all values and the top K vectors.
+        only_top: the top K values and vectors alone.
+        budget: bytes or "4GiB" for all matrices at work together; None for half of what is free.
+        threads: how many each matrix gets on this machine's CPU; the other cores take other matrices. None: what
+            `threads_for` finds best. The last bits of a result can depend on it.
+
+    Raises:
+        SelectionError: top is not positive, or only_top without top.
+        DeviceError: the device is not there.
     """
     if top is not None and top < 1:
         raise SelectionError(f"top = {top} is not a positive number of vectors; leave it out for values only")

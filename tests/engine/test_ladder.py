@@ -9,10 +9,11 @@ import pytest
 import torch
 from support.spectra_kinds import matrix_of, oracle
 
+from spectra import decompose
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense
 from spectra.engine import check
-from spectra.engine.decompose import decompose, decompose_indexed
+from spectra.engine.decompose import decompose_indexed
 from spectra.engine.solve import out_of_memory, solve
 from spectra.engine.solvers import dense, factored
 

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spectra import decompose
 from spectra.deltas.delta import WeightDelta
 from spectra.engine.costs import flops, needed
-from spectra.engine.decompose import decompose
 from spectra.engine.memory import readable_size
 from spectra.engine.schedule import Plan, Task, batches, plan, side_by_side
 

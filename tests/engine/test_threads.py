@@ -12,7 +12,7 @@ import torch
 from support.spectra_kinds import matrix_of
 
 from spectra.deltas.delta import WeightDelta
-from spectra.engine.decompose import decompose, decompose_indexed, threads_for
+from spectra.engine.decompose import decompose_indexed, threads_for
 from spectra.engine.executors.threads import thread_executor
 
 
@@ -50,7 +50,7 @@ def _after_work():
 
 @pytest.mark.usefixtures("three_threads")
 def test_an_abandoned_run_leaves_the_settings_alone():
-    stream = decompose([WeightDelta.from_tensor(str(i), torch.eye(20)) for i in range(6)], device="cpu")
+    stream = decompose_indexed([WeightDelta.from_tensor(str(i), torch.eye(20)) for i in range(6)], device="cpu")
     next(stream)
     assert torch.get_num_threads() == 3
     stream.close()
