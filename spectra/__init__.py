@@ -32,8 +32,10 @@ _HOMES = {
     "spectra.metrics.interference": ("INTERFERENCE",),
     "spectra.metrics.similarity": ("SubspaceSimilarity", "chance_level", "principal_angles", "subspace_similarity"),
     "spectra.plots": (
+        "depth_figure",
         "draw_results",
         "histogram_figure",
+        "plot_depth",
         "plot_histogram",
         "plot_kept_energy",
         "plot_similarity",
@@ -72,8 +74,10 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.metrics.similarity import chance_level as chance_level
     from spectra.metrics.similarity import principal_angles as principal_angles
     from spectra.metrics.similarity import subspace_similarity as subspace_similarity
+    from spectra.plots import depth_figure as depth_figure
     from spectra.plots import draw_results as draw_results
     from spectra.plots import histogram_figure as histogram_figure
+    from spectra.plots import plot_depth as plot_depth
     from spectra.plots import plot_histogram as plot_histogram
     from spectra.plots import plot_kept_energy as plot_kept_energy
     from spectra.plots import plot_similarity as plot_similarity

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spectra.errors import SelectionError, StoreError
 from spectra.metrics.similarity import SubspaceSimilarity
+from spectra.plots.depth import DepthGrid, Kind, depth_grid, depth_table, draw_grid, finding, put_title, value_range
 from spectra.plots.histogram import BINS, BinnedPanel, bin_pooled, draw_binned, pool_curves
 from spectra.plots.similarity import add_colorbar, heading, plot_similarity
 from spectra.plots.style import look
@@ -118,6 +119,63 @@ def similarity_figure(
         if title:
             figure.suptitle(title, wrap=True)
     return figure
+
+
+def depth_figure(runs: Any, metrics: Sequence[str] = (), *, kind: Kind = "heatmap", title: str = "") -> Figure:
+    """Metrics over layer × role: for one run a panel each, for several a column per run and a row per metric.
+
+    Runs share their rows, their columns and the scale of each metric.
+
+    Args:
+        runs: what `plot_depth` takes, or label → what it takes.
+        metrics: names of METRICS or columns; () for how large the update is (‖ΔW‖_F/‖W₀‖_F, or ‖ΔW‖_F where the base
+            was not read) and for its stable rank.
+        kind: as for `plot_depth`.
+        title: above all panels.
+
+    Raises:
+        SelectionError: as for `plot_depth`.
+    """
+    return draw_depths(depth_grids(runs, metrics), kind=kind, title=title)
+
+
+def draw_depths(grids: Mapping[tuple[str, str], DepthGrid], *, kind: Kind = "heatmap", title: str = "") -> Figure:
+    """Draw the grids of `depth_grids`."""
+    from spectra.plots.canvas import ShownFigure
+
+    labels, metrics = ([*dict.fromkeys(key[place] for key in grids)] for place in (0, 1))
+    one_run = len(labels) == 1
+    size = next(iter(grids.values()))
+    width = 2.4 + min(max(0.24 * len(size.places), 2.4), 9.0) + (1.2 if kind == "lines" else 0)
+    height = 1.3 + max(0.26 * len(size.rows), 1.2)
+    rows, columns = (1, len(metrics)) if one_run else (len(metrics), len(labels))
+    with look():
+        figure = ShownFigure(figsize=(width * columns, height * rows + (0.3 if title else 0)), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+        for place, metric in enumerate(metrics):
+            limits = value_range([grids[label, metric] for label in labels])
+            for column, label in enumerate(labels):
+                ax, grid = axes.T[place, 0] if one_run else axes[place, column], grids[label, metric]
+                last, characters = column == len(labels) - 1, int(9 * width)
+                draw_grid(grid, ax, kind=kind, limits=limits, colorbar=last or one_run, width=characters)
+                above = finding(grid) if one_run else f"{label}\n{finding(grid)}"
+                put_title(grid, ax, above, characters, fontsize=9)
+        if title:
+            figure.suptitle(title, wrap=True)
+    return figure
+
+
+def depth_grids(runs: Any, metrics: Sequence[str] = ()) -> dict[tuple[str, str], DepthGrid]:
+    """(run's label, metric) → the numbers of `depth_figure`, all with the same rows and columns."""
+    labelled: Mapping[str, Any] = runs if isinstance(runs, Mapping) else {"": runs}
+    read = {label: depth_table(run, metrics) for label, run in labelled.items()}
+    names = list(dict.fromkeys(row["name"] for rows in read.values() for row in rows))
+    chosen = metrics or ["relative_norm" if _has(read.values(), "relative_norm") else "norm", "stable_rank"]
+    return {(label, metric): depth_grid(rows, metric, like=names) for metric in chosen for label, rows in read.items()}
+
+
+def _has(tables: Iterable[Sequence[Mapping[str, Any]]], metric: str) -> bool:
+    return any(row.get(metric, math.nan) == row.get(metric, math.nan) for rows in tables for row in rows)
 
 
 def _titled(

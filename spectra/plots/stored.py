@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 from spectra import naming
 from spectra.errors import SelectionError, StoreError
 from spectra.metrics.similarity import SIDES
-from spectra.plots.figures import CLOSE_UP, draw_panels, histogram_panels, save_figure, similarity_figure
+from spectra.plots.figures import (
+    CLOSE_UP,
+    depth_grids,
+    draw_depths,
+    draw_panels,
+    histogram_panels,
+    save_figure,
+    similarity_figure,
+)
 from spectra.plots.grouping import Comparison, curves_by_role, panels_by_role
 from spectra.plots.histogram import BINS
 from spectra.plots.similarity import grid_rows
@@ -54,6 +62,7 @@ def draw_results(
     """Draw whatever the directories hold; nothing is computed again.
 
     Of one directory of spectra: a histogram with a curve per role. Of several: a curve each, on shared bins.
+    Beside it the size and the stable rank of the update over layer × role, a column per directory.
     Of comparisons: the heatmaps, a panel per directory, role and side. The numbers behind each figure go into a
     csv file beside it.
 
@@ -98,6 +107,7 @@ def draw_results(
             files += _draw_histogram(curves, target, title, bins, close_up)
         except SelectionError as problem:
             notes.append(f"no histogram: {problem}")
+        files += _draw_depth(runs, target, title)
     return Drawn(tuple(files), tuple(notes))
 
 
@@ -177,6 +187,15 @@ def _draw_histogram(
     panels = histogram_panels(curves, bins=bins, close_up=close_up)
     numbers = [row for panel in panels for row in panel.rows()]
     return _keep(draw_panels(panels, title=title), target / "histogram", numbers, target / "histogram.csv")
+
+
+def _draw_depth(runs: Mapping[str, Spectra], target: Path, title: str) -> list[Path]:
+    """The size and the stable rank over depth; nothing where all matrices lie in one layer."""
+    grids = depth_grids(runs)
+    if all(len(grid.places) < 2 or not grid.numbers.any() for grid in grids.values()):
+        return []
+    numbers = [{"run": label, **cell} for (label, _), grid in grids.items() for cell in grid.cells()]
+    return _keep(draw_depths(grids, title=title), target / "depth", numbers, target / "depth.csv")
 
 
 def _draw_similarity(comparisons: Sequence[Comparison], target: Path, title: str, named: bool) -> list[Path]:

@@ -276,7 +276,8 @@ AXES_LEVEL = [getattr(plots, name) for name in plots.__all__ if name.startswith(
 def test_every_plot_takes_data_first_the_rest_by_keyword_and_ax(plot):
     parameters = list(inspect.signature(plot).parameters.values())
     assert parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in parameters[1:])
+    data = 2 if parameters[1].name == "metric" else 1  # what of the data is drawn may be said beside it
+    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in parameters[data:])
     assert inspect.signature(plot).parameters["ax"].default is None
 
 
