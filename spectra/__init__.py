@@ -41,6 +41,7 @@ _HOMES = {
         "plot_similarity",
         "similarity_figure",
     ),
+    "spectra.report": ("write_report",),
     "spectra.results.alignment": ("alignment",),
     "spectra.results.collection": ("Spectra", "load", "save"),
     "spectra.results.inspection": ("Inspection", "inspect"),
@@ -82,6 +83,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.plots import plot_kept_energy as plot_kept_energy
     from spectra.plots import plot_similarity as plot_similarity
     from spectra.plots import similarity_figure as similarity_figure
+    from spectra.report import write_report as write_report
     from spectra.results.alignment import alignment as alignment
     from spectra.results.collection import Spectra as Spectra
     from spectra.results.collection import load as load

@@ -20,6 +20,7 @@ _COMMANDS = {
     "inspect": "spectra.cli.inspect",
     "verify": "spectra.cli.verify",
     "plot": "spectra.cli.plot",
+    "report": "spectra.cli.page",
     "reproduce": "spectra.cli.reproduce",
 }
 
@@ -60,5 +61,6 @@ def main() -> None:
       spectra verify --base B --adapter A --merged M              is the adapter in the merged model?
       spectra interference a/ b/ c/                               what adding them up does to each
       spectra plot results/                                       redraw stored results
+      spectra report results/ --out page.html                     one page about them, to look at and to send
       spectra reproduce                                           the papers' experiment, end to end
     """

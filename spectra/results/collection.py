@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, overload
@@ -113,6 +114,16 @@ class Spectra(Sequence[Spectrum]):
     def to_frame(self, *, by: tables.By = "matrix") -> pd.DataFrame:
         """The DataFrame of `summarize`, which needs no vectors."""
         return tables.summarize(self.without_vectors(), by=by)
+
+    def report(self, path: str | Path) -> None:
+        """Write the HTML page of `write_report` about this run.
+
+        Raises:
+            StoreError: it cannot be written.
+            MissingExtraError: Jinja2 is not installed.
+        """
+        # By its public name, looked up when it is called: results themselves know nothing of pages.
+        importlib.import_module("spectra").write_report(self, path)
 
     @property
     def _place(self) -> str:
