@@ -19,7 +19,7 @@ _LONGEST = 400  # characters of a cell; a name in a file can be as long as its a
 _ROWS = 24  # of a table that groups
 _ROLES = 8  # on one line
 _LINES = 5  # warnings and notes
-_WHOLE = 1e7  # below which whole numbers are written in full
+_WHOLE = 1e9  # below which whole numbers are written in full
 _UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})  # controls, formats (bidi), surrogates, private, separators
 
 
@@ -89,8 +89,8 @@ def visible(name: str) -> str:
 def figure(value: object) -> str:
     """A number to four digits, a whole one in full; a dash where there is none.
 
-    >>> figure(0.0123456), figure(93.0), figure(1234567), figure(None), figure(float("nan"))
-    ('0.01235', '93', '1,234,567', '–', '–')
+    >>> figure(0.0123456), figure(93.0), figure(90868376), figure(None), figure(float("nan"))
+    ('0.01235', '93', '90,868,376', '–', '–')
     """
     if not isinstance(value, int | float):
         return "–" if value is None else str(value)

@@ -89,6 +89,11 @@ class Run:
         return listed + sorted({row["note"] for row in self.rows if row["note"]})
 
     @property
+    def is_covered(self) -> bool:
+        """Whether it is recorded what was left out."""
+        return "coverage" in self.record
+
+    @property
     def not_used(self) -> list[dict[str, Any]]:
         """Which tensors have no row, by reason: what they are, why, how many, and the first names."""
         told = []
@@ -105,7 +110,7 @@ class Run:
 
 def _command(record: Mapping[str, Any]) -> list[Any]:
     """The command without the place of the program."""
-    command = record.get("command") or []
+    command = [part for part in record.get("command") or [] if part != ""]
     is_ours = bool(command) and Path(str(command[0])).name in ("spectra", "__main__.py")
     return ["spectra", *command[1:]] if is_ours else list(command)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, overload
 from spectra import naming, text
 from spectra.errors import SelectionError, StoreError
 from spectra.results import tables
+from spectra.results.findings import findings
 from spectra.results.store import Store, loaded_vectors
 from spectra.spectrum import Spectrum
 from spectra.text import Row
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _SHOWN = 12  # rows in a notebook; on disk each costs opening a file
+_READ = 300  # matrices of which a notebook shows what they say, too
 
 
 class Spectra(Sequence[Spectrum]):
@@ -140,7 +142,21 @@ class Spectra(Sequence[Spectrum]):
             rows.append((f"… and {len(self) - _SHOWN:,} more; to_frame() shows all", *[""] * 6))
         columns = ("name", "status", "shape", "‖ΔW‖_F", "rank ≤", "values", "vectors")
         where = f" in {self.directory}" if self.directory else ""
-        return text.page(f"Spectra: {text.matrices(len(self))}{where}", {}, columns, rows)
+        return text.page(f"Spectra: {text.matrices(len(self))}{where}", {}, columns, rows, self._findings())
+
+    def _findings(self) -> list[str]:
+        """What the numbers say, and how to see all of it; nothing where reading them takes too long, or fails."""
+        if not 0 < len(self) <= _READ:
+            return []
+        try:
+            held = list(self.without_vectors())
+        except StoreError:
+            return []  # the table says which
+        norms = {spectrum.name: spectrum.base_norm for spectrum in held if spectrum.base_norm}
+        return [
+            *findings([tables.row(spectrum) for spectrum in held], norms),
+            'Pictures and all numbers: .report("page.html")',
+        ]
 
 
 class _Holder(Protocol):

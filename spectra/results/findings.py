@@ -15,6 +15,7 @@ from spectra.results.tables import Row
 from spectra.spectrum import DONE
 
 HALF = 0.5  # of the energy, in the top 8 directions
+_EQUAL = 1 + 1e-6  # times a number: what is not above it is the same but for rounding
 _FEW = 0.01  # of a matrix' entries: fewer that are equal in both files are not worth a sentence
 
 
@@ -196,8 +197,12 @@ def _ordered(changed: Mapping[str, Mapping[str, Row]], shared: Sequence[str], me
         return ""
     medians = {label: float(np.median([lines[name][metric] for name in usable])) for label, lines in changed.items()}
     most, *others = sorted(medians, key=lambda label: -medians[label])
-    above = sum(changed[most][name][metric] > max(changed[label][name][metric] for label in others) for name in usable)
     listed = ", ".join(f"{label} {_number(medians[label])}" for label in (most, *others))
+    numbers = [[lines[name][metric] for lines in changed.values()] for name in usable]
+    if all(max(beside) <= _EQUAL * min(beside) for beside in numbers):
+        return f"Median of {words}: {listed}; the runs have the same in each of {text.matrices(len(usable))}."
+    rivals = {name: max(changed[label][name][metric] for label in others) for name in usable}
+    above = sum(changed[most][name][metric] > _EQUAL * rivals[name] for name in usable)
     return f"Median of {words}: {listed}; {most} has the largest in {above:,} of {text.matrices(len(usable))}."
 
 

@@ -12,6 +12,7 @@ from support.report_numbers import ordered
 
 import spectra
 from spectra import text
+from spectra.spectrum import Spectrum
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt install chromium)")
@@ -171,7 +172,9 @@ def test_a_strangers_names_do_nothing(hostile, show):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 820, 1440])
 def test_no_width_needs_sideways_scrolling_of_the_page(runs, show, width, scheme):
-    page = show([runs / "first", runs / "second", runs / "same"], width=width, scheme=scheme)
+    deep = [Spectrum(f"h.{i}.attn.c_proj.weight", (2, 2), S=[1.0 + i, 0.5]) for i in range(48)]
+    spectra.save(deep, runs / "deep")
+    page = show([runs / "first", runs / "deep", runs / "same"], width=width, scheme=scheme)
     page.locator(".open").first.click()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")

@@ -87,6 +87,10 @@ def test_runs_are_compared_over_what_they_share():
     assert sentences[0].startswith("1 matrix changed in all 2 runs")
     assert "Median of ‖ΔW‖_F: b 8, a 2.828; b has the largest in 1 of 1 matrix." in sentences[1]
     assert compared_findings({"a": first}) == []
+    nearly = [row(matrix(V, [2.0, 2.0 + 1e-12])), row(matrix(Q, [1.0]))]
+    assert all(
+        "have the same in each of 2 matrices" in said for said in compared_findings({"a": first, "b": nearly})[1:]
+    )
     assert "nothing is shared" in compared_findings({"a": first[:1], "b": first[1:]})[0]
 
 

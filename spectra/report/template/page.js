@@ -14,7 +14,7 @@ function element(tag, options = {}, children = []) {
 function figure(value) {
   if (value === null || value === undefined || value === "") return "–";
   if (typeof value !== "number") return String(value);
-  if (Number.isInteger(value) && Math.abs(value) < 1e7) return value.toLocaleString("en-US");
+  if (Number.isInteger(value) && Math.abs(value) < 1e9) return value.toLocaleString("en-US");
   const [mantissa, exponent] = value.toExponential(3).split("e");
   const power = Number(exponent);
   const trimmed = (text) => (text.includes(".") ? text.replace(/\.?0+$/, "") : text);
