@@ -80,6 +80,8 @@ def visible(name: str) -> str:
     >>> visible("a\u202eb\x00.weight"), visible("ΔW é 層")
     ('a\\u202eb\\x00.weight', 'ΔW é 層')
     """
+    if name.isascii() and name.isprintable():
+        return name
     return "".join(
         character.encode("unicode_escape").decode() if unicodedata.category(character) in _UNSEEN else character
         for character in name

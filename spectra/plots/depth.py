@@ -256,7 +256,8 @@ def finding(grid: DepthGrid) -> str:
     """
     shown = grid.metric.replace("_", " ")
     known = {name: value for name, value in grid.by_name.items() if math.isfinite(value)}
-    known = {name: value for name, value in known.items() if place_of(name) in grid.places}
+    places = set(grid.places)
+    known = {name: value for name, value in known.items() if place_of(name) in places}
     if not known:
         return f"{shown}: no matrix has a number"
     largest = max(known, key=lambda name: known[name])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from spectra import naming
@@ -22,6 +23,7 @@ _CROSS = frozenset({
     "attn2", "EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "cross_attention", "multihead_attn",
 })  # fmt: skip
 _ROUTERS = frozenset({"gate", "router", "router.layer"})
+_KNOWN = 2**16  # names whose place is kept: a picture asks for each many times
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 _JOINT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -54,6 +56,7 @@ class Place:
 OUTSIDE = Place("", ())
 
 
+@lru_cache(_KNOWN)
 def place_of(name: str) -> Place:
     """The layer that a weight belongs to, with the stack of layers that it is of.
 
@@ -76,6 +79,7 @@ def place_of(name: str) -> Place:
     return Place(".".join(stack), tuple(index))
 
 
+@lru_cache(_KNOWN)
 def row_of(name: str) -> str:
     """What a weight does in its layer: its role, told apart from those of cross-attention and of experts.
 

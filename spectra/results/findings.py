@@ -16,6 +16,7 @@ from spectra.spectrum import DONE
 
 HALF = 0.5  # of the energy, in the top 8 directions
 _EQUAL = 1 + 1e-6  # times a number: what is not above it is the same but for rounding
+_MANY = 9.995  # from which on a percentage has more than three digits
 _FEW = 0.01  # of a matrix' entries: fewer that are equal in both files are not worth a sentence
 
 
@@ -118,9 +119,9 @@ def _form(changed: Sequence[Row]) -> str:
     low = [row for row in changed if row["out"] and row["max_rank"] < min(row["out"], row["in"])]
     if not low:
         return ""
-    ranks = text.number_range([row["max_rank"] for row in low])
+    most = max(row["max_rank"] for row in low)
     return (
-        f"{len(low):,} of {len(changed):,} updates are of low rank by their form, an adapter's: rank ≤ {ranks}, less "
+        f"{len(low):,} of {len(changed):,} updates are of low rank by their form, an adapter's: rank ≤ {most:,}, less "
         "than the smaller side of the matrix."
     )
 
@@ -238,4 +239,4 @@ def _median_percent(shares: Sequence[float]) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+    return f"{100 * share:.3g} %" if share < _MANY else f"{100 * share:,.0f} %"
