@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CLOSE_UP = 0.05
 _COLUMNS = 3
+_ROW = 0.42  # inches of a curve's row
 _LEGEND_WIDTH = 72  # characters that fit twice beside each other
 _PANEL = 3.0  # inches: three in a row are legible across a printed page
 _WIDTH = 38  # characters over such a panel
@@ -35,8 +36,8 @@ def histogram_figure(
 ) -> Figure:
     """The −ln σ histogram, whole and close-up side by side, one legend below.
 
-    The left panel compares shapes (percent of each curve), the right one counts the largest values
-    per matrix, where updates of different rank compete for the same place.
+    The left panel compares shapes, a row per curve (percent of its values): a bell, or a spike. The right one says
+    how many values per matrix are at least as large as σ: the few strong directions of a spike come before the rest.
 
     Args:
         spectra: updates to pool, or label → updates for one curve each.
@@ -54,22 +55,23 @@ def histogram_panels(
 ) -> tuple[BinnedPanel, BinnedPanel]:
     """The numbers of `histogram_figure`: its whole panel and its close-up, ready for `draw_panels`."""
     pooled = pool_curves(spectra)
-    near = bin_pooled(pooled, bins=bins // 2, close_up=close_up, stat="per_matrix")
+    near = bin_pooled(pooled, bins=bins // 2, close_up=close_up, stat="at_least")
     return bin_pooled(pooled, bins=bins), near
 
 
 def draw_panels(panels: Sequence[BinnedPanel], *, title: str = "") -> Figure:
-    """Panels of histograms side by side, with the first one's legend below."""
+    """Panels of histograms side by side, with the last one's legend below."""
     from spectra.plots.canvas import ShownFigure
 
     with look():
-        figure = ShownFigure(figsize=(5.0 * len(panels), 4.4), layout="constrained")
+        height = 3.2 + _ROW * max(len(panels[0].curves), 2)
+        figure = ShownFigure(figsize=(5.4 * len(panels), height), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for panel, ax in zip(panels, axes, strict=True):
             draw_binned(panel, ax)
         if title:
             figure.suptitle(title, wrap=True)
-        handles, labels = axes[0].get_legend_handles_labels()
+        handles, labels = axes[-1].get_legend_handles_labels()
         one_column = len(panels[0].curves) <= _COLUMNS or max(map(len, labels)) > _LEGEND_WIDTH
         figure.legend(handles, labels, loc="outside lower center", ncols=1 if one_column else 2, fontsize=9)
     return figure
