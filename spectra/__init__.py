@@ -38,6 +38,7 @@ _HOMES = {
         "plot_depth",
         "plot_histogram",
         "plot_kept_energy",
+        "plot_scree",
         "plot_similarity",
         "similarity_figure",
     ),
@@ -81,6 +82,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.plots import plot_depth as plot_depth
     from spectra.plots import plot_histogram as plot_histogram
     from spectra.plots import plot_kept_energy as plot_kept_energy
+    from spectra.plots import plot_scree as plot_scree
     from spectra.plots import plot_similarity as plot_similarity
     from spectra.plots import similarity_figure as similarity_figure
     from spectra.report import write_report as write_report

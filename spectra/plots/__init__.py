@@ -14,6 +14,7 @@ from spectra.plots.figures import (
 from spectra.plots.grouping import Comparison, curves_by_role, panels_by_role
 from spectra.plots.histogram import plot_histogram
 from spectra.plots.ranks import plot_kept_energy
+from spectra.plots.scree import plot_scree
 from spectra.plots.similarity import grid_rows, plot_similarity
 from spectra.plots.stored import Drawn, draw_results
 
@@ -33,6 +34,7 @@ __all__ = [
     "plot_depth",
     "plot_histogram",
     "plot_kept_energy",
+    "plot_scree",
     "plot_similarity",
     "save_figure",
     "similarity_figure",
