@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BINS = 100
 _ROOM = 1.08  # height of a row, by that of the tallest bar
 _BELOW = 48 / 72  # inches: below the numbers and the label of the axis
-_TICKS = 7
+_TICKS = 6
 _LABEL = 22  # characters in a line beside a row
 # What the heights are → the label of the axis.
 STATS = {

@@ -74,7 +74,7 @@ def write_report(
 
     Raises:
         StoreError: a directory holds no results, or the page cannot be written.
-        SelectionError: labels do not fit the directories, or layers select nothing.
+        SelectionError: labels do not fit the directories, layers select nothing, or there is too much for one page.
         MissingExtraError: Jinja2 is not installed.
     """
     environment = _environment()
@@ -124,8 +124,11 @@ def _render(environment: Environment, runs: Sequence[Run], title: str) -> str:
     for most in _MOST_ROWS:
         page = environment.get_template("page.html").render(**static, **_embedded(environment, runs, most))
         if len(page.encode()) < MOST_BYTES:
-            break
-    return page
+            return page
+    raise SelectionError(
+        f"the page would have {len(page.encode()) / 1e6:.1f} MB with {len(runs)} runs, more than {MOST_BYTES / 1e6:g}: "
+        "report on fewer directories, or on fewer matrices (layers=, --layer)"
+    )
 
 
 def _static(runs: Sequence[Run], title: str) -> dict[str, Any]:

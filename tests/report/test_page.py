@@ -209,6 +209,12 @@ def test_it_stays_under_three_megabytes_and_says_what_it_leaves_out(tmp_path, ma
     assert names[-1] in [row[0] for row in matrices["rows"]], "the largest are kept"
 
 
+def test_a_page_that_cannot_be_made_small_enough_is_refused(runs, made, monkeypatch):
+    monkeypatch.setattr(page, "MOST_BYTES", 30_000)
+    with pytest.raises(SelectionError, match=r"the page would have 0\.\d MB with 1 runs, .*--layer"):
+        made(runs / "first")
+
+
 def test_a_name_longer_than_any_models_is_cut(made):
     markup = made(spectra.Spectra([Spectrum("a" * 100_000, (1, 1), S=[1.0])]))
     assert "… (100,000 characters)" in markup
