@@ -26,6 +26,8 @@ Kind = Literal["heatmap", "lines"]
 MOST_ROWS = 24
 _WIDE = 30.0  # largest over smallest value from which on a scale is logarithmic
 _WIDTH = 56  # characters that fit over and under axes of the usual size
+_UPRIGHT = 4  # columns that a stack's name needs beside others; over fewer it stands upright
+_LETTER = 4.6  # points of a letter of such a name
 _LABELS = 24  # numbers under the columns
 _OUTSIDE = 4  # matrices in no layer that are told
 _APART = ("side", "step")  # columns of tables that hold a matrix several times
@@ -213,7 +215,9 @@ def plot_depth(
 
 def put_title(grid: DepthGrid, ax: Axes, title: str, width: int = _WIDTH, **options: Any) -> None:
     """The title in lines of this many characters, clear of the stacks' names above the axes."""
-    pad = 14 if any(stack_labels(grid.places).values()) else 6
+    words = [label for label, _, count in _stacks(grid.places) if count < _UPRIGHT]
+    above = _LETTER * max(map(len, words)) if words else 8 if _stacks(grid.places) else 0
+    pad = (9 if above else 6) + above
     lines = [textwrap.fill(line, width, break_on_hyphens=False) for line in title.splitlines()]
     ax.set_title("\n".join(lines), pad=pad, **options)
 
@@ -342,17 +346,21 @@ def _number_places(grid: DepthGrid, ax: Axes) -> None:
     ax.set_xticks(shown, [places[j].label for j in shown], fontsize=8)
     if any(len(place.index) > 1 for place in places):
         ax.tick_params(axis="x", labelrotation=90)
-    labels = stack_labels(places)
-    if not any(labels.values()):
-        return
-    stacks = [place.stack for place in places]
-    for stack in dict.fromkeys(stacks):
-        first, count = stacks.index(stack), stacks.count(stack)
+    for label, first, count in _stacks(places):
         if first:
             ax.axvline(first - 0.5, color="white", linewidth=3)
             ax.axvline(first - 0.5, color="0.35", linewidth=1)
         ax.annotate(
-            labels[stack], (first + (count - 1) / 2, 1.0), (0, 3), xycoords=ax.get_xaxis_transform(),
+            label, (first + (count - 1) / 2, 1.0), (0, 3), xycoords=ax.get_xaxis_transform(),
             textcoords="offset points", ha="center", va="bottom", fontsize=7, color="0.25",
-            rotation=90 if count < 3 and labels[stack] else 0,
+            rotation=90 if count < _UPRIGHT else 0,
         )  # fmt: skip
+
+
+def _stacks(places: Sequence[Place]) -> list[tuple[str, int, int]]:
+    """Label, first column and number of columns of each stack; [] where there is one only."""
+    labels = stack_labels(places)
+    stacks = [place.stack for place in places]
+    if not any(labels.values()):
+        return []
+    return [(labels[stack], stacks.index(stack), stacks.count(stack)) for stack in dict.fromkeys(stacks)]

@@ -11,6 +11,7 @@ from spectra.errors import SelectionError, StoreError
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.plots.depth import DepthGrid, Kind, depth_grid, depth_table, draw_grid, finding, put_title, value_range
 from spectra.plots.histogram import BINS, BinnedPanel, bin_pooled, draw_binned, pool_curves
+from spectra.plots.places import place_of
 from spectra.plots.similarity import add_colorbar, heading, plot_similarity
 from spectra.plots.style import look
 from spectra.results.store import ANOTHER_PLACE
@@ -126,7 +127,7 @@ def similarity_figure(
 def depth_figure(runs: Any, metrics: Sequence[str] = (), *, kind: Kind = "heatmap", title: str = "") -> Figure:
     """Metrics over layer × role: for one run a panel each, for several a column per run and a row per metric.
 
-    Runs share their rows, their columns and the scale of each metric.
+    Runs whose layers are called alike share their rows and columns, and all runs share the scale of each metric.
 
     Args:
         runs: what `plot_depth` takes, or label → what it takes.
@@ -147,9 +148,10 @@ def draw_depths(grids: Mapping[tuple[str, str], DepthGrid], *, kind: Kind = "hea
 
     labels, metrics = ([*dict.fromkeys(key[place] for key in grids)] for place in (0, 1))
     one_run = len(labels) == 1
-    size = next(iter(grids.values()))
-    width = 2.4 + min(max(0.24 * len(size.places), 2.4), 9.0) + (1.2 if kind == "lines" else 0)
-    height = 1.3 + max(0.26 * len(size.rows), 1.2)
+    most_rows = max(len(grid.rows) for grid in grids.values())
+    most_places = max(len(grid.places) for grid in grids.values())
+    width = 2.4 + min(max(0.24 * most_places, 2.4), 9.0) + (1.2 if kind == "lines" else 0)
+    height = 1.3 + max(0.26 * most_rows, 1.2)
     rows, columns = (1, len(metrics)) if one_run else (len(metrics), len(labels))
     with look():
         figure = ShownFigure(figsize=(width * columns, height * rows + (0.3 if title else 0)), layout="constrained")
@@ -168,12 +170,19 @@ def draw_depths(grids: Mapping[tuple[str, str], DepthGrid], *, kind: Kind = "hea
 
 
 def depth_grids(runs: Any, metrics: Sequence[str] = ()) -> dict[tuple[str, str], DepthGrid]:
-    """(run's label, metric) → the numbers of `depth_figure`, all with the same rows and columns."""
+    """(run's label, metric) → the numbers of `depth_figure`: what has the same stacks has the same rows and columns."""
     labelled: Mapping[str, Any] = runs if isinstance(runs, Mapping) else {"": runs}
     read = {label: depth_table(run, metrics) for label, run in labelled.items()}
-    names = list(dict.fromkeys(row["name"] for rows in read.values() for row in rows))
+    names = {label: [str(row.get("name")) for row in rows] for label, rows in read.items()}
+    stacks = {label: {place_of(name).stack for name in own} - {""} for label, own in names.items()}
+    like = {
+        label: [name for other, theirs in names.items() if not stacks[other].isdisjoint(own) for name in theirs]
+        for label, own in stacks.items()
+    }
     chosen = metrics or ["relative_norm" if _has(read.values(), "relative_norm") else "norm", "stable_rank"]
-    return {(label, metric): depth_grid(rows, metric, like=names) for metric in chosen for label, rows in read.items()}
+    return {
+        (label, metric): depth_grid(rows, metric, like=like[label]) for metric in chosen for label, rows in read.items()
+    }
 
 
 def _has(tables: Iterable[Sequence[Mapping[str, Any]]], metric: str) -> bool:

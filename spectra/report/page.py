@@ -137,7 +137,7 @@ def _static(runs: Sequence[Run], title: str) -> dict[str, Any]:
     rows = {run.label: run.rows for run in runs if run.rows}
     medians = {run.label: _medians(run.rows) for run in runs}
     return {
-        "title": title or " and ".join(run.label for run in runs),
+        "title": title or _listed([run.label for run in runs]),
         "version": __version__,
         "runs": runs,
         "several": len(runs) > 1,
@@ -153,6 +153,15 @@ def _static(runs: Sequence[Run], title: str) -> dict[str, Any]:
         "role_columns": _BY_ROLE,
         "undone": {run.label: [row for row in run.rows if row["status"] not in ("ok", "unchanged")] for run in runs},
     }  # fmt: skip
+
+
+def _listed(labels: Sequence[str]) -> str:
+    """Labels in a sentence.
+
+    >>> _listed(["a", "b", "c"])
+    'a, b and c'
+    """
+    return " and ".join([", ".join(labels[:-1]), labels[-1]] if len(labels) > 1 else labels)
 
 
 def _medians(rows: Sequence[Row]) -> list[Row]:

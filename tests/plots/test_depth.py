@@ -107,6 +107,14 @@ def test_several_runs_share_rows_columns_and_scale(run):
     assert [ax.get_title().splitlines()[0] for ax in panels] == ["first", "second", "first", "second"]
 
 
+def test_runs_of_other_models_have_rows_and_columns_of_their_own(run):
+    other = [Spectrum(f"h.{i}.attn.c_proj.weight", (1, 1), S=[1.0]) for i in range(5)]
+    figure = spectra.depth_figure({"first": run, "second": other}, ["norm"])
+    panels = [ax for ax in figure.axes if ax.images]
+    assert [ax.images[0].get_array().shape for ax in panels] == [(3, 2), (1, 5)]
+    assert len({ax.images[0].norm.vmax for ax in panels}) == 1
+
+
 def test_values_over_decades_are_on_a_logarithmic_scale():
     spread = [matrix(i, "q_proj", (10.0**i, 0.0)) for i in range(3)]
     assert type(drawn(spread, "norm").images[0].norm).__name__ == "LogNorm"
@@ -165,7 +173,9 @@ def test_results_are_drawn_beside_their_numbers(run, tmp_path):
 
 @pytest.mark.parametrize("kind", ["heatmap", "lines"])
 def test_no_text_of_a_panel_runs_into_anothers(kind):
-    stacks = [f"{stack}_blocks.{i}.attentions.0" for stack in ("down", "up") for i in range(4)]
+    stacks = [f"{stack}_blocks.{i}.attentions.0" for stack in ("down", "up") for i in range(4)] + [
+        "mid_block.attentions.0"
+    ]
     names = [f"{stack}.transformer_blocks.0.attn1.to_q.weight" for stack in stacks]
     run = [Spectrum(name, (1, 1), S=[1.0 + i]) for i, name in enumerate(names)]
     run += [Spectrum(f"an_embedding_with_a_long_name_{i}.weight", (1, 1), S=[1.0]) for i in range(6)]
