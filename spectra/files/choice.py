@@ -30,7 +30,8 @@ _NOT_WEIGHTS = (
     "sampler", "trainer_state",
 )  # fmt: skip
 _OTHER_FRAMEWORKS = (".h5", ".msgpack", ".ot", ".onnx", ".tflite", ".mlmodel", ".npz")
-_SHARD = re.compile(r"-\d+-of-\d+(?=\.)")
+_SHARD = re.compile(r"-(\d+)-of-(\d+)(?=\.)")
+_MAX_SHARDS = 100_000
 _MAX_JSON = 64 * 2**20
 
 
@@ -43,12 +44,14 @@ class Choice:
         expected: tensor → the shard that its index names; {} without an index.
         broken: tensor → why no file can hold it.
         warnings: what was passed over.
+        home: the folder that the index's shards are named from.
     """
 
     files: list[Place]
     expected: dict[str, str] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    home: Place | None = None
 
 
 def choose(folder: Place) -> Choice:
@@ -103,11 +106,24 @@ def _unnamed(folder: Place) -> list[Place]:
     if not found:
         raise NotFoundError(f"{folder} holds no weights ({', '.join(WEIGHT_SUFFIXES)}){_hint(folder)}")
     if len(models) == 1 and (len(found) == 1 or _SHARD.search(found[0].name)):
+        _check_shards(folder, found)
         return found
     plain = {name for name in models if not re.search(r"\.(?:fp16|bf16|fp32|non_ema|ema)\.", name)}
     if len(plain) == 1 and len(models) > 1:
         return [file for file in found if _pattern(file) in plain]
     raise SourceError(f"{folder} holds {len(found)} weight files: {', '.join(f.name for f in found[:8])}; name one")
+
+
+def _check_shards(folder: Place, files: list[Place]) -> None:
+    """Refuse numbered shards of which one is not there: without an index nobody knows what it held."""
+    numbers = [match for file in files if (match := _SHARD.search(file.name))]
+    count = max((int(match[2]) for match in numbers), default=0)
+    lost = sorted(set(range(1, min(count, _MAX_SHARDS) + 1)) - {int(match[1]) for match in numbers})
+    if lost:
+        raise NotFoundError(
+            f"{folder} holds {len(files)} of {count} shards: number {lost[0]} of {_pattern(files[0])} is missing; "
+            "download it again, or name one shard to see what is in it"
+        )
 
 
 def _hint(folder: Place) -> str:
@@ -146,7 +162,7 @@ def _shards(folder: Place, index: Place) -> Choice:
         for name, shard in weight_map.items()
         if shard in missing
     }
-    return Choice([folder / shard for shard in names if shard not in missing], weight_map, broken)
+    return Choice([folder / shard for shard in names if shard not in missing], weight_map, broken, home=folder)
 
 
 def inside(folder: Place, file: Place) -> Place:

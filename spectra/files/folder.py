@@ -15,6 +15,8 @@ from spectra.files.storage import Place
 from spectra.files.tensors import TensorRef
 from spectra.naming import is_factor
 
+_SAVE_AGAIN = "download the model again, or save it again"
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -136,9 +138,24 @@ def _read_all(choice: Choice) -> Folder:
                 raise
             lost[file.name] = str(problem)
     whole = Header.merged(headers)
+    astray = _astray(choice, whole)
     broken = whole.broken | _not_there(choice, whole, lost)
-    broken = {name: why for name, why in broken.items() if name not in whole.tensors}
-    return Folder(str(choice.files[0]), whole.tensors, broken, metadata=whole.metadata, warnings=tuple(lost.values()))
+    broken = {name: why for name, why in broken.items() if name not in whole.tensors} | astray
+    tensors = {name: ref for name, ref in whole.tensors.items() if name not in astray}
+    return Folder(str(choice.files[0]), tensors, broken, metadata=whole.metadata, warnings=tuple(lost.values()))
+
+
+def _astray(choice: Choice, whole: Header) -> dict[str, str]:
+    """The tensors that lie in another file than the index says → why they are not taken: one of the two is stale."""
+    found = {}
+    for name, shard in choice.expected.items():
+        ref = whole.tensors.get(name)
+        if ref is not None and choice.home is not None and ref.file != choice.home / shard:
+            found[name] = (
+                f"the index says that {shard} holds {name}, and {ref.path} does: index and shards are not of "
+                f"one save; {_SAVE_AGAIN}"
+            )
+    return found
 
 
 def _not_there(choice: Choice, whole: Header, lost: dict[str, str]) -> dict[str, str]:
@@ -146,8 +163,8 @@ def _not_there(choice: Choice, whole: Header, lost: dict[str, str]) -> dict[str,
     missing = {}
     for name, shard in choice.expected.items():
         if name not in whole.tensors and name not in whole.broken:
-            why = lost.get(shard.rpartition("/")[2]) or f"{shard} does not hold it; download the model again"
-            missing[name] = choice.broken.get(name, why)
+            why = f"the index says that {shard} holds {name}, and it does not; {_SAVE_AGAIN}"
+            missing[name] = choice.broken.get(name) or lost.get(shard.rpartition("/")[2]) or why
     return missing
 
 

@@ -228,7 +228,46 @@ def test_a_tensor_that_its_shard_does_not_hold(tmp_path):
         sharded(tmp_path, {"a.weight": "x.safetensors", "c.weight": "x.safetensors"}, {"x.safetensors": TENSORS})
     )
     assert set(found.tensors) == set(TENSORS)
-    assert found.broken == {"c.weight": "x.safetensors does not hold it; download the model again"}
+    assert list(found.broken) == ["c.weight"]
+    assert "the index says that x.safetensors holds c.weight, and it does not" in found.broken["c.weight"]
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_tensor_in_another_shard_than_the_index_says_is_broken(tmp_path, suffix):
+    """Whose index is it, if the shards lie? The tensor has no number, and the others have theirs."""
+    moved = {"a.weight": f"y.{suffix}", "b.weight": f"x.{suffix}", "c.weight": f"y.{suffix}"}
+    name = INDEX if suffix == "safetensors" else "pytorch_model.bin.index.json"
+    (tmp_path / name).write_text(json.dumps({"weight_map": moved}))
+    one(tmp_path, f"x.{suffix}", TENSORS)
+    one(tmp_path, f"y.{suffix}", {"c.weight": torch.eye(2)})
+    found = open_folder(tmp_path)
+    assert set(found.tensors) == {"b.weight", "c.weight"}
+    assert list(found.broken) == ["a.weight"]
+    for words in (f"the index says that y.{suffix} holds a.weight", f"x.{suffix} does", "again"):
+        assert words in found.broken["a.weight"]
+    base = write_checkpoint(tmp_path / "base", TENSORS | {"c.weight": torch.eye(2)})
+    status = {spectrum.name: spectrum.status for spectrum in spectra.decompose(spectra.open_source(tmp_path, base))}
+    assert status == {"a.weight": "unreadable", "b.weight": "unchanged", "c.weight": "unchanged"}
+
+
+def test_an_index_may_name_shards_in_folders_and_with_a_dot(tmp_path):
+    one(tmp_path / "parts", "x.safetensors", {"a.weight": torch.eye(3)})
+    folder = sharded(
+        tmp_path, {"a.weight": "parts/x.safetensors", "b.weight": "./y.safetensors"},
+        {"y.safetensors": {"b.weight": torch.eye(2)}},
+    )  # fmt: skip
+    found = open_folder(folder)
+    assert set(found.tensors) == {"a.weight", "b.weight"}
+    assert found.broken == {}
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_numbered_shards_of_which_one_is_missing_are_refused_without_an_index(tmp_path, suffix):
+    for number in (1, 3):
+        one(tmp_path, f"model-0000{number}-of-00003.{suffix}", {f"{number}.weight": torch.eye(3)})
+    with pytest.raises(NotFoundError, match=r"2 of 3 shards: number 2 of model-\*-of-\*"):
+        open_folder(tmp_path)
+    assert set(open_folder(tmp_path / f"model-00001-of-00003.{suffix}").tensors) == {"1.weight"}
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path):
