@@ -9,6 +9,7 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from spectra.errors import NotFoundError, SourceError
+from spectra.files import training_state
 from spectra.files.storage import Place
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
@@ -61,10 +62,7 @@ def choose(folder: Place) -> Choice:
         NotFoundError: there are none.
         SourceError: several files could be meant, an index is unusable, or a link leaves the folder.
     """
-    named = [folder / name for name in (*ADAPTER_FILES, *_FULL_FILES) if (folder / name).is_file()]
-    beside = folder.items()
-    indices = [file for kind in ("safetensors", "bin") for file in beside if file.name.endswith(f".{kind}.index.json")]
-    candidates = named or indices
+    candidates = named(folder)
     stale = [file for file in candidates if file.suffix == ".json" and _is_stale(folder, file)]
     if len(stale) < len(candidates):
         candidates = [file for file in candidates if file not in stale]
@@ -81,9 +79,18 @@ def choose(folder: Place) -> Choice:
     return choice
 
 
+def named(folder: Place) -> list[Place]:
+    """The files whose names say that they are an adapter, a model or the index of one, the one to take first."""
+    known = [folder / name for name in (*ADAPTER_FILES, *_FULL_FILES) if (folder / name).is_file()]
+    if known:
+        return known
+    beside = folder.items()
+    return [file for kind in ("safetensors", "bin") for file in beside if file.name.endswith(f".{kind}.index.json")]
+
+
 def _weight_files(folder: Place) -> list[Place]:
     found = [file for file in folder.items() if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
-    return [file for file in found if not file.name.startswith(_NOT_WEIGHTS)]
+    return [file for file in found if not file.name.startswith(_NOT_WEIGHTS) and not training_state.what(file.name)]
 
 
 def _left_out(folder: Place, taken: list[Place]) -> list[str]:
@@ -128,10 +135,11 @@ def _check_shards(folder: Place, files: list[Place]) -> None:
 
 def _hint(folder: Place) -> str:
     names = [item.name for item in folder.items()]
-    if any(name.endswith(".distcp") for name in names):
-        return "; its .distcp files are a sharded training state: `accelerate merge-weights` makes weights of them"
-    if any(name.endswith("_states.pt") for name in names) or (folder / "zero_to_fp32.py").is_file():
-        return "; it is a DeepSpeed training state: its zero_to_fp32.py makes weights of it"
+    name, what = training_state.among(names)
+    if name:
+        return f"; its {name} is {what}"
+    if "zero_to_fp32.py" in names:
+        return f"; it is the folder of a DeepSpeed training state: {training_state.ZERO}"
     if any(name.endswith(_OTHER_FRAMEWORKS) for name in names):
         return "; only files of other frameworks: save the model as safetensors"
     inner = [item.name for item in folder.items() if item.is_folder()][:8]

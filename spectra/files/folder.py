@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from spectra.errors import NotFoundError, SourceError
-from spectra.files import ggml, gguf_file, gguf_names, quantised, safetensors_file
-from spectra.files.choice import FULL_NAMES, PIPELINE, WEIGHT_SUFFIXES, Choice, choose, inside, read_json
+from spectra.files import dcp, ggml, gguf_file, gguf_names, quantised, rank_files, safetensors_file, training_state
+from spectra.files.choice import FULL_NAMES, PIPELINE, WEIGHT_SUFFIXES, Choice, choose, inside, named, read_json
 from spectra.files.header import Header
 from spectra.files.storage import Place
 from spectra.files.tensors import TensorRef
@@ -66,8 +67,8 @@ class Folder:
 
     @cached_property
     def listing(self) -> str:
-        """The tensors' names, each between two line breaks: one text to search for a piece of any of them."""
-        return "\n".join(["", *self.tensors, ""])
+        """The tensors' names, broken ones, too, each between two line breaks: one text to search for a piece of any."""
+        return "\n".join(["", *self.tensors, *(name for name in self.broken if name not in self.tensors), ""])
 
     def config_of(self, name: str) -> dict[str, Any]:
         """The config that a weight belongs to: its component's in a pipeline, else the model's."""
@@ -86,21 +87,78 @@ def open_folder(path: Place | str | Path) -> Folder:
     is_folder = place.is_folder()
     if is_folder and (place / PIPELINE).is_file():
         return _pipeline(place)
+    in_parts = _in_parts(place)
+    if in_parts is not None:
+        return _with_configs(in_parts, _homes_of_parts(place if is_folder else place.parent), beside_model=True)
     choice, home = (choose(place), place) if is_folder else (Choice([place]), place.parent)
     read = _read_all(choice)
-    # A config of an adapter beside a model's own files is a leftover; beside any other file it is that file's.
+    read = replace(read, path=str(place), warnings=(*choice.warnings, *read.warnings))
     beside_model = any(file.name.startswith(FULL_NAMES) for file in choice.files)
-    config = _beside(home, "config.json")
-    is_adapter = not beside_model or any(map(_of_an_adapter, read.tensors))
-    adapter_config = _beside(home, "adapter_config.json") if is_adapter else None
+    return _with_configs(read, [home], beside_model=beside_model)
+
+
+def _in_parts(place: Place) -> Folder | None:
+    """A model that training left in parts of every weight; None for anything else."""
+    alone = rank_files.RANK_FILE.fullmatch(place.name)
+    if alone and int(alone[1]) == 1 and place.is_file():
+        return _of_header(place, rank_files.read_header([place]))
+    if not place.is_folder() or named(place):
+        return None
+    items = place.items()
+    ranks = [inside(place, item) for item in items if rank_files.RANK_FILE.fullmatch(item.name)]
+    if ranks:
+        return _of_header(place, rank_files.read_header(ranks))
+    if not any(item.name == dcp.METADATA for item in items):
+        return None
+    inside(place, place / dcp.METADATA)
+    header, left_out = dcp.read_header(place)
+    return _of_header(place, header, left_out)
+
+
+def _homes_of_parts(home: Place) -> list[Place]:
+    """Where trainers put the configs of a model that they leave in parts: verl in two folders, accelerate above."""
+    above = [home.parent] if home.name.startswith("pytorch_model_fsdp") else []
+    return [home, home / "huggingface", home / "lora_adapter", *above]
+
+
+def _of_header(place: Place, header: Header, warnings: Sequence[str] = ()) -> Folder:
+    return Folder(str(place), header.tensors, header.broken, warnings=tuple(warnings))
+
+
+def _with_configs(read: Folder, homes: Sequence[Place], *, beside_model: bool) -> Folder:
+    """The folder with the configs from the first of the places that has them, and its codes decoded."""
+    read = _without_empty(read)
+    # A config of an adapter beside a model's own files is a leftover; beside any other file it is that file's.
+    is_adapter = not beside_model or any(map(_of_an_adapter, (*read.tensors, *read.broken)))
     folder = replace(
         read,
-        path=str(place),
-        config=read.config or config or {},
-        adapter_config=adapter_config,
-        warnings=(*choice.warnings, *read.warnings),
+        config=read.config or _first(homes, "config.json") or {},
+        adapter_config=_first(homes, "adapter_config.json") if is_adapter else None,
     )
     return folder if folder.is_adapter else _decoded(folder)
+
+
+def _first(homes: Sequence[Place], name: str) -> dict[str, Any] | None:
+    return next((found for home in homes if (found := _beside(home, name)) is not None), None)
+
+
+def _without_empty(read: Folder) -> Folder:
+    """Take out what DeepSpeed's ZeRO-3 leaves of a weight that is saved without being gathered: a tensor of size 0."""
+    empty = [name for name, ref in read.tensors.items() if ref.shape == (0,) and _is_parameter(name)]
+    if not empty:
+        return read
+    what = f"it has size 0 in {read.path}, as DeepSpeed ZeRO-3 saves a weight that it did not gather"
+    why = f"{what}: {training_state.ZERO}"
+    return replace(
+        read,
+        tensors={name: ref for name, ref in read.tensors.items() if name not in empty},
+        broken=read.broken | dict.fromkeys(empty, why),
+        warnings=(*read.warnings, f"{len(empty)} tensors such as {empty[0]}: {why}"),
+    )
+
+
+def _is_parameter(name: str) -> bool:
+    return name.endswith((".weight", ".bias")) or is_factor(name)
 
 
 def _of_an_adapter(name: str) -> bool:
@@ -222,6 +280,9 @@ def read_header(file: Place) -> Header:
     """
     if not file.is_file():
         raise NotFoundError(f"{file} does not exist; the download may be incomplete")
+    state = training_state.what(file.name)
+    if state:
+        raise SourceError(f"{file} is {state}")
     if file.suffix == ".safetensors":
         return safetensors_file.read_header(file)
     if file.suffix in WEIGHT_SUFFIXES:

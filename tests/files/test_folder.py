@@ -113,7 +113,7 @@ def test_an_adapter_beside_full_weights_is_taken_and_the_weights_by_name(tmp_pat
         ([], "holds no weights"),
         (["checkpoint-500/model.safetensors"], "checkpoint-500: did you mean one of them"),
         (["pytorch_model_fsdp_0/__0_0.distcp", "__0_0.distcp"], "accelerate merge-weights"),
-        (["mp_rank_00_model_states.pt.zero", "zero_to_fp32.py"], "zero_to_fp32.py makes weights"),
+        (["mp_rank_00_model_states.pt.zero", "zero_to_fp32.py"], "`python zero_to_fp32.py . OUTPUT`"),
         (["tf_model.h5"], "other frameworks"),
         (["optimizer.pt", "rng_state.pth"], "holds no weights"),
     ],
