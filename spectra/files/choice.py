@@ -9,7 +9,7 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from spectra.errors import NotFoundError, SourceError
-from spectra.files import training_state
+from spectra.files import snapshots, training_state
 from spectra.files.storage import Place
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
@@ -134,6 +134,7 @@ def _check_shards(folder: Place, files: list[Place]) -> None:
 
 
 def _hint(folder: Place) -> str:
+    """What a folder without weights is, and where weights may be; "" where nothing says."""
     names = [item.name for item in folder.items()]
     name, what = training_state.among(names)
     if name:
@@ -142,6 +143,9 @@ def _hint(folder: Place) -> str:
         return f"; it is the folder of a DeepSpeed training state: {training_state.ZERO}"
     if any(name.endswith(_OTHER_FRAMEWORKS) for name in names):
         return "; only files of other frameworks: save the model as safetensors"
+    lost = snapshots.why_no_weights(folder)
+    if lost:
+        return lost
     inner = [item.name for item in folder.items() if item.is_folder()][:8]
     return f"; it has the folders {', '.join(inner)}: did you mean one of them?" if inner else ""
 
@@ -164,7 +168,8 @@ def _shards(folder: Place, index: Place) -> Choice:
             raise SourceError(f"{index} points outside its folder: {shard!r}; nothing was read")
     missing = {shard for shard in names if not (folder / shard).is_file()}
     if len(missing) == len(names):
-        raise NotFoundError(f"{index} names {len(names)} shards and none of them is there; download them")
+        hint = snapshots.why_no_weights(folder) or "; download them"
+        raise NotFoundError(f"{index} names {len(names)} shards and none of them is there{hint}")
     broken = {
         name: f"{folder / shard} is missing; download it again"
         for name, shard in weight_map.items()

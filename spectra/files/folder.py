@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from spectra.errors import NotFoundError, SourceError
-from spectra.files import dcp, ggml, gguf_file, gguf_names, quantised, rank_files, safetensors_file, training_state
+from spectra.files import (
+    dcp,
+    ggml,
+    gguf_file,
+    gguf_names,
+    quantised,
+    rank_files,
+    safetensors_file,
+    snapshots,
+    training_state,
+)
 from spectra.files.choice import FULL_NAMES, PIPELINE, WEIGHT_SUFFIXES, Choice, choose, inside, named, read_json
 from spectra.files.header import Header
 from spectra.files.storage import Place
@@ -167,8 +177,16 @@ def _of_an_adapter(name: str) -> bool:
 
 
 def _beside(home: Place, name: str) -> dict[str, Any] | None:
-    """A config beside the weights, or None."""
-    return read_json(inside(home, home / name)) if (home / name).is_file() else None
+    """A config beside the weights, or None.
+
+    Raises:
+        SourceError: it is not JSON, or a link to a file that is not there: then nobody knows what it would say.
+    """
+    if (home / name).is_file():
+        return read_json(inside(home, home / name))
+    if home.is_folder() and name in snapshots.dangling(home):
+        raise SourceError(f"{home / name} is a link to a file that is not there; download or copy it again")
+    return None
 
 
 def _decoded(folder: Folder) -> Folder:
