@@ -88,14 +88,15 @@ def named(folder: Place) -> list[Place]:
     return [file for kind in ("safetensors", "bin") for file in beside if file.name.endswith(f".{kind}.index.json")]
 
 
-def _weight_files(folder: Place) -> list[Place]:
+def weight_files(folder: Place) -> list[Place]:
+    """What may be weights by its suffix, and is not known to be something else."""
     found = [file for file in folder.items() if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
     return [file for file in found if not file.name.startswith(_NOT_WEIGHTS) and not training_state.what(file.name)]
 
 
 def _left_out(folder: Place, taken: list[Place]) -> list[str]:
     """Weights in the folder that were not taken, shards of one model under one name."""
-    others = [file for file in _weight_files(folder) if file not in taken]
+    others = [file for file in weight_files(folder) if file not in taken]
     others += [file for file in folder.items() if file.suffix in _OTHER_FRAMEWORKS and file.is_file()]
     return sorted({_pattern(file) for file in others})
 
@@ -106,7 +107,7 @@ def _pattern(file: Place) -> str:
 
 def _unnamed(folder: Place) -> list[Place]:
     """The one file of weights, or the numbered shards of one model, whatever their name."""
-    found = _weight_files(folder)
+    found = weight_files(folder)
     for suffix in (".safetensors", ".gguf"):
         found = [file for file in found if file.suffix == suffix] or found
     models = {_pattern(file) for file in found}

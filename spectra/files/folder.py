@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,12 +21,26 @@ from spectra.files import (
     snapshots,
     training_state,
 )
-from spectra.files.choice import FULL_NAMES, PIPELINE, WEIGHT_SUFFIXES, Choice, choose, inside, named, read_json
+from spectra.files.choice import (
+    FULL_NAMES,
+    PIPELINE,
+    WEIGHT_SUFFIXES,
+    Choice,
+    choose,
+    inside,
+    named,
+    read_json,
+    weight_files,
+)
 from spectra.files.header import Header
 from spectra.files.storage import Place
 from spectra.files.tensors import TensorRef
 from spectra.naming import is_factor
 
+# What diffusers calls the components that have weights, in a folder each.
+_COMPONENT = re.compile(
+    r"(?:unet|transformer|prior|controlnet|vae|vqvae|movq|text_encoder|image_encoder|safety_checker)(?:_\d+)?"
+)
 _SAVE_AGAIN = "download the model again, or save it again"
 
 
@@ -96,10 +111,13 @@ def open_folder(path: Place | str | Path) -> Folder:
     place = Place.of(path)
     is_folder = place.is_folder()
     if is_folder and (place / PIPELINE).is_file():
-        return _pipeline(place)
+        return _pipeline(place, _indexed(place))
     in_parts = _in_parts(place)
     if in_parts is not None:
         return _with_configs(in_parts, _homes_of_parts(place if is_folder else place.parent), beside_model=True)
+    components = _side_by_side(place) if is_folder else []
+    if components:
+        return _pipeline(place, components)
     choice, home = (choose(place), place) if is_folder else (Choice([place]), place.parent)
     read = _read_all(choice)
     read = replace(read, path=str(place), warnings=(*choice.warnings, *read.warnings))
@@ -253,24 +271,43 @@ def _gguf(files: list[Place]) -> Folder:
     return Folder(str(files[0]), named.tensors, named.broken, named.config, warnings=warnings)
 
 
-def _pipeline(place: Place) -> Folder:
-    """A diffusers pipeline: every component's tensors under the component's name."""
-    whole = Folder(str(place), {})
-    for component, entry in read_json(inside(place, place / PIPELINE)).items():
-        if not isinstance(entry, list) or "/" in component or component in ("", ".", ".."):
-            continue
+def _pipeline(place: Place, components: Sequence[str]) -> Folder:
+    """The components of an image or video model: every one's tensors under its name."""
+    whole, adapters = Folder(str(place), {}), []
+    for component in components:
         part = place / component
         if not part.is_folder():
             continue
         try:
-            whole = _joined(whole, component, open_folder(inside(place, part)))
-        except NotFoundError:
-            continue  # tokenizers, schedulers and feature extractors have no weights
+            found = open_folder(inside(place, part))
         except SourceError as problem:
-            whole = replace(whole, warnings=(*whole.warnings, f"{component} was left out: {problem}"))
+            # Tokenizers, schedulers and feature extractors have no weights, and a denoiser has.
+            if not isinstance(problem, NotFoundError) or _COMPONENT.fullmatch(component):
+                whole = replace(whole, warnings=(*whole.warnings, f"{component} was left out: {problem}"))
+            continue
+        adapters += [component] if found.is_adapter else []
+        whole = _joined(whole, component, found)
+    if adapters:
+        raise SourceError(f"{place}: what lies in {' and in '.join(adapters)} is an adapter; name one of these folders")
     if not whole.tensors:
         raise NotFoundError(f"{place} is a diffusers pipeline without readable weights: {'; '.join(whole.warnings)}")
     return whole
+
+
+def _indexed(place: Place) -> list[str]:
+    """The components that `model_index.json` names."""
+    listed = read_json(inside(place, place / PIPELINE)).items()
+    return [
+        name for name, entry in listed if isinstance(entry, list) and "/" not in name and name not in ("", ".", "..")
+    ]
+
+
+def _side_by_side(place: Place) -> list[str]:
+    """Folders with weights that are called as the components of a pipeline, where the folder itself holds none."""
+    if named(place) or weight_files(place):
+        return []
+    folders = [item for item in place.items() if _COMPONENT.fullmatch(item.name) and item.is_folder()]
+    return [item.name for item in folders] if any(named(item) or weight_files(item) for item in folders) else []
 
 
 def _joined(whole: Folder, component: str, part: Folder) -> Folder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -363,6 +364,60 @@ def test_a_broken_component_costs_itself_only(tmp_path):
     found = open_folder(folder)
     assert {name.partition(".")[0] for name in found.tensors} == {"transformer", "text_encoder"}
     assert any("unet was left out" in warning for warning in found.warnings)
+
+
+@pytest.mark.parametrize("side", ["both", "tuned", "base"])
+def test_components_beside_each_other_are_a_pipeline_without_its_index(tmp_path, side):
+    tuned = nudged(PARTS)
+    folders = {name: pipeline(tmp_path / name, tensors) for name, tensors in (("tuned", tuned), ("base", PARTS))}
+    for name, folder in folders.items():
+        if side in (name, "both"):
+            (folder / "model_index.json").unlink()
+            (folder / "optimizer.bin").write_bytes(b"of the training")
+    source = spectra.open_source(folders["tuned"], folders["base"])
+    assert {delta.name for delta in source} == set(PARTS)
+    for delta in source:
+        expected = tuned[delta.name].double() - PARTS[delta.name].double()
+        assert torch.equal(delta.read().to_dense(), expected.reshape(len(expected), -1))
+    assert source.coverage.warnings == ()
+
+
+def test_one_component_alone_is_a_pipeline_too(tmp_path):
+    """A trainer that saves its U-Net only, beside its own state."""
+    folder = pipeline(tmp_path / "t", nudged(PARTS))
+    for name in ("transformer", "text_encoder"):
+        shutil.rmtree(folder / name)
+    (folder / "model_index.json").unlink()
+    source = spectra.open_source(folder, pipeline(tmp_path / "b", PARTS))
+    assert {delta.name for delta in source} == {name for name in PARTS if name.startswith("unet.")}
+
+
+def test_weights_of_the_folder_itself_come_before_those_of_components(tmp_path):
+    folder = one(pipeline(tmp_path, PARTS), "model.safetensors")
+    (folder / "model_index.json").unlink()
+    assert set(open_folder(folder).tensors) == set(TENSORS)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_component_whose_weights_did_not_come_is_said(tmp_path, index):
+    folder = pipeline(tmp_path, PARTS)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    if not index:
+        (folder / "model_index.json").unlink()
+    (warning,) = open_folder(folder).warnings
+    assert "unet was left out" in warning
+    assert "holds no weights" in warning
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_adapters_of_components_are_named(tmp_path, index):
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    for name in ("unet", "text_encoder"):
+        write_adapter(tmp_path / name, {"base_model.model.a.lora_A.weight": torch.ones(1, 3)}, config)
+    if index:
+        (tmp_path / "model_index.json").write_text(json.dumps({name: ["x", "Y"] for name in ("unet", "text_encoder")}))
+    with pytest.raises(SourceError, match=r"(unet|text_encoder) and in (text_encoder|unet) is an adapter; name one"):
+        open_folder(tmp_path)
 
 
 @pytest.mark.parametrize("component", ["..", "../outside", ".", ""])
