@@ -160,33 +160,35 @@ class _Archive:
         """A tensor whose entries lie one after the other in a record of the archive."""
         where = f"{name} in {self.file}"
         try:
-            (_, storage, key, _, _), offset, size, stride = value.args[:4]
+            (_, storage, key, _, count), offset, size, stride = value.args[:4]
         except (TypeError, ValueError):
             raise SourceError(f"{where} has no storage; save it again") from None
         dtype, shape, steps = _OF_STORAGE.get(named(storage)), sizes_of(size), sizes_of(stride)
         if dtype is None:
             raise SourceError(f"{where} has a {named(storage) or 'storage'} of unknown type; save plain tensors")
-        if shape is None or steps is None or type(offset) is not int or offset < 0 or not isinstance(key, str):
+        if shape is None or steps is None or type(offset) is not int or offset < 0 or type(count) is not int:
             raise SourceError(f"{where} has no readable shape; save it again")
         if math.prod(shape) and not _is_contiguous(shape, steps):
             raise SourceError(f"{where} does not lie in row-major order; save it with .contiguous()")
         width = DTYPES[dtype][1]
-        start = self._data(where, key, (offset + math.prod(shape)) * width) if math.prod(shape) else 0
+        if math.prod(shape) and offset + math.prod(shape) > count:
+            raise SourceError(f"{where} has fewer entries than its shape {list(shape)}; save it again")
+        start = self._data(where, key, count * width) if math.prod(shape) else 0
         return TensorRef(
             self.file.path, name, dtype, shape, "archive", self.stamp, self.file.storage, start + offset * width, shape
         )
 
-    def _data(self, where: str, key: str, needed: int) -> int:
-        """Where the bytes of a storage begin in the file."""
+    def _data(self, where: str, key: Any, size: int) -> int:
+        """Where the bytes of a storage of this size begin in the file."""
         record = self._records.get(f"{self._home}data/{key}")
-        if record is None or record.compress_type != zipfile.ZIP_STORED or record.file_size < needed:
+        if record is None or record.compress_type != zipfile.ZIP_STORED or record.file_size != size:
             raise SourceError(f"{where}: the archive does not hold its entries as they are; save it again")
         self._stream.seek(record.header_offset)
         head = self._stream.read(30)  # the local header: its name and extra field have lengths of their own
         start = (
             record.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
         )
-        if not head.startswith(b"PK\x03\x04") or start + needed > self.stamp[0]:
+        if not head.startswith(b"PK\x03\x04") or start + size > self.stamp[0]:
             raise SourceError(f"{where}: the archive is damaged; download or save it again")
         return start
 

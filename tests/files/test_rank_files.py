@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,40 @@ def test_code_in_a_rank_file_does_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
     assert set(found.broken) == {"a.weight"}
     assert torch.equal(found.tensors["b.weight"].read(), torch.eye(2))
+
+
+def test_a_storage_of_another_size_than_the_pickle_says_is_damage(tmp_path):
+    """A flipped bit in the pickle must not lead to another tensor's bytes."""
+    torch.save({"a.weight": torch.randn(3, 4), "b.weight": torch.randn(5, 4)}, tmp_path / "plain.zip")
+    with zipfile.ZipFile(tmp_path / "plain.zip") as old:
+        records = {info.filename: old.read(info) for info in old.infolist()}
+    with zipfile.ZipFile(tmp_path / "model_world_size_1_rank_0.pt", "w", zipfile.ZIP_STORED) as new:
+        for name, content in records.items():
+            swapped = content.replace(b"X\x01\x00\x00\x000", b"X\x01\x00\x00\x001") if name.endswith("pkl") else content
+            assert (swapped != content) == name.endswith("pkl")
+            new.writestr(name, swapped)
+    found = open_folder(tmp_path)
+    assert set(found.tensors) == {"b.weight"}
+    assert "does not hold its entries" in found.broken["a.weight"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "pickle", "compressed"])
+def test_a_damaged_rank_file_is_one_message(tmp_path, damage):
+    folder = write_ranks(tmp_path, TENSORS, [2], lambda name: [Shard(0)])
+    file = folder / "model_world_size_2_rank_1.pt"
+    content = file.read_bytes()
+    if damage == "compressed":
+        with zipfile.ZipFile(folder / "model_world_size_2_rank_0.pt") as old:
+            records = {info.filename: old.read(info) for info in old.infolist()}
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+            for name, record in records.items():
+                new.writestr(name, record)
+    else:
+        damaged = {"cut": content[: len(content) // 2], "noise": bytes(range(256)) * 9, "empty": b""}
+        file.write_bytes(damaged.get(damage, pickle.dumps({"a": 1})))
+    with pytest.raises(SourceError, match=r"model_world_size_2_rank_1\.pt") as caught:
+        open_folder(folder)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("imported", [True, False])
