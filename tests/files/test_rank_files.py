@@ -57,6 +57,15 @@ def test_replicas_and_the_other_axis(tmp_path, placements):
     assert_equal(read(write_ranks(tmp_path, matrices, [2, 3], lambda name: placements)), matrices)
 
 
+def test_a_mesh_that_is_one_axis_of_a_larger_one(tmp_path):
+    """Ranks of the other axis hold replicas, and the placements do not say so."""
+    for rank in range(6):
+        with rank_of(rank, [2, 3]) as mesh:
+            held = {name: part(tensor, mesh["fsdp"], [Shard(0)]) for name, tensor in TENSORS.items()}
+            torch.save(held, tmp_path / f"model_world_size_6_rank_{rank}.pt")
+    assert_equal(read(tmp_path), TENSORS)
+
+
 @pytest.mark.parametrize("placement", [Partial(), _StridedShard(0, split_factor=2)], ids=str)
 def test_other_placements_are_refused_by_name(tmp_path, placement):
     folder = write_ranks(tmp_path, {"a.weight": torch.randn(4, 4)}, [2], lambda name: [placement])
