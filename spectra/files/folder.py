@@ -135,8 +135,12 @@ def _in_parts(place: Place) -> Folder | None:
     items = place.items()
     ranks = [inside(place, item) for item in items if rank_files.RANK_FILE.fullmatch(item.name)]
     if ranks:
-        return _of_header(place, rank_files.read_header(ranks))
-    if not any(item.name == dcp.METADATA for item in items):
+        others = [item.name for item in weight_files(place)]
+        said = (
+            [f"{place}: took the rank files and left out {', '.join(others)}; name a file to choose"] if others else []
+        )
+        return _of_header(place, rank_files.read_header(ranks), said)
+    if not any(item.name == dcp.METADATA for item in items) or not any(dcp.PIECES.fullmatch(it.name) for it in items):
         return None
     inside(place, place / dcp.METADATA)
     header, left_out = dcp.read_header(place)

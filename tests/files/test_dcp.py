@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from support.checkpoints import llama_tensors, nudged, write_checkpoint
 from torch.distributed.checkpoint import FileSystemWriter, filesystem, metadata
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -130,6 +131,33 @@ def test_pieces_that_are_not_the_whole_are_refused(tmp_path, cuts):
     """torch's reader would leave what no piece covers as it lies in memory."""
     found = open_folder(in_pieces(tmp_path / "x", "a.weight", torch.randn(7, 4), cuts))
     assert "not the whole of [7, 4]" in found.broken["a.weight"]
+
+
+def test_a_part_of_a_tensor_is_read_as_that_part(tmp_path):
+    """Fused projections, stacks of experts and resized vocabularies are rows and items of what is stored."""
+    stack = torch.randn(3, 6, 4)
+    ref = open_folder(save(tmp_path / "x", {"stack": stack})).tensors["stack"]
+    assert torch.equal(ref.item(1).read(), stack[1])
+    assert torch.equal(ref.item(2).rows(2, 5).T.read(), stack[2, 2:5].T)
+    assert torch.equal(ref.rows(1, 3).read(), stack[1:3])
+
+
+def test_a_fused_projection_is_split(tmp_path):
+    base, tuned = ({"h.0.attn.c_attn.weight": torch.randn(4, 12)} for _ in range(2))
+    config = {"model_type": "gpt2"}
+    folder = save(tmp_path / "x", tuned)
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    source = spectra.open_source(folder, write_checkpoint(tmp_path / "base", base, config=config))
+    for place, part in enumerate("qkv"):
+        rows = slice(4 * place, 4 * place + 4)
+        expected = (tuned["h.0.attn.c_attn.weight"].double() - base["h.0.attn.c_attn.weight"].double()).T[rows]
+        assert torch.equal(source[f"h.0.attn.c_attn.weight[{part}]"].read().to_dense(), expected)
+
+
+def test_a_hidden_file_of_that_name_beside_weights_is_no_checkpoint(tmp_path):
+    save_file({"a.weight": torch.eye(3)}, tmp_path / "weights.safetensors")
+    (tmp_path / ".metadata").write_text("x")
+    assert list(open_folder(tmp_path).tensors) == ["a.weight"]
 
 
 def test_a_pair_has_the_spectrum_of_the_whole(tmp_path):

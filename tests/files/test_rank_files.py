@@ -81,6 +81,24 @@ def test_two_cuts_are_refused(tmp_path):
     assert all("cut along two axes of the ranks (Shard(0), Shard(0))" in why for why in found.broken.values())
 
 
+def test_a_part_of_a_tensor_is_read_as_that_part(tmp_path):
+    whole = torch.randn(7, 4)
+    for world in (1, 3):
+        folder = write_ranks(tmp_path / str(world), {"a": whole}, [world], lambda name: [Shard(0)])
+        ref = open_folder(folder).tensors["a"]
+        assert torch.equal(ref.rows(2, 6).read(), whole[2:6])
+        assert torch.equal(ref.rows(2, 6).T.rows(1, 3).read(), whole[2:6].T[1:3])
+
+
+def test_other_weights_beside_rank_files_are_said(tmp_path):
+    folder = write_ranks(tmp_path, TENSORS, [2], lambda name: [Shard(0)])
+    torch.save({"lr": torch.ones(1)}, folder / "optim_world_size_2_rank_0.pt")
+    assert open_folder(folder).warnings == ()
+    torch.save({"x.weight": torch.eye(2)}, folder / "critic.pt")
+    (warning,) = open_folder(folder).warnings
+    assert "took the rank files and left out critic.pt" in warning
+
+
 def test_a_pair_has_the_spectrum_of_the_whole(tmp_path):
     base, tuned = llama_tensors(), nudged(llama_tensors())
     config = {"model_type": "llama", "num_attention_heads": 4}
