@@ -17,7 +17,7 @@ from spectra.files.storage import Place
 from spectra.files.tensors import TensorRef
 from spectra.files.torch_listing import Listing, Part, listed
 
-RANK_FILE = re.compile(r"model_world_size_(\d{1,6})_rank_(\d{1,6})\.pt")
+RANK_FILE = re.compile(r"model_world_size_([1-9]\d{0,5})_rank_(\d{1,6})\.pt")
 MERGER = "`python -m verl.model_merger merge --backend fsdp` makes one model of them"
 
 
@@ -30,6 +30,14 @@ def read_header(files: Iterable[Place]) -> Header:
     """
     ranks = _by_rank(list(files))
     held = [listed(file) for file in ranks]
+    flat = next(
+        (name for file in held for name in file.plain if name.rpartition(".")[2].startswith("_flat_param")), None
+    )
+    if flat:
+        raise SourceError(
+            f"{ranks[0]} holds FSDP's flat parameters ({flat}), which do not say which weights lie in them: save the "
+            "model with StateDictType.SHARDED_STATE_DICT or FULL_STATE_DICT"
+        )
     tensors: dict[str, TensorRef] = {}
     broken: dict[str, str] = {}
     for name in dict.fromkeys(name for file in held for name in (*file.parts, *file.plain, *file.broken)):
@@ -57,7 +65,7 @@ def _by_rank(files: list[Place]) -> list[Place]:
         few = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
         raise NotFoundError(
             f"{files[0].parent} holds {len(ranks)} of {worlds[0]} rank files, and each has a part of every weight: "
-            f"rank {few} is missing; copy the others here"
+            f"copy the missing ones here, of rank {few}"
         )
     return [ranks[rank] for rank in range(worlds[0])]
 

@@ -112,13 +112,13 @@ def _check_layout(file: Place, spans: list[_Span], size: int) -> None:
         if begin > place:
             where = f"between {last!r} and {name!r}" if last else f"before {name!r}"
             raise SourceError(
-                f"{file}: {begin - place} bytes {where} belong to no tensor, so the header is not that of these data; "
-                f"{_DOWNLOAD_AGAIN}"
+                f"{file}: the bytes {where}, {begin - place} of them, belong to no tensor, so the header is not of "
+                f"these data; {_DOWNLOAD_AGAIN}"
             )
         last, place = name, end
     if place < size:
         after = f"after {last!r}, the last tensor," if last else "after the header, which names no tensor,"
         raise SourceError(
-            f"{file}: {size - place} bytes {after} belong to no tensor, so the header is not that of these data; "
-            f"{_DOWNLOAD_AGAIN}"
+            f"{file}: the bytes {after} {size - place} of them, belong to no tensor, so the header is not of these "
+            f"data; {_DOWNLOAD_AGAIN}"
         )

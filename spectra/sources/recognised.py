@@ -33,7 +33,8 @@ def is_no_model(folder: Folder) -> bool:
     """Whether a folder holds an adapter and not the weights of a model, by its config, its files or its tensors."""
     if folder.is_adapter or _files_of_an_adapter(folder):
         return True
-    return bool(folder.tensors) and all(len(ref.shape) < 2 or is_factor(name) for name, ref in folder.tensors.items())
+    matrices = [name for name, ref in folder.tensors.items() if len(ref.shape) > 1]
+    return bool(matrices) and all(map(is_factor, matrices))
 
 
 def _files_of_an_adapter(folder: Folder) -> bool:

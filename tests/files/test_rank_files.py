@@ -130,7 +130,7 @@ def test_an_adapter_in_rank_files(tmp_path):
 def test_a_missing_rank_is_refused(tmp_path, lost):
     folder = write_ranks(tmp_path, TENSORS, [4], lambda name: [Shard(0)])
     (folder / f"model_world_size_4_rank_{lost}.pt").unlink()
-    with pytest.raises(NotFoundError, match=f"3 of 4 rank files.* rank {lost} is missing"):
+    with pytest.raises(NotFoundError, match=f"3 of 4 rank files.* missing ones here, of rank {lost}$"):
         open_folder(folder)
 
 
@@ -172,6 +172,24 @@ def test_a_plain_matrix_in_several_rank_files_is_refused(tmp_path):
     assert "plain tensor, which does not say whether" in found.broken["a.weight"]
     torch.save({"a.weight": torch.eye(3)}, tmp_path / "model_world_size_1_rank_0.pt")
     assert torch.equal(open_folder(tmp_path / "model_world_size_1_rank_0.pt").tensors["a.weight"].read(), torch.eye(3))
+
+
+def test_flat_parameters_are_refused_by_name(tmp_path):
+    """What FSDP1 saves as LOCAL_STATE_DICT."""
+    for rank in (0, 1):
+        torch.save({"layers.0._flat_param": torch.ones(9)}, tmp_path / f"model_world_size_2_rank_{rank}.pt")
+    with pytest.raises(SourceError, match=r"flat parameters \(layers\.0\._flat_param\).*SHARDED_STATE_DICT"):
+        open_folder(tmp_path)
+
+
+def test_names_that_are_no_rank_files(tmp_path):
+    for name in ("model_world_size_0_rank_0.pt", "model_world_size_2_rank_x.pt"):
+        torch.save({"a.weight": torch.eye(3)}, tmp_path / name)
+        assert list(open_folder(tmp_path).tensors) == ["a.weight"]
+        (tmp_path / name).unlink()
+    torch.save({}, tmp_path / "model_world_size_2_rank_5.pt")
+    with pytest.raises(NotFoundError, match="of rank 0, 1"):
+        open_folder(tmp_path)
 
 
 def test_a_tensor_that_some_ranks_lack(tmp_path):

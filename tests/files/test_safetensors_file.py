@@ -112,8 +112,16 @@ def test_a_hostile_header_is_one_message_that_names_the_file(tmp_path, case):
 def test_what_lies_beside_the_tensors_is_named(tmp_path):
     """The message leads to the place: which tensors, how many bytes."""
     for header, data, words in (
-        ({"a": entry(), "b": entry(offsets=(8, 16))}, bytes(19), "3 bytes after 'b', the last tensor, belong to no"),
-        ({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20), "4 bytes between 'a' and 'b' belong to no tensor"),
+        (
+            {"a": entry(), "b": entry(offsets=(8, 16))},
+            bytes(19),
+            "the bytes after 'b', the last tensor, 3 of them, belong to no",
+        ),
+        (
+            {"a": entry(), "b": entry(offsets=(12, 20))},
+            bytes(20),
+            "the bytes between 'a' and 'b', 4 of them, belong to no tensor",
+        ),
         ({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12), "'a' and 'b' overlap"),
     ):
         with pytest.raises(SourceError, match=words):
