@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from spectra.errors import NotFoundError, SourceError
+from spectra.files import snapshots
+from spectra.files.choice import WEIGHT_SUFFIXES
 from spectra.files.storage import Place
 
 # Names that people say → the hub's ids.
@@ -117,16 +119,21 @@ def _user_aliases(config: Path) -> dict[str, str]:
 def _from_hub(name: str, repo: str, revision: str, tried: list[str]) -> Path:
     folder = hub_cache() / f"models--{repo.replace('/', '--')}"
     cached = _snapshot(folder, revision)
-    if cached:
+    lack = snapshots.missing(Place.of(cached), WEIGHT_SUFFIXES) if cached else ""
+    if cached and not lack:
         return cached
-    tried.append(f"the hub cache {folder} (revision {revision})")
+    tried.append(f"the hub cache {folder} (revision {revision}{', ' + lack if lack else ''})")
     if _truthy("HF_HUB_OFFLINE"):
+        if cached:
+            return cached  # opening it says what is missing and how to get it
         tried.append("no download, since HF_HUB_OFFLINE is set")
         raise _not_found(name, tried)
     try:
         import huggingface_hub
         from huggingface_hub import errors
     except ImportError:
+        if cached:
+            return cached
         tried.append("no download, since huggingface_hub is missing (pip install 'weight-spectra[hub]')")
         raise _not_found(name, tried) from None
     try:

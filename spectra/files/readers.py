@@ -88,10 +88,25 @@ def read_torch(ref: Stored) -> Tensor:
     return torch_archive.load(ref.file, ref.stamp)[ref.name].detach()
 
 
+def read_dcp(ref: Stored) -> Tensor:
+    """A tensor of a folder that torch.distributed.checkpoint wrote.
+
+    Raises:
+        SourceError: a piece of it is damaged or gone.
+    """
+    try:
+        from spectra.files import dcp_pieces  # takes a second to import
+    except ImportError as problem:
+        raise SourceError(f"{ref.file} needs a torch with torch.distributed to be read ({problem})") from None
+    return dcp_pieces.read(ref.file, ref.stamp, ref.name)
+
+
 READERS: dict[str, Callable[[Stored], Tensor]] = {
     "safetensors": read_safetensors,
+    "archive": read_safetensors,  # a record of torch's zip archive lies as plainly
     "gguf": read_gguf,
     "torch": read_torch,
+    "dcp": read_dcp,
 }
 
 

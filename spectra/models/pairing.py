@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 
@@ -12,6 +13,8 @@ _INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_m
 _WRAPPERS = ("module.", "_forward_module.", "base_model.model.", *_INNER_WRAPPERS)
 # Where a vision-language model keeps what is a model of its own elsewhere: prefixes that stand for each other.
 _NESTED = (("model.", "model.language_model."),)
+# Where single files of image models keep a text encoder: ComfyUI's, and Stability's.
+_TEXT_ENCODER = re.compile(r"(?:text_encoders\.[^.]+|conditioner\.embedders\.\d+)\.transformer\.")
 
 
 def align(tuned: Mapping[str, Shape | None], base: Mapping[str, Shape]) -> tuple[dict[str, str], str]:
@@ -95,13 +98,16 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
 
 
 def _leading_paths(names: Iterable[str]) -> set[str]:
-    """First one and two path components, as prefixes, that are words rather than indices."""
+    """First one and two path components, as prefixes, that are words rather than indices; a text encoder's place."""
     found = set()
     for name in names:
         words = name.split(".")
         for depth in (1, 2):
             if len(words) > depth + 1 and not any(word.isdigit() for word in words[:depth]):
                 found.add(".".join(words[:depth]) + ".")
+        encoder = _TEXT_ENCODER.match(name)
+        if encoder:
+            found.add(encoder[0])
     return found
 
 

@@ -56,7 +56,7 @@ def source_of(
         raise SelectionError(f"heads={heads!r} is not one of mean, sum, each or the index of a head")
     found = format_of(folder)
     base_folder = open_model(hub.resolve(base)) if base is not None else None
-    if base_folder is not None and base_folder.is_adapter:
+    if base_folder is not None and recognised.is_no_model(base_folder):
         raise SelectionError(f"{base_folder.path} is an adapter, not a base model; pass full weights as base= (--base)")
     if base_folder is not None:
         folder, base_folder = in_the_same_names(folder, base_folder)

@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from support.checkpoints import llama_tensors, nudged, write_checkpoint
+from support.checkpoints import llama_tensors, nudged, write_adapter, write_checkpoint
 
 import spectra
 from spectra.errors import NotFoundError, SourceError
@@ -20,9 +20,9 @@ def cache(tmp_path, monkeypatch):
     """A hub cache as huggingface_hub lays it out: snapshots of links to blobs."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
-    def add(repo, commit, tensors, ref="main"):
+    def add(repo, commit, tensors, ref="main", **options):
         folder = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
-        plain = write_checkpoint(tmp_path / "plain" / commit, tensors)
+        plain = write_checkpoint(tmp_path / "plain" / commit, tensors, **options)
         snapshot = folder / "snapshots" / commit
         snapshot.mkdir(parents=True)
         (folder / "blobs").mkdir(exist_ok=True)
@@ -139,3 +139,103 @@ def test_without_huggingface_hub_the_install_command_is_given(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(NotFoundError, match=r"weight-spectra\[hub\]"):
         hub.resolve("org/base")
+
+
+# -- snapshots that lack something
+
+
+def partial(cache, *, keep, shards=1):
+    """A snapshot of which only some files came."""
+    snapshot = cache("org/base", "a" * 40, llama_tensors(), shards=shards)
+    for link in snapshot.iterdir():
+        if not keep(link.name):
+            link.unlink()
+    return snapshot
+
+
+def test_a_snapshot_of_configs_leads_to_the_download(cache):
+    snapshot = partial(cache, keep=lambda name: name == "config.json")
+    for path in ("org/base", snapshot):
+        with pytest.raises(NotFoundError, match=r"hub cache of org/base, and no weights.*`hf download org/base`"):
+            spectra.open_source(path)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_snapshot_without_weights_is_downloaded(cache, monkeypatch, tmp_path, offline):
+    snapshot = partial(cache, keep=lambda name: name == "config.json")
+    whole = write_checkpoint(tmp_path / "whole", llama_tensors())
+    modules = fake_hub(["model.safetensors"], whole)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    if not offline:
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert hub.resolve("org/base") == Place.of(snapshot if offline else whole)
+    assert len(modules["huggingface_hub"].calls) == (not offline)
+
+
+def test_a_download_that_fails_says_what_the_cache_lacks(cache, monkeypatch):
+    partial(cache, shards=3, keep=lambda name: "00002" not in name)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    modules = fake_hub([], "unused")
+
+    def refuse(repo, revision):
+        raise modules["huggingface_hub.errors"].HfHubHTTPError("401 Client Error")
+
+    modules["huggingface_hub"].list_repo_files = refuse
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(NotFoundError, match=r"without model-00002-of-00003\.safetensors\).*401 Client Error"):
+        hub.resolve("org/base")
+
+
+def test_a_lost_shard_costs_its_own_tensors(cache):
+    partial(cache, shards=3, keep=lambda name: "00002" not in name)
+    source = spectra.open_source("org/base", cache("org/whole", "b" * 40, llama_tensors()))
+    assert {delta.status for delta in source} == {"ok", "unreadable"}
+    assert all("00002-of-00003.safetensors is missing" in delta.reason for delta in source if delta.status != "ok")
+
+
+def test_the_index_of_a_format_that_was_not_downloaded_is_no_loss(cache, monkeypatch):
+    snapshot = cache("org/base", "a" * 40, llama_tensors(), shards=2)
+    (snapshot / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a.weight": "pytorch_model-1-of-1.bin"}}')
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert hub.resolve("org/base") == Place.of(snapshot)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_interrupted_download_is_said(cache, shards):
+    snapshot = cache("org/base", "a" * 40, llama_tensors(), shards=shards)
+    for link in snapshot.glob("*.safetensors"):
+        blob = link.resolve()
+        blob.rename(f"{blob}.5e0a.incomplete")
+    for path in ("org/base", snapshot):
+        with pytest.raises(NotFoundError) as caught:
+            spectra.open_source(path)
+        assert f"{shards} of its downloads did not end (.incomplete)" in str(caught.value)
+        assert ".safetensors leads to a file that is not there" in str(caught.value) or shards == 2
+        assert "`hf download org/base`" in str(caught.value)
+
+
+def test_the_cache_of_a_repository_leads_to_its_snapshots(cache):
+    snapshot = cache("org/base", "a" * 40, llama_tensors())
+    for folder in (snapshot.parent, snapshot.parent.parent):
+        with pytest.raises(NotFoundError, match="hub cache of org/base: pass org/base, or the path of one of its"):
+            spectra.open_source(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_a_config_that_is_a_link_to_nothing_is_not_called_absent(tmp_path, name):
+    tensors = {f"base_model.model.a.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    folder = write_adapter(tmp_path, tensors, None)
+    (folder / name).symlink_to("../blobs/gone")
+    with pytest.raises(SourceError, match=rf"{name} is a link to a file that is not there"):
+        spectra.open_source(folder)
+
+
+def test_weights_that_are_a_link_to_nothing(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to("gone")
+    with pytest.raises(NotFoundError, match=r"model\.safetensors leads to a file that is not there"):
+        spectra.open_source(tmp_path)
+    with pytest.raises(NotFoundError, match=r"model\.safetensors"):
+        spectra.open_source(tmp_path / "model.safetensors")

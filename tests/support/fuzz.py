@@ -83,7 +83,9 @@ def _config_text(folder: Path, rng: random.Random) -> str:
 
 
 def _weights(folder: Path, rng: random.Random) -> Path:
-    return rng.choice(sorted(folder.glob("*.safetensors")))
+    return rng.choice(
+        sorted(folder.glob("*.safetensors")) or sorted(file for file in folder.iterdir() if file.is_file())
+    )
 
 
 def _header(folder: Path, rng: random.Random) -> str:

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+import torch.distributed.checkpoint as checkpoint
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import Shard
 
 from support.checkpoints import llama_tensors, write_adapter, write_checkpoint
+from support.distributed import write_ranks
 from support.peft_oracle import Oracle
 
 _Q = "model.layers.0.self_attn.q_proj"
@@ -78,9 +81,37 @@ def _comfyui(folder: Path) -> Oracle:
     return Oracle(write_checkpoint(folder / "base", base, config={"model_type": ""}), folder / "adapter", deltas)
 
 
+def _parts(folder: Path) -> tuple[Path, Path, dict[str, torch.Tensor]]:
+    base = llama_tensors(layers=1)
+    tuned = {name: tensor + 0.01 * torch.randn(tensor.shape) for name, tensor in base.items()}
+    return folder / "adapter", write_checkpoint(folder / "base", base), tuned
+
+
+def _deltas(base: Path, tuned: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    held = load_file(base / "model.safetensors")
+    return {name: tensor.double() - held[name].double() for name, tensor in tuned.items() if tensor.ndim == 2}
+
+
+def _rank_files(folder: Path) -> Oracle:
+    """A checkpoint that two FSDP ranks left in parts."""
+    home, base, tuned = _parts(folder)
+    write_ranks(home, tuned, [2], lambda name: [Shard(0)])
+    return Oracle(base, home, _deltas(base, tuned))
+
+
+def _dcp(folder: Path) -> Oracle:
+    """A training state that torch.distributed.checkpoint wrote."""
+    home, base, tuned = _parts(folder)
+    state = {"model": tuned, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}}
+    checkpoint.save(state, storage_writer=checkpoint.FileSystemWriter(home), no_dist=True)
+    return Oracle(base, home, _deltas(base, tuned))
+
+
 LAYOUTS: dict[str, Callable[[Path], Oracle]] = {
     "lora-in-a-dump": _dump,
     "LoRA-XS": _latent,
     "tied": _tied,
     "comfyui": _comfyui,
+    "rank-files": _rank_files,
+    "dcp": _dcp,
 }
