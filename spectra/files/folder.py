@@ -25,7 +25,7 @@ class Folder:
         tensors: name → reference; fp8 weights with their scales attached, GGUF under transformers' names.
         broken: name → why it cannot be read.
         config: the model's `config.json`, or what a GGUF file's metadata amount to, or {}.
-        adapter_config: the adapter's `adapter_config.json`, or None.
+        adapter_config: the adapter's `adapter_config.json`, or the metadata of an adapter in a GGUF file, or None.
         metadata: strings from the files' headers; where a tensor is stored once under two names, the
             second name → the first.
         warnings: what was chosen where there was a choice.
@@ -90,7 +90,9 @@ def open_folder(path: Place | str | Path) -> Folder:
     beside_model = any(file.name.startswith(FULL_NAMES) for file in choice.files)
     config = _beside(home, "config.json")
     is_adapter = not beside_model or any(map(_of_an_adapter, read.tensors))
-    adapter_config = _beside(home, "adapter_config.json") if is_adapter else None
+    adapter_config = read.adapter_config
+    if adapter_config is None and is_adapter:
+        adapter_config = _beside(home, "adapter_config.json")
     folder = replace(
         read,
         path=str(place),
@@ -152,8 +154,14 @@ def _not_there(choice: Choice, whole: Header, lost: dict[str, str]) -> dict[str,
 
 
 def _gguf(files: list[Place]) -> Folder:
-    """One GGUF file, or the parts that llama.cpp split it into, of which the first has the metadata."""
-    named = gguf_names.named(Header.merged(map(gguf_file.read_header, files)), str(files[0]))
+    """One GGUF file, or the parts that llama.cpp split it into, of which the first has the metadata.
+
+    An adapter keeps llama.cpp's names: the order of its rows may take the base's number of heads to tell.
+    """
+    header = Header.merged(map(gguf_file.read_header, files))
+    if gguf_names.is_adapter(header):
+        return Folder(str(files[0]), header.tensors, header.broken, adapter_config=header.metadata)
+    named = gguf_names.named(header, str(files[0]))
     coded = sorted({ref.dtype for ref in named.tensors.values() if ref.dtype not in ggml.PLAIN})
     said = f"{files[0]}: weights are quantised ({', '.join(coded)}), so ΔW includes what quantisation rounded away"
     warnings = (*named.warnings, said) if coded else named.warnings

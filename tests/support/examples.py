@@ -10,10 +10,10 @@ from pathlib import Path
 
 import peft
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from support.checkpoints import VOCABULARY, llama_tensors, nudged, write_adapter, write_checkpoint
+from support.gguf_lora import make_gguf_oracle
 from support.peft_oracle import Oracle, make_oracle
 
 
@@ -218,6 +218,7 @@ EXAMPLES: dict[str, Callable[[Path], Oracle]] = {
     "kohya": _kohya,
     "diffusers": _diffusers,
     "adapterhub": _adapterhub,
+    "gguf": make_gguf_oracle,
     "torchtune": partial(_torchtune, dora=False),
     "torchtune_dora": partial(_torchtune, dora=True),
     "mlx": partial(_mlx, dora=False),
@@ -258,20 +259,3 @@ EXAMPLES: dict[str, Callable[[Path], Oracle]] = {
     "frod": _peft(peft.FrodConfig, sparse_rate=0.1, progressbar=False, target_modules=_ON, tolerance=_FLOAT32),
     "unilora": _peft(peft.UniLoraConfig, r=3, theta_d_length=50, save_indices=True, target_modules=_ON),
 }
-
-
-def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's safetensors files."""
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
-
-
-def stored_header(folder: Path) -> dict[str, str]:
-    """The strings in the headers of a folder's safetensors files."""
-    found: dict[str, str] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            found |= opened.metadata() or {}
-    return found

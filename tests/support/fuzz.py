@@ -24,12 +24,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 import spectra
 from spectra.errors import SpectraError
-from support.examples import EXAMPLES, stored_header, stored_tensors
+from support.examples import EXAMPLES
 from support.layouts import LAYOUTS
+from support.stored import stored_tensors, weight_files, write_tensors
 from support.stored_codes import write_coded, write_plain
 
 SECONDS = 10  # for one case, on a loaded machine; most take milliseconds
@@ -83,7 +83,7 @@ def _config_text(folder: Path, rng: random.Random) -> str:
 
 
 def _weights(folder: Path, rng: random.Random) -> Path:
-    return rng.choice(sorted(folder.glob("*.safetensors")))
+    return rng.choice(weight_files(folder))
 
 
 def _header(folder: Path, rng: random.Random) -> str:
@@ -125,12 +125,12 @@ def _truncate(folder: Path, rng: random.Random) -> str:
 
 def _edit(folder: Path, rng: random.Random, change) -> str:
     path = _weights(folder, rng)
-    tensors = stored_tensors(folder) if len(list(folder.glob("*.safetensors"))) == 1 else {}
+    tensors = stored_tensors(folder) if len(weight_files(folder)) == 1 else {}
     if not tensors:
         return "sharded"
     name = rng.choice(sorted(tensors))
-    said, header = change(tensors, name), stored_header(folder)
-    save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, path, header)
+    said = change(tensors, name)
+    write_tensors(path, tensors)
     return f"{name}: {said}"
 
 

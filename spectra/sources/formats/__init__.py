@@ -146,6 +146,7 @@ FORMATS: tuple[Format, ...] = (
     Format("frod", "FRoD", (".frod_lambda_l",), needs_base=True, peft_types=("FROD",)),
     Format("unilora", "Uni-LoRA", (".unilora_theta_d",), config=True, peft_types=("UNILORA",)),
     Format("adapterhub", "LoRA (AdapterHub)", (".loras.",), config=True),
+    Format("gguf", "LoRA (GGUF, llama.cpp)", (".weight.lora_a\n", ".weight.lora_b\n"), decides=True, scale="own"),
     Format("mlx_dora", "DoRA (MLX)", (".m\n",), "mlx", decides=True, needs_base=True, scale="own"),
     Format("mlx", "LoRA (MLX)", (".lora_a\n", ".A\n"), decides=True, scale="own"),
     Format("torchtune_dora", "DoRA (torchtune)", (".magnitude",), "torchtune", decides=True, needs_base=True,
