@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from support.checkpoints import VOCABULARY, llama_tensors, nudged, write_adapter, write_checkpoint
 from support.gguf_lora import make_gguf_oracle
+from support.litgpt import make_litgpt_oracle
 from support.peft_oracle import Oracle, make_oracle
 
 
@@ -219,6 +220,7 @@ EXAMPLES: dict[str, Callable[[Path], Oracle]] = {
     "diffusers": _diffusers,
     "adapterhub": _adapterhub,
     "gguf": make_gguf_oracle,
+    "litgpt": make_litgpt_oracle,
     "torchtune": partial(_torchtune, dora=False),
     "torchtune_dora": partial(_torchtune, dora=True),
     "mlx": partial(_mlx, dora=False),

@@ -106,6 +106,7 @@ _SHAPES = "its file does not hold the shapes of the weights, which ΔW needs"
 
 # The first that matches wins: names that only one format uses come before the ones that many use.
 FORMATS: tuple[Format, ...] = (
+    Format("litgpt", "LoRA (LitGPT)", (".lora_A\n", ".lora_B\n"), decides=True, scale="own"),
     Format("multilora", "MultiLoRA", (".multilora_A\n", ".lora_scaling\n"), scale="config", heads=True),
     Format("multihead", "R-LoRA, HydraLoRA (multi-head LoRA)", ("lora_",), decides=True, scale="own", heads=True),
     Format("adalora", "AdaLoRA", (".lora_E",), config=True, peft_types=("ADALORA",)),
