@@ -100,7 +100,7 @@ def open_folder(path: Place | str | Path) -> Folder:
         adapter_config=adapter_config,
         warnings=(*choice.warnings, *read.warnings),
     )
-    return folder if folder.is_adapter else _decoded(folder)
+    return folder if folder.is_adapter else _decoded(_with_settings(folder, home))
 
 
 def _of_an_adapter(name: str) -> bool:
@@ -111,6 +111,15 @@ def _of_an_adapter(name: str) -> bool:
 def _beside(home: Place, name: str) -> dict[str, Any] | None:
     """A config beside the weights, or None."""
     return read_json(inside(home, home / name)) if (home / name).is_file() else None
+
+
+def _with_settings(folder: Folder, home: Place) -> Folder:
+    """What lies in a file of its own about codes that the config says nothing of."""
+    silent = not any(key in folder.config for key in ("quantization_config", "compression_config"))
+    if silent and any(name.endswith(".qweight") for name in folder.tensors):
+        for said in filter(None, (_beside(home, name) for name in quantised.SETTINGS_FILES)):
+            return replace(folder, config=folder.config | {"quantization_config": quantised.todays_settings(said)})
+    return folder
 
 
 def _decoded(folder: Folder) -> Folder:

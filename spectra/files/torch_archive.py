@@ -62,6 +62,9 @@ def _content(file: Place) -> Any:
 
 
 def _state_dict(file: Place, content: Any) -> dict[str, Tensor]:
+    whole = content.get("state") if isinstance(content, Mapping) else None
+    if isinstance(whole, Mapping) and isinstance(whole.get("model"), Mapping):  # Composer's training state
+        content = whole
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]

@@ -414,3 +414,18 @@ def test_tensors_that_are_no_plain_arrays_are_broken_and_the_others_are_read(tmp
     assert set(found.tensors) == {"a.weight"}
     assert set(found.broken) == {"sparse.weight", "meta.weight", "huge.weight"}
     assert "fewer entries" in found.broken["huge.weight"]
+
+
+def test_the_model_in_a_training_state_of_composer(tmp_path):
+    """composer/core/state.py: `state` holds the model, the optimizers and more."""
+    state = {"model": TENSORS, "optimizers": {"Adam": {"state": {0: {"exp_avg": torch.ones(3)}}}}, "run_name": "x"}
+    torch.save({"state": state, "metadata": {"epoch": 1}}, tmp_path / "ep1-ba7-rank0.pt")
+    opened = open_folder(tmp_path)
+    assert {name: ref.shape for name, ref in opened.tensors.items()} == {"a.weight": (3, 3), "b.weight": (2, 3)}
+    assert torch.equal(opened.tensors["b.weight"].read(), TENSORS["b.weight"])
+
+
+def test_the_state_of_an_optimizer_is_no_model(tmp_path):
+    torch.save({"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []}, tmp_path / "model.pt")
+    with pytest.raises(SourceError, match="holds no tensors"):
+        open_folder(tmp_path)

@@ -24,7 +24,7 @@ from spectra.files.tensors import TensorRef
 from spectra.sources import FORMATS, Format
 
 ROWS = {row.kind: row for row in FORMATS}
-OTHER_NAMES = ("torchtune", "torchtune_dora", "gguf")
+OTHER_NAMES = ("torchtune", "torchtune_dora", "gguf", "xlabs")
 
 
 @pytest.fixture(scope="module", params=sorted(EXAMPLES))
