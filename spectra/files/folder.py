@@ -135,7 +135,7 @@ def _decoded(folder: Folder) -> Folder:
 
 def _read_all(choice: Choice) -> Folder:
     """The headers of all files, merged; a broken shard costs its own tensors only."""
-    if choice.files[0].suffix == ".gguf":
+    if _is_gguf(choice.files[0]):
         return _gguf(choice.files)
     headers: list[Header] = []
     lost: dict[str, str] = {}
@@ -160,6 +160,12 @@ def _not_there(choice: Choice, whole: Header, lost: dict[str, str]) -> dict[str,
             why = lost.get(shard.rpartition("/")[2]) or f"{shard} does not hold it; download the model again"
             missing[name] = choice.broken.get(name, why)
     return missing
+
+
+def _is_gguf(file: Place) -> bool:
+    """Whether a file is one of llama.cpp's, by its suffix, or by its first bytes if it has none, as Ollama's blobs."""
+    blob = not file.suffix and file.is_file()
+    return file.suffix == ".gguf" or (blob and file.read(0, 4) == gguf_file.MAGIC)
 
 
 def _gguf(files: list[Place]) -> Folder:

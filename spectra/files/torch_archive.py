@@ -16,7 +16,9 @@ from spectra.files.storage import Place, Stamp
 
 SMALL_FILE = 256 * 2**20  # adapters: kept open between tensors; larger files are opened anew for each
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-_DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
+_DAMAGED = (
+    RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 def load(file: Place, stamp: Stamp) -> dict[str, Tensor]:

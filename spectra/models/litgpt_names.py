@@ -117,10 +117,10 @@ def is_whole(folder: Folder) -> bool:
 
 
 def config(params: Mapping[str, Any]) -> dict[str, Any]:
-    """What `model_config.yaml` says, in transformers' words; it has no word for the architecture.
+    """What `model_config.yaml` says, in transformers' words; it has none for the architecture.
 
-    >>> config({"n_layer": 2, "n_embd": 16, "n_head": 4, "n_query_groups": None, "head_size": 4})
-    {'num_hidden_layers': 2, 'hidden_size': 16, 'num_attention_heads': 4, 'head_dim': 4, 'num_key_value_heads': 4}
+    >>> config({"n_embd": 16, "n_head": 4, "n_query_groups": None})
+    {'model_type': 'litgpt', 'hidden_size': 16, 'num_attention_heads': 4, 'num_key_value_heads': 4}
     """
     words = {
         "n_layer": "num_hidden_layers",
@@ -131,7 +131,8 @@ def config(params: Mapping[str, Any]) -> dict[str, Any]:
         "intermediate_size": "intermediate_size",
         "padded_vocab_size": "vocab_size",
     }
-    said = {new: params[old] for old, new in words.items() if _count(params, old)}
+    said: dict[str, Any] = {"model_type": "litgpt"}
+    said |= {new: params[old] for old, new in words.items() if _count(params, old)}
     if "num_attention_heads" in said:
         said.setdefault("num_key_value_heads", said["num_attention_heads"])
     return said

@@ -15,7 +15,7 @@ from spectra.models import litgpt_names, meta_names, torchtune_names
 
 _PART = re.compile(r"consolidated\.\d\d\.(?:pth|pt|bin|safetensors)")
 _PARAMS = "params.json"
-_MAX_YAML = 2**20
+_MAX_YAML = 2**15  # LitGPT writes one or two KiB; nested brackets take the parser seconds per 100 KiB
 _FULL = re.compile(r"(?:model|pytorch_model|adapter_model|adapter_config|adapters)\b.*\.(?:safetensors|bin|json)")
 
 

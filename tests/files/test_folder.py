@@ -386,12 +386,14 @@ def test_a_bin_file_without_a_state_dict(tmp_path, content, message):
         open_folder(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "pointer"])
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "pointer", "disks"])
 def test_a_damaged_bin_file_is_one_message(tmp_path, damage):
     file = one(tmp_path, "pytorch_model.bin", {"a.weight": torch.randn(100, 100)}) / "pytorch_model.bin"
     content = file.read_bytes()
+    disks = content.index(b"PK\x06\x07") + 16  # of the ZIP64 locator
     file.write_bytes(
         {
+            "disks": content[:disks] + b"\x09" + content[disks + 1 :],
             "cut": content[: len(content) // 2],
             "noise": bytes(range(256)) * 4,
             "empty": b"",

@@ -110,8 +110,11 @@ def test_a_pair_of_which_one_is_litgpts(made, layout, config, side, tmp_path):
 
 def test_two_of_litgpts_are_compared_as_they_are(tmp_path):
     base, tuned = weights(seed=0), weights(seed=1)
-    source = spectra.open_source(write_model(tmp_path / "tuned", tuned), write_model(tmp_path / "base", base))
-    check(source, tuned, base)
+    folders = write_model(tmp_path / "tuned", tuned), write_model(tmp_path / "base", base)
+    check(spectra.open_source(*folders, split=False), tuned, base)
+    apart = spectra.open_source(*folders)["transformer.h.0.attn.qkv.weight[k]"].read().to_dense()
+    change = tuned["transformer.h.0.attn.qkv.weight"].double() - base["transformer.h.0.attn.qkv.weight"].double()
+    assert torch.equal(apart, change[16:24])
 
 
 def test_the_order_before_qkv_is_todays_once_opened(tmp_path):
@@ -120,8 +123,8 @@ def test_the_order_before_qkv_is_todays_once_opened(tmp_path):
         name.replace("attn.qkv", "attn.attn"): grouped(tensor) if "attn.qkv" in name else tensor
         for name, tensor in tuned.items()
     }
-    source = spectra.open_source(write_model(tmp_path / "tuned", old), write_model(tmp_path / "base", base))
-    check(source, tuned, base)
+    folders = write_model(tmp_path / "tuned", old), write_model(tmp_path / "base", base)
+    check(spectra.open_source(*folders, split=False), tuned, base)
     lost = open_model(write_model(tmp_path / "lost", old, None))
     assert "put it back" in lost.broken["transformer.h.0.attn.qkv.weight"]
     assert "transformer.h.0.mlp.proj.weight" in lost.tensors

@@ -113,7 +113,7 @@ def test_a_scale_beside_an_alpha_is_ignored_and_said(tmp_path):
 
 
 def test_an_alpha_that_is_no_number_is_an_error(tmp_path):
-    with pytest.raises(SourceError, match="not a finite number"):
+    with pytest.raises(SourceError, match=r"adapter\.lora\.alpha = nan in the header is not a finite number"):
         spectra.open_source(write_lora(tmp_path / "a.gguf", factors(), alpha=float("nan")))
 
 
@@ -225,3 +225,15 @@ def test_it_is_no_base(tmp_path):
     folder = base(tmp_path, {"model_type": "llama"})
     with pytest.raises(SelectionError, match="is an adapter, not a base model"):
         spectra.open_source(folder, adapter)
+
+
+def test_a_blob_of_ollamas_store_has_no_suffix(tmp_path):
+    blob = write_lora(tmp_path / "a.gguf", factors(V, rows=8)).rename(tmp_path / "sha256-0a1b2c")
+    close(spectra.open_source(blob)[V_NAME], product(factors(V, rows=8), 3.5))
+    (tmp_path / "sha256-3d4e5f").write_bytes(b"{}")
+    with pytest.raises(SourceError, match="is not a weights file"):
+        spectra.open_source(tmp_path / "sha256-3d4e5f")
+
+
+def test_a_refused_matrix_keeps_its_shape(tmp_path):
+    assert spectra.open_source(write_lora(tmp_path / "a.gguf", factors()))[Q_NAME].shape == (16, 16)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 import yaml
@@ -63,37 +65,74 @@ def by_group(rows):
     return rows[order]
 
 
-@pytest.mark.parametrize(
-    ("fused", "kind", "order"),
-    [
-        ("model.layers.0.self_attn.qkv_proj", "phi3", list),
-        ("transformer.h.0.self_attention.query_key_value", "falcon", by_group),
-        ("gpt_neox.layers.0.attention.query_key_value", "gpt_neox", by_group),
-        (JOINT, "", list),
-    ],
-)
-def test_bases_that_fuse_them(fused, kind, order, tmp_path):
-    tensors = joint_factors(JOINT)
+FUSED = {
+    "phi3": ("model.layers.0.self_attn.qkv_proj", list),
+    "falcon": ("transformer.h.0.self_attention.query_key_value", by_group),
+    "gpt_neox": ("gpt_neox.layers.0.attention.query_key_value", by_group),
+    "unheard of": ("model.layers.0.self_attn.qkv_proj", list),
+}
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_bases_that_fuse_them(kind, tmp_path):
+    """In the parts that a pair of checkpoints has: none for GPT-NeoX with groups, which it knows not, and strangers."""
+    (fused, order), tensors = FUSED[kind], joint_factors(JOINT)
     config = {"model_type": kind, "new_decoder_architecture": True, "num_kv_heads": 2, **HEADS}
-    base = write_checkpoint(tmp_path / "base", {f"{fused}.weight": torch.randn(32, 16)}, config=config)
-    source = spectra.open_source(write_lora(tmp_path / "a", tensors), base)
-    assert {delta.name for delta in source} == {f"{fused}.weight[q]", f"{fused}.weight[v]"}
-    numbers = order(torch.arange(32)) if order is not list else torch.arange(32)
+    weight, moved = (f"{fused}.weight", torch.zeros(32, 16, dtype=torch.float64))
+    base = write_checkpoint(tmp_path / "base", {weight: torch.randn(32, 16)}, config=config)
+    adapter = write_lora(tmp_path / "a", tensors)
     for part, update in joint_updates(tensors).items():
-        delta = source[f"{fused}.weight[{part}]"]
-        close(delta, update)
-        mine = (numbers >= STARTS[part]) & (numbers < STARTS[part] + ROWS[part])
-        whole = spectra.files.folder.open_folder(base).tensors[f"{fused}.weight"].read_float64()
-        assert torch.equal(delta.base.read(), whole[mine])
+        moved[STARTS[part] : STARTS[part] + ROWS[part]] = update
+    moved = by_group(moved) if order is by_group else moved
+    (whole,) = spectra.open_source(adapter, base, split=False)
+    close(whole, moved)
+    assert whole.max_rank == 4
+    assert len(pickle.dumps(whole)) < 10_000
+    source = spectra.open_source(adapter, base)
+    pair = spectra.open_source(base, base)
+    assert {delta.name for delta in source} <= {delta.name for delta in pair}
+    assert (len(source) == 2) == (kind in ("phi3", "falcon"))
+    for part, update in joint_updates(tensors).items():
+        if len(source) == 2:
+            close(source[f"{weight}[{part}]"], update)
+            assert torch.equal(source[f"{weight}[{part}]"].base.read(), pair[f"{weight}[{part}]"].base.read())
 
 
-def test_gate_and_up_of_a_base_that_fuses_them(tmp_path):
+@pytest.mark.parametrize("split", [True, False])
+def test_gate_and_up_of_a_base_that_fuses_them(split, tmp_path):
     A, B = torch.randn(2, 16), torch.randn(24, 2)
-    base = write_checkpoint(tmp_path / "base", {"model.layers.0.mlp.gate_up_proj.weight": torch.randn(48, 16)})
+    name = "model.layers.0.mlp.gate_up_proj.weight"
+    base = write_checkpoint(tmp_path / "base", {name: torch.randn(48, 16)}, config={"model_type": "phi3"})
     adapter = write_lora(tmp_path / "a", {f"{UP}.lora_A": A, f"{UP}.lora_B": B})
-    source = spectra.open_source(adapter, base, split=False)
-    close(source["model.layers.0.mlp.gate_up_proj.weight[up]"], 3 * B.double() @ A.double())
-    assert any("are reported apart" in warning for warning in source.coverage.warnings)
+    (found,) = spectra.open_source(adapter, base, split=split)
+    update = 3 * B.double() @ A.double()
+    assert found.name == (f"{name}[up]" if split else name)
+    close(found, update if split else torch.cat([torch.zeros(24, 16).double(), update]))
+
+
+def test_kept_whole_without_a_base_the_parts_lie_in_the_joint_matrix(tmp_path):
+    tensors = joint_factors(JOINT)
+    (found,) = spectra.open_source(write_lora(tmp_path / "a", tensors), split=False)
+    assert found.name == f"{JOINT}.weight"
+    for part, update in joint_updates(tensors).items():
+        rows = found.read().to_dense()[STARTS[part] : STARTS[part] + ROWS[part]]
+        assert torch.allclose(rows, update, rtol=0, atol=1e-12)
+    assert not found.read().to_dense()[16:24].any()
+
+
+@pytest.mark.parametrize("params", [PARAMS, None])
+def test_a_merge_of_the_joint_matrix_is_verified(params, tmp_path):
+    tensors, base = joint_factors(JOINT), weights()
+    merged, whole = dict(base), torch.zeros(32, 16)
+    for part, update in joint_updates(tensors).items():
+        whole[STARTS[part] : STARTS[part] + ROWS[part]] = update.float()
+    merged[f"{JOINT}.weight"] = base[f"{JOINT}.weight"] + whole
+    report = spectra.verify_merge(
+        write_model(tmp_path / "base", base, params),
+        write_lora(tmp_path / "a", tensors),
+        write_model(tmp_path / "merged", merged, params),
+    )
+    assert report.verdict in ("exact", "rounded")
 
 
 def test_other_modules_go_by_their_names(tmp_path):
@@ -171,7 +210,9 @@ def test_hyperparameters_that_are_no_numbers_are_an_error(options, tmp_path):
         spectra.open_source(write_lora(tmp_path / "a", joint_factors(JOINT), said(**options)))
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "{", "a: &a [*a", "\x00", "!!python/object/apply:os.system [ls]"])
+@pytest.mark.parametrize(
+    "text", ["[1, 2]", "{", "a: &a [*a", "\x00", "[" * 100_000, "!!python/object/apply:os.system [ls]"]
+)
 def test_yaml_that_is_no_object_is_an_error_of_one_line(text, tmp_path):
     folder = write_lora(tmp_path / "a", joint_factors(JOINT))
     (folder / "hyperparameters.yaml").write_text(text)

@@ -86,11 +86,26 @@ def test_a_scale_changes_nothing_and_that_is_said(tmp_path):
     assert any("scale was ignored" in warning for warning in source.coverage.warnings)
 
 
-@pytest.mark.parametrize("shape", [(40, 16), (112, 8)])
+@pytest.mark.parametrize("shape", [(40, 16), (112, 8), (48,), ()])
 def test_first_rows_that_the_base_does_not_have_are_a_mismatch(shape, tmp_path):
     base = write_checkpoint(tmp_path / "base", {"single_blocks.0.linear1.weight": torch.randn(shape)}, config={})
     (found,) = spectra.open_source(write(tmp_path / "a", factors(f"{SINGLE}.qkv_lora", 48)), base)
     assert found.status == "shape_mismatch"
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_the_update_of_linear1_has_zeros_after_the_rows_of_q_k_and_v(split, tmp_path):
+    module, name = f"{SINGLE}.qkv_lora", "single_blocks.0.linear1.weight"
+    tensors = factors(module, 48)
+    adapter = write(tmp_path / "a", tensors)
+    base = write_checkpoint(tmp_path / "base", {name: torch.randn(112, 16)}, config={})
+    (found,) = spectra.open_source(adapter, base, split=split)
+    assert found.name == name
+    assert found.max_rank == 2
+    close(found, torch.cat([product(tensors, module), torch.zeros(64, 16).double()]))
+    (alone,) = spectra.open_source(adapter, split=split)
+    assert alone.name == f"{name}[qkv]"
+    close(alone, product(tensors, module))
 
 
 @pytest.mark.parametrize(

@@ -226,15 +226,13 @@ def _xlabs(folder: Path) -> Oracle:
         "double_blocks.0.processor.proj_lora1": ("double_blocks.0.img_attn.proj", 16, 16),
         "double_blocks.0.processor.qkv_lora2": ("double_blocks.0.txt_attn.qkv", 48, 16),
         "single_blocks.1.processor.proj_lora": ("single_blocks.1.linear2", 16, 80),
-        "single_blocks.1.processor.qkv_lora": ("single_blocks.1.linear1", 48, 16),
     }
     tensors, base, deltas = {}, {}, {}
     for module, (name, rows, columns) in modules.items():
         down, up = torch.randn(3, columns), torch.randn(rows, 3)
         tensors |= {f"{module}.down.weight": down, f"{module}.up.weight": up}
-        first = name.endswith("linear1")
-        base[f"{name}.weight"] = torch.randn(rows + 64 if first else rows, columns)
-        deltas[f"{name}.weight[qkv]" if first else f"{name}.weight"] = up.double() @ down.double()
+        base[f"{name}.weight"] = torch.randn(rows, columns)
+        deltas[f"{name}.weight"] = up.double() @ down.double()
     (folder / "adapter").mkdir(parents=True)
     save_file(tensors, folder / "adapter" / "lora.safetensors")
     return Oracle(write_checkpoint(folder / "base", base, config={}), folder / "adapter", deltas)

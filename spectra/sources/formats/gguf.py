@@ -8,6 +8,7 @@ and convert_llama_adapter.go.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,14 +56,13 @@ def read(ledger: Ledger) -> None:
     for module, slots in ledger.modules(r"weight\.(?P<slot>lora_[ab])").items():
         stored = f"{module}.weight"
         name = (gguf_names.plain_name(stored, found) if found else None) or stored
+        factors = None
         with ledger.attempt(name):
-            a, b = _factors(ledger, module, slots)
-            s = alpha / b.shape[-1] if alpha else float(ledger.scale or 0.0)
-            part = gguf_names.permuted_part(stored, found) if found else None
-            if part is not None and len(b.shape) == 2:
-                b = _reordered(ledger, b, part)
-            for own, term in _terms(stored, found, a, b, s).items():
-                terms[(own or name).removesuffix(".weight")] = term
+            factors = _factors(ledger, module, slots)
+        if factors is not None:
+            with ledger.attempt(name, () if len(factors[1].shape) > 2 else _shape(stored, *factors)):
+                for own, term in _terms(ledger, stored, found, alpha, *factors).items():
+                    terms[(own or name).removesuffix(".weight")] = term
     for module, target in targets(ledger, {module: term.shape for module, term in terms.items()}).items():
         add_factored(ledger, target, [terms[module]])
 
@@ -73,7 +73,11 @@ def _alpha(ledger: Ledger) -> float:
     Raises:
         SourceError: it is no finite number, or nobody says what s is.
     """
-    alpha = ledger.config.real(_ALPHA) if _ALPHA in ledger.config else 0.0
+    alpha = ledger.config.get(_ALPHA, 0.0)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise SourceError(
+            f"{ledger.where}: {_ALPHA} = {alpha!r} in the header is not a finite number; convert it again"
+        )
     if alpha and ledger.scale is not None:
         ledger.warnings.append(f"scale was ignored: the header carries {_ALPHA} = {alpha:g}")
     if not alpha and ledger.scale is None:
@@ -82,7 +86,7 @@ def _alpha(ledger: Ledger) -> float:
             f"{ledger.where} holds {ledger.title}, and its header has {said}, so α/r is unknown: pass scale= "
             "(--scale), which is 1 if it is to be what llama.cpp makes of such a file"
         )
-    return alpha
+    return float(alpha)
 
 
 def _architecture(ledger: Ledger) -> gguf_names.Architecture | None:
@@ -111,14 +115,21 @@ def _factors(ledger: Ledger, module: str, slots: Slots) -> tuple[TensorRef, Tens
     return a, b
 
 
+def _shape(stored: str, a: TensorRef, b: TensorRef) -> tuple[int, int]:
+    """(out, in) of the weight."""
+    return (a.shape[0], b.shape[0]) if stored == _EMBEDDING else (b.shape[0], a.shape[1])
+
+
 def _terms(
-    stored: str, found: gguf_names.Architecture | None, a: TensorRef, b: TensorRef, s: float
+    ledger: Ledger, stored: str, found: gguf_names.Architecture | None, alpha: float, a: TensorRef, b: TensorRef
 ) -> dict[str | None, Term]:
     """Name → product in Linear orientation; of one weight under None, of a stack for each expert under its own."""
+    s = alpha / b.shape[-1] if alpha else float(ledger.scale or 0.0)
     if stored == _EMBEDDING:
         return {None: Term((a,), b.T, s)}
+    part = gguf_names.permuted_part(stored, found) if found else None
     if len(a.shape) == 2:
-        return {None: Term((b,), a, s)}
+        return {None: Term((_reordered(ledger, b, part) if part else b,), a, s)}
     names = gguf_names.expert_names(stored, found, a.shape[0]) if found else []
     if not names:
         raise Refusal(f"{stored} is a stack of {a.shape[0]} matrices, and what they are is not known here")

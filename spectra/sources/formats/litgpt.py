@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-from spectra.deltas.recipes import Factors, Term
+from spectra.deltas.recipes import Term
 from spectra.errors import SourceError
 from spectra.files.folder import Folder
 from spectra.models import litgpt_names
@@ -21,6 +21,7 @@ from spectra.models.litgpt_names import Heads, Place
 from spectra.models.pairing import unwrap
 from spectra.sources.adapter import Refusal, Slots, add_factored
 from spectra.sources.ledger import Ledger
+from spectra.sources.parts import Part, add_parts
 from spectra.sources.targets import Target, targets, weight_targets
 
 _SWITCHES = {"q": "lora_query", "k": "lora_key", "v": "lora_value"}
@@ -144,26 +145,19 @@ def _trained_rows(ledger: Ledger, module: str, count: int, rows: int, heads: Hea
 
 
 def _add_parts(ledger: Ledger, target: Target, terms: Mapping[Place, Term], heads: Heads | None) -> None:
-    """Enter the updates of parts of one fused weight, each on its own."""
-    said = "q, k and v, or gate and up, are reported apart, as LitGPT trains them"
-    if not ledger.split and said not in ledger.warnings:
-        ledger.warnings.append(said)
-    for place, term in terms.items():
-        name = f"{target.name}[{place.part}]"
-        with ledger.attempt(name, term.shape):
-            cut = _cut(target, place, heads)
-            there = cut(target.ref).shape if cut and target.ref is not None else term.shape
-            if there != term.shape:
-                raise Refusal(f"the update is {list(term.shape)}, the base weight {list(there)}", "shape_mismatch")
-            update = Factors((term,))
-            ledger.add(name, update.shape, update, update.rank, base=target.base(cut) if cut else None)
+    """Enter the updates of parts of one fused weight."""
+    rows = sum(heads.rows.values()) if heads else None
+    if target.ref is not None:
+        rows = target.ref.shape[0] if len(target.ref.shape) == 2 else 0
+    with ledger.attempt(target.name):
+        parts = {place.part: Part(term, _cut(place, rows, heads)) for place, term in terms.items()}
+        add_parts(ledger, target, parts, rows)
 
 
-def _cut(target: Target, place: Place, heads: Heads | None) -> Cut | None:
-    """How to cut the part out of the base's weight; None where there is no base."""
-    if target.ref is None:
+def _cut(place: Place, rows: int | None, heads: Heads | None) -> Cut | None:
+    """How to cut the part out of the weight; None where its rows are not known."""
+    if rows is None:
         return None
-    rows = target.ref.shape[0]
     if place.part in ("gate", "up"):
         cuts = stacked({"gate": rows // 2, "up": rows - rows // 2})
     elif heads is None or sum(heads.rows.values()) != rows:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from spectra.deltas.recipes import Factors, Term
-from spectra.models.architectures import Cut, stacked
+from spectra.deltas.recipes import Term
+from spectra.models.architectures import stacked
 from spectra.sources.adapter import Refusal, Slots, add_factored
 from spectra.sources.formats import components
 from spectra.sources.ledger import Ledger
+from spectra.sources.parts import Part, add_parts
 from spectra.sources.targets import Target, weight_targets
 
 _MODULE = re.compile(
@@ -95,13 +96,12 @@ def _placed(before: str, key: tuple[str, str], number: str, term: Term, apart: b
 
 def _add_first_rows(ledger: Ledger, target: Target, term: Term) -> None:
     """Enter the update of q, k and v in linear1, which holds the MLP's rows after them."""
-    cut: Cut | None = None
-    if target.ref is not None:
-        there = target.ref.shape
-        if there[0] < term.shape[0] or there[1] != term.shape[1]:
-            raise Refusal(
-                f"the update of its first rows is {list(term.shape)}, the base weight {list(there)}", "shape_mismatch"
-            )
-        cut = stacked({"qkv": term.shape[0]})["qkv"]
-    update = Factors((term,))
-    ledger.add(f"{target.name}[qkv]", update.shape, update, update.rank, base=target.base(cut) if cut else None)
+    if target.ref is None:
+        add_parts(ledger, target, {"qkv": Part(term, None)}, None)
+        return
+    rows, there = term.shape[0], target.ref.shape
+    if len(there) != 2 or there[0] < rows:
+        raise Refusal(
+            f"the update of its first rows is {list(term.shape)}, the base weight {list(there)}", "shape_mismatch"
+        )
+    add_parts(ledger, target, {"qkv": Part(term, stacked({"qkv": rows})["qkv"])}, there[0])
