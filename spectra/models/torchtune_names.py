@@ -69,6 +69,19 @@ def transformers_module(module: str) -> str:
     return _OUTSIDE.get(module, module)
 
 
+def fused_module(module: str) -> tuple[str, str] | None:
+    """The module in which some architectures of transformers' fuse one, and which part of it that is; None if none do.
+
+    >>> fused_module("model.layers.3.mlp.up_proj"), fused_module("model.layers.3.mlp.down_proj")
+    (('model.layers.3.mlp.gate_up_proj', 'up'), None)
+    """
+    for fused, parts, apart in _FUSED:
+        for part in parts:
+            if module.endswith(f".{apart.format(part)}"):
+                return module.removesuffix(apart.format(part)) + fused, part
+    return None
+
+
 def heads_to_reorder(config: Mapping[str, Any], name: str) -> int | None:
     """How many heads' rows lie in Meta's order in a matrix; None for one whose rows are as transformers has them.
 

@@ -7,15 +7,18 @@ and dora.py; `models/torchtune_names.py` has the names and which models' rows ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from spectra.deltas.recipes import Factors, Term
 from spectra.errors import SourceError
 from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
-from spectra.models import torchtune_names
+from spectra.models import architectures, torchtune_names
 from spectra.sources.adapter import Refusal, Slots, add_factored, add_update
 from spectra.sources.formats.dora import Dora, misfit
 from spectra.sources.ledger import Ledger
-from spectra.sources.targets import targets
+from spectra.sources.parts import Part, add_parts
+from spectra.sources.targets import targets, weight_targets
 
 
 def matches(folder: Folder) -> bool:
@@ -42,6 +45,7 @@ def read(ledger: Ledger) -> None:
             terms[name] = _term(ledger, module, slots, heads)
             if "magnitude" in slots:
                 magnitudes[name] = _magnitude(slots, terms[name], heads)
+    _add_fused(ledger, terms, magnitudes)
     for name, target in targets(ledger, {name: term.shape for name, term in terms.items()}).items():
         with ledger.attempt(target.name, terms[name].shape):
             if name not in magnitudes:
@@ -50,6 +54,26 @@ def read(ledger: Ledger) -> None:
                 raise Refusal("DoRA needs the base weight as real numbers")
             else:
                 add_update(ledger, target, Dora(target.real, Factors((terms[name],)), magnitudes[name], "rows"))
+
+
+def _add_fused(ledger: Ledger, terms: dict[str, Term], magnitudes: Mapping[str, TensorRef]) -> None:
+    """Enter those that the base fuses, and take them out of the terms."""
+    fused: dict[str, dict[str, Part]] = {}
+    for name in list(terms) if ledger.base is not None else ():
+        found = torchtune_names.fused_module(name)
+        ref = ledger.base.tensors.get(f"{found[0]}.weight") if found and ledger.base else None
+        if found is None or ref is None or len(ref.shape) != 2:
+            continue
+        term, weight = terms.pop(name), f"{found[0]}.weight"
+        cuts = architectures.parts(ledger.base.config_of(weight), weight, ref.shape[0]) if ledger.base else {}
+        with ledger.attempt(f"{weight}[{found[1]}]", term.shape):
+            if name in magnitudes:
+                raise Refusal(f"DoRA of {found[1]} alone, which the base fuses into {weight}, is not read")
+            if found[1] not in cuts:
+                raise Refusal(f"which rows of {weight} are {found[1]} does not follow from the base's config.json")
+            fused.setdefault(weight, {})[found[1]] = Part(term, cuts[found[1]])
+    for weight, target in weight_targets(ledger, dict.fromkeys(fused)).items():
+        add_parts(ledger, target, fused[weight], target.ref.shape[0] if target.ref is not None else None)
 
 
 def _heads(base: Folder | None, name: str) -> int | None:
