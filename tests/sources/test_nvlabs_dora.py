@@ -46,6 +46,10 @@ def test_a_magnitude_without_factors_that_the_config_does_not_expect_is_refused(
     assert source[Q].status == "ok"
 
 
+def test_factors_that_the_config_expects_are_missed_beside_a_magnitude(oracle):
+    assert "lora_A is missing" in with_config(oracle, target_modules=["down_proj", "q_proj"])[DOWN].reason
+
+
 @pytest.mark.parametrize("pattern", ["(", r"(a|[a-z0-9_.]|.)+[!?]"])
 def test_a_pattern_that_cannot_be_used_is_an_error(pattern, oracle):
     with pytest.raises(SourceError, match="cannot be used"):

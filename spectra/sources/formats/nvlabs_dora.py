@@ -78,12 +78,15 @@ def _alone(config: Config, module: str) -> bool:
     Raises:
         SourceError: it says so by a pattern that cannot be used.
     """
-    for wanted in (config[key] for key in _ALONE if config.get(key)):
-        if isinstance(wanted, str):
-            return _fits(config, wanted, module)
-        if isinstance(wanted, list):
-            return any(module.endswith(str(end)) for end in wanted)
-    return False
+    return not _named(config, "target_modules", module) and any(_named(config, key, module) for key in _ALONE)
+
+
+def _named(config: Config, key: str, module: str) -> bool:
+    """Whether an option means a module: a pattern of its whole name, or ends of names."""
+    wanted = config.get(key)
+    if isinstance(wanted, str):
+        return _fits(config, wanted, module)
+    return isinstance(wanted, list) and any(module.endswith(str(end)) for end in wanted)
 
 
 def _fits(config: Config, pattern: str, module: str) -> bool:
