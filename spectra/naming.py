@@ -13,6 +13,10 @@ from spectra.errors import SelectionError
 _ROLE_PATTERNS: tuple[tuple[str, str], ...] = (
     (r"(?:^|\.)h\.\d+\.mlp\.w1$", "up_proj"),  # Qwen v1, which names them the other way round
     (r"(?:^|\.)h\.\d+\.mlp\.w2$", "gate_proj"),
+    (r"(?:^|\.)h\.\d+\.attn\.proj$|(?:^|\.)attn\.output_proj$", "o_proj"),  # LitGPT; torchtune
+    (r"(?:^|\.)h\.\d+\.mlp\.(?:experts\.\d+\.)?fc_1$", "gate_proj"),
+    (r"(?:^|\.)h\.\d+\.mlp\.(?:experts\.\d+\.)?fc(?:_2)?$", "up_proj"),
+    (r"(?:^|\.)h\.\d+\.mlp\.(?:experts\.\d+\.)?proj$", "down_proj"),
     (
         r"(?:^|\.)(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|qkv_proj|gate_up_proj)$",
         r"\1",
@@ -28,7 +32,7 @@ _ROLE_PATTERNS: tuple[tuple[str, str], ...] = (
         r"(?:^|\.)(?:attn\.c_proj|attention\.output\.dense|(?:self_)?attention\.dense|self_attn\.dense)$",
         "o_proj",
     ),
-    (r"(?:^|\.)(?:c_attn|query_key_value|Wqkv)$", "qkv_proj"),
+    (r"(?:^|\.)(?:c_attn|query_key_value|Wqkv|h\.\d+\.attn\.qkv)$", "qkv_proj"),
     (
         r"(?:^|\.)(?:mlp\.c_fc|dense_h_to_4h|intermediate\.dense|fc1|lin1|DenseReluDense\.wi)$",
         "up_proj",

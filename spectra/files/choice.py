@@ -12,11 +12,12 @@ from spectra.errors import NotFoundError, SourceError
 from spectra.files import snapshots, training_state
 from spectra.files.storage import Place
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".lora")
 ADAPTER_FILES = (
     "adapter_model.safetensors", "adapter_model.bin",  # PEFT
     "adapters.safetensors",  # MLX, whose numbered checkpoints lie beside it
     "adapter.safetensors", "pytorch_adapter.bin",  # AdapterHub
+    "lit_model.pth.lora",  # LitGPT, which merges it into lit_model.pth beside it
 )  # fmt: skip
 FULL_NAMES = ("model", "pytorch_model", "diffusion_pytorch_model")  # what a file of full weights is called
 PIPELINE = "model_index.json"

@@ -53,7 +53,7 @@ class Folder:
         tensors: name → reference; fp8 weights with their scales attached, GGUF under transformers' names.
         broken: name → why it cannot be read.
         config: the model's `config.json`, or what a GGUF file's metadata amount to, or {}.
-        adapter_config: the adapter's `adapter_config.json`, or None.
+        adapter_config: the adapter's `adapter_config.json`, or the metadata of an adapter in a GGUF file, or None.
         metadata: strings from the files' headers; where a tensor is stored once under two names, the
             second name → the first.
         warnings: what was chosen where there was a choice.
@@ -167,7 +167,7 @@ def _with_configs(read: Folder, homes: Sequence[Place], *, beside_model: bool) -
         config=read.config or _first(homes, "config.json") or {},
         adapter_config=_first(homes, "adapter_config.json") if is_adapter else None,
     )
-    return folder if folder.is_adapter else _decoded(folder)
+    return folder if folder.is_adapter else _decoded(_with_settings(folder, homes[0]))
 
 
 def _first(homes: Sequence[Place], name: str) -> dict[str, Any] | None:
@@ -211,6 +211,15 @@ def _beside(home: Place, name: str) -> dict[str, Any] | None:
     return None
 
 
+def _with_settings(folder: Folder, home: Place) -> Folder:
+    """What lies in a file of its own about codes that the config says nothing of."""
+    silent = not any(key in folder.config for key in ("quantization_config", "compression_config"))
+    if silent and any(name.endswith(".qweight") for name in folder.tensors):
+        for said in filter(None, (_beside(home, name) for name in quantised.SETTINGS_FILES)):
+            return replace(folder, config=folder.config | {"quantization_config": quantised.todays_settings(said)})
+    return folder
+
+
 def _decoded(folder: Folder) -> Folder:
     decoded = quantised.decode(folder.tensors, folder.config, folder.broken)
     return replace(
@@ -224,7 +233,7 @@ def _decoded(folder: Folder) -> Folder:
 
 def _read_all(choice: Choice) -> Folder:
     """The headers of all files, merged; a broken shard costs its own tensors only."""
-    if choice.files[0].suffix == ".gguf":
+    if _is_gguf(choice.files[0]):
         return _gguf(choice.files)
     headers: list[Header] = []
     lost: dict[str, str] = {}
@@ -266,9 +275,21 @@ def _not_there(choice: Choice, whole: Header, lost: dict[str, str]) -> dict[str,
     return missing
 
 
+def _is_gguf(file: Place) -> bool:
+    """Whether a file is one of llama.cpp's, by its suffix, or by its first bytes if it has none, as Ollama's blobs."""
+    blob = not file.suffix and file.is_file()
+    return file.suffix == ".gguf" or (blob and file.read(0, 4) == gguf_file.MAGIC)
+
+
 def _gguf(files: list[Place]) -> Folder:
-    """One GGUF file, or the parts that llama.cpp split it into, of which the first has the metadata."""
-    named = gguf_names.named(Header.merged(map(gguf_file.read_header, files)), str(files[0]))
+    """One GGUF file, or the parts that llama.cpp split it into, of which the first has the metadata.
+
+    An adapter keeps llama.cpp's names: the order of its rows may take the base's number of heads to tell.
+    """
+    header = Header.merged(map(gguf_file.read_header, files))
+    if gguf_names.is_adapter(header):
+        return Folder(str(files[0]), header.tensors, header.broken, adapter_config=header.metadata)
+    named = gguf_names.named(header, str(files[0]))
     coded = sorted({ref.dtype for ref in named.tensors.values() if ref.dtype not in ggml.PLAIN})
     said = f"{files[0]}: weights are quantised ({', '.join(coded)}), so ΔW includes what quantisation rounded away"
     warnings = (*named.warnings, said) if coded else named.warnings

@@ -85,7 +85,9 @@ def read_torch(ref: Stored) -> Tensor:
     Raises:
         SourceError: the file is damaged.
     """
-    return torch_archive.load(ref.file, ref.stamp)[ref.name].detach()
+    tensor = torch_archive.load(ref.file, ref.stamp)[ref.name].detach()
+    # Forms are worked on in place, and the file stays open: to float64 is a copy of every type but float64.
+    return tensor.clone() if tensor.dtype is torch.float64 else tensor
 
 
 def read_dcp(ref: Stored) -> Tensor:

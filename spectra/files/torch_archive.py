@@ -16,7 +16,9 @@ from spectra.files.storage import Place, Stamp
 
 SMALL_FILE = 256 * 2**20  # adapters: kept open between tensors; larger files are opened anew for each
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-_DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
+_DAMAGED = (
+    RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, zipfile.BadZipFile,
+)  # fmt: skip
 _DISTRIBUTED = (
     "holds distributed tensors (DTensor or ShardedTensor), each of which is one rank's part of a weight, and was not "
     "opened: save the whole ones, as DTensor.full_tensor() or get_model_state_dict with full_state_dict=True gives them"
@@ -68,6 +70,9 @@ def _content(file: Place) -> Any:
 
 
 def _state_dict(file: Place, content: Any) -> dict[str, Tensor]:
+    whole = content.get("state") if isinstance(content, Mapping) else None
+    if isinstance(whole, Mapping) and isinstance(whole.get("model"), Mapping):  # Composer's training state
+        content = whole
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]

@@ -9,8 +9,9 @@ from functools import partial
 from spectra.errors import SourceError
 
 Shape = tuple[int, ...]
-_INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_WRAPPERS = ("module.", "_forward_module.", "base_model.model.", *_INNER_WRAPPERS)
+# PEFT wraps a model, or one inside another: a language model beside a projector.
+_INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_model.model.")
+_WRAPPERS = ("module.", "_forward_module.", *_INNER_WRAPPERS)
 # Where a vision-language model keeps what is a model of its own elsewhere: prefixes that stand for each other.
 _NESTED = (("model.", "model.language_model."),)
 # Where single files of image models keep a text encoder: ComfyUI's, and Stability's.
@@ -81,6 +82,8 @@ def unwrap(name: str) -> str:
 
     >>> unwrap("module._orig_mod.encoder.layer.0.weight")
     'encoder.layer.0.weight'
+    >>> unwrap("llm.base_model.model.model.layers.0.weight")
+    'llm.model.layers.0.weight'
     """
     for wrapper in _INNER_WRAPPERS:
         name = name.replace("." + wrapper, ".")

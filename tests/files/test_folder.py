@@ -480,12 +480,14 @@ def test_a_bin_file_without_a_state_dict(tmp_path, content, message):
         open_folder(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "pointer"])
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "pointer", "disks"])
 def test_a_damaged_bin_file_is_one_message(tmp_path, damage):
     file = one(tmp_path, "pytorch_model.bin", {"a.weight": torch.randn(100, 100)}) / "pytorch_model.bin"
     content = file.read_bytes()
+    disks = content.index(b"PK\x06\x07") + 16  # of the ZIP64 locator
     file.write_bytes(
         {
+            "disks": content[:disks] + b"\x09" + content[disks + 1 :],
             "cut": content[: len(content) // 2],
             "noise": bytes(range(256)) * 4,
             "empty": b"",
@@ -508,3 +510,18 @@ def test_tensors_that_are_no_plain_arrays_are_broken_and_the_others_are_read(tmp
     assert set(found.tensors) == {"a.weight"}
     assert set(found.broken) == {"sparse.weight", "meta.weight", "huge.weight"}
     assert "fewer entries" in found.broken["huge.weight"]
+
+
+def test_the_model_in_a_training_state_of_composer(tmp_path):
+    """composer/core/state.py: `state` holds the model, the optimizers and more."""
+    state = {"model": TENSORS, "optimizers": {"Adam": {"state": {0: {"exp_avg": torch.ones(3)}}}}, "run_name": "x"}
+    torch.save({"state": state, "metadata": {"epoch": 1}}, tmp_path / "ep1-ba7-rank0.pt")
+    opened = open_folder(tmp_path)
+    assert {name: ref.shape for name, ref in opened.tensors.items()} == {"a.weight": (3, 3), "b.weight": (2, 3)}
+    assert torch.equal(opened.tensors["b.weight"].read(), TENSORS["b.weight"])
+
+
+def test_the_state_of_an_optimizer_is_no_model(tmp_path):
+    torch.save({"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []}, tmp_path / "model.pt")
+    with pytest.raises(SourceError, match="holds no tensors"):
+        open_folder(tmp_path)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import llama_tensors, write_adapter, write_checkpoint
-from support.examples import EXAMPLES, stored_header, stored_tensors
+from support.examples import EXAMPLES
 from support.peft_oracle import assert_matches
+from support.stored import rewritten, stored_tensors
 
 import spectra
 from spectra.deltas.source import Source
@@ -23,7 +24,7 @@ from spectra.files.tensors import TensorRef
 from spectra.sources import FORMATS, Format
 
 ROWS = {row.kind: row for row in FORMATS}
-OTHER_NAMES = ("torchtune", "torchtune_dora")
+OTHER_NAMES = ("torchtune", "torchtune_dora", "gguf", "xlabs")
 
 
 @pytest.fixture(scope="module", params=sorted(EXAMPLES))
@@ -138,10 +139,7 @@ def test_a_tensor_that_no_rule_knows_takes_the_number_of_its_module(example, tmp
     stored, path = next((key, path) for key in tensors for path in (module, flat) if f"{path}." in key)
     prefix = stored[: stored.index(path) + len(path)]
     strange = {**tensors, prefix + ending: torch.ones(2, 2)}
-    folder = write_adapter(tmp_path / "adapter", strange, None, stored_header(oracle.adapter))
-    config = oracle.adapter / "adapter_config.json"
-    if config.is_file():
-        (folder / "adapter_config.json").write_text(config.read_text())
+    folder = rewritten(oracle.adapter, tmp_path / "adapter", strange)
     source = spectra.open_source(folder, oracle.base)
     assert source[name].status == "unsupported"
     assert "not_known" in source[name].reason
@@ -156,14 +154,11 @@ def test_every_missing_tensor_is_a_refusal_and_never_a_number(example, tmp_path)
     if row.kind == "checkpoint":
         return  # a weight that is not there is `base_only`
     tensors = stored_tensors(oracle.adapter)
-    config = oracle.adapter / "adapter_config.json"
     for place, name in enumerate(sorted(tensors)):
         rest = {key: tensor for key, tensor in tensors.items() if key != name}
         if not rest:
             continue
-        folder = write_adapter(tmp_path / str(place), rest, None, stored_header(oracle.adapter))
-        if config.is_file():
-            (folder / "adapter_config.json").write_text(config.read_text())
+        folder = rewritten(oracle.adapter, tmp_path / str(place), rest)
         try:
             source = spectra.open_source(folder, oracle.base)
         except SpectraError:
