@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from spectra.errors import SourceError
 from spectra.files import ggml, torch_archive
 from spectra.files.dtypes import DTYPES, plain_bytes
+from spectra.files.memory import Memory
 from spectra.files.storage import Place, Stamp
 
 
@@ -88,10 +89,20 @@ def read_torch(ref: Stored) -> Tensor:
     return torch_archive.load(ref.file, ref.stamp)[ref.name].detach()
 
 
+def read_memory(ref: Stored) -> Tensor:
+    """A tensor that is in memory, as it is.
+
+    Raises:
+        SourceError: it was changed in place after it was listed.
+    """
+    return cast(Memory, ref.file.storage).get(ref.name, str(ref.file))
+
+
 READERS: dict[str, Callable[[Stored], Tensor]] = {
     "safetensors": read_safetensors,
     "gguf": read_gguf,
     "torch": read_torch,
+    "memory": read_memory,
 }
 
 

@@ -4,16 +4,37 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TypeAlias
 
 from spectra.errors import SourceError
+from spectra.files import hub
 from spectra.files.choice import inside, read_json
 from spectra.files.folder import Folder, open_folder, read_header
 from spectra.files.storage import Place
-from spectra.models import meta_names
+from spectra.models import in_memory, meta_names
+from spectra.models.in_memory import Model
+
+Openable: TypeAlias = "str | Path | Place | Model"
 
 _PART = re.compile(r"consolidated\.\d\d\.(?:pth|pt|bin|safetensors)")
 _PARAMS = "params.json"
 _FULL = re.compile(r"(?:model|pytorch_model|adapter_model|adapter_config|adapters)\b.*\.(?:safetensors|bin|json)")
+
+
+def open_any(model: Openable, *, as_base: bool = False) -> Folder:
+    """What a path, hub id or alias leads to, or what a module or state dict in memory holds.
+
+    Args:
+        model: one of these.
+        as_base: of a module with adapters, give the weights under them.
+
+    Raises:
+        NotFoundError: a path, id or alias leads nowhere.
+        SourceError: a file is broken, or the model in memory cannot be read as it is.
+    """
+    if isinstance(model, str | Path | Place):
+        return open_model(hub.resolve(model))
+    return in_memory.open_in_memory(model, as_base=as_base)
 
 
 def open_model(path: Place | str | Path) -> Folder:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra import naming, text
 from spectra.deltas.source import Source
 from spectra.errors import BaseRequiredError
-from spectra.files import hub
 from spectra.files.folder import Folder
-from spectra.models.opening import open_model
+from spectra.models.opening import Openable, open_any
 from spectra.sources import format_of, source_of
 
 if TYPE_CHECKING:
@@ -81,12 +79,12 @@ class Inspection:
 
 
 def inspect(
-    path: str | Path, base: str | Path | None = None, *, heads: str | int = "mean", scale: float | None = None
+    path: Openable, base: Openable | None = None, *, heads: str | int = "mean", scale: float | None = None
 ) -> Inspection:
     """What a model or adapter holds: kind, matrices, ranks, dtypes and sizes, and what will not be used.
 
     Args:
-        path: a folder, a weights file, a hub id or an alias.
+        path: a folder, a weights file, a hub id or an alias; or a model or state dict in memory.
         base: pair it with this model and show what fits.
         heads: as for `open_source`.
         scale: as for `open_source`.
@@ -96,7 +94,7 @@ def inspect(
         UnsupportedFormatError: the format is not one of FORMATS.
         SourceError: a file is broken.
     """
-    folder = open_model(hub.resolve(path))
+    folder = open_any(path)
     kind = format_of(folder).kind
     try:
         return Inspection(folder, kind, source_of(folder, base, heads=heads, scale=scale))

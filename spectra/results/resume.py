@@ -15,6 +15,7 @@ from spectra.deltas.recipes import InMemory
 from spectra.deltas.source import Source
 from spectra.engine.decompose import decompose_indexed, threads_for
 from spectra.errors import SelectionError
+from spectra.files.memory import CONTAINER
 from spectra.metrics.similarity import Side, SubspaceSimilarity
 from spectra.results import fingerprint
 from spectra.results.comparison import compare_deltas
@@ -159,7 +160,7 @@ def _threads(store: Store, source: Source, top: int | None, device: str, budget:
 def _check_files(source: Source) -> None:
     """Raise if a matrix is in memory only: nothing would tell the stored result from that of another matrix."""
     for delta in source:
-        if isinstance(delta.recipe, InMemory):
+        if isinstance(delta.recipe, InMemory) or any(ref.container == CONTAINER for ref in delta.refs):
             raise SelectionError(
                 f"{delta.name} is a matrix in memory, which out= cannot recognise again; leave out= away and save(…)"
             )

@@ -13,10 +13,11 @@ from spectra.deltas.source import Source
 from spectra.engine.decompose import decompose_indexed
 from spectra.errors import SelectionError
 from spectra.metrics.similarity import Side
-from spectra.results.collection import Spectra
+from spectra.results.collection import Spectra, holds_results, load
 from spectra.results.comparison import compare_deltas, compare_spectra
 from spectra.results.resume import compare_into, decompose_into, keep_comparisons
 from spectra.results.similarities import Compared
+from spectra.sources import open_source
 from spectra.spectrum import Spectrum
 
 
@@ -62,7 +63,7 @@ class Decomposition(Iterator[Spectrum]):
 
 
 def decompose(
-    source: Iterable[WeightDelta],
+    source: Iterable[WeightDelta] | str | Path,
     *,
     top: int | None = None,
     only_top: bool = False,
@@ -78,7 +79,7 @@ def decompose(
     goes on. `spectra svd --out` makes the same directory.
 
     Args:
-        source: a `Source` or any deltas.
+        source: a `Source` or any deltas; a path, hub id or alias is opened with `open_source`.
         top: None for singular values only; K for all values and the top K vectors.
         only_top: the top K values and vectors alone.
         device: "auto", "cpu", "cuda" or "cuda:i".
@@ -87,7 +88,8 @@ def decompose(
         out: a results directory for a source that was read from files; None to store nothing.
 
     Raises:
-        SelectionError: top is not positive, only_top without top, or out for deltas that are no source's.
+        SelectionError: top is not positive, only_top without top, out for deltas that are no source's, or the source
+            holds results already.
         DeviceError: the device is not there.
         StoreError: out holds results of other inputs, or cannot be written to.
 
@@ -98,6 +100,7 @@ def decompose(
         >>> [spectrum.S.tolist() for spectrum in decompose(deltas).collect()]
         [[4.0, 3.0], [2.0, 1.0]]
     """
+    source = _weights(source)
     deltas = source.deltas if isinstance(source, Source) else tuple(source)
     names = [delta.name for delta in deltas]
     if out is None:
@@ -112,8 +115,8 @@ def decompose(
 
 
 def compare(
-    a: Iterable[WeightDelta] | Spectra,
-    b: Iterable[WeightDelta] | Spectra,
+    a: Iterable[WeightDelta] | Spectra | str | Path,
+    b: Iterable[WeightDelta] | Spectra | str | Path,
     *,
     top: int = 30,
     sides: Sequence[Side] = ("left",),
@@ -126,7 +129,8 @@ def compare(
     """Subspace similarity of the matrices that two updates share, by name, as they finish; the others as `NotCompared`.
 
     Args:
-        a: a source or deltas; or spectra that hold vectors, such as `load(…)` gives.
+        a: a source or deltas; or spectra that hold vectors, such as `load(…)` gives. A path is either: results that
+            are stored there, or a model or adapter.
         b: likewise, two of a kind.
         top: how many directions.
         sides: "left", "right" or both.
@@ -146,6 +150,7 @@ def compare(
         >>> [(similarity.name, similarity.phi) for similarity in compare(one, one, top=1)]
         [('w', 1.0)]
     """
+    a, b = _either(a), _either(b)
     if isinstance(a, Spectra) and isinstance(b, Spectra):
         comparisons = compare_spectra(a, b, top=top, sides=sides)
         if out is None:
@@ -162,6 +167,28 @@ def compare(
     first, second = _to_keep(a), _to_keep(b)
     inputs = _identity(labels or (first.tuned, second.tuned), first.base or second.base, first.options)
     return compare_into(out, first, second, inputs, top=top, sides=sides, **compute)
+
+
+def _either(given: Iterable[WeightDelta] | Spectra | str | Path) -> Iterable[WeightDelta] | Spectra:
+    """Stored results or a source, where a path is given."""
+    if not isinstance(given, str | Path):
+        return given
+    return load(given) if holds_results(given) else open_source(given)
+
+
+def _weights(given: Iterable[WeightDelta] | str | Path) -> Iterable[WeightDelta]:
+    """What can be decomposed, opened where it is a path.
+
+    Raises:
+        SelectionError: it holds results already.
+    """
+    if isinstance(given, Spectra):
+        raise SelectionError("these are spectra already; decompose takes a source: open_source(tuned, base)")
+    if not isinstance(given, str | Path):
+        return given
+    if holds_results(given):
+        raise SelectionError(f"{given} holds results already: load({str(given)!r}) brings them back")
+    return open_source(given)
 
 
 def _identity(labels: tuple[str | None, str | None], base: str | None, options: Mapping[str, Any]) -> dict[str, Any]:

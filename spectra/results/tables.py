@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -112,7 +113,7 @@ def summarize(spectra: Iterable[Spectrum], *, by: By = "matrix") -> pd.DataFrame
         by: "matrix" for a row each; "role" for a row per role with counts and the medians over its changed matrices.
 
     Raises:
-        SelectionError: `by` is neither.
+        SelectionError: `by` is neither, or what is given are no spectra.
 
     Example:
         >>> table = summarize([Spectrum("layers.0.v_proj.weight", (2, 2), S=[4.0, 3.0])])
@@ -123,8 +124,23 @@ def summarize(spectra: Iterable[Spectrum], *, by: By = "matrix") -> pd.DataFrame
     import pandas as pd
 
     _check_by(by)
-    rows = [row(spectrum) for spectrum in spectra]
+    rows = [row(spectrum) for spectrum in _only_spectra(spectra)]
     return pd.DataFrame(rows if by == "matrix" else role_rows(rows))
+
+
+def _only_spectra(given: Iterable[Any]) -> Iterator[Spectrum]:
+    """What is given, if it holds spectra; else what to do, since computing them may take hours."""
+    if isinstance(given, str | Path):
+        raise SelectionError(
+            f"summarize takes spectra, not a path: load({str(given)!r}) where results are stored there, "
+            f"decompose({str(given)!r}) where it is a model"
+        )
+    for item in given:
+        if not isinstance(item, Spectrum):
+            raise SelectionError(
+                f"summarize takes spectra, and was given {type(item).__name__}: summarize(decompose(source)) makes them"
+            )
+        yield item
 
 
 def summarize_similarity(similarities: Iterable[Compared], *, by: By = "matrix") -> pd.DataFrame:
