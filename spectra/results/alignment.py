@@ -12,6 +12,7 @@ import torch
 
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense, Form
+from spectra.deltas.relatedness import unrelated_note
 from spectra.deltas.source import Source
 from spectra.engine.devices import device_named, resolve_device
 from spectra.engine.memory import memory_budget, readable_size
@@ -180,5 +181,9 @@ def _row(delta: WeightDelta, outcome: Spectrum, seen: AgainstBase | None = None)
         "r": None if seen is None else len(seen.update_top.S),
         **{name: None if seen is None else metric(seen) for name, metric in ALIGNMENT.items()},
         "reason": outcome.reason,
-        "note": delta.note,
+        "note": "; ".join(filter(None, (delta.note, _unrelated(seen)))),
     }
+
+
+def _unrelated(seen: AgainstBase | None) -> str:
+    return "" if seen is None else unrelated_note(seen.update.base_cosine, seen.update.unchanged)
