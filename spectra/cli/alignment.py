@@ -64,7 +64,8 @@ def command(
 
     stream = alignment_rows(source, k=k, epsilon=epsilon, cache=cache, device=device, memory_budget=memory)
     rows: list[Row] = []
-    with report.progress(len(source), "spectra alignment") as bar:
+    kept = f"the vectors of W₀ are in {cache}" if cache else "nothing is stored: --cache DIR keeps W₀'s vectors"
+    with report.progress(len(source), "spectra alignment", otherwise=kept) as bar:
         for row in stream:
             rows.append(row)
             bar.update()

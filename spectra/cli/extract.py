@@ -134,7 +134,7 @@ def command(
     options = Options(file_format, dtype, save_modules)
     with compute.keywords() as keywords:
         inputs = inputs_of(given, weights or None, **keywords)
-        with report.progress(len(inputs.gathered.weights), "spectra extract") as bar:
+        with report.progress(len(inputs.gathered.weights), "spectra extract", otherwise="nothing was written") as bar:
             found = run(inputs, None if dry_run else out, rule, options, bar.update)
     if as_json:
         report.print_json(_document(found, tuned, base, None if dry_run else out, options.format, dtype))

@@ -43,7 +43,8 @@ class HeadsType(click.ParamType):
 
 layer_option = click.option(
     "--layer", "layers", multiple=True, metavar="PATTERN",
-    help="Only these matrices: a role or path component (v_proj), a glob, or re:REGEX. Repeatable.",
+    help="Only these matrices: roles or parts of names (q_proj,v_proj), attn or mlp, layers (0-3, 0-3.q_proj), a glob, "
+    "or re:REGEX. Repeatable: what any of them means.",
 )  # fmt: skip
 scale_option = click.option("--scale", type=float, help="The scale s where the adapter does not carry α/r.")
 table_option = click.option(

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from spectra.cli.progress import Progress
+
 if TYPE_CHECKING:
     from spectra.deltas.source import Source
 
@@ -86,11 +88,15 @@ def by_reason(title: str, listed: Mapping[str, str], shown: int = _MOST_NAMES) -
         note(f"{title}: {len(reasons) - shown} more reasons; spectra inspect lists them")
 
 
-def progress(total: int, what: str) -> Any:
-    """A bar with ETA on a terminal's stderr; nothing in a pipe."""
-    from tqdm import tqdm
+def progress(total: int, what: str, *, kept: str = "", otherwise: str = "nothing is stored") -> Progress:
+    """A bar with ETA on a terminal's stderr, nothing in a pipe; Ctrl-C is said with what is kept, see `Progress`."""
+    return Progress(total, what, kept=kept, otherwise=otherwise)
 
-    return tqdm(total=total, desc=what, unit="matrix", file=sys.stderr, disable=None, leave=False, dynamic_ncols=True)
+
+def reused(count: int, total: int, out: str | None) -> None:
+    """How many results were stored before, where there are any."""
+    if count:
+        note(f"{count} of {total} reused from {out}")
 
 
 def heading(source: Source) -> dict[str, Any]:

@@ -75,12 +75,15 @@ def _run(
     order = {delta.name: place for place, delta in enumerate(source)}
     rows: list[Row] = []
     values: dict[str, list[float]] = {}
-    with report.progress(len(source), "spectra svd") as bar:
-        for spectrum in decompose(source, top=top, out=out, **compute):
+    stream = decompose(source, top=top, out=out, **compute)
+    unkept = "nothing is stored: with --out DIR the same command goes on"
+    with report.progress(len(source), "spectra svd", kept=out or "", otherwise=unkept) as bar:
+        for spectrum in stream:
             rows.append(tables.row(spectrum))
             if keep_values:
                 values[spectrum.name] = spectrum.S.tolist()
             bar.update()
+    report.reused(len(stream.reused), len(rows), out)
     rows.sort(key=lambda line: order[line["name"]])
     return rows, values
 

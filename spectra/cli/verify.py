@@ -58,7 +58,7 @@ def command(
     claims = open_claims(base, adapter, merged, layers=layers, heads=heads, scale=scale)
     for line in claims.notes:
         report.note(f"note: {line}")
-    with report.progress(len(claims.claims), "spectra verify") as bar:
+    with report.progress(len(claims.claims), "spectra verify", otherwise="which is no verdict") as bar:
         checked = []
         for pair in check_claims(claims.claims, memory_budget=memory):
             checked.append(pair)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,38 @@ from spectra.sources import open_source
 from spectra.spectrum import Spectrum
 
 
+class Comparisons(Iterator[Compared]):
+    """The comparisons of two updates while they are made: a stream, each as soon as it is finished.
+
+    Attributes:
+        reused: the names of the matrices that came from `out`, as far as the stream has come.
+    """
+
+    def __init__(self, stream: Iterator[Compared], reused: Collection[str] = ()) -> None:
+        self.reused = reused
+        self._stream = stream
+
+    def __next__(self) -> Compared:
+        return next(self._stream)
+
+
 class Decomposition(Iterator[Spectrum]):
     """The spectra of a source while they are computed: a stream, each as soon as it is finished.
 
     Attributes:
         names: the weights' names in the source's order.
+        reused: the names of those that came from `out`, where they were stored before, as far as the stream has come.
     """
 
-    def __init__(self, stream: Iterator[Spectrum], names: Iterable[str], out: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        stream: Iterator[Spectrum],
+        names: Iterable[str],
+        out: str | Path | None = None,
+        reused: Collection[str] = (),
+    ) -> None:
         self.names = tuple(names)
+        self.reused = reused
         self._stream = stream
         self._out = out
         self._begun = False
@@ -108,10 +131,18 @@ def decompose(
             deltas, top=top, only_top=only_top, device=device, executor=executor, budget=memory_budget
         )
         return Decomposition((spectrum for _, spectrum in indexed), names)
+    reused: list[str] = []
     stream = decompose_into(
-        out, _to_keep(source), top=top, only_top=only_top, device=device, executor=executor, budget=memory_budget
+        out,
+        _to_keep(source),
+        reused,
+        top=top,
+        only_top=only_top,
+        device=device,
+        executor=executor,
+        budget=memory_budget,
     )
-    return Decomposition(stream, names, out)
+    return Decomposition(stream, names, out, reused)
 
 
 def compare(
@@ -125,7 +156,7 @@ def compare(
     memory_budget: int | str | None = None,
     out: str | Path | None = None,
     labels: tuple[str, str] | None = None,
-) -> Iterator[Compared]:
+) -> Comparisons:
     """Subspace similarity of the matrices that two updates share, by name, as they finish; the others as `NotCompared`.
 
     Args:
@@ -154,19 +185,20 @@ def compare(
     if isinstance(a, Spectra) and isinstance(b, Spectra):
         comparisons = compare_spectra(a, b, top=top, sides=sides)
         if out is None:
-            return comparisons
+            return Comparisons(comparisons)
         places = (str(a.directory or "") or None, str(b.directory or "") or None)
         options = a.run.get("inputs", {}).get("options", {})
         inputs = _identity(labels or places, None, options)
-        return keep_comparisons(out, comparisons, inputs, top=top, sides=sides)
+        return Comparisons(keep_comparisons(out, comparisons, inputs, top=top, sides=sides))
     if isinstance(a, Spectra) or isinstance(b, Spectra):
         raise SelectionError("one of the two holds spectra and the other weights: give two of a kind")
     compute: dict[str, Any] = {"device": device, "executor": executor, "memory_budget": memory_budget}
     if out is None:
-        return compare_deltas(a, b, top=top, sides=sides, **compute)
+        return Comparisons(compare_deltas(a, b, top=top, sides=sides, **compute))
     first, second = _to_keep(a), _to_keep(b)
     inputs = _identity(labels or (first.tuned, second.tuned), first.base or second.base, first.options)
-    return compare_into(out, first, second, inputs, top=top, sides=sides, **compute)
+    reused: list[str] = []
+    return Comparisons(compare_into(out, first, second, inputs, reused, top=top, sides=sides, **compute), reused)
 
 
 def _either(given: Iterable[WeightDelta] | Spectra | str | Path) -> Iterable[WeightDelta] | Spectra:

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from support.command_line import run
+from support.command_line import lora_folder, run
 
 from spectra.cli import main
 
@@ -78,3 +78,26 @@ def test_help_is_quick_beside_the_interpreter_itself():
 
     bare = best("import json, pathlib")
     assert best("from spectra.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass") < 10 * bare
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["sdv"], "No such command 'sdv'. Did you mean svd?"),
+        (["sim"], "Did you mean similarity?"),
+        (["foo"], "There are svd, similarity,"),
+        (["svd", "--tunde", "x"], "Did you mean '--tuned'?"),
+        (["svd", "--tuned", "a", "--tuned", "b"], "--tuned takes one value and is given 2 times: run spectra svd once"),
+        (["svd", "--base", "a", "--tuned", "t", "--base", "b"], "--base takes one value and is given 2 times"),
+        (["svd", "--tuned", "a", "--top", 1, "--top=2"], "--top takes one value and is given 2 times: give the one"),
+        (["verify", "--merged", "a", "--merged", "b"], "--merged takes one value and is given 2 times"),
+    ],
+)
+def test_what_is_mistyped_or_given_twice_is_told(words, told):
+    assert told in run(*words, status=2)[1]
+
+
+def test_what_may_be_repeated_may_be(llama):
+    lora_folder(llama / "a", seed=1)
+    run("svd", "--tuned", "a", "--layer", "v_proj", "--layer", "layers.0.*", "--no-split", "--no-split")
+    run("extract", "--tuned", "a", "--tuned", "a", "--weights", ".5", "-.25", "--rank", 2, "--dry-run")
