@@ -9,7 +9,7 @@ import click
 
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import Opening, json_option, source_options, table_option
+from spectra.cli.options import Opening, json_option, source_options, table_option, tuned_argument
 
 if TYPE_CHECKING:
     from spectra.results.tables import Row
@@ -24,8 +24,8 @@ _MOST_LINES = 12
 
 
 @click.command("alignment", short_help="What an update does to the directions of W₀.")
-@click.option("--base", metavar="BASE", help="The model it started from: path, hub id or alias.")
-@click.option("--tuned", required=True, metavar="TUNED", help="The tuned model or adapter: path, hub id or alias.")
+@tuned_argument
+@click.option("--base", type=click.Path(), metavar="BASE", help="The model it started from: path, hub id or alias.")
 @click.option("--k", type=click.IntRange(min=1), default=10, show_default=True, help="How many top directions.")
 @click.option(
     "--epsilon", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import time
 from typing import Any
 
 import click
 
 from spectra._version import __version__
+from spectra.cli import talk
 from spectra.cli.progress import STOPPED
 from spectra.errors import SpectraError
 
@@ -26,6 +28,9 @@ _COMMANDS = {
 }
 
 
+_MODELS = ("base", "tuned", "adapter", "merged")  # options that name a model
+
+
 class _Commands(click.Group):
     """Loads commands lazily and turns the library's errors into one line and exit status 1."""
 
@@ -35,8 +40,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
-        command: click.Command = importlib.import_module(_COMMANDS[name]).command
-        return command
+        return talk.add_options(importlib.import_module(_COMMANDS[name]).command)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -54,6 +58,7 @@ class _Commands(click.Group):
         return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
+        start = time.monotonic()
         try:
             return super().invoke(ctx)
         except SpectraError as problem:
@@ -61,6 +66,9 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("stopped", err=True)
             raise click.exceptions.Exit(STOPPED) from None
+        finally:
+            if talk.is_verbose():
+                click.echo(f"took {time.monotonic() - start:.1f} s", err=True)
 
 
 def _refuse_repeated(command: click.Command, name: str, parent: click.Context, words: list[str]) -> None:
@@ -74,7 +82,7 @@ def _refuse_repeated(command: click.Command, name: str, parent: click.Context, w
     for option in single:
         if single.count(option) > 1:
             flag = max(option.opts, key=len)
-            hint = f"run spectra {name} once for each" if option.type.name == "text" else "give the one that counts"
+            hint = f"run spectra {name} once for each" if option.name in _MODELS else "give the one that counts"
             raise click.UsageError(f"{flag} takes one value and is given {single.count(option)} times: {hint}")
 
 
@@ -88,10 +96,10 @@ def main() -> None:
 
     \b
       spectra inspect ckpt/                                       what is in it
-      spectra svd --base llama-7b --tuned ckpt/ --layer v_proj    singular values of the update
+      spectra svd ckpt/ --base llama-7b --layer v_proj            singular values of the update
       spectra similarity a/ b/ --top 30                           do two updates agree?
-      spectra alignment --base llama-7b --tuned ckpt/             what it does to W₀'s directions
-      spectra extract --tuned ckpt/ --base b --rank 16 --out l/   the update as a LoRA
+      spectra alignment ckpt/ --base llama-7b                     what it does to W₀'s directions
+      spectra extract ckpt/ --base B --rank 16 --out lora/        the update as a LoRA
       spectra verify --base B --adapter A --merged M              is the adapter in the merged model?
       spectra interference a/ b/ c/                               what adding them up does to each
       spectra plot results/                                       redraw stored results

@@ -8,6 +8,8 @@ from typing import Any, Self
 
 import click
 
+from spectra.cli.talk import is_quiet
+
 STOPPED = 130  # what a shell reports of a command that Ctrl-C ended
 
 
@@ -53,4 +55,5 @@ class Progress:
 def _bar(total: int, what: str) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit="matrix", file=sys.stderr, disable=None, leave=False, dynamic_ncols=True)
+    off = True if is_quiet() else None  # None: where stderr is no terminal
+    return tqdm(total=total, desc=what, unit="matrix", file=sys.stderr, disable=off, leave=False, dynamic_ncols=True)

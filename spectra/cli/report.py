@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spectra.cli.progress import Progress
+from spectra.cli.talk import is_quiet, is_verbose
 
 if TYPE_CHECKING:
     from spectra.deltas.source import Source
@@ -47,7 +48,13 @@ def _text(value: Any) -> str:
 
 
 def note(text: str) -> None:
-    """One line on stderr."""
+    """One line on stderr, which -q leaves away."""
+    if not is_quiet():
+        click.echo(text, err=True)
+
+
+def warning(text: str) -> None:
+    """One line on stderr that is always said: a result is missing, or does not mean what it seems to."""
     click.echo(text, err=True)
 
 
@@ -64,8 +71,8 @@ def draw(out: str, *, names: Sequence[str], sides: Sequence[str] = ()) -> list[P
 
 def coverage_notes(coverage: Any, shown: int = _MOST_NAMES) -> None:
     """Warnings in full; what was not used as counts with a few names. `inspect` lists everything."""
-    for warning in coverage.warnings:
-        note(f"warning: {warning}")
+    for line in coverage.warnings:
+        warning(f"warning: {line}")
     for key, title in (
         ("base_only", "only in the base"),
         ("tuned_only", "only in the tuned model"),
@@ -81,11 +88,12 @@ def by_reason(title: str, listed: Mapping[str, str], shown: int = _MOST_NAMES) -
     reasons: dict[str, list[str]] = {}
     for name, reason in listed.items():
         reasons.setdefault(reason, []).append(name)
+    shown, named = (len(reasons), len(listed)) if is_verbose() else (shown, 2)
     for reason, names in list(reasons.items())[:shown]:
-        names_shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+        names_shown = ", ".join(names[:named]) + (f" and {len(names) - named} more" if len(names) > named else "")
         note(f"{title}: {reason}: {names_shown}")
     if len(reasons) > shown:
-        note(f"{title}: {len(reasons) - shown} more reasons; spectra inspect lists them")
+        note(f"{title}: {len(reasons) - shown} more reasons; -v lists them")
 
 
 def progress(total: int, what: str, *, kept: str = "", otherwise: str = "nothing is stored") -> Progress:
@@ -127,7 +135,7 @@ def close(rows: Sequence[dict[str, Any]], done: Sequence[str] = ("ok", "unchange
         note(f"note: {said}")
     undone = [row for row in rows if row["status"] not in done]
     for row in undone:
-        note(f"not done: {row['name']}: {row['status']}: {row['reason']}")
+        warning(f"not done: {row['name']}: {row['status']}: {row['reason']}")
     if undone:
-        note(f"{len(undone)} of {len(rows)} matrices could not be done")
+        warning(f"{len(undone)} of {len(rows)} matrices could not be done")
         sys.exit(1)

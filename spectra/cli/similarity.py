@@ -139,7 +139,7 @@ def _close(done: list[SubspaceSimilarity], undone: list[NotCompared], out: str |
             f"{len(only_one)} matrices are in one update only, such as {only_one[0].name}: {only_one[0].reason}"
         )
     for item in failed:
-        report.note(f"not compared: {item.name}: {item.reason}")
+        report.warning(f"not compared: {item.name}: {item.reason}")
     if failed or not done:
-        report.note(f"{len(failed)} of {len(done) + len(failed)} matrices could not be compared")
+        report.warning(f"{len(failed)} of {len(done) + len(failed)} matrices could not be compared")
         sys.exit(1)

@@ -10,7 +10,7 @@ import click
 
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import Compute, Opening, compute_options, result_options, source_options
+from spectra.cli.options import Compute, Opening, compute_options, result_options, source_options, tuned_argument
 
 if TYPE_CHECKING:
     from spectra.deltas.source import Source
@@ -21,10 +21,13 @@ _MOST_LINES = 12
 
 
 @click.command("svd", short_help="Singular values of an update, and its vectors.")
+@tuned_argument
 @click.option(
-    "--base", metavar="BASE", help="The model it started from: path, hub id or alias. Most adapters need none."
+    "--base",
+    type=click.Path(),
+    metavar="BASE",
+    help="The model it started from: path, hub id or alias. Most adapters need none.",
 )
-@click.option("--tuned", required=True, metavar="TUNED", help="The tuned model or adapter: path, hub id or alias.")
 @click.option("--top", type=click.IntRange(min=1), metavar="K", help="Keep the top K singular vectors, too.")
 @source_options
 @compute_options
@@ -61,7 +64,7 @@ def _warn(source: Source, rows: list[Row]) -> None:
 
     text = unrelated(source, rows)
     if text:
-        report.note(f"warning: {text}")
+        report.warning(f"warning: {text}")
 
 
 def _run(
@@ -134,7 +137,7 @@ def _close(rows: list[Row], out: str | None, written: list[Path]) -> None:
         report.note(f"figure: {path}")
     undone = [line for line in rows if line["status"] not in DONE]
     for line in undone:
-        report.note(f"not done: {line['name']}: {line['status']}: {line['reason']}")
+        report.warning(f"not done: {line['name']}: {line['status']}: {line['reason']}")
     if undone:
-        report.note(f"{len(undone)} of {len(rows)} matrices could not be done")
+        report.warning(f"{len(undone)} of {len(rows)} matrices could not be done")
         sys.exit(1)

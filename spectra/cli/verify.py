@@ -19,9 +19,19 @@ _WIDTH = 78
 
 
 @click.command("verify", short_help="Is the adapter really in the merged model?")
-@click.option("--base", required=True, metavar="BASE", help="The model that the adapter was trained on.")
-@click.option("--adapter", required=True, metavar="ADAPTER", help="The adapter that should be in it.")
-@click.option("--merged", required=True, metavar="MERGED", help="The full weights that should be base + adapter.")
+@click.option(
+    "--base", required=True, type=click.Path(), metavar="BASE", help="The model that the adapter was trained on."
+)
+@click.option(
+    "--adapter", required=True, type=click.Path(), metavar="ADAPTER", help="The adapter that should be in it."
+)
+@click.option(
+    "--merged",
+    required=True,
+    type=click.Path(),
+    metavar="MERGED",
+    help="The full weights that should be base + adapter.",
+)
 @layer_option
 @click.option(
     "--heads",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, overload
 from spectra import naming, text
 from spectra.errors import SelectionError, StoreError
 from spectra.results import tables
-from spectra.results.store import RUN, Store, loaded_vectors
+from spectra.results.store import RUN, Store, loaded_vectors, nothing_stored
 from spectra.spectrum import Spectrum
 from spectra.text import Row
 
@@ -240,8 +240,5 @@ def load(directory: str | Path, *, vectors: bool = True) -> Spectra:
     """
     spectra = Spectra.stored(directory, vectors=vectors)
     if not spectra.names:
-        raise StoreError(
-            f"{directory} holds no spectra; make them with decompose(…, out={str(directory)!r}) "
-            f"or spectra svd … --out {directory}"
-        )
+        raise nothing_stored(directory)
     return spectra
