@@ -218,7 +218,8 @@ def _print(rows: Sequence[Row]) -> None:
     for row in rows:
         roles.setdefault(naming.role_of(row.name), []).append(row)
     lines = []
-    for role, members in roles.items():
+    for role in naming.in_model_order(roles):
+        members = roles[role]
         ranks = str(text.number_range([row.rank for row in members]))
         lines.append([role, len(members), ranks, total_error(members), sum(row.parameters for row in members)])
     report.print_table(["role", "matrices", "rank", "relative_error", "parameters"], lines)

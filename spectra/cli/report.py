@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from spectra.cli import table
 from spectra.cli.progress import Progress
 from spectra.cli.talk import is_quiet, is_verbose
 
@@ -27,24 +28,8 @@ def print_json(document: dict[str, Any]) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Aligned columns, text to the left and numbers to the right."""
-    cells = [[_text(value) for value in row] for row in rows]
-    widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
-    is_text = [all(isinstance(row[i], str) for row in rows) for i in range(len(header))]
-    for line in [list(header), *cells]:
-        aligned = [
-            cell.ljust(width) if text else cell.rjust(width)
-            for cell, width, text in zip(line, widths, is_text, strict=True)
-        ]
-        click.echo("  ".join(aligned).rstrip())
-
-
-def _text(value: Any) -> str:
-    if value is None or value != value:  # NaN
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    """Aligned columns, text to the left and numbers to the right; on a terminal no wider than it is."""
+    table.print_table(header, rows)
 
 
 def note(text: str) -> None:
@@ -55,7 +40,7 @@ def note(text: str) -> None:
 
 def warning(text: str) -> None:
     """One line on stderr that is always said: a result is missing, or does not mean what it seems to."""
-    click.echo(text, err=True)
+    click.echo(click.style(text, fg="yellow") if table.colours(sys.stderr) else text, err=True)
 
 
 def draw(out: str, *, names: Sequence[str], sides: Sequence[str] = ()) -> list[Path]:

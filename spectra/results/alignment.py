@@ -166,6 +166,9 @@ class _Work:
         return Triplets(*(torch.as_tensor(array, device=self.device) for array in arrays))
 
 
+COLUMNS = ("name", "role", "layer", "status", "k", "r", *ALIGNMENT, "reason", "note")
+
+
 def _outcome(delta: WeightDelta, status: Status, reason: str = "") -> Spectrum:
     return Spectrum(delta.name, delta.shape, status, reason=reason, max_rank=delta.max_rank)
 

@@ -48,7 +48,9 @@ class Inspection:
         """How many matrices there are of each role, shape, largest possible rank and status."""
         keys = ("role", "shape", "max_rank", "status")
         counts = Counter(tuple(row.get(key) for key in keys) for row in self.matrices)
-        return [{**dict(zip(keys, group, strict=True)), "matrices": count} for group, count in counts.items()]
+        roles = naming.in_model_order(str(role) for role, *_ in counts)
+        ordered = sorted(counts.items(), key=lambda item: roles.index(str(item[0][0])))
+        return [{**dict(zip(keys, group, strict=True)), "matrices": count} for group, count in ordered]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values: what `spectra inspect --json` prints."""

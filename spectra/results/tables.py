@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from spectra import naming
 from spectra.errors import SelectionError, TruncatedSpectrumError
 from spectra.metrics import METRICS
 from spectra.metrics.similarity import SubspaceSimilarity
@@ -38,7 +39,7 @@ def row(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]] =
         "rank": spectrum.rank if spectrum.status in DONE else None,
         "signal_rank": spectrum.signal_rank if spectrum.status in DONE else None,
         "noise_edge": spectrum.noise_edge,
-        "unchanged": spectrum.unmoved_share,
+        "unmoved_share": spectrum.unmoved_share,
         "base_cosine": spectrum.base_cosine,
         "k": spectrum.k,
     }
@@ -49,6 +50,8 @@ def row(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]] =
 
 def role_rows(rows: Iterable[Row], metrics: Iterable[str] = tuple(METRICS)) -> list[Row]:
     """One row per role: how many matrices are done, how many of them have ΔW = 0, and medians over the others.
+
+    Roles stand in the model's order.
 
     A median is None where no matrix of the role has a value.
 
@@ -69,12 +72,13 @@ def role_rows(rows: Iterable[Row], metrics: Iterable[str] = tuple(METRICS)) -> l
             "unchanged_matrices": sum(line["status"] == "unchanged" for line in lines),
             **{name: _median(lines, name) for name in metrics},
         }
-        for role, lines in roles.items()
+        for role, lines in ((role, roles[role]) for role in naming.in_model_order(roles))
     ]
 
 
 def _median(rows: Iterable[Row], name: str) -> float | None:
-    values = [line[name] for line in rows if line["status"] == "ok" and not math.isnan(line[name])]
+    given = [line[name] for line in rows if line["status"] == "ok" and line[name] is not None]
+    values = [value for value in given if not math.isnan(value)]
     return float(np.median(values)) if values else None
 
 
