@@ -61,4 +61,4 @@ def _print(inspection: Inspection) -> None:
     if inspection.source is not None:
         click.echo(str(inspection.source.coverage))
     else:
-        click.echo("full weights: pass --base to pair them with the model they started from")
+        click.echo(inspection.needs)

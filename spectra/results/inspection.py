@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from spectra.results.tables import Row  # its file imports every metric: a header-only look must not wait for them
 
 
+NEEDS_BASE = "needs the base"
+
+
 @dataclass(frozen=True, eq=False)
 class Inspection:
     """What a model or adapter holds.
@@ -24,16 +27,27 @@ class Inspection:
     Attributes:
         folder: its tensors, by their headers.
         kind: the format, as in `Source.kind`.
-        source: the updates in it; None for full weights without a base, which are no update yet.
+        source: the updates in it; None where ΔW needs a base and none was given.
+        needs: why it does, and what to pass; "" where there is a source.
+        modules: the modules that an adapter without a source adapts; () for full weights.
     """
 
     folder: Folder
     kind: str
     source: Source | None
+    needs: str = ""
+    modules: tuple[str, ...] = ()
 
     @property
     def matrices(self) -> list[Row]:
-        """A row per update; of full weights without a base, a row per stored matrix."""
+        """A row per update; without a base, one per stored matrix of full weights or adapted module of an adapter."""
+        if self.modules:
+            names = [f"{module}.weight" for module in self.modules]
+            return [
+                {"name": name, "role": naming.role_of(name), "layer": naming.layer_of(name), "shape": (),
+                 "status": NEEDS_BASE, "reason": self.needs}
+                for name in names
+            ]  # fmt: skip
         if self.source is None:
             return [
                 {"name": name, "role": naming.role_of(name), "layer": naming.layer_of(name), "shape": ref.shape}
@@ -67,7 +81,7 @@ class Inspection:
             "matrices": self.matrices,
         }
         if self.source is None:
-            return document | {"warnings": self.folder.warnings}
+            return document | {"warnings": self.folder.warnings, "needs": self.needs}
         notes = sorted({delta.note for delta in self.source if delta.note})
         return document | {"coverage": asdict(self.source.coverage), "notes": notes}
 
@@ -97,8 +111,8 @@ def inspect(
         SourceError: a file is broken.
     """
     folder = open_any(path)
-    kind = format_of(folder).kind
+    row = format_of(folder)
     try:
-        return Inspection(folder, kind, source_of(folder, base, heads=heads, scale=scale))
-    except BaseRequiredError:
-        return Inspection(folder, kind, None)
+        return Inspection(folder, row.kind, source_of(folder, base, heads=heads, scale=scale))
+    except BaseRequiredError as problem:
+        return Inspection(folder, row.kind, None, str(problem), tuple(row.modules(folder)))
