@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spectra.errors import NotFoundError, SourceError
 from spectra.files import (
@@ -33,9 +33,13 @@ from spectra.files.choice import (
     weight_files,
 )
 from spectra.files.header import Header
+from spectra.files.memory import CONTAINER, Memory
 from spectra.files.storage import Place
-from spectra.files.tensors import TensorRef
+from spectra.files.tensors import WHOLE, TensorRef
 from spectra.naming import is_factor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What diffusers calls the components that have weights, in a folder each.
 _COMPONENT = re.compile(
@@ -87,7 +91,7 @@ class Folder:
         return {
             name: first
             for name, first in self.metadata.items()
-            if first in self.tensors and (name not in self.tensors or self.tensors[name].container == "torch")
+            if first in self.tensors and (name not in self.tensors or self.tensors[name].container in WHOLE)
         }
 
     @cached_property
@@ -167,7 +171,35 @@ def _with_configs(read: Folder, homes: Sequence[Place], *, beside_model: bool) -
         config=read.config or _first(homes, "config.json") or {},
         adapter_config=_first(homes, "adapter_config.json") if is_adapter else None,
     )
-    return folder if folder.is_adapter else _decoded(_with_settings(folder, homes[0]))
+    return folder if folder.is_adapter else decoded(_with_settings(folder, homes[0]))
+
+
+def open_tensors(
+    tensors: Mapping[str, Tensor],
+    where: str,
+    *,
+    config: Mapping[str, Any] | None = None,
+    adapter_config: Mapping[str, Any] | None = None,
+) -> Folder:
+    """Tensors in memory as `open_folder` gives those of files.
+
+    Args:
+        tensors: name → tensor, as a state dict has them.
+        where: what messages call them.
+        config: the model's config.
+        adapter_config: what `adapter_config.json` would say; None for full weights.
+
+    Raises:
+        SourceError: there are none.
+    """
+    from spectra.files.torch_file import header_of
+
+    if not tensors:
+        raise SourceError(f"{where} holds no tensors")
+    header = header_of(tensors, Place(Memory.of(tensors), where), (0, 0), CONTAINER)
+    adapter = None if adapter_config is None else dict(adapter_config)
+    folder = Folder(where, header.tensors, header.broken, dict(config or {}), adapter, header.metadata)
+    return folder if folder.is_adapter else decoded(folder)
 
 
 def _first(homes: Sequence[Place], name: str) -> dict[str, Any] | None:
@@ -220,14 +252,15 @@ def _with_settings(folder: Folder, home: Place) -> Folder:
     return folder
 
 
-def _decoded(folder: Folder) -> Folder:
-    decoded = quantised.decode(folder.tensors, folder.config, folder.broken)
+def decoded(folder: Folder) -> Folder:
+    """The same folder with quantised weights as what their codes stand for."""
+    found = quantised.decode(folder.tensors, folder.config, folder.broken)
     return replace(
         folder,
-        tensors=decoded.tensors,
-        broken=decoded.broken,
-        packed=decoded.packed,
-        warnings=(*folder.warnings, *decoded.warnings),
+        tensors=found.tensors,
+        broken=found.broken,
+        packed=found.packed,
+        warnings=(*folder.warnings, *found.warnings),
     )
 
 

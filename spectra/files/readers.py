@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from spectra.errors import SourceError
 from spectra.files import ggml, torch_archive
 from spectra.files.dtypes import DTYPES, plain_bytes
+from spectra.files.memory import Memory
 from spectra.files.storage import Place, Stamp
 
 
@@ -103,12 +104,22 @@ def read_dcp(ref: Stored) -> Tensor:
     return dcp_pieces.read(ref.file, ref.stamp, ref.name)
 
 
+def read_memory(ref: Stored) -> Tensor:
+    """A tensor that is in memory, as it is.
+
+    Raises:
+        SourceError: it was changed in place after it was listed.
+    """
+    return cast(Memory, ref.file.storage).get(ref.name, str(ref.file))
+
+
 READERS: dict[str, Callable[[Stored], Tensor]] = {
     "safetensors": read_safetensors,
     "archive": read_safetensors,  # a record of torch's zip archive lies as plainly
     "gguf": read_gguf,
     "torch": read_torch,
     "dcp": read_dcp,
+    "memory": read_memory,
 }
 
 

@@ -5,18 +5,38 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from spectra.errors import MissingExtraError, SourceError
+from spectra.files import hub
 from spectra.files.choice import inside, read_json
 from spectra.files.folder import Folder, open_folder, read_header
 from spectra.files.storage import Place
-from spectra.models import litgpt_names, meta_names, torchtune_names
+from spectra.models import in_memory, litgpt_names, meta_names, torchtune_names
+from spectra.models.in_memory import Model
+
+Openable: TypeAlias = "str | Path | Place | Model"
 
 _PART = re.compile(r"consolidated\.\d\d\.(?:pth|pt|bin|safetensors)")
 _PARAMS = "params.json"
 _MAX_YAML = 2**15  # LitGPT writes one or two KiB; nested brackets take the parser seconds per 100 KiB
 _FULL = re.compile(r"(?:model|pytorch_model|adapter_model|adapter_config|adapters)\b.*\.(?:safetensors|bin|json)")
+
+
+def open_any(model: Openable, *, as_base: bool = False) -> Folder:
+    """What a path, hub id or alias leads to, or what a module or state dict in memory holds.
+
+    Args:
+        model: one of these.
+        as_base: of a module with adapters, give the weights under them.
+
+    Raises:
+        NotFoundError: a path, id or alias leads nowhere.
+        SourceError: a file is broken, or the model in memory cannot be read as it is.
+    """
+    if isinstance(model, str | Path | Place):
+        return open_model(hub.resolve(model))
+    return in_memory.open_in_memory(model, as_base=as_base)
 
 
 def open_model(path: Place | str | Path) -> Folder:

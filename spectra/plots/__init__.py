@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spectra.plots.figures import draw_panels, histogram_figure, histogram_panels, save_figure, similarity_figure
-from spectra.plots.grouping import Comparison, curves_by_role, panels_by_role
+from spectra.plots.grouping import Comparison, curves_by_role, pages_by_layer, panels_by_role
 from spectra.plots.histogram import plot_histogram
 from spectra.plots.ranks import plot_kept_energy
 from spectra.plots.similarity import grid_rows, plot_similarity
@@ -18,6 +18,7 @@ __all__ = [
     "grid_rows",
     "histogram_figure",
     "histogram_panels",
+    "pages_by_layer",
     "panels_by_role",
     "plot_histogram",
     "plot_kept_energy",

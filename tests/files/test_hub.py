@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
 import sys
 import types
 
@@ -95,11 +98,12 @@ def fake_hub(files, folder):
     """A stand-in for huggingface_hub, which no test can reach."""
     module = types.ModuleType("huggingface_hub")
     module.calls = []
-    module.list_repo_files = lambda repo, revision: files
+    siblings = [types.SimpleNamespace(rfilename=file) for file in files]
+    module.model_info = lambda repo, revision, timeout: types.SimpleNamespace(siblings=siblings)
     module.snapshot_download = lambda repo, **options: module.calls.append((repo, options)) or str(folder)
     errors = types.ModuleType("huggingface_hub.errors")
     errors.HfHubHTTPError = type("HfHubHTTPError", (Exception,), {})
-    errors.HFValidationError = type("HFValidationError", (Exception,), {})
+    errors.RepositoryNotFoundError = type("RepositoryNotFoundError", (errors.HfHubHTTPError,), {})
     module.errors = errors
     return {"huggingface_hub": module, "huggingface_hub.errors": errors}
 
@@ -117,21 +121,99 @@ def test_a_download_takes_weights_and_json_only(monkeypatch, tmp_path, files, pa
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     assert hub.resolve("org/base@v1") == Place.of(tmp_path)
-    assert modules["huggingface_hub"].calls == [("org/base", {"revision": "v1", "allow_patterns": patterns})]
+    assert modules["huggingface_hub"].calls == [
+        ("org/base", {"revision": "v1", "allow_patterns": patterns, "etag_timeout": 5.0})
+    ]
 
 
 def test_a_failed_download_is_one_message(monkeypatch, tmp_path):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     modules = fake_hub([], tmp_path)
+    errors = modules["huggingface_hub.errors"]
 
-    def refuse(repo, revision):
-        raise modules["huggingface_hub.errors"].HfHubHTTPError("404 Client Error\nmore lines")
+    def refuse(repo, revision, timeout):
+        raise {"org/base": errors.HfHubHTTPError, "org/gone": errors.RepositoryNotFoundError}[repo](
+            "404 Client Error\nmore lines"
+        )
 
-    modules["huggingface_hub"].list_repo_files = refuse
+    modules["huggingface_hub"].model_info = refuse
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     with pytest.raises(NotFoundError, match=r"a download of org/base \(404 Client Error\)$"):
         hub.resolve("org/base")
+    with pytest.raises(NotFoundError, match=r"a download of org/gone \(the hub has no such model, or it is private"):
+        hub.resolve("org/gone")
+
+
+ASK = """
+import sys, time
+from spectra.errors import NotFoundError
+from spectra.files import hub
+start = time.monotonic()
+try:
+    hub.resolve(sys.argv[1])
+except NotFoundError as problem:
+    print(problem)
+assert time.monotonic() - start < 15, "the client's own retries take 23 s"
+"""
+
+
+def ask(name, endpoint, cwd):
+    """What the real client ends in, in a process of its own, since it reads its environment when it is imported."""
+    pytest.importorskip("huggingface_hub")
+    settings = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_HUB_ETAG_TIMEOUT": "1", "NO_PROXY": "*"}
+    environment = {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", ASK, name], env=environment, cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def silent():
+    """The port of a server that takes connections and says nothing, and one where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as there, socket.create_server(("127.0.0.1", 0)) as closing:
+        closed = closing.getsockname()[1]
+        closing.close()
+        yield there.getsockname()[1], closed
+
+
+def test_an_unreachable_hub_is_one_message_at_once(silent, tmp_path):
+    port, closed = silent
+    said = ask("llama-7b", f"http://127.0.0.1:{closed}", tmp_path)
+    assert said.startswith("'llama-7b' was not found. Tried: the path llama-7b;")
+    assert f"a download of huggyllama/llama-7b (http://127.0.0.1:{closed} cannot be reached: " in said
+    assert "gave no answer within 1 s" in ask("org/name", f"http://127.0.0.1:{port}", tmp_path)
+    assert "a download of org/name (Request URL" in ask("org/name", "nonsense", tmp_path)
+
+
+def test_what_looks_like_a_path_is_never_asked_of_the_hub(monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    modules = fake_hub(["model.safetensors"], tmp_path)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "step-100").mkdir(parents=True)
+    (tmp_path / "file.pt").write_bytes(b"")
+    for name, said in {
+        "runs/step-10": r"runs is there and holds no step-10; did you mean runs/step-100\?",
+        "./nothere": "./nothere is written as a path",
+        "../nothere": "is written as a path",
+        "runs/step-100/deep": "runs/step-100 is there and holds no deep",
+        "a/b/c": "the path a/b/c",
+        "/nothere/model": "/ is there and holds no nothere",
+        "~/nothere": "the path /",
+        "~nobody-of-this-name/x": "the path ~nobody",
+        "runs\\step-100": "the path",
+        "file.pt/x": "file.pt is a file",
+        "run": r"did you mean runs\?",
+        "x" * 5000: "the path x",
+        "": "an empty name",
+    }.items():
+        with pytest.raises(NotFoundError, match=said):
+            hub.resolve(name)
+    assert modules["huggingface_hub"].calls == []
+    assert hub.resolve("runs/step-10@main") == Place.of(tmp_path), "a revision says that it is the hub's"
 
 
 def test_without_huggingface_hub_the_install_command_is_given(monkeypatch):
@@ -178,10 +260,10 @@ def test_a_download_that_fails_says_what_the_cache_lacks(cache, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     modules = fake_hub([], "unused")
 
-    def refuse(repo, revision):
+    def refuse(repo, revision, timeout):
         raise modules["huggingface_hub.errors"].HfHubHTTPError("401 Client Error")
 
-    modules["huggingface_hub"].list_repo_files = refuse
+    modules["huggingface_hub"].model_info = refuse
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     with pytest.raises(NotFoundError, match=r"without model-00002-of-00003\.safetensors\).*401 Client Error"):

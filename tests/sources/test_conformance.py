@@ -21,6 +21,7 @@ from spectra.deltas.source import Source
 from spectra.errors import BaseRequiredError, SpectraError
 from spectra.files.folder import open_folder
 from spectra.files.tensors import TensorRef
+from spectra.naming import split_parts
 from spectra.sources import FORMATS, Format
 
 ROWS = {row.kind: row for row in FORMATS}
@@ -52,6 +53,21 @@ def test_the_update_is_the_oracles(example):
     source = spectra.open_source(oracle.adapter, oracle.base)
     assert source.kind == row.kind
     assert_matches(source, oracle.deltas, oracle.tolerance)
+
+
+def test_inspect_lists_the_modules_where_the_update_needs_a_base(example):
+    row, oracle = example
+    found = spectra.inspect(oracle.adapter)
+    if found.source is not None or row.kind == "checkpoint":
+        assert found.modules == ()
+        return
+    assert "pass base= (--base)" in found.needs
+    expected = {split_parts(name)[0].removesuffix(".weight") for name in oracle.deltas}
+    if row.kind in OTHER_NAMES:
+        assert len(found.modules) == len(expected)
+    elif row.kind != "ln_tuning":  # its modules are norms, and its only matrices weights that are saved whole
+        assert set(found.modules) == expected
+    assert {line["status"] for line in found.by_role} == {"needs the base"}
 
 
 def test_listing_reads_no_tensor_and_decomposing_reads_each_delta_alone(example, monkeypatch):

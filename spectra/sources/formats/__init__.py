@@ -9,6 +9,7 @@ from typing import Literal
 
 from spectra.deltas.source import Source
 from spectra.files.folder import Folder
+from spectra.models.pairing import unwrap
 from spectra.sources.dump import compare_base_layers, inner_base
 from spectra.sources.ledger import Ledger
 from spectra.sources.rest import account_for_rest
@@ -61,6 +62,16 @@ class Format:
         """Whether a folder holds it, from names and config alone."""
         marked = not self.marks or any(mark in folder.listing for mark in self.marks)
         return marked and (not self.decides or bool(self.module.matches(folder)))
+
+    def modules(self, folder: Folder) -> list[str]:
+        """The modules that a folder adapts, by the tensors' names alone: what stands before a mark."""
+        found: dict[str, None] = {}
+        for name in folder.tensors:
+            line = f"\n{name}\n"
+            places = [place for mark in self.marks if (place := line.find(mark)) > 0]
+            if places:
+                found[unwrap(line[1 : min(places)].rstrip("."))] = None
+        return list(found)
 
     def open(
         self,
