@@ -19,6 +19,8 @@ from spectra.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from spectra.deltas.rounding import Noise
+
 _BLOCK = 512  # rows of a product that are there at once where its norm needs them
 _BLOCK_ENTRIES = 2**20  # of a matrix that are multiplied at once
 _CANCELLED = 1e-6  # below this share of (‖L‖‖R‖)², ⟨LᵀL, RRᵀ⟩ has lost more than six of its digits
@@ -33,7 +35,8 @@ class Form(ABC):
     Attributes:
         base_norm: ‖W₀‖_F where the base was read, else None.
         base_inner: ⟨W₀, ΔW⟩ where the base was read, else None.
-        noise_edge: the largest singular value that storage rounding alone would give, or None.
+        noise_edge: the largest singular value that storage rounding alone would give at most, or None.
+        noise: what it would give by every story of how the weights were stored; the spectrum tells which is true.
         unchanged: the fraction of entries that are equal in both files, or None.
 
     Example:
@@ -50,6 +53,7 @@ class Form(ABC):
     base_norm: float | None
     base_inner: float | None
     noise_edge: float | None = None
+    noise: tuple[Noise, ...] = ()
     unchanged: float | None = None
 
     @property
@@ -132,8 +136,9 @@ class Dense(Form):
         matrix: ΔW, float64 (out, in).
         base_norm: ‖W₀‖_F where the base was read, else None.
         base_inner: ⟨W₀, ΔW⟩ where the base was read, else None.
-        noise_edge: the largest singular value that storage rounding alone would give, or None.
+        noise_edge: the largest singular value that storage rounding alone would give at most, or None.
         unchanged: the fraction of entries that are equal in both files, or None.
+        noise: what rounding would give by every story of how the weights were stored, the most noise first.
     """
 
     matrix: Tensor
@@ -141,6 +146,7 @@ class Dense(Form):
     noise_edge: float | None = None
     unchanged: float | None = None
     base_inner: float | None = None
+    noise: tuple[Noise, ...] = ()
 
     @property
     def tensors(self) -> tuple[Tensor]:
@@ -184,7 +190,8 @@ class Dense(Form):
     def scaled(self, factor: float) -> Dense:
         """factor · ΔW; storage rounding, if known, grows with it."""
         edge = None if self.noise_edge is None else abs(factor) * self.noise_edge
-        return replace(self, matrix=factor * self.matrix, noise_edge=edge, base_inner=None)
+        noise = tuple(story.scaled(factor) for story in self.noise)
+        return replace(self, matrix=factor * self.matrix, noise_edge=edge, noise=noise, base_inner=None)
 
     def to_dense(self) -> Tensor:
         """The matrix."""

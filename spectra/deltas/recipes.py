@@ -90,7 +90,7 @@ class Difference(FromTensors):
 
     def read(self, device: str = "cpu") -> Dense:
         """Subtract, and note what the stored weights tell about the difference."""
-        from spectra.deltas.rounding import rounding_edge
+        from spectra.deltas.rounding import rounding_noise
 
         tuned, base = self.tuned.read_real(device), self.base.read_real(device)
         delta = tuned.to(torch.float64, copy=True)
@@ -101,12 +101,14 @@ class Difference(FromTensors):
             squares += float(before.square().sum())
             unmoved += rows.numel() - int(rows.sub_(before).count_nonzero())
             inner += float(before.mul_(rows).sum())
+        noise = rounding_noise(tuned, self.tuned.dtype, base, self.base.dtype)
         del base
         return Dense(
             matrix=delta,
             base_norm=math.sqrt(squares),
             base_inner=inner,
-            noise_edge=rounding_edge(tuned, self.tuned.dtype),
+            noise_edge=noise[0].edge if noise else None,
+            noise=noise,
             unchanged=unmoved / delta.numel() if delta.numel() else None,
         )
 

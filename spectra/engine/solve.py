@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Form
 from spectra.deltas.relatedness import UNRELATED_NOTE, is_unrelated
+from spectra.deltas.rounding import Noise
 from spectra.engine import check
 from spectra.engine.devices import Device, device_named
 from spectra.engine.ladder import Ladder, Numbers, Rung, Solver, ladder_for
+from spectra.engine.noise import plausible_noise
 from spectra.engine.solvers.topk import NotConvergedError
 from spectra.errors import SpectraError
 from spectra.spectrum import Spectrum
@@ -165,6 +168,7 @@ def _with_norms(blank: Spectrum, form: Form) -> Spectrum | Unsolved:
         unmoved_share=form.unchanged,
         note=_told(blank.note, form),
     )
+    known = replace(known, **_noise_of(form.noise[0] if form.noise else None))
     if norm == 0:
         zeros = np.zeros(blank.max_rank or 0)
         return replace(known, status="unchanged", reason="ΔW = 0", S=zeros, method="zero")
@@ -227,7 +231,7 @@ def _climb(case: Unsolved, ladder: Ladder, outcome: Numbers | GaveUp, tried: lis
             continue
         why = _fault(case, solver.rung, outcome)
         if not why:
-            return _accepted(case.known, solver.rung, outcome, tried, wanted)
+            return _accepted(case, solver.rung, outcome, tried, wanted)
         tried.append(f"{solver.rung.name} rejected ({why})")
     reason = f"no solver gave a result that passes the check: {'; '.join(tried)}"
     return replace(case.known, status="failed", reason=reason)
@@ -242,12 +246,14 @@ def _fault(case: Unsolved, rung: Rung, numbers: Numbers) -> str:
     return check.vector_fault(case.form, S, U, Vh, _resolution(case.known, rung, S))
 
 
-def _accepted(known: Spectrum, rung: Rung, numbers: Numbers, tried: list[str], wanted: Wanted) -> Spectrum:
+def _accepted(case: Unsolved, rung: Rung, numbers: Numbers, tried: list[str], wanted: Wanted) -> Spectrum:
     """The result, with the solver and the ones that failed before it."""
+    known = case.known
     S, U, Vh = numbers
     rank = known.max_rank or 0
+    told = plausible_noise(case.form.noise, S.cpu().numpy(), case.form.norm, known.shape)
     return replace(
-        known,
+        replace(known, **_noise_of(told)),
         S=(S[: wanted.top] if wanted.only_top and wanted.top else S).cpu().numpy(),
         U=None if U is None else U.cpu().numpy(),
         Vh=None if Vh is None else Vh.cpu().numpy(),
@@ -256,6 +262,13 @@ def _accepted(known: Spectrum, rung: Rung, numbers: Numbers, tried: list[str], w
         reason=f"top {wanted.top} is more than the rank allows: {rank} kept" if wanted.top > rank else "",
         method="; then ".join([*tried, rung.name]),
     )
+
+
+def _noise_of(noise: Noise | None) -> dict[str, Any]:
+    """What a spectrum says of the rounding by one story; nothing where there is none."""
+    if noise is None:
+        return {}
+    return {"noise_edge": noise.edge, "noise_energy": noise.energy, "rounding": noise.said}
 
 
 def _resolution(known: Spectrum, rung: Rung, S: Tensor) -> float:
