@@ -17,6 +17,8 @@ from spectra.deltas.thin import times
 from spectra.lazy import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from spectra.deltas.rounding import Noise
@@ -139,6 +141,7 @@ class Dense(Form):
         noise_edge: the largest singular value that storage rounding alone would give at most, or None.
         unchanged: the fraction of entries that are equal in both files, or None.
         noise: what rounding would give by every story of how the weights were stored, the most noise first.
+        rounded: an update ↦ what would be left of it, had it been stored as a story tells; it reads W₀ again.
     """
 
     matrix: Tensor
@@ -147,6 +150,7 @@ class Dense(Form):
     unchanged: float | None = None
     base_inner: float | None = None
     noise: tuple[Noise, ...] = ()
+    rounded: Callable[[Noise, Tensor], Tensor] | None = None
 
     @property
     def tensors(self) -> tuple[Tensor]:
@@ -175,11 +179,11 @@ class Dense(Form):
     @property
     def T(self) -> Dense:  # noqa: N802
         """ΔWᵀ, a view."""
-        return replace(self, matrix=self.matrix.mT)
+        return replace(self, matrix=self.matrix.mT, rounded=None)
 
     def take(self, rows: slice | Tensor) -> Dense:
         """Some rows; a slice is a view."""
-        return replace(self, matrix=self.matrix[rows], base_inner=None)
+        return replace(self, matrix=self.matrix[rows], rounded=None, base_inner=None)
 
     def inner(self, matrix: Tensor) -> float:
         """Over the entries, some rows at a time: W₀ may be a transpose, which a product of all would copy."""
@@ -191,7 +195,7 @@ class Dense(Form):
         """factor · ΔW; storage rounding, if known, grows with it."""
         edge = None if self.noise_edge is None else abs(factor) * self.noise_edge
         noise = tuple(story.scaled(factor) for story in self.noise)
-        return replace(self, matrix=factor * self.matrix, noise_edge=edge, noise=noise, base_inner=None)
+        return replace(self, matrix=factor * self.matrix, noise_edge=edge, noise=noise, rounded=None, base_inner=None)
 
     def to_dense(self) -> Tensor:
         """The matrix."""

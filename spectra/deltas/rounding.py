@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -37,6 +37,7 @@ _FLUCTUATION = 2.02 * 0.315
 _MARGIN = 1.02
 _NORMAL_99 = 2.33
 _SPREAD = {1: 1 / 180, 2: 1.4 / 144}  # Var e² / step⁴ of one rounding and, at most, of two
+_SLACK = 1.1  # over the energy that a row or column has: chance lowers half of them
 _NEGLIGIBLE = 0.02  # share of the energy below which a second rounding is no story of its own: 1 % of the edge
 
 
@@ -52,18 +53,31 @@ class Noise:
         edge: the largest singular value of the errors.
         energy: their expected ‖·‖_F².
         said: the story.
+        far_fetched: whether nothing in the files suggests it, so that it takes an exact fit to believe it.
+        grid: where the tuned values were rounded to after the update was added.
+        base_too: whether the base was rounded there before.
     """
 
     edge: float
     energy: float
     said: str
+    far_fetched: bool = False
+    grid: Grid | None = None
+    base_too: bool = False
 
     def scaled(self, factor: float) -> Noise:
-        """That of factor · ΔW."""
+        """So many times as much."""
         return replace(self, edge=abs(factor) * self.edge, energy=factor**2 * self.energy)
 
+    def rounded(self, base: Tensor, update: Tensor) -> Tensor:
+        """What would be stored of W₀ + update, less W₀, had it been rounded as this story tells; float64."""
+        grid = cast("Grid", self.grid)
+        return grid.round((grid.round(base) if self.base_too else base) + update).sub_(base)
 
-def rounding_noise(tuned: Tensor, dtype: str, base: Tensor, base_dtype: str) -> tuple[Noise, ...]:
+
+def rounding_noise(
+    tuned: Tensor, dtype: str, base: Tensor, base_dtype: str, delta: Tensor | None = None
+) -> tuple[Noise, ...]:
     r"""What rounding alone would leave in tuned − base, by every story that the two grids allow.
 
     With steps t on the tuned's grid and b on the base's, the last rounding has a variance of t²/12. Where the two
@@ -75,6 +89,7 @@ def rounding_noise(tuned: Tensor, dtype: str, base: Tensor, base_dtype: str) -> 
         dtype: their storage type, in safetensors' words.
         base: the base weights, likewise.
         base_dtype: their storage type.
+        delta: tuned − base, which bounds the errors: what did not move has none but the update that it lacks.
 
     Returns:
         The stories, the one with the most noise first; none for a type without a known rounding, an empty matrix, or
@@ -99,11 +114,13 @@ def rounding_noise(tuned: Tensor, dtype: str, base: Tensor, base_dtype: str) -> 
         return last.squared_steps(tuned[part])
 
     said = f"tuned on the {last.name} grid"
-    fewest = _noise(once, tuned.shape, 1, said)
+    fewest = replace(_noise(once, tuned.shape, 1, said, delta), grid=last)
     if first is None:
         return (fewest,)
     if _alike(first, last):
-        copied = replace(fewest.scaled(math.sqrt(2)), said=f"{said}, base a copy rounded to it")
+        copied = replace(
+            fewest.scaled(math.sqrt(2)), said=f"{said}, base a copy rounded to it", far_fetched=True, grid=None
+        )
         return (copied, fewest)
 
     def twice(part: Part) -> Tensor:
@@ -112,8 +129,9 @@ def rounding_noise(tuned: Tensor, dtype: str, base: Tensor, base_dtype: str) -> 
         return more.add_(last.squared_steps(tuned[part]))
 
     copy = first.bits < last.bits
-    how = "a rounded copy" if copy else "rounded to it first"
-    most = _noise(twice, tuned.shape, 1 if copy else 2, f"{said}, base ({first.name}) {how}")
+    how = "taken for a rounded copy" if copy else "rounded to it first"
+    most = _noise(twice, tuned.shape, 1 if copy else 2, f"{said}, base ({first.name}) {how}", delta)
+    most = replace(most, grid=None if copy else last, base_too=not copy)
     return (most, fewest) if most.energy > (1 + _NEGLIGIBLE) * fewest.energy else (fewest,)
 
 
@@ -128,8 +146,8 @@ def together(parts: Sequence[tuple[Noise, ...]]) -> tuple[Noise, ...]:
 
     Example:
         >>> one, two = Noise(3.0, 9.0, "tuned on the bf16 grid"), Noise(4.0, 16.0, "tuned on the bf16 grid")
-        >>> together([(one,), (two,)])
-        (Noise(edge=5.0, energy=25.0, said='tuned on the bf16 grid'),)
+        >>> [(noise.edge, noise.energy) for noise in together([(one,), (two,)])]
+        [(5.0, 25.0)]
     """
     known = [stories for stories in parts if stories]
     if not known:
@@ -141,6 +159,7 @@ def together(parts: Sequence[tuple[Noise, ...]]) -> tuple[Noise, ...]:
             math.hypot(*(noise.edge for noise in told)),
             math.fsum(noise.energy for noise in told),
             "; ".join(dict.fromkeys(noise.said for noise in told)),
+            all(noise.far_fetched for noise in told),
         )
         for told in zip(*padded, strict=True)
     )
@@ -216,9 +235,17 @@ def _resolvent(a: np.ndarray, w: np.ndarray) -> np.ndarray:
     return found
 
 
-def _noise(steps: Steps, shape: torch.Size, roundings: int, said: str) -> Noise:
-    """The story's noise, from the squared steps at the entries."""
+def _noise(steps: Steps, shape: torch.Size, roundings: int, said: str, delta: Tensor | None) -> Noise:
+    """The story's noise, from the squared steps at the entries; no row or column has more of it than energy."""
     rows, columns, highest = _variance_sums(steps, shape)
+    if delta is not None:
+        row_energies, column_energies, largest = _energies(delta)
+        rows, columns = np.minimum(rows, _SLACK * row_energies), np.minimum(columns, _SLACK * column_energies)
+        highest = np.minimum(highest, 4 * largest)
+        total = min(rows.sum(), columns.sum())
+        if not total > 0:
+            return Noise(0.0, 0.0, said)
+        rows, columns = rows * (total / rows.sum()), columns * (total / columns.sum())
     edge = separable_edge(rows, columns)
     top_row, top_column = int(rows.argmax()), int(columns.argmax())
     chance = max(
@@ -226,22 +253,33 @@ def _noise(steps: Steps, shape: torch.Size, roundings: int, said: str) -> Noise:
         _wobble(steps((slice(None), top_column)), columns[top_column], edge, roundings),
     )
     edge *= (_MARGIN + _FLUCTUATION * min(shape) ** (-2 / 3)) * chance
-    edge = max(edge, _spike(steps, rows, columns, highest, roundings))
+    edge = max(edge, _spike(steps, rows, columns, highest, roundings, delta))
     return Noise(edge, float(rows.sum()), said)
 
 
 def _variance_sums(steps: Steps, shape: torch.Size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row and column sums of step²/12 and each row's largest step², a block of rows at a time."""
+    """Row and column sums of step²/12 and each row's largest step²."""
+    rows, columns, highest = _sums(steps, shape)
+    return rows / 12, columns / 12, highest
+
+
+def _sums(entries: Steps, shape: torch.Size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row and column sums and each row's largest entry, a block of rows at a time."""
     rows, highest = np.empty(shape[0]), np.empty(shape[0])
     columns = np.zeros(shape[1])
     height = max(1, _BLOCK_ENTRIES // shape[1])
     for start in range(0, shape[0], height):
         block = slice(start, start + height)
-        squared = steps(block)
-        rows[block] = squared.sum(1).div(12).cpu().numpy()
-        highest[block] = squared.amax(1).cpu().numpy()
-        columns += squared.sum(0).div(12).cpu().numpy()
+        found = entries(block)
+        rows[block] = found.sum(1).cpu().numpy()
+        highest[block] = found.amax(1).cpu().numpy()
+        columns += found.sum(0).cpu().numpy()
     return rows, columns, highest
+
+
+def _energies(delta: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Σ of the squares of every row and column, and each row's largest square, a block of rows at a time."""
+    return _sums(lambda block: delta[block].square(), delta.shape)
 
 
 def _wobble(squared: Tensor, variance: float, edge: float, roundings: int) -> float:
@@ -250,21 +288,27 @@ def _wobble(squared: Tensor, variance: float, edge: float, roundings: int) -> fl
     An error uniform in ±step/2 has E e² = step²/12 and Var e² = step⁴/180; of a sum of two, with variance v, Var e²
     is at most 1.4 v². The bulk averages this away; it counts as far as the row alone makes the edge.
     """
-    if not edge > 0:
+    assumed = float(squared.sum()) / 12  # more than the variance where most of the entries did not move
+    if not edge > 0 or not assumed > 0:
         return 1.0
-    spread = math.sqrt(float(squared.square().sum()) * _SPREAD[roundings])
+    spread = math.sqrt(float(squared.square().sum()) * _SPREAD[roundings]) * min(variance / assumed, 1.0)
     return math.sqrt(1 + _NORMAL_99 * (variance / edge**2) ** 2 * spread / variance)
 
 
-def _spike(steps: Steps, rows: np.ndarray, columns: np.ndarray, highest: np.ndarray, roundings: int) -> float:
+def _spike(
+    steps: Steps, rows: np.ndarray, columns: np.ndarray, highest: np.ndarray, roundings: int, delta: Tensor | None
+) -> float:
     r"""The largest value that the error of one entry, at most θ, makes among the others of its row and column.
 
     θ² is step²/4, and twice Σ step²/4 for two roundings. It stands out if θ⁴ > rᵢcⱼ, then as
     √((θ² + rᵢ)(θ² + cⱼ))/θ (Benaych-Georges & Nadakuditi 2012, §3.1).
     """
-    largest = 0.0
-    for i in np.flatnonzero(np.square(highest * roundings / 4) > rows * columns.min()):
-        squared = steps(int(i)).mul(roundings / 4).cpu().numpy()
+    largest, least = 0.0, columns[columns > 0].min(initial=math.inf)
+    for i in np.flatnonzero(np.square(highest * roundings / 4) > rows * least):
+        largest_errors = steps(int(i)).mul(roundings / 4)
+        if delta is not None:
+            largest_errors = torch.minimum(largest_errors, delta[int(i)].square())
+        squared = largest_errors.cpu().numpy()
         out = np.square(squared) > rows[i] * columns
         theta, c = squared[out], columns[out]
         if out.any():

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from spectra.deltas.delta import WeightDelta
-from spectra.deltas.forms import Form
+from spectra.deltas.forms import Dense, Form
 from spectra.deltas.relatedness import UNRELATED_NOTE, is_unrelated
 from spectra.deltas.rounding import Noise
 from spectra.engine import check
 from spectra.engine.devices import Device, device_named
 from spectra.engine.ladder import Ladder, Numbers, Rung, Solver, ladder_for
-from spectra.engine.noise import plausible_noise
+from spectra.engine.noise import plausible_noise, with_artefacts
 from spectra.engine.solvers.topk import NotConvergedError
 from spectra.errors import SpectraError
 from spectra.spectrum import Spectrum
@@ -252,6 +252,8 @@ def _accepted(case: Unsolved, rung: Rung, numbers: Numbers, tried: list[str], wa
     S, U, Vh = numbers
     rank = known.max_rank or 0
     told = plausible_noise(case.form.noise, S.cpu().numpy(), case.form.norm, known.shape)
+    if told is not None and isinstance(case.form, Dense):
+        told = with_artefacts(told, case.form, S.cpu().numpy(), U, Vh)
     return replace(
         replace(known, **_noise_of(told)),
         S=(S[: wanted.top] if wanted.only_top and wanted.top else S).cpu().numpy(),

@@ -36,7 +36,9 @@ def test_the_separable_edge_is_where_the_largest_singular_value_is(seed, spread)
     a, b = (np.exp(spread * rng.standard_normal(size)) for size in (200, 300))
     draws = rng.uniform(-1, 1, (7, 200, 300)) * np.sqrt(3 * a[:, None] * b)
     edge = separable_edge(a * b.sum(), b * a.sum())
-    assert np.median(np.linalg.norm(draws, 2, axis=(1, 2))) == pytest.approx(edge, rel=0.1)
+    # The edge is the upper end of where the largest value can lie. Where one row outweighs the others that is a
+    # bubble of its own and the median lies inside: over 200 draws of (a, b) it was .89 to 1.00 of the edge.
+    assert 0.85 * edge <= np.median(np.linalg.norm(draws, 2, axis=(1, 2))) <= 1.02 * edge
 
 
 def test_equal_variances_give_the_classical_edge():
@@ -164,7 +166,8 @@ MERGED = {
                                       "tuned on the bf16 grid"),
     "the same beside a float32 base": (lambda W, U: (W.bfloat16() + U).bfloat16().float(), lambda W: W,
                                        "base (f32) rounded to it first"),
-    "the base a bf16 copy": (lambda W, U: (W + U).float(), lambda W: W.bfloat16(), "base (bf16) a rounded copy"),
+    "the base a bf16 copy": (lambda W, U: (W + U).float(), lambda W: W.bfloat16(),
+                             "base (bf16) taken for a rounded copy"),
     "the base truly bf16": (lambda W, U: (W.bfloat16().double() + U).float(), lambda W: W.bfloat16(),
                             "tuned on the f32 grid"),
     "fp16 after bf16": (lambda W, U: (W.bfloat16() + U).bfloat16().half(), lambda W: W.half(),
