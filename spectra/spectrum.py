@@ -42,6 +42,7 @@ class Spectrum:
         max_rank: the rank that the form of ΔW allows.
         noise_edge: values below it may be storage rounding and nothing else; None where unknown.
         noise_energy: ‖·‖_F² of the rounding errors that are expected; None where unknown.
+        base_rounding: whether an error of the base's own rounding is in ΔW, and so in every other update of that base.
         rounding: which grids the stored values were found on, and what was concluded from it; "" where unknown.
         method: the solver that gave the numbers, and the ones that failed before it.
         note: what the number stands for where that is not simply tuned − base.
@@ -68,6 +69,7 @@ class Spectrum:
     noise_edge: float | None = None
     noise_energy: float | None = None
     rounding: str = ""
+    base_rounding: bool = False
     method: str = ""
     reason: str = ""
     note: str = ""

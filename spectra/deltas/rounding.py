@@ -55,7 +55,7 @@ class Noise:
         said: the story.
         far_fetched: whether nothing in the files suggests it, so that it takes an exact fit to believe it.
         grid: where the tuned values were rounded to after the update was added.
-        base_too: whether the base was rounded there before.
+        base_too: whether the base's own rounding adds to the errors.
     """
 
     edge: float
@@ -118,10 +118,8 @@ def rounding_noise(
     if first is None:
         return (fewest,)
     if _alike(first, last):
-        copied = replace(
-            fewest.scaled(math.sqrt(2)), said=f"{said}, base a copy rounded to it", far_fetched=True, grid=None
-        )
-        return (copied, fewest)
+        copied = replace(fewest.scaled(math.sqrt(2)), said=f"{said}, base a copy rounded to it", grid=None)
+        return (replace(copied, far_fetched=True, base_too=True), fewest)
 
     def twice(part: Part) -> Tensor:
         before = base[part]
@@ -131,7 +129,7 @@ def rounding_noise(
     copy = first.bits < last.bits
     how = "taken for a rounded copy" if copy else "rounded to it first"
     most = _noise(twice, tuned.shape, 1 if copy else 2, f"{said}, base ({first.name}) {how}", delta)
-    most = replace(most, grid=None if copy else last, base_too=not copy)
+    most = replace(most, grid=None if copy else last, base_too=True)
     return (most, fewest) if most.energy > (1 + _NEGLIGIBLE) * fewest.energy else (fewest,)
 
 

@@ -26,6 +26,9 @@ from spectra.engine.solvers.topk import NotConvergedError
 from spectra.errors import SpectraError
 from spectra.spectrum import Spectrum
 
+ROUNDING_ONLY = (
+    "no singular value is above what storage rounding alone gives: this update may be rounding and nothing else"
+)
 _ROUNDING = 1e-14  # float64, with room for the length of the sums
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "Cannot allocate memory")
 
@@ -254,8 +257,9 @@ def _accepted(case: Unsolved, rung: Rung, numbers: Numbers, tried: list[str], wa
     told = plausible_noise(case.form.noise, S.cpu().numpy(), case.form.norm, known.shape)
     if told is not None and isinstance(case.form, Dense):
         told = with_artefacts(told, case.form, S.cpu().numpy(), U, Vh)
+    known = replace(known, **_noise_of(told))
     return replace(
-        replace(known, **_noise_of(told)),
+        known,
         S=(S[: wanted.top] if wanted.only_top and wanted.top else S).cpu().numpy(),
         U=None if U is None else U.cpu().numpy(),
         Vh=None if Vh is None else Vh.cpu().numpy(),
@@ -263,14 +267,26 @@ def _accepted(case: Unsolved, rung: Rung, numbers: Numbers, tried: list[str], wa
         status="ok",
         reason=f"top {wanted.top} is more than the rank allows: {rank} kept" if wanted.top > rank else "",
         method="; then ".join([*tried, rung.name]),
+        note="; ".join(filter(None, (known.note, _nothing_but_rounding(known, S)))),
     )
+
+
+def _nothing_but_rounding(known: Spectrum, S: Tensor) -> str:
+    """Said of an update of which nothing is above the rounding edge."""
+    edge = known.noise_edge or 0.0
+    return ROUNDING_ONLY if edge >= float(S[0]) else ""
 
 
 def _noise_of(noise: Noise | None) -> dict[str, Any]:
     """What a spectrum says of the rounding by one story; nothing where there is none."""
     if noise is None:
         return {}
-    return {"noise_edge": noise.edge, "noise_energy": noise.energy, "rounding": noise.said}
+    return {
+        "noise_edge": noise.edge,
+        "noise_energy": noise.energy,
+        "rounding": noise.said,
+        "base_rounding": noise.base_too,
+    }
 
 
 def _resolution(known: Spectrum, rung: Rung, S: Tensor) -> float:

@@ -21,6 +21,7 @@ from spectra.metrics.rank import (
     rank_at,
     stable_rank,
 )
+from spectra.metrics.signal import of_signal, signal
 from spectra.spectrum import Spectrum
 
 METRICS: dict[str, Callable[[Spectrum], float]] = {
@@ -40,6 +41,14 @@ METRICS: dict[str, Callable[[Spectrum], float]] = {
     "top_value_share": top_value_share,
     "gini": gini,
 }
+# The same of what is above the rounding edge; equal to the plain ones where no edge is known.
+METRICS |= {
+    f"signal_{name}": of_signal(METRICS[name])
+    for name in (
+        "norm", "stable_rank", "effective_rank", "energy_entropy_rank", "participation_ratio", "nuclear_rank",
+        "rank_90", "rank_95", "rank_99", "top_1_share", "top_8_share",
+    )
+}  # fmt: skip
 
 __all__ = [
     "METRICS",
@@ -51,6 +60,7 @@ __all__ = [
     "participation_ratio",
     "rank_at",
     "relative_norm",
+    "signal",
     "spectral_norm",
     "stable_rank",
     "top_k_share",

@@ -80,6 +80,7 @@ def test_a_random_update_as_small_as_the_rounding_has_no_signal(tmp_path):
     found = stored(tmp_path, (base.double() + 3e-5 * torch.randn(384, 384)).bfloat16(), base)
     assert found.signal_rank == 0
     assert found.noise_energy == pytest.approx(found.norm**2, rel=0.05)
+    assert "rounding and nothing else" in found.note
 
 
 def test_a_full_update_far_above_the_rounding_is_all_signal(tmp_path):
@@ -88,6 +89,7 @@ def test_a_full_update_far_above_the_rounding_is_all_signal(tmp_path):
     found = stored(tmp_path, (base.double() + 0.04 * torch.randn(384, 300) @ torch.eye(300, 384)).bfloat16(), base)
     assert 285 <= found.signal_rank <= 300
     assert found.rounding == "tuned on the bf16 grid"
+    assert not found.note
 
 
 def test_the_top_alone_is_judged_as_the_whole(tmp_path):
@@ -100,3 +102,32 @@ def test_the_top_alone_is_judged_as_the_whole(tmp_path):
     assert top.rounding == whole.rounding
     assert top.noise_edge == pytest.approx(whole.noise_edge, rel=1e-6)
     assert top.signal_rank == whole.signal_rank == 8
+
+
+def test_a_correct_merge_reads_as_the_update_that_was_merged(tmp_path):
+    torch.manual_seed(0)
+    base = gaussian().bfloat16()
+    update = product(base, 8, 1e-2)
+    found = stored(tmp_path, (base.double() + update).bfloat16(), base)
+    exact = spectra.Spectrum("a", (384, 384), S=torch.linalg.svdvals(update).numpy()[:8], max_rank=8)
+    (row,) = spectra.summarize([found]).to_dict("records")
+    assert row["effective_rank"] > 80
+    for name in ("effective_rank", "participation_ratio", "stable_rank", "rank_99", "norm"):
+        assert row[f"signal_{name}"] == pytest.approx(spectra.METRICS[name](exact), rel=0.01)
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_similarity_warns_where_the_base_s_own_error_is_in_both(copy, tmp_path):
+    torch.manual_seed(0)
+    weights = gaussian()
+    base = weights.bfloat16() if copy else weights.bfloat16().float()
+    found = []
+    for seed in (1, 2):
+        tuned = ((weights if copy else base) + product(weights, 8, 1e-2, seed)).float()
+        for name, saved in (("tuned", tuned), ("base", base)):
+            write_checkpoint(tmp_path / f"{seed}" / name, {"a.weight": saved})
+        source = spectra.open_source(tmp_path / f"{seed}" / "tuned", tmp_path / f"{seed}" / "base")
+        found += spectra.decompose(source, top=30)
+    similarity = spectra.subspace_similarity(*found, top=30)
+    assert similarity.k_used == 8
+    assert ("contain the rounding error of the base" in similarity.note) == copy
