@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _BLOCK = 512  # rows of a product that are there at once where its norm needs them
 _BLOCK_ENTRIES = 2**20  # of a matrix that are multiplied at once
+_SUM_ERROR = 1e-14  # of (‖L‖‖R‖)⁴: float64, with room for the length of the sums
 _CANCELLED = 1e-6  # below this share of (‖L‖‖R‖)², ⟨LᵀL, RRᵀ⟩ has lost more than six of its digits
 
 
@@ -107,6 +108,11 @@ class Form(ABC):
     def magnitude(self) -> float:
         """What rounding errors in ΔW are relative to: 0 where it is given exactly, ‖ΔW‖_F or more where it is a sum."""
         return 0.0
+
+    @property
+    def fourth_moment(self) -> tuple[float, float] | None:
+        """Σσ⁴ = ‖ΔW·ΔWᵀ‖_F² without the singular values, and what it may be off by; None where that is dear."""
+        return None
 
     @property
     def is_zero(self) -> bool:
@@ -261,6 +267,13 @@ class LowRank(Form):
         return math.sqrt(self._largest_square)
 
     @property
+    def fourth_moment(self) -> tuple[float, float]:
+        """Σσ⁴ = tr((LᵀL·RRᵀ)²), all of it r×r."""
+        gram_left, gram_right = self.grams
+        product = gram_left @ gram_right
+        return float((product * product.mT).sum()), _SUM_ERROR * self._largest_square * self._largest_square
+
+    @property
     def _largest_square(self) -> float:
         """(‖L‖_F·‖R‖_F)², which ‖LR‖² cannot exceed."""
         gram_left, gram_right = self.grams
@@ -331,6 +344,12 @@ class Kronecker(Form):
     def norm(self) -> float:
         """‖A ⊗ B‖_F = ‖A‖_F·‖B‖_F."""
         return float(self.first.norm() * self.second.norm())
+
+    @property
+    def fourth_moment(self) -> tuple[float, float]:
+        """Σσ⁴ = ‖AAᵀ‖_F²·‖BBᵀ‖_F²."""
+        squares = [float((side @ side.mT).square().sum()) for side in (self.first, self.second)]
+        return squares[0] * squares[1], 0.0
 
     def times(self, block: Tensor) -> Tensor:
         """(A ⊗ B)·X: each column of X is a matrix M, and gives A·M·Bᵀ."""

@@ -242,8 +242,10 @@ def _climb(case: Unsolved, ladder: Ladder, outcome: Numbers | GaveUp, tried: lis
 
 def _fault(case: Unsolved, rung: Rung, numbers: Numbers) -> str:
     """What is wrong with a solver's result; "" for nothing."""
-    S, U, Vh = numbers
-    why = check.value_fault(S, case.form.norm, case.known.resolution, rung.complete)
+    S, U, Vh, *known = numbers
+    fourth = known[0] if known else case.form.fourth_moment
+    count = case.form.max_rank if rung.complete else None
+    why = check.value_fault(S, case.form.norm, case.known.resolution, rung.complete, fourth=fourth, count=count)
     if why or U is None or Vh is None:
         return why
     return check.vector_fault(case.form, S, U, Vh, _resolution(case.known, rung, S))
@@ -252,7 +254,7 @@ def _fault(case: Unsolved, rung: Rung, numbers: Numbers) -> str:
 def _accepted(case: Unsolved, rung: Rung, numbers: Numbers, tried: list[str], wanted: Wanted) -> Spectrum:
     """The result, with the solver and the ones that failed before it."""
     known = case.known
-    S, U, Vh = numbers
+    S, U, Vh, *_ = numbers
     rank = known.max_rank or 0
     told = plausible_noise(case.form.noise, S.cpu().numpy(), case.form.norm, known.shape)
     if told is not None and isinstance(case.form, Dense):
@@ -291,7 +293,7 @@ def _noise_of(noise: Noise | None) -> dict[str, Any]:
 
 def _resolution(known: Spectrum, rung: Rung, S: Tensor) -> float:
     """What the result cannot tell apart: by the solver, or by rounding in ΔW itself."""
-    return max(rung.resolution * float(S[0]), known.resolution)
+    return max(rung.resolution_of(known.shape) * float(S[0]), known.resolution)
 
 
 def _undone(blank: Spectrum, problem: GaveUp, device: str) -> Spectrum:
