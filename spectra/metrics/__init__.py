@@ -8,6 +8,7 @@ from functools import partial
 from spectra.metrics.dominance import (
     frobenius_norm,
     gini,
+    gini_all,
     relative_norm,
     spectral_norm,
     top_k_share,
@@ -39,7 +40,8 @@ METRICS: dict[str, Callable[[Spectrum], float]] = {
     "top_1_share": partial(top_k_share, k=1),
     "top_8_share": partial(top_k_share, k=8),
     "top_value_share": top_value_share,
-    "gini": gini,
+    "gini_max_rank": gini,
+    "gini_all": gini_all,
 }
 # The same of what is above the rounding edge; equal to the plain ones where no edge is known.
 METRICS |= {
@@ -56,6 +58,7 @@ __all__ = [
     "energy_entropy_rank",
     "frobenius_norm",
     "gini",
+    "gini_all",
     "nuclear_rank",
     "participation_ratio",
     "rank_at",

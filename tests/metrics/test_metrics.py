@@ -46,7 +46,8 @@ def slow(S, base_norm):
         "top_8_share": sum(e[:8]),
         "top_value_share": p[0],
         # half the mean absolute difference over the mean: the Gini coefficient's own definition
-        "gini": sum(abs(a - b) for a in ascending for b in ascending) / (2 * len(S) * total),
+        "gini_max_rank": sum(abs(a - b) for a in ascending for b in ascending) / (2 * len(S) * total),
+        "gini_all": sum(abs(a - b) for a in ascending for b in ascending) / (2 * len(S) * total),  # of full rank here
     }
 
 
@@ -88,6 +89,17 @@ def test_equal_values_are_democratic_and_one_value_dominates():
         assert METRICS[name](one) == pytest.approx(1)
 
 
+@given(values, st.integers(0, 30))
+def test_one_convention_compares_updates_of_different_rank(S, zeros):
+    """The same values are as unequal whether the rank forbids the others or they happen to be zero."""
+    size = len(S) + zeros
+    factored = Spectrum("a", (size, size + 2), S=S, max_rank=len(S))
+    full = Spectrum("a", (size, size + 2), S=np.concatenate([S, np.zeros(zeros)]))
+    assert METRICS["gini_all"](factored) == pytest.approx(METRICS["gini_all"](full), abs=1e-12)
+    assert METRICS["gini_all"](full) == pytest.approx(METRICS["gini_max_rank"](full))
+    assert METRICS["gini_max_rank"](factored) == pytest.approx(gini(spectrum(S)))
+
+
 def test_under_truncation_a_metric_is_exact_or_refuses():
     """64 of 1024 values kept must not turn an effective rank of 700 into 60."""
     S = np.linspace(1.0, 0.1, 1024)
@@ -113,7 +125,7 @@ def test_unresolved_values_count_as_zero():
     noisy = Spectrum("w", (4, 4), S=[1.0, 1e-8, 1e-8, 1e-8], resolution=1e-7)
     clean = Spectrum("w", (4, 4), S=[1.0, 0, 0, 0])
     assert noisy.rank == clean.rank == 1
-    for name in ("effective_rank", "gini", "nuclear_rank", "top_value_share"):
+    for name in ("effective_rank", "gini_max_rank", "gini_all", "nuclear_rank", "top_value_share"):
         assert METRICS[name](noisy) == METRICS[name](clean)
 
 
