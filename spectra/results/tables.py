@@ -45,7 +45,12 @@ def row(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]] =
     }
     for name, metric in metrics.items():
         columns[name] = _value(metric, spectrum)
-    return columns | {"method": spectrum.method, "reason": spectrum.reason, "note": spectrum.note}
+    return columns | {
+        "method": spectrum.method,
+        "reason": spectrum.reason,
+        "note": spectrum.note,
+        "rounding": spectrum.rounding,
+    }
 
 
 def role_rows(rows: Iterable[Row], metrics: Iterable[str] = tuple(METRICS)) -> list[Row]:
