@@ -66,7 +66,7 @@ def _spectra(spectra: pd.DataFrame, similarity: pd.DataFrame, role: str, step: i
     chance = alike.groupby("side")["chance"].mean() if len(alike) else {"left": float("nan"), "right": float("nan")}
     header = ["run", "learning rate", *(title for title, _ in _SPECTRUM.values()),
               f"φ left (chance {chance['left']:.3f})", f"φ right (chance {chance['right']:.3f})"]  # fmt: skip
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def _families(tasks: pd.DataFrame, step: int) -> str:
@@ -78,7 +78,7 @@ def _families(tasks: pd.DataFrame, step: int) -> str:
         cells = [means.loc[(run, family)] for family in families]
         whole = chosen[chosen["run"] == run][["loss", "accuracy"]].mean()
         rows.append([run, *(f"{cell['loss']:.2f} ({cell['accuracy']:.0%})" for cell in [*cells, whole])])
-    return _markdown(["run", *families, "all"], rows)
+    return markdown(["run", *families, "all"], rows)
 
 
 def _costs(costs: pd.DataFrame) -> str:
@@ -86,13 +86,14 @@ def _costs(costs: pd.DataFrame) -> str:
         [line["label"], f"{line['parameters']:,}", f"{line['tokens_per_second']:.0f}", f"{line['peak_mib']:,.0f}"]
         for _, line in costs.iterrows()
     ]
-    return _markdown(["method", "trained parameters", "tokens/s", "peak MiB"], rows)
+    return markdown(["method", "trained parameters", "tokens/s", "peak MiB"], rows)
 
 
 def _name(label: str, run: str) -> str:
     return f"{label}, second seed" if run.endswith(SECOND_SEED) else label
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, the first column to the left and the others to the right."""
     rule = ["---", *["--:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rows])

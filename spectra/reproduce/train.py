@@ -136,6 +136,11 @@ def _step(
 
 
 def read_finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of a finished run, or None.
+
+    Raises:
+        StoreError: the folder holds the same run with other settings.
+    """
     there = folder / "run.json"
     if not there.is_file():
         return None
@@ -161,6 +166,7 @@ def resume(folder: Path, trained: dict[str, torch.Tensor], optimiser: torch.opti
 def keep(
     folder: Path, state: dict[str, Any], trained: dict[str, torch.Tensor], optimiser: torch.optim.Optimizer
 ) -> None:
+    """Put the state, the weights and the optimiser's numbers where `resume` finds them, in one step."""
     weights = {name: parameter.detach() for name, parameter in trained.items()}
     partial = folder / f"{CHECKPOINT}.partial"
     torch.save({"state": state, "weights": weights, "optimiser": optimiser.state_dict()}, partial)

@@ -15,14 +15,57 @@ from pathlib import Path
 import torch
 
 from spectra.errors import StoreError
+from spectra.reproduce.long import figures
+from spectra.reproduce.long.numbers import Numbers, gather
+from spectra.reproduce.long.page import tables
 from spectra.reproduce.long.plan import LongPlan, LongRun
 from spectra.reproduce.long.train import PROGRESS, base_run, run_folder, train_base, train_run
 from spectra.reproduce.train import DONE
+from spectra.results.store import write
 
 Say = Callable[[str], None]
 PROCESSES = 2
 _LOCK = "lock"
-_SAY_EVERY = 30.0  # seconds
+_FIRST_SAID = 10.0  # seconds after which the time left is told, then less and less often
+
+
+def reproduce_long(
+    directory: Path,
+    plan: LongPlan,
+    *,
+    pictures: Path,
+    so_far: bool = False,
+    processes: int = PROCESSES,
+    say: Say = lambda line: None,
+) -> str:
+    """Train every run, measure every snapshot, apply the rule, draw.
+
+    Args:
+        directory: keeps weights and checkpoints; the same call with the same plan goes on.
+        plan: the runs and their sizes.
+        pictures: where figures, tables and their numbers go.
+        so_far: train nothing and look at what is there.
+        processes: runs at a time, each in a process of one thread.
+        say: takes one line of progress at a time.
+
+    Returns:
+        What the rule says, in Markdown.
+
+    Raises:
+        NotFoundError: `so_far`, and there is nothing yet.
+        MissingExtraError: a library of the extra `reproduce` is not installed.
+        StoreError: the directory holds runs of another plan, or another process trains in it.
+    """
+    if not so_far:
+        train_all(directory, plan, processes=processes, say=say)
+    say("spectra and agreement of every snapshot")
+    gather(plan, directory, say).save(pictures)
+    numbers = Numbers.load(pictures)  # so that whoever has the tables alone comes to the same page
+    say("figures and tables")
+    figures.draw_all(numbers, pictures)
+    text = tables(numbers, plan)
+    write(pictures / "tables.md", text.encode())
+    return text.partition("### Every run")[0].strip()
 
 
 def train_all(directory: Path, plan: LongPlan, *, processes: int = PROCESSES, say: Say = lambda line: None) -> None:
@@ -32,7 +75,7 @@ def train_all(directory: Path, plan: LongPlan, *, processes: int = PROCESSES, sa
         StoreError: the directory holds runs of another plan, or another process trains in it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with _alone(directory), _pool(processes) as pool:
+    with alone(directory), _pool(processes) as pool:
         say(f"base, {plan.base_steps} steps")
         _attend([pool.submit(train_base, plan, directory)], [base_run(plan)], directory, say)
         runs = plan.runs()
@@ -65,17 +108,17 @@ def _attend(futures: list[Future[None]], runs: list[LongRun], directory: Path, s
             ended.add(name)
             say(f"  {name} is trained, {len(ended)} of {len(runs)}")
         now = time.monotonic()
-        if pending and now - said > _SAY_EVERY:
+        if pending and now - said > max(_FIRST_SAID, (now - begun) / 20):
             said = now
             there = sum(steps_done(directory, run) for run in runs)
-            say(f"  {there} of {total} steps, {_time_left(total - there, there - before, now - begun)}")
+            say(f"  {there} of {total} steps, {time_left(total - there, there - before, now - begun)}")
 
 
-def _time_left(left: int, done: int, seconds: float) -> str:
+def time_left(left: int, done: int, seconds: float) -> str:
     """At the pace since this call began, which is what a busy machine gives.
 
     Example:
-        >>> _time_left(1200, 100, 10.0)
+        >>> time_left(1200, 100, 10.0)
         'about 2 min left'
     """
     if done <= 0:
@@ -100,6 +143,7 @@ def _begin_worker() -> None:
     assert parent is not None
 
     def watch() -> None:
+        """End this process with its parent."""
         parent.join()
         os._exit(1)
 
@@ -107,7 +151,7 @@ def _begin_worker() -> None:
 
 
 @contextmanager
-def _alone(directory: Path) -> Iterator[None]:
+def alone(directory: Path) -> Iterator[None]:
     """Hold the directory: the system lets go of a lock when its process ends, however it ends."""
     try:
         import fcntl
@@ -122,10 +166,3 @@ def _alone(directory: Path) -> Iterator[None]:
                 f"{directory} is being trained in by another process; wait for it, or choose another --out"
             ) from None
         yield
-
-
-def reproduce_long(
-    directory: Path, plan: LongPlan, *, pictures: Path, so_far: bool = False, say: Say = lambda line: None
-) -> None:
-    if not so_far:
-        train_all(directory, plan, say=say)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors.numpy import load_file
 
 import spectra
-from spectra import WeightDelta
+from spectra import Source, WeightDelta
 from spectra.lazy import torch
 from spectra.reproduce.long.plan import START, LongPlan, LongRun
 from spectra.reproduce.long.train import base_of, snapshot
@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PROJECTIONS = "re:.*_proj.weight"
-TOP = 12  # the adapters' rank
 _OF_THE_UPDATE = ("relative_norm", "top_1_share", "rank_90", "effective_rank")
 _OF_WHAT_WAS_LEARNED = ("top_1_share", "rank_90", "effective_rank")
+_FROM_START = (
+    "start_share", "in_start_left", "in_start_left_chance", "in_start_right", "in_start_right_chance",
+    "drift_A", "drift_B",
+)  # fmt: skip
 _PREFIX = "base_model.model."
+_SLOT = {"lora": "lora_A", "multilora": "multilora_A", "rlora": "rlora_A"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,11 @@ class Factors:
     A: np.ndarray
     B: np.ndarray
 
+    @property
+    def product(self) -> np.ndarray:
+        """left @ right."""
+        return self.left @ self.right
+
 
 def read_factors(folder: Path, kind: str, scaling: Path | None = None) -> dict[str, Factors]:
     """Weight → factors of a stored adapter, in float64; α/r is 1 throughout.
@@ -56,9 +65,6 @@ def read_factors(folder: Path, kind: str, scaling: Path | None = None) -> dict[s
     others = _tensors(scaling) if scaling else tensors
     modules = sorted({key.partition("." + _SLOT[kind])[0] for key in tensors if "." + _SLOT[kind] in key})
     return {f"{module.removeprefix(_PREFIX)}.weight": _factors(kind, module, tensors, others) for module in modules}
-
-
-_SLOT = {"lora": "lora_A", "multilora": "multilora_A", "rlora": "rlora_A"}
 
 
 def _tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -82,30 +88,62 @@ def measure(run: LongRun, step: int, plan: LongPlan, directory: Path) -> pd.Data
 
     Columns: `relative_norm` ‖ΔW‖/‖W₀‖; `top_1_share`, `rank_90`, `effective_rank` of ΔW and, as `learned_…`, of ΔW
     without its start. `start_share` = ‖start‖²/‖ΔW‖², which may exceed 1: the start of MultiLoRA is Σᵢ diag(sᵢ)·Bᵢ⁰·Aᵢ⁰
-    with the trained s, that of R-LoRA the product B̄⁰·A⁰ whose opposite its ΔW holds from the beginning, LoRA's
-    is zero. `in_start_left` and `in_start_right`: the share of ΔW's energy in the column space of B⁰ and the row space
-    of A⁰, beside `…_chance`. `drift_A` = ‖A − A₀‖_F/‖A₀‖_F, `drift_B` likewise. NaN where there is no such thing.
+    with the trained s, that of R-LoRA the product B̄⁰·A⁰ that its ΔW has subtracted already, LoRA's is zero.
+    `in_start_left` and `in_start_right`: the share of ΔW's energy in the start's column and row space, beside
+    `…_chance`. `drift_A` = ‖A − A₀‖_F/‖A₀‖_F, `drift_B` likewise. NaN where there is no such thing.
     """
-    folder = snapshot(directory, run.name, step)
-    source = spectra.open_source(folder, base_of(directory, plan)).select(PROJECTIONS)
+    source = open_update(run, step, plan, directory)
     whole = {delta.name: delta.read().to_dense().double() for delta in source}
-    table = spectra.summarize(spectra.decompose(source).collect())
-    table = table.set_index("name")[["role", "layer", *_OF_THE_UPDATE]]
-    starts = {} if run.method.kind == "full" else _starts(run, step, directory)
-    kept = whole if run.method.kind != "multilora" else {
-        name: matrix - torch.from_numpy(starts[name].left @ starts[name].right) for name, matrix in whole.items()
-    }  # fmt: skip
-    learned = spectra.decompose([WeightDelta.from_tensor(name, matrix) for name, matrix in kept.items()]).collect()
-    of_learned = spectra.summarize(learned).set_index("name")
-    for column in _OF_WHAT_WAS_LEARNED:
-        table[f"learned_{column}"] = of_learned[column]
-    now = {} if run.method.kind == "full" else read_factors(folder, run.method.kind)
-    more = {name: _from_start(matrix.numpy(), now.get(name), starts.get(name)) for name, matrix in whole.items()}
-    for column in more[next(iter(more))]:
-        table[column] = [more[name][column] for name in table.index]
+    of_whole = _summary(source)
+    table = of_whole[["role", "layer", *_OF_THE_UPDATE]].copy()
     table.insert(0, "run", run.name)
     table.insert(1, "step", step)
+    starts = {} if run.method.kind == "full" else _starts(run, step, directory)
+    of_learned = of_whole
+    if run.method.kind == "multilora":
+        differences = {name: whole[name] - torch.from_numpy(start.product) for name, start in starts.items()}
+        of_learned = _summary([WeightDelta.from_tensor(name, matrix) for name, matrix in differences.items()])
+    for column in _OF_WHAT_WAS_LEARNED:
+        # With A and B as they were nothing is left but rounding, whose rank says nothing.
+        table[f"learned_{column}"] = math.nan if run.scaling_only else of_learned[column]
+    now = {} if run.method.kind == "full" else read_factors(snapshot(directory, run.name, step), run.method.kind)
+    more = {name: _from_start(matrix.numpy(), now.get(name), starts.get(name)) for name, matrix in whole.items()}
+    for column in _FROM_START:
+        table[column] = [more[name][column] for name in table.index]
     return table.reset_index()
+
+
+def energy_shares(run: LongRun, step: int, plan: LongPlan, directory: Path) -> pd.DataFrame:
+    """Index i → σᵢ²/Σσ², means over the matrices, of ΔW, of MultiLoRA's start and of ΔW − start."""
+    import pandas as pd
+
+    source = open_update(run, step, plan, directory)
+    parts: dict[str, Iterable[WeightDelta]] = {"update": source}
+    if run.method.kind == "multilora":
+        starts = {name: torch.from_numpy(start.product) for name, start in _starts(run, step, directory).items()}
+        parts["start"] = [WeightDelta.from_tensor(*item) for item in starts.items()]
+        if not run.scaling_only:
+            parts["learned"] = [
+                WeightDelta.from_tensor(delta.name, delta.read().to_dense().double() - starts[delta.name])
+                for delta in source
+            ]
+    tables = []
+    for part, deltas in parts.items():
+        energies = [spectrum.resolved**2 / (spectrum.S**2).sum() for spectrum in spectra.decompose(deltas).collect()]
+        longest = max(map(len, energies))
+        mean = np.mean([np.pad(energy, (0, longest - len(energy))) for energy in energies], axis=0)
+        tables.append(pd.DataFrame({"run": run.name, "step": step, "part": part,
+                                    "index": np.arange(1, longest + 1), "share": mean}))  # fmt: skip
+    return pd.concat(tables)
+
+
+def open_update(run: LongRun, step: int, plan: LongPlan, directory: Path) -> Source:
+    """The update of the projections after `step` steps."""
+    return spectra.open_source(snapshot(directory, run.name, step), base_of(directory, plan)).select(PROJECTIONS)
+
+
+def _summary(deltas: Iterable[WeightDelta]) -> pd.DataFrame:
+    return spectra.summarize(spectra.decompose(deltas).collect()).set_index("name")
 
 
 def _starts(run: LongRun, step: int, directory: Path) -> dict[str, Factors]:
@@ -115,33 +153,26 @@ def _starts(run: LongRun, step: int, directory: Path) -> dict[str, Factors]:
 
 def _from_start(whole: np.ndarray, now: Factors | None, start: Factors | None) -> dict[str, float]:
     """How much of the update is of its start."""
-    names = ("start_share", "in_start_left", "in_start_left_chance", "in_start_right", "in_start_right_chance",
-             "drift_A", "drift_B")  # fmt: skip
     if now is None or start is None:
-        return dict.fromkeys(names, math.nan)
+        return dict.fromkeys(_FROM_START, math.nan)
     energy = float((whole**2).sum())
-    product = start.left @ start.right
-    left, right = (
-        _basis(np.concatenate(list(np.atleast_3d(start.B).reshape(-1, *start.B.shape[-2:])), axis=1)),
-        _basis(start.right.T),
-    )
-    m, n = whole.shape
+    left, right = _basis(start.left), _basis(start.right.T)
     values = (
-        float((product**2).sum()) / energy,
+        float((start.product**2).sum()) / energy,
         float(((left.T @ whole) ** 2).sum()) / energy if left.size else math.nan,
-        left.shape[1] / m if left.size else math.nan,
+        left.shape[1] / len(left) if left.size else math.nan,
         float(((whole @ right) ** 2).sum()) / energy,
-        right.shape[1] / n,
+        right.shape[1] / len(right),
         _drift(now.A, start.A),
         _drift(now.B, start.B),
     )
-    return dict(zip(names, values, strict=True))
+    return dict(zip(_FROM_START, values, strict=True))
 
 
 def _basis(columns: np.ndarray) -> np.ndarray:
     """An orthonormal basis of the columns' span; (m, 0) where they are zero."""
     U, S, _ = np.linalg.svd(columns, full_matrices=False)
-    return U[:, S > 1e-10 * max(S[0], 1e-300)]
+    return U[:, 1e-10 * max(S[0], 1e-300) < S]
 
 
 def _drift(now: np.ndarray, start: np.ndarray) -> float:

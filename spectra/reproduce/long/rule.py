@@ -58,7 +58,7 @@ def judge(summary: pd.DataFrame, run: str, step: int) -> Verdict:
         return Verdict(run, step, "not to be judged", f"{missing} has not come to this step.")
     own, lora = rows.loc[run], rows.loc[loras].mean(numeric_only=True)
     apart = abs(own["loss"] - lora["loss"])
-    where = f"Drift {own['drift_A']:.2f}, losses {own['loss']:.3f} and {lora['loss']:.3f} (LoRA)"
+    where = f"Drift {own['drift_A']:.3f}, losses {own['loss']:.3f} and {lora['loss']:.3f} (LoRA)"
     if own["drift_A"] < DRIFT or apart > LOSSES:
         why = "A has not left its start" if own["drift_A"] < DRIFT else "the losses are not equal"
         return Verdict(run, step, "not to be judged", f"{where}: {why}.")

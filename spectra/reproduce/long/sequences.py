@@ -20,7 +20,7 @@ _HELD_OUT_EVERY = 16  # questions whose number this divides are never trained on
 OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "reverse": lambda x: x.flip(1),
     "rotate": lambda x: x.roll(-1, 1),
-    "swap": lambda x: x.unflatten(1, (-1, 2)).flip(2).flatten(1),
+    "swap": lambda x: x.reshape(len(x), -1, 2).flip(2).flatten(1),
     "sort": lambda x: x.sort(1).values,
     "increment": lambda x: (x + 1) % _BASE,
     "complement": lambda x: _BASE - 1 - x,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,7 +19,6 @@ from spectra.reproduce.folders import whole_folder
 from spectra.reproduce.long.plan import START, LongPlan, LongRun
 from spectra.reproduce.long.sequences import (
     ANSWER_AT,
-    EQUALS,
     KNOWN,
     LENGTH,
     TASKS,
@@ -37,6 +35,7 @@ KEEP_EVERY = 30.0  # seconds between points to resume from
 _SHOW_EVERY = 5.0  # seconds between notes of how far the run is
 PROGRESS = "progress.json"
 BASE = "base"
+_AT_ONCE = 64  # held-out examples in one pass
 _BASE_SEED = 10**6  # of the base's weights and examples: none of the runs' seeds
 _BASE_LR = 1e-3
 _BASE_WARM_UP = 100
@@ -216,7 +215,7 @@ def _look(model: Any, run: LongRun, examples: Examples, directory: Path, step: i
         save(model, run.method, partial)
     model.eval()
     with torch.no_grad():
-        losses = torch.cat([answer_losses(model, part) for part in examples.held_out.split(64)])
+        losses = torch.cat([answer_losses(model, part) for part in torch.split(examples.held_out, _AT_ONCE)])
     by_task = losses.view(-1, examples.per_task).mean(1).tolist()
     record = {"step": step, "loss": sum(by_task) / len(by_task), "by_task": by_task, "seconds": round(seconds, 1)}
     write(losses_of(directory, run.name, step), json.dumps(record, indent=1).encode())
