@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectra.reproduce.analysis import ATTENTION
+from spectra.reproduce.controls import controls
 from spectra.reproduce.plan import REFERENCE, SECOND_SEED
 
 if TYPE_CHECKING:
@@ -21,6 +23,14 @@ _SPECTRUM = {
     "effective_rank": ("effective rank", "{:.1f}"),
     "effective_share": ("effective / possible rank", "{:.2f}"),
     "gini": ("Gini", "{:.2f}"),
+}
+# The same of what `controls` gives.
+_CONTROLS = {
+    "start_share": ("‖start‖²/‖ΔW‖²", "{:.2f}"),
+    "gini_all": ("Gini of all values", "{:.2f}"),
+    "phi_1": ("φ(1, 1) left", "{:.3f}"),
+    "captured": ("energy in full's first 30, left", "{:.3f}"),
+    "phi_below": ("φ of directions 11 to 30, left", "{:.3f}"),
 }
 
 
@@ -38,6 +48,7 @@ def tables(pictures: Path) -> str:
     parts = []
     for role in ATTENTION:
         parts += [f"### {role}, step {last}", _spectra(spectra, similarity, role, last)]
+    parts += [f"### Controls, step {last}", _controls(pictures)]
     parts += [f"### Held-out loss (accuracy), step {last}", _families(tasks, last)]
     if early < last:
         for role in ATTENTION:
@@ -67,6 +78,21 @@ def _spectra(spectra: pd.DataFrame, similarity: pd.DataFrame, role: str, step: i
     header = ["run", "learning rate", *(title for title, _ in _SPECTRUM.values()),
               f"φ left (chance {chance['left']:.3f})", f"φ right (chance {chance['right']:.3f})"]  # fmt: skip
     return markdown(header, rows)
+
+
+def _controls(pictures: Path) -> str:
+    rows = []
+    table = controls(pictures)
+    for _, line in table.iterrows():
+        cells = [_cell(line[column], form) for column, (_, form) in _CONTROLS.items()]
+        rows.append([f"{line['role']}, {line['label']}", f"{line['lr']:.2g}", *cells])
+    chance = table[[f"{name}_chance" for name in ("phi_1", "captured", "phi_below")]].mean()
+    rows.append(["chance", "", "–", "–", *(f"{value:.3f}" for value in chance)])
+    return markdown(["run", "learning rate", *(title for title, _ in _CONTROLS.values())], rows)
+
+
+def _cell(value: float, form: str) -> str:
+    return "–" if math.isnan(value) else form.format(value)
 
 
 def _families(tasks: pd.DataFrame, step: int) -> str:
