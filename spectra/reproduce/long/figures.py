@@ -31,12 +31,22 @@ NAMES = {
     "learned_rank_90": "the same of ΔW − start",
     "start_share": "‖start‖² / ‖ΔW‖²",
     "drift_A": "‖A − A₀‖ / ‖A₀‖",
+    "drift_B": "‖B − B₀‖ / ‖B₀‖",
+    "in_start_left": "energy in the start's column space",
+    "in_start_right": "energy in the start's row space",
     "captured_left": "energy in full's first 12, left",
     "captured_right": "energy in full's first 12, right",
     "cosine": "cosine with full's ΔW",
     "tail_cosine": "cosine of what is below the first 12",
 }
-_LOG = {"rank_90", "learned_rank_90", "start_share", "drift_A"}
+_LOG = {"rank_90", "learned_rank_90", "start_share", "drift_A", "drift_B"}
+# Quantity → the column with its chance level.
+_CHANCE = {
+    "captured_left": "chance_left",
+    "captured_right": "chance_right",
+    "in_start_left": "in_start_left_chance",
+    "in_start_right": "in_start_right_chance",
+}
 
 
 def plot_along(table: pd.DataFrame, quantity: str, *, against: str = "step", ax: Axes | None = None) -> Axes:
@@ -86,17 +96,17 @@ def draw_all(numbers: Numbers, pictures: Path) -> None:
     pictures.mkdir(parents=True, exist_ok=True)
     along = ("loss", "drift_A", "start_share", "top_1_share", "rank_90", "learned_rank_90")
     _panels(numbers.summary, along, pictures / "along-training", "step")
+    of_start = ("drift_A", "drift_B", "in_start_left", "in_start_right")
+    _panels(numbers.summary, of_start, pictures / "leaving-the-start", "step")
     _panels(numbers.summary, ("top_1_share", "rank_90"), pictures / "at-equal-loss", "loss")
     to_full = pairs[pairs["compared_to"] == FULL_ADAM]
     if len(to_full):
-        _panels(to_full, ("captured_left", "captured_right", "cosine", "tail_cosine"), pictures / "agreement", "step",
-                chance=("captured_left", "captured_right"))  # fmt: skip
+        of_full = ("captured_left", "captured_right", "cosine", "tail_cosine")
+        _panels(to_full, of_full, pictures / "agreement", "step")
     _draw_shares(numbers, labels, pictures / "spectra")
 
 
-def _panels(
-    table: pd.DataFrame, quantities: tuple[str, ...], target: Path, against: str, chance: tuple[str, ...] = ()
-) -> None:
+def _panels(table: pd.DataFrame, quantities: tuple[str, ...], target: Path, against: str) -> None:
     from matplotlib.figure import Figure
 
     columns = 3 if len(quantities) > 4 else 2
@@ -106,10 +116,15 @@ def _panels(
         axes = figure.subplots(lines, columns, squeeze=False).flatten()
         for ax, quantity in zip(axes, quantities, strict=True):
             plot_along(table, quantity, against=against, ax=ax)
-            if quantity in chance:
-                level = table[quantity.replace("captured", "chance")].mean()
+            if quantity in _CHANCE:
+                level = table[_CHANCE[quantity]].mean()
                 ax.axhline(level, color="0.6", linestyle=(0, (1, 2)), linewidth=1.2)
                 ax.annotate("chance", (0.01, level), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+        if {"rank_90", "learned_rank_90"} <= set(quantities):
+            places = [axes[quantities.index(name)] for name in ("rank_90", "learned_rank_90")]
+            limits = [limit for ax in places for limit in ax.get_ylim()]
+            for ax in places:
+                ax.set_ylim(min(limits), max(limits))
         found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
         figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=3, fontsize=8.5)
     save_figure(figure, target)
