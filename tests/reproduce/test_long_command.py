@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -14,8 +16,9 @@ import pytest
 from click.testing import CliRunner
 
 from spectra.cli import main
-from spectra.errors import NotFoundError, StoreError
+from spectra.errors import MissingExtraError, NotFoundError, StoreError
 from spectra.reproduce.long import LONG, LongPlan, reproduce_long
+from spectra.reproduce.long import experiment as experiment_module
 from spectra.reproduce.long.experiment import alone, time_left, train_all
 from spectra.reproduce.long.numbers import Numbers
 from spectra.reproduce.long.page import tables
@@ -25,6 +28,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from spectra.reproduce.long import LongPlan
+from spectra.reproduce.long import experiment as experiment_module
 from spectra.reproduce.long.experiment import train_all
 if __name__ == "__main__":
     train_all(Path(sys.argv[1]), {plan}, say=lambda line: print(line, flush=True))
@@ -109,6 +113,45 @@ def test_so_far_trains_nothing_and_looks_at_what_is_there(experiment, tmp_path):
     assert ", so far" in text
     assert (tmp_path / "figures" / "along-training.png").is_file()
     assert not (there / "runs" / "full").exists()
+
+
+def test_a_directory_of_another_plan_is_refused_before_anything_is_trained(experiment):
+    with pytest.raises(StoreError, match="holds this run with other settings"):
+        train_all(experiment[0] / "out", LONG)
+
+
+def test_what_fails_in_a_worker_is_said_at_once_and_stops_the_others(tmp_path, monkeypatch):
+    """A base that is no model: every run fails in its process."""
+    monkeypatch.setattr(experiment_module, "refuse_other_plan", lambda plan, directory: None)
+    folder = tmp_path / "runs" / "base"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    with pytest.raises(StoreError, match="holds this run with other settings"):
+        train_all(tmp_path, PLAN)
+    assert not (tmp_path / "runs" / "lora").exists()
+
+
+def test_ctrl_c_ends_at_once_with_its_workers(tmp_path):
+    ours = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    command = [sys.executable, "-m", "spectra", "reproduce", "long", "--out", str(tmp_path)]
+    unignored = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, preexec_fn=unignored, **ours)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "runs" / "base" / "run.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = _children(process.pid)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert said.endswith("Aborted!\n")
+    assert "Traceback" not in said
+    assert len(children) >= 2
+    assert not any(map(_alive, children))
+
+
+def test_errors_of_workers_come_through():
+    problem = pickle.loads(pickle.dumps(MissingExtraError("spectra reproduce", "reproduce")))
+    assert str(problem) == str(MissingExtraError("spectra reproduce", "reproduce"))
 
 
 def test_nothing_so_far_says_what_to_do(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from spectra.reproduce.long import figures
 from spectra.reproduce.long.numbers import Numbers, gather
 from spectra.reproduce.long.page import tables
 from spectra.reproduce.long.plan import LongPlan, LongRun
-from spectra.reproduce.long.train import PROGRESS, base_run, run_folder, train_base, train_run
+from spectra.reproduce.long.train import PROGRESS, base_run, refuse_other_plan, run_folder, train_base, train_run
 from spectra.reproduce.train import DONE
 from spectra.results.store import write
 
@@ -75,6 +76,7 @@ def train_all(directory: Path, plan: LongPlan, *, processes: int = PROCESSES, sa
         StoreError: the directory holds runs of another plan, or another process trains in it.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    refuse_other_plan(plan, directory)
     with alone(directory), _pool(processes) as pool:
         say(f"base, {plan.base_steps} steps")
         _attend([pool.submit(train_base, plan, directory)], [base_run(plan)], directory, say)
@@ -129,9 +131,15 @@ def time_left(left: int, done: int, seconds: float) -> str:
 
 @contextmanager
 def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker)
+    """A pool that does not wait for hours of training when something went wrong, or the user has had enough."""
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin_worker)
     try:
         yield pool
+    except BaseException:
+        for child in set(multiprocessing.active_children()) - others:
+            child.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -139,6 +147,7 @@ def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
 def _begin_worker() -> None:
     """One thread, and no life without the parent: a killed call leaves nothing at work."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -132,8 +132,7 @@ def _train(
     *,
     warm_up: int,
 ) -> None:
-    folder = run_folder(directory, run.name)
-    settings = {**asdict(run), "plan": asdict(plan)}
+    folder, settings = run_folder(directory, run.name), _settings(run, plan)
     if read_finished(folder, settings):
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,6 +162,20 @@ def _train(
             kept = now
             keep(folder, state, trained, optimiser)
     _finish(folder, settings, state, sum(parameter.numel() for parameter in trained.values()))
+
+
+def _settings(run: LongRun, plan: LongPlan) -> dict[str, Any]:
+    return {**asdict(run), "plan": asdict(plan)}
+
+
+def refuse_other_plan(plan: LongPlan, directory: Path) -> None:
+    """Look at every run before the first one takes its time.
+
+    Raises:
+        StoreError: a folder holds one of the runs with other settings.
+    """
+    for run in (base_run(plan), *plan.runs()):
+        read_finished(run_folder(directory, run.name), _settings(run, plan))
 
 
 def _optimiser(run: LongRun, parameters: list[Tensor]) -> torch.optim.Optimizer:
