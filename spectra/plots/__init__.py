@@ -6,22 +6,28 @@ from spectra.plots.figures import draw_panels, histogram_figure, histogram_panel
 from spectra.plots.grouping import Comparison, curves_by_role, panels_by_role
 from spectra.plots.histogram import plot_histogram
 from spectra.plots.ranks import plot_kept_energy
+from spectra.plots.several import draw_pairs
 from spectra.plots.similarity import grid_rows, plot_similarity
+from spectra.plots.squares import pairs_figure, plot_square, squares_figure
 from spectra.plots.stored import Drawn, draw_results
 
 __all__ = [
     "Comparison",
     "Drawn",
     "curves_by_role",
+    "draw_pairs",
     "draw_panels",
     "draw_results",
     "grid_rows",
     "histogram_figure",
     "histogram_panels",
+    "pairs_figure",
     "panels_by_role",
     "plot_histogram",
     "plot_kept_energy",
     "plot_similarity",
+    "plot_square",
     "save_figure",
     "similarity_figure",
+    "squares_figure",
 ]

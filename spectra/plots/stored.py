@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectra import naming
 from spectra.errors import SelectionError, StoreError
-from spectra.metrics.similarity import SIDES
+from spectra.metrics.similarity import SIDES, SubspaceSimilarity
 from spectra.plots.figures import CLOSE_UP, draw_panels, histogram_panels, save_figure, similarity_figure
 from spectra.plots.grouping import Comparison, curves_by_role, panels_by_role
 from spectra.plots.histogram import BINS
@@ -138,17 +138,20 @@ def _chosen(store: Store, layers: str | Sequence[str], wanted: Sequence[str] | N
 def _comparison(
     label: str, store: Store, layers: str | Sequence[str], wanted: Sequence[str] | None, sides: Sequence[str]
 ) -> Comparison:
-    stored = [item for item in store.similarities() if wanted is None or item.name in set(wanted)]
+    asked = None if wanted is None else set(wanted)
+    stored = [item for item in store.similarities() if asked is None or {item.name, item.title} & asked]
     chosen = set(naming.select(layers or "*", dict.fromkeys(item.name for item in stored)))
     on_side = [item for item in stored if item.side in sides]
     if not on_side:
         raise SelectionError(f"nothing is stored for side {sides[0]} (sides=, --side), only {stored[0].side}")
-    return Comparison(label, _updates(store.run()), [item for item in on_side if item.name in chosen])
+    return Comparison(label, _updates(store.run(), on_side[0]), [item for item in on_side if item.name in chosen])
 
 
-def _updates(run: Mapping[str, Any]) -> tuple[str, str]:
-    """What A and B were, by the last folders of their paths in which they differ."""
+def _updates(run: Mapping[str, Any], example: SubspaceSimilarity) -> tuple[str, str]:
+    """What A and B were: the last folders of their paths in which they differ; within one update the two roles."""
     inputs = run.get("inputs", {})
+    if example.other and inputs.get("a") is not None and inputs.get("a") == inputs.get("b"):
+        return naming.role_of(example.name), naming.role_of(example.other)
     a, b = (Path(inputs.get(key) or f"update {key.upper()}") for key in "ab")
     while a.name == b.name and a.parent.name and b.parent.name:
         a, b = a.parent, b.parent

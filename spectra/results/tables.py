@@ -101,6 +101,7 @@ def similarity_row(similarity: SubspaceSimilarity) -> Row:
         "largest_angle": float(similarity.angles[-1]),
         "gap": similarity.gap,
         "note": similarity.note,
+        "other": similarity.other,
     }
 
 
