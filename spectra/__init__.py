@@ -33,11 +33,15 @@ _HOMES = {
     "spectra.metrics.similarity": ("SubspaceSimilarity", "chance_level", "principal_angles", "subspace_similarity"),
     "spectra.plots": (
         "draw_results",
+        "cosines_figure",
+        "depth_figure",
+        "draw_interference",
         "draw_pairs",
         "histogram_figure",
         "pairs_figure",
         "plot_histogram",
         "plot_kept_energy",
+        "plot_roles_over_depth",
         "plot_similarity",
         "plot_square",
         "similarity_figure",
@@ -78,12 +82,16 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.metrics.similarity import chance_level as chance_level
     from spectra.metrics.similarity import principal_angles as principal_angles
     from spectra.metrics.similarity import subspace_similarity as subspace_similarity
+    from spectra.plots import cosines_figure as cosines_figure
+    from spectra.plots import depth_figure as depth_figure
+    from spectra.plots import draw_interference as draw_interference
     from spectra.plots import draw_pairs as draw_pairs
     from spectra.plots import draw_results as draw_results
     from spectra.plots import histogram_figure as histogram_figure
     from spectra.plots import pairs_figure as pairs_figure
     from spectra.plots import plot_histogram as plot_histogram
     from spectra.plots import plot_kept_energy as plot_kept_energy
+    from spectra.plots import plot_roles_over_depth as plot_roles_over_depth
     from spectra.plots import plot_similarity as plot_similarity
     from spectra.plots import plot_square as plot_square
     from spectra.plots import similarity_figure as similarity_figure

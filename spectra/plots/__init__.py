@@ -5,6 +5,7 @@ from __future__ import annotations
 from spectra.plots.figures import draw_panels, histogram_figure, histogram_panels, save_figure, similarity_figure
 from spectra.plots.grouping import Comparison, curves_by_role, panels_by_role
 from spectra.plots.histogram import plot_histogram
+from spectra.plots.interference import cosines_figure, depth_figure, draw_interference, plot_roles_over_depth
 from spectra.plots.ranks import plot_kept_energy
 from spectra.plots.several import draw_pairs
 from spectra.plots.similarity import grid_rows, plot_similarity
@@ -14,7 +15,10 @@ from spectra.plots.stored import Drawn, draw_results
 __all__ = [
     "Comparison",
     "Drawn",
+    "cosines_figure",
     "curves_by_role",
+    "depth_figure",
+    "draw_interference",
     "draw_pairs",
     "draw_panels",
     "draw_results",
@@ -25,6 +29,7 @@ __all__ = [
     "panels_by_role",
     "plot_histogram",
     "plot_kept_energy",
+    "plot_roles_over_depth",
     "plot_similarity",
     "plot_square",
     "save_figure",
