@@ -37,6 +37,7 @@ _HOMES = {
         "depth_figure",
         "draw_interference",
         "draw_pairs",
+        "heads_figure",
         "histogram_figure",
         "pairs_figure",
         "plot_histogram",
@@ -50,6 +51,7 @@ _HOMES = {
     "spectra.results.alignment": ("alignment",),
     "spectra.results.all_pairs": ("compare_all",),
     "spectra.results.collection": ("Spectra", "load", "save"),
+    "spectra.results.heads": ("head_similarity",),
     "spectra.results.inspection": ("Inspection", "inspect"),
     "spectra.results.interference": ("interference",),
     "spectra.results.pairs": ("Pair", "Pairs"),
@@ -87,6 +89,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.plots import draw_interference as draw_interference
     from spectra.plots import draw_pairs as draw_pairs
     from spectra.plots import draw_results as draw_results
+    from spectra.plots import heads_figure as heads_figure
     from spectra.plots import histogram_figure as histogram_figure
     from spectra.plots import pairs_figure as pairs_figure
     from spectra.plots import plot_histogram as plot_histogram
@@ -101,6 +104,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.results.collection import Spectra as Spectra
     from spectra.results.collection import load as load
     from spectra.results.collection import save as save
+    from spectra.results.heads import head_similarity as head_similarity
     from spectra.results.inspection import Inspection as Inspection
     from spectra.results.inspection import inspect as inspect
     from spectra.results.interference import interference as interference

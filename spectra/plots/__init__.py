@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from spectra.plots.figures import draw_panels, histogram_figure, histogram_panels, save_figure, similarity_figure
 from spectra.plots.grouping import Comparison, curves_by_role, panels_by_role
+from spectra.plots.heads import heads_figure
 from spectra.plots.histogram import plot_histogram
 from spectra.plots.interference import cosines_figure, depth_figure, draw_interference, plot_roles_over_depth
 from spectra.plots.ranks import plot_kept_energy
@@ -23,6 +24,7 @@ __all__ = [
     "draw_panels",
     "draw_results",
     "grid_rows",
+    "heads_figure",
     "histogram_figure",
     "histogram_panels",
     "pairs_figure",
