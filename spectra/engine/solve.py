@@ -163,6 +163,7 @@ def _with_norms(blank: Spectrum, form: Form) -> Spectrum | Unsolved:
         resolution=_ROUNDING * form.magnitude,
         noise_edge=form.noise_edge,
         unmoved_share=form.unchanged,
+        moved=form.moved,
         note=_told(blank.note, form),
     )
     if norm == 0:

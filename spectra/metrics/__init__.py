@@ -39,6 +39,7 @@ METRICS: dict[str, Callable[[Spectrum], float]] = {
     "top_8_share": partial(top_k_share, k=8),
     "top_value_share": top_value_share,
     "gini": gini,
+    "top_20_share": partial(top_k_share, k=20),
 }
 
 __all__ = [

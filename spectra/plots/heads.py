@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _OVER_DEPTH: dict[str, tuple[str, str | float]] = {
-    "cosine": ("mean pairwise cosine of the heads B_k", 0.0),
-    "update_cosine": ("mean pairwise cosine of B_k·A", 0.0),
+    "cosine": ("mean cosine of heads B_k", 0.0),
+    "update_cosine": ("mean cosine of B_k·A", 0.0),
     "norm": ("mean ‖B_k‖_F", math.nan),
 }
 

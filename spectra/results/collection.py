@@ -117,7 +117,7 @@ class Spectra(Sequence[Spectrum]):
         solved = [header for header in headers if header is not None and header.get("status") == "ok"]
         return bool(solved) and not any(header["k"] for header in solved)
 
-    def to_frame(self, *, by: tables.By = "matrix") -> pd.DataFrame:
+    def to_frame(self, *, by: tables.Whole = "matrix") -> pd.DataFrame:
         """The DataFrame of `summarize`, which needs no vectors."""
         return tables.summarize(self.without_vectors(), by=by)
 
