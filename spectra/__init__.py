@@ -49,7 +49,7 @@ _HOMES = {
         "squares_figure",
     ),
     "spectra.results.alignment": ("alignment",),
-    "spectra.results.all_pairs": ("compare_all",),
+    "spectra.results.all_pairs": ("compare_all", "load_pairs"),
     "spectra.results.collection": ("Spectra", "load", "save"),
     "spectra.results.heads": ("head_similarity",),
     "spectra.results.inspection": ("Inspection", "inspect"),
@@ -101,6 +101,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.plots import squares_figure as squares_figure
     from spectra.results.alignment import alignment as alignment
     from spectra.results.all_pairs import compare_all as compare_all
+    from spectra.results.all_pairs import load_pairs as load_pairs
     from spectra.results.collection import Spectra as Spectra
     from spectra.results.collection import load as load
     from spectra.results.collection import save as save

@@ -20,20 +20,27 @@ _MOST_SIDE_BY_SIDE = 6  # pairs whose heatmaps fit beside each other
 
 
 def draw_pairs(
-    out: str | Path, pairs: Pairs, *, sides: Sequence[Side] = ("left",), clustered: bool = False
+    directory: str | Path,
+    pairs: Pairs,
+    *,
+    out: str | Path | None = None,
+    sides: Sequence[Side] = ("left",),
+    clustered: bool = False,
 ) -> list[Path]:
     """Draw every two updates as a cell, by role and by layer; up to six pairs as heatmaps of φ(i, j) side by side.
 
     Args:
-        out: the results directory that `compare_all(…, out=)` made.
+        directory: what `compare_all(…, out=)` made.
         pairs: what is in it.
+        out: where to put figures; None for the directory.
         sides: which sides.
         clustered: whether the updates that share directions stand together.
 
     Returns:
         The files that were written: figures, and the numbers behind them as csv.
     """
-    target = Path(out)
+    target = Path(directory if out is None else out)
+    target.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
     for by in ("role", "layer"):
         if by == "layer" and len(pairs.groups("layer")) < 2:
@@ -45,10 +52,10 @@ def draw_pairs(
     table = target / "similarity_squares.csv"
     write(table, to_csv(square_rows(squares, pairs.labels, "phi")).encode())
     files.append(table)
-    return files + _side_by_side(target, pairs, sides)
+    return files + _side_by_side(Path(directory), target, pairs, sides)
 
 
-def _side_by_side(target: Path, pairs: Pairs, sides: Sequence[Side]) -> list[Path]:
+def _side_by_side(directory: Path, target: Path, pairs: Pairs, sides: Sequence[Side]) -> list[Path]:
     """The heatmaps of φ(i, j), a column per pair: by role where there are few, else over all matrices."""
     names = dict(zip(pairs.labels, short_names(pairs.labels), strict=True))
     rows = pairs.rows()
@@ -59,7 +66,7 @@ def _side_by_side(target: Path, pairs: Pairs, sides: Sequence[Side]) -> list[Pat
     by_role = len(pairs.groups("role")) * len(sides) <= _MOST_ROWS
     comparisons = []
     for a, b in drawn:
-        stored = Store(target / PAIRS / pair_folder(a, b)).similarities()
+        stored = Store(directory / PAIRS / pair_folder(a, b)).similarities()
         items = [item for item in stored if (a, b, item.name, item.other, item.side) in wanted]
         if not by_role:
             items = [pool([item for item in items if item.side == side], "all matrices") for side in sides]

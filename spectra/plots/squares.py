@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -153,7 +153,17 @@ def pairs_figure(
     heading = f"φ(k, k), {' and '.join(sides)} singular vectors"
     shown, there_are = len(squares) // len(sides) - 1, len(pairs.groups(by))
     heading += f" ({shown} of {there_are} {by}s)" if 0 < shown < there_are else ""
-    return squares_figure(ordered, [there[i] for i in order], title=title or heading, label="φ(k, k)")
+    top = _largest(ordered.values())
+    label = "φ(k, k)" if top == 1 else "φ(k, k) of two updates (the diagonal is 1)"
+    return squares_figure(ordered, [there[i] for i in order], title=title or heading, label=label, limits=(0.0, top))
+
+
+def _largest(squares: Iterable[np.ndarray]) -> float:
+    """The upper end of the colours: 1, or less where no two updates come near that, so that they are told apart."""
+    apart = [square[~np.eye(len(square), dtype=bool)] for square in squares]
+    values = np.concatenate(apart)
+    most = float(np.nanmax(values)) if np.isfinite(values).any() else 1.0
+    return 1.0 if most > 0.5 else max(math.ceil(most * 20) / 20, 0.05)
 
 
 def square_rows(squares: Mapping[str, np.ndarray], labels: Sequence[str], value: str) -> list[dict[str, str | float]]:
@@ -201,7 +211,7 @@ def _facts(pairs: Pairs, side: Side, by: Pooling = "all", group: str | int | Non
     chance = pairs.square(side, by, group, value="chance")[upper]
     if np.isnan(k).all():
         return ""
-    return f"\nk = {_range(k, '.0f')}, chance {_range(chance, '.2f')}"
+    return f"\nk = {_range(k, '.0f')}, chance {_range(chance, '.2g')}"
 
 
 def _range(values: np.ndarray, how: str) -> str:

@@ -14,8 +14,10 @@ from spectra.metrics.similarity import SIDES, SubspaceSimilarity
 from spectra.plots.figures import CLOSE_UP, draw_panels, histogram_panels, save_figure, similarity_figure
 from spectra.plots.grouping import Comparison, curves_by_role, panels_by_role
 from spectra.plots.histogram import BINS
+from spectra.plots.several import draw_pairs
 from spectra.plots.similarity import grid_rows
 from spectra.results import tables
+from spectra.results.all_pairs import load_pairs
 from spectra.results.collection import Spectra
 from spectra.results.store import Store, write
 
@@ -54,8 +56,8 @@ def draw_results(
     """Draw whatever the directories hold; nothing is computed again.
 
     Of one directory of spectra: a histogram with a curve per role. Of several: a curve each, on shared bins.
-    Of comparisons: the heatmaps, a panel per directory, role and side. The numbers behind each figure go into a
-    csv file beside it.
+    Of comparisons: the heatmaps, a panel per directory, role and side; of one of several updates, every two of them.
+    The numbers behind each figure go into a csv file beside it.
 
     Args:
         directories: one or more, made by `decompose(…, out=…)`, `compare(…, out=…)` or `save`.
@@ -74,6 +76,9 @@ def draw_results(
         SelectionError: labels do not fit the directories, or layers or sides select nothing.
     """
     places = [directories] if isinstance(directories, str | Path) else list(directories)
+    if len(places) == 1 and Store(places[0]).run().get("pairs"):
+        pairs = load_pairs(places[0], layers=layers, sides=[side for side in SIDES if side in sides])
+        return Drawn(tuple(draw_pairs(places[0], pairs, out=out, sides=pairs.sides)))
     called = run_labels(places, labels)
     wanted = None if names is None else list(dict.fromkeys(names))
     runs: dict[str, Spectra] = {}

@@ -9,14 +9,15 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
+from spectra import naming
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.source import Source
-from spectra.errors import SelectionError
-from spectra.metrics.similarity import Side
+from spectra.errors import SelectionError, StoreError
+from spectra.metrics.similarity import SIDES, Side, SubspaceSimilarity
 from spectra.results import fingerprint
 from spectra.results.collection import Spectra
 from spectra.results.comparison import check_vectors, compare_links, compare_spectra_links
-from spectra.results.pairs import Pair
+from spectra.results.pairs import Pair, Pairs
 from spectra.results.partners import Link, links_of
 from spectra.results.resume import Kept, check_files, delta_keys
 from spectra.results.similarities import NotCompared
@@ -74,6 +75,39 @@ def compare_all(
         return _of_spectra(labels, sources, top, sides, out)  # type: ignore[arg-type]
     compute: dict[str, Any] = {"device": device, "executor": executor, "memory_budget": memory_budget}
     return _of_weights(labels, sources, top, sides, out, compute)  # type: ignore[arg-type]
+
+
+def load_pairs(directory: str | Path, *, layers: str | Sequence[str] = (), sides: Sequence[Side] = SIDES) -> Pairs:
+    """What `compare_all(…, out=directory)` stored, pooled anew without computing.
+
+    Args:
+        directory: where it is.
+        layers: only the matrices that these patterns mean; () for all.
+        sides: which of the stored sides.
+
+    Raises:
+        StoreError: it holds no comparison of several updates, or one of its files is damaged.
+        SelectionError: layers select nothing.
+    """
+    folders: dict[str, list[str]] = Store(directory).run().get("pairs", {})
+    found = [
+        Pair(a, b, item)
+        for folder, (a, b) in folders.items()
+        for item in Store(Path(directory) / PAIRS / folder).similarities()
+    ]
+    if not found:
+        raise StoreError(
+            f"{directory} holds no comparison of several updates; make one with compare_all(…, out={str(directory)!r}) "
+            f"or spectra similarity A B C --out {directory}"
+        )
+    names = dict.fromkeys(pair.outcome.name for pair in found)
+    chosen = set(naming.select(layers, names)) if layers else set(names)
+    labels = dict.fromkeys(label for pair in folders.values() for label in pair)
+    wanted = (pair for pair in found if pair.outcome.name in chosen)
+    return Pairs(
+        (pair for pair in wanted if isinstance(pair.outcome, SubspaceSimilarity) and pair.outcome.side in sides),
+        labels=list(labels),
+    )
 
 
 def _of_weights(

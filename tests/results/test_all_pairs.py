@@ -106,6 +106,22 @@ def test_stored_spectra_are_compared_and_kept_too(sources, tmp_path):
     assert len(list((tmp_path / "sim/pairs").iterdir())) == 3
 
 
+def test_what_is_stored_is_loaded_and_drawn_again(sources, tmp_path):
+    computed = spectra.Pairs(
+        spectra.compare_all(
+            {label: sources[label] for label in "abc"}, top=3, sides=("left", "right"), out=tmp_path / "sim"
+        )
+    )
+    loaded = spectra.load_pairs(tmp_path / "sim")
+    assert loaded.labels == computed.labels == ("a", "b", "c")
+    assert {str(row) for row in loaded.rows()} == {str(row) for row in computed.rows()}
+    assert spectra.load_pairs(tmp_path / "sim", layers="v_proj", sides=("right",)).groups("role") == ["v_proj"]
+    out, _ = run("plot", tmp_path / "sim", "--out", tmp_path / "figures", "--layer", "v_proj")
+    assert {line.rpartition("/")[2] for line in out.splitlines()} >= {"similarity_by_layer.png", "similarity.png"}
+    with pytest.raises(StoreError, match="no comparison of several updates"):
+        spectra.load_pairs(tmp_path / "a")
+
+
 def test_strangers_one_update_and_two_kinds_are_refused(sources):
     with pytest.raises(SelectionError, match="give two or more"):
         spectra.compare_all({"a": sources["a"]})
