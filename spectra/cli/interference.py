@@ -56,7 +56,7 @@ def command(
 
     A, B, … are tuned models or adapters of one base. Prints means over pairs and updates; --json and --out hold
     every pair's cosine and every update's SAR. "shared" is the share of what is not their common mean that lies in as
-    many directions as one update has; "chance" is the same for random updates of the same singular values.
+    many directions as one update needs for 90 % of itself; "chance" is that of random updates with the same values.
     """
     if len(updates) < 2:
         raise click.UsageError("interference is between updates: give two or more")

@@ -171,14 +171,14 @@ def mean_share_chance(seen: Together) -> float:
 
 
 def shared_k(seen: Together) -> int:
-    """How many output directions the three `shared` numbers count: the largest rank of an update."""
+    """How many output directions the `shared` numbers count: as many as any one update needs for 90 % of its energy."""
     return seen.basis.k
 
 
 def shared(seen: Together) -> float:
     """The share of Σ‖Δ_t − Δ̄‖² in the top `shared_k` left directions of all updates together, their mean taken out.
 
-    1 where all updates write into one space of the size of a single one's, 1/N where each has its own.
+    .9 and more where all updates write into one space of a single one's size, about .9/N where each has its own.
     """
     return seen.basis.share
 

@@ -16,6 +16,7 @@ from spectra.metrics.alignment import Triplets
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+_ENERGY = 0.9  # of each update, which the directions that count have to hold at least
 _SEED = 0  # of the random updates: the same inputs give the same null
 
 
@@ -45,8 +46,11 @@ class SharedBasis:
 
     @cached_property
     def k(self) -> int:
-        """How many directions count: as many as the update of the largest rank has."""
-        return max((len(update.S) for update in self.updates), default=0)
+        """How many directions count: as many as every single update needs for 90 % of its own energy.
+
+        The rank would be all of them for full fine-tunes, in which everything lies.
+        """
+        return max((_needed(update.S) for update in self.updates), default=0)
 
     @cached_property
     def _sides(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,9 +76,13 @@ class SharedBasis:
     @property
     def share(self) -> float:
         """The share of Σ‖Δ_t − Δ̄‖² that lies in the top k directions; NaN where the updates are all equal."""
+        return self.share_of(self.k)
+
+    def share_of(self, k: int) -> float:
+        """The same of another number of directions."""
         values = self._eigen[0]
         total, size = float(values.sum()), sum(float(update.S.square().sum()) for update in self.updates)
-        return float(self.energies.sum()) / total if total > 1e-12 * size else math.nan
+        return float(values[:k].sum()) / total if total > 1e-12 * size else math.nan
 
     def kept(self) -> list[float]:
         """‖P(Δ_t − Δ̄)‖²/‖Δ_t − Δ̄‖² of each update, P on the top k directions; NaN where an update is the mean."""
@@ -88,7 +96,7 @@ class SharedBasis:
         return found
 
     def null(self) -> float:
-        """`share` of random updates, each with the leading singular values that it has without the mean.
+        """`share`, of as many directions, of random updates, each with the leading values that it has without the mean.
 
         As many values as its rank; their left and right directions are uniformly random, each update's by itself.
         """
@@ -97,7 +105,7 @@ class SharedBasis:
         for update, apart in zip(self.updates, self._apart(), strict=True):
             values = torch.linalg.eigvalsh(apart @ right @ apart.mT).flip(0).clamp(min=0.0).sqrt()
             without.append(Triplets(update.U, values[: len(update.S)], update.Vh))
-        return SharedBasis(random_like(without)).share
+        return SharedBasis(random_like(without)).share_of(self.k)
 
     def _apart(self) -> Iterator[Tensor]:
         """Each Δ_t − Δ̄ as coefficients: of `_sides`' left axes and all of V's rows."""
@@ -109,6 +117,18 @@ class SharedBasis:
             apart[:, start:stop] += everything[:, start:stop]
             yield apart
             start = stop
+
+
+def _needed(S: Tensor) -> int:
+    """How many of these descending values hold `_ENERGY` of Σσ².
+
+    >>> _needed(torch.tensor([3.0, 1.0])), _needed(torch.tensor([2.0, 2.0, 1.0])), _needed(torch.zeros(0))
+    (1, 3, 0)
+    """
+    if not len(S):
+        return 0
+    held = S.square().cumsum(0) / S.square().sum()
+    return min(int((held < _ENERGY * (1 - 1e-12)).sum()) + 1, len(S))
 
 
 def random_like(updates: Sequence[Triplets]) -> tuple[Triplets, ...]:

@@ -59,12 +59,23 @@ def slowly(updates):
         "mean_cosine": np.mean([(a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
                                 for a, b in combinations(updates, 2)]),
         "mean_sar": np.mean([np.linalg.norm(top @ update) / norm for update, norm in zip(updates, norms, strict=True)]),
-        **shared_slowly(updates, max(kept)),
+        **shared_slowly(updates),
     }  # fmt: skip
 
 
-def shared_slowly(updates, k):
+def needed(values):
+    """How many hold nine tenths of the energy, counted one by one."""
+    total = 0.0
+    for k, value in enumerate(values, start=1):
+        total += value**2
+        if total >= 0.9 * (values**2).sum() * (1 - 1e-12):
+            return k
+    return 0
+
+
+def shared_slowly(updates):
     """The definitions on the joined matrix."""
+    k = max(needed(np.linalg.svd(update)[1]) for update in updates)
     mean = sum(updates) / len(updates)
     apart = [update - mean for update in updates]
     left, values, _ = np.linalg.svd(np.hstack(apart), full_matrices=False)
@@ -146,8 +157,9 @@ def test_a_space_of_all_updates_is_told_from_their_mean_and_from_chance():
     m, n, r, count = 60, 50, 3, 6
     common, own = rng.standard_normal((m, r)), rng.standard_normal((m, n)) / 100
     one_space = row(dense(*[common @ rng.standard_normal((r, n)) for _ in range(count)]))
-    assert one_space["shared"] == pytest.approx(1)
-    assert one_space["shared_kept"] == pytest.approx([1] * count)
+    assert one_space["shared"] > 0.85
+    assert min(one_space["shared_kept"]) > 0.7
+    assert one_space["shared_null"] < 0.4
     assert one_space["mean_share"] == pytest.approx(1 / count, abs=0.1)
     apart = row(factored(*[(rng.standard_normal((m, r)), rng.standard_normal((r, n))) for _ in range(count)]))
     assert apart["shared"] == pytest.approx(apart["shared_null"], abs=0.05)
@@ -180,10 +192,11 @@ def test_the_null_is_that_of_what_differs_and_not_of_the_mean():
     found = row(factored(*[(np.hstack([mean[0], B]), np.vstack([mean[1], A])) for B, A in rests]))
     assert found["mean_share"] > 0.6
     assert found["shared"] == pytest.approx(found["shared_null"], abs=0.05)
+    k = found["shared_k"]
     mean_kept = [np.linalg.svd(B @ A - sum(b @ a for b, a in rests) / count)[1][: r + 1] for B, A in rests]
     draws = [np.linalg.qr(rng.standard_normal((m, r + 1)))[0] * values for values in mean_kept]
     values = np.linalg.svd(np.hstack(draws))[1] ** 2
-    assert found["shared_null"] == pytest.approx(values[: r + 1].sum() / values.sum(), abs=0.03)
+    assert found["shared_null"] == pytest.approx(values[:k].sum() / values.sum(), abs=0.03)
 
 
 def test_factors_are_never_multiplied_out(monkeypatch):
