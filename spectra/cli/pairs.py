@@ -43,7 +43,8 @@ def compare(
 
     pairs = Pairs(labels=list(sources))
     total = len(links_of([source.names for source in sources.values()])) * len(wanted.sides)
-    with report.progress(total, "spectra similarity") as bar:
+    otherwise = "nothing is stored: with --out DIR the same command goes on"
+    with report.progress(total, "spectra similarity", kept=wanted.out or "", otherwise=otherwise) as bar:
         for pair in compare_all(sources, top=wanted.top, sides=wanted.sides, out=wanted.out, **compute):
             pairs.add(pair)
             bar.update()
@@ -184,5 +185,5 @@ def _close(pairs: Pairs) -> None:
     listed = {f"{pair.a}, {pair.b}: {pair.outcome.name}": pair.reason for pair in failed}
     report.by_reason("not compared", listed)
     if failed or not len(pairs):
-        report.note(f"{len(failed)} of {len(pairs) + len(failed)} pairs of matrices could not be compared")
+        report.warning(f"{len(failed)} of {len(pairs) + len(failed)} pairs of matrices could not be compared")
         sys.exit(1)

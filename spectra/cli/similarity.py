@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from spectra.results.similarities import Compared, NotCompared
 
 _MOST_LINES = 12
+_UNKEPT = "nothing is stored: with --out DIR the same command goes on"
 
 
 @click.command("similarity", short_help="Do updates use the same directions?")
@@ -74,7 +75,8 @@ def command(
 
         by: Any = "layer" if against else "name"
         stream = compare(first, second, top=top, sides=sides, out=out, labels=(a, b), by=by, **keywords)
-        done, undone = _gather(stream, first.names, second.names, len(sides), across=bool(against))
+        done, undone = _gather(stream, first.names, second.names, len(sides), out, across=bool(against))
+    report.reused(len(stream.reused), len({item.title for item in done}), out)
     written = report.draw(out, names=[item.title for item in done], sides=sides) if out and figures and done else []
     if as_json:
         inputs = {"kind": "similarity", "a": a, "b": b, "base": base, "options": opening.settings}
@@ -130,7 +132,13 @@ def _open(
 
 
 def _gather(
-    stream: Iterator[Compared], first: Sequence[str], second: Sequence[str], sides: int, *, across: bool = False
+    stream: Iterator[Compared],
+    first: Sequence[str],
+    second: Sequence[str],
+    sides: int,
+    out: str | None,
+    *,
+    across: bool = False,
 ) -> tuple[list[SubspaceSimilarity], list[NotCompared]]:
     """What was compared, in the first update's order, and what was not."""
     from spectra.results.similarities import NotCompared
@@ -139,7 +147,7 @@ def _gather(
     undone: list[NotCompared] = []
     a, b = set(first), set(second)
     total = len(first) * sides if across else len(a & b) * sides + len(a ^ b)
-    with report.progress(total, "spectra similarity") as bar:
+    with report.progress(total, "spectra similarity", kept=out or "", otherwise=_UNKEPT) as bar:
         for item in stream:
             bar.update()
             if isinstance(item, NotCompared):
@@ -199,5 +207,5 @@ def _close(done: list[SubspaceSimilarity], undone: list[NotCompared], out: str |
         )
     report.by_reason("not compared", {item.name: item.reason for item in failed})
     if failed or not done:
-        report.note(f"{len(failed)} of {len(done) + len(failed)} matrices could not be compared")
+        report.warning(f"{len(failed)} of {len(done) + len(failed)} matrices could not be compared")
         sys.exit(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spectra.plots.figures import draw_panels, histogram_figure, histogram_panels, save_figure, similarity_figure
-from spectra.plots.grouping import Comparison, curves_by_role, panels_by_role
+from spectra.plots.grouping import Comparison, curves_by_role, pages_by_layer, panels_by_role
 from spectra.plots.heads import heads_figure
 from spectra.plots.histogram import plot_histogram
 from spectra.plots.interference import cosines_figure, depth_figure, draw_interference, plot_roles_over_depth
@@ -27,6 +27,7 @@ __all__ = [
     "heads_figure",
     "histogram_figure",
     "histogram_panels",
+    "pages_by_layer",
     "pairs_figure",
     "panels_by_role",
     "plot_histogram",

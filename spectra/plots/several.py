@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spectra.metrics.similarity import Side, pool
-from spectra.plots.figures import save_figure, similarity_figure
+from spectra.plots.figures import DEFAULT_FORMATS, save_figure, similarity_figure
 from spectra.plots.grouping import Comparison, panels_by_role
 from spectra.plots.similarity import grid_rows
 from spectra.plots.squares import pairs_figure, short_names, square_rows
@@ -26,6 +26,7 @@ def draw_pairs(
     out: str | Path | None = None,
     sides: Sequence[Side] = ("left",),
     clustered: bool = False,
+    formats: Sequence[str] = DEFAULT_FORMATS,
 ) -> list[Path]:
     """Draw every two updates as a cell, by role and by layer; up to six pairs as heatmaps of φ(i, j) side by side.
 
@@ -35,6 +36,7 @@ def draw_pairs(
         out: where to put figures; None for the directory.
         sides: which sides.
         clustered: whether the updates that share directions stand together.
+        formats: what to write each figure as: "png", "pdf" or "svg".
 
     Returns:
         The files that were written: figures, and the numbers behind them as csv.
@@ -46,16 +48,18 @@ def draw_pairs(
         if by == "layer" and len(pairs.groups("layer")) < 2:
             continue
         figure = pairs_figure(pairs, by=by, clustered=clustered)
-        files += save_figure(figure, target / f"similarity_by_{by}")
+        files += save_figure(figure, target / f"similarity_by_{by}", formats)
     squares = {f"{by} {group}, {side}": pairs.square(side, by, group)
                for side in sides for by in ("all", "role", "layer") for group in pairs.groups(by)}  # fmt: skip
     table = target / "similarity_squares.csv"
     write(table, to_csv(square_rows(squares, pairs.labels, "phi")).encode())
     files.append(table)
-    return files + _side_by_side(Path(directory), target, pairs, sides)
+    return files + _side_by_side(Path(directory), target, pairs, sides, formats)
 
 
-def _side_by_side(directory: Path, target: Path, pairs: Pairs, sides: Sequence[Side]) -> list[Path]:
+def _side_by_side(
+    directory: Path, target: Path, pairs: Pairs, sides: Sequence[Side], formats: Sequence[str]
+) -> list[Path]:
     """The heatmaps of φ(i, j), a column per pair: by role where there are few, else over all matrices."""
     names = dict(zip(pairs.labels, short_names(pairs.labels), strict=True))
     rows = pairs.rows()
@@ -75,4 +79,4 @@ def _side_by_side(directory: Path, target: Path, pairs: Pairs, sides: Sequence[S
     figure = similarity_figure(panels.similarities, labels=panels.labels, columns=len(drawn))
     table = target / "similarity_grid.csv"
     write(table, to_csv(grid_rows(panels.similarities)).encode())
-    return [*save_figure(figure, target / "similarity"), table]
+    return [*save_figure(figure, target / "similarity", formats), table]

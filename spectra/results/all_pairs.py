@@ -22,13 +22,14 @@ from spectra.results.partners import Link, links_of
 from spectra.results.resume import Kept, check_files, delta_keys
 from spectra.results.similarities import NotCompared
 from spectra.results.store import Store
+from spectra.results.streams import opened
 
 PAIRS = "pairs"  # the folder in a results directory that has a results directory for each pair
 _LONGEST = 60  # characters of an update's name in a folder's
 
 
 def compare_all(
-    updates: Mapping[str, Iterable[WeightDelta] | Spectra],
+    updates: Mapping[str, Iterable[WeightDelta] | Spectra | str | Path],
     *,
     top: int = 30,
     sides: Sequence[Side] = ("left",),
@@ -44,7 +45,8 @@ def compare_all(
     float64 each, whatever the number of weights and pairs. `Pairs(compare_all(…))` pools them.
 
     Args:
-        updates: what each is called → a source, deltas, or spectra with vectors; all of one kind.
+        updates: what each is called → a source, deltas, or spectra with vectors; all of one kind. A path is either, as
+            for `compare`.
         top: how many directions.
         sides: "left", "right" or both.
         device: as for `decompose`.
@@ -65,7 +67,7 @@ def compare_all(
         >>> [(pair.a, pair.b, pair.outcome.phi) for pair in compare_all({"a": one, "b": turned, "c": one}, top=1)]
         [('a', 'b', 0.0), ('a', 'c', 1.0), ('b', 'c', 0.0)]
     """
-    labels, sources = list(updates), list(updates.values())
+    labels, sources = list(updates), [opened(update) for update in updates.values()]
     if len(sources) < 2:
         raise SelectionError(f"updates are compared two by two, and {len(sources)} was given: give two or more")
     stored = [isinstance(source, Spectra) for source in sources]
@@ -185,11 +187,11 @@ def _begin(
         if not isinstance(source, Source):
             raise SelectionError("out= keeps the results of sources: open files with open_source")
         check_files(source)
-    opened = [source for source in sources if isinstance(source, Source)]
-    base = next((source.base for source in opened if source.base), None)
-    inputs = {"base": base, "options": dict(opened[0].options), "top": top}
-    files = [fingerprint.of_files(source) for source in opened]
-    return Kept(_stores(out, labels, inputs, files, sides), [delta_keys(source) for source in opened], sides)
+    kept = [source for source in sources if isinstance(source, Source)]
+    base = next((source.base for source in kept if source.base), None)
+    inputs = {"base": base, "options": dict(kept[0].options), "top": top}
+    files = [fingerprint.of_files(source) for source in kept]
+    return Kept(_stores(out, labels, inputs, files, sides), [delta_keys(source) for source in kept], sides)
 
 
 def _stores(

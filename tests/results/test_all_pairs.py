@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import llama_tensors, nudged, write_checkpoint
-from support.command_line import run, strict, table
+from support.command_line import lora_folder, run, strict, table
 
 import spectra
 from spectra.deltas.delta import WeightDelta
@@ -92,6 +92,13 @@ def test_each_pair_is_a_results_directory_like_that_of_compare(sources, tmp_path
     list(spectra.compare(sources["a"], sources["b"], top=3, out=tmp_path / "two"))
     pair = next((tmp_path / "sim/pairs").glob("a~b~*"))
     assert table(pair / "similarity.csv") == table(tmp_path / "two/similarity.csv")
+
+
+def test_paths_are_opened(tmp_path):
+    for seed, name in enumerate("abc", start=1):
+        lora_folder(tmp_path / name, seed=seed)
+    found = phis(spectra.compare_all({name: tmp_path / name for name in "abc"}, top=2))
+    assert found == phis(spectra.compare_all({name: spectra.open_source(tmp_path / name) for name in "abc"}, top=2))
 
 
 def test_stored_spectra_are_compared_and_kept_too(sources, tmp_path):

@@ -43,7 +43,7 @@ def test_the_columns_are_the_counts_of_each_matrix_and_of_all(pair, monkeypatch)
         for key, least in LEAST.items():
             assert rows.loc[name, key] == pytest.approx(counted(before, after, [name], least)), (name, key)
     assert rows.loc["model.layers.0.self_attn.k_proj.weight", "moved"] == 0
-    assert (1 - rows["unchanged"]).tolist() == pytest.approx(rows["moved"].tolist())
+    assert (1 - rows["unmoved_share"]).tolist() == pytest.approx(rows["moved"].tolist())
     whole = found.to_frame(by="model").iloc[0]
     for key, least in LEAST.items():
         assert whole[key] == pytest.approx(counted(before, after, found.names, least))
