@@ -49,6 +49,7 @@ class Spectrum:
         base_norm: ‖W₀‖_F, or None.
         base_cosine: cos(W₀ + ΔW, W₀), or None; a fine-tune keeps it above .9, an unrelated weight has about 0.
         unmoved_share: fraction of the entries that are equal in both files, or None.
+        moved: fractions of the entries with |ΔW| > 0, > 1e-6 and > 1e-5; None of an update that is given in factors.
         resolution: values at or below it are not resolved by the method; never drawn or counted.
         k: how many singular vectors of each side exist, whether they are loaded or lie on the disk.
 
@@ -78,6 +79,7 @@ class Spectrum:
     unmoved_share: float | None = None
     resolution: float = 0.0
     k: int = 0
+    moved: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -87,6 +89,7 @@ class Spectrum:
                 put(self, side, np.asarray(getattr(self, side)))
         if self.U is not None:
             put(self, "k", int(self.U.shape[1]))
+        put(self, "moved", None if self.moved is None else tuple(self.moved))
         put(self, "shape", tuple(int(size) for size in self.shape))
         if self.max_rank is None:
             put(self, "max_rank", min(self.shape) if self.shape else 0)

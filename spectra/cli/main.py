@@ -21,6 +21,7 @@ _COMMANDS = {
     "alignment": "spectra.cli.alignment",
     "extract": "spectra.cli.extract",
     "interference": "spectra.cli.interference",
+    "heads": "spectra.cli.heads",
     "inspect": "spectra.cli.inspect",
     "verify": "spectra.cli.verify",
     "plot": "spectra.cli.plot",
@@ -102,6 +103,7 @@ def main() -> None:
       spectra extract ckpt/ --base B --rank 16 --out lora/        the update as a LoRA
       spectra verify --base B --adapter A --merged M              is the adapter in the merged model?
       spectra interference a/ b/ c/                               what adding them up does to each
+      spectra heads my-rlora/                                     are an adapter's heads alike?
       spectra plot results/                                       redraw stored results
       spectra reproduce                                           the papers' experiment, end to end
     """

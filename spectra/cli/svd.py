@@ -68,8 +68,24 @@ def command(
         report.print_json(_document(source, rows, values))
     else:
         _print(rows, view)
+    _say_what_moved(rows)
     _warn(source, rows)
     _close(rows, out, written)
+
+
+def _say_what_moved(rows: list[Row]) -> None:
+    """One line over the whole model, of what is known."""
+    from spectra.results.tables import model_row
+
+    whole = model_row(rows)
+    said = []
+    if whole["moved"] is not None:
+        some = f"{whole['moved_1e-6']:.1%} by more than 1e-6, {whole['moved_1e-5']:.1%} by more than 1e-5"
+        said.append(f"{whole['moved']:.1%} of {whole['moved_entries']:,} entries moved, {some}")
+    if whole["o_over_q"] is not None:
+        said.append(f"relative norm of o_proj over q_proj {whole['o_over_q']:.3g}")
+    if said:
+        report.note("over all matrices: " + "; ".join(said))
 
 
 def _check(view: View, matrices: int) -> None:
@@ -116,6 +132,7 @@ def _document(source: Source, rows: list[Row], values: dict[str, list[float]]) -
     from dataclasses import asdict
 
     from spectra._version import __version__
+    from spectra.results import tables
 
     matrices = [{**line, "singular_values": values[line["name"]]} for line in rows]
     return {
@@ -125,6 +142,7 @@ def _document(source: Source, rows: list[Row], values: dict[str, list[float]]) -
         "base": source.base,
         "coverage": asdict(source.coverage),
         "matrices": matrices,
+        "model": tables.model_row(rows),
     }
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from spectra.deltas.rounding import Noise
 
+MOVED = (0.0, 1e-6, 1e-5)  # |ΔW| above which an entry counts as moved: at all, and by what papers take as a threshold
 _BLOCK = 512  # rows of a product that are there at once where its norm needs them
 _BLOCK_ENTRIES = 2**20  # of a matrix that are multiplied at once
 _SUM_ERROR = 1e-14  # of (‖L‖‖R‖)⁴: float64, with room for the length of the sums
@@ -119,6 +120,11 @@ class Form(ABC):
         """Whether every entry is zero, where the norm is."""
         return self.norm == 0
 
+    @property
+    def moved(self) -> tuple[float, ...] | None:
+        """The share of entries with |ΔW| above each of `MOVED`; None of factors, which are not multiplied out."""
+        return None
+
     def rows(self, start: int, stop: int) -> Form:
         """Rows start … stop − 1 of ΔW."""
         return self.take(slice(start, stop))
@@ -177,6 +183,18 @@ class Dense(Form):
     def is_zero(self) -> bool:
         """Whether every entry is zero: a norm of 0 may be squares that underflow."""
         return not bool(self.matrix.any())
+
+    @property
+    def moved(self) -> tuple[float, ...] | None:
+        """The share of entries with |ΔW| above each of `MOVED`; None of a matrix without entries."""
+        if not self.matrix.numel():
+            return None
+        height = max(1, _BLOCK_ENTRIES // self.shape[1])
+        counts = torch.zeros(len(MOVED), dtype=torch.int64, device=self.matrix.device)
+        for start in range(0, self.shape[0], height):  # no second matrix of absolute values
+            sizes = self.matrix[start : start + height].abs()
+            counts += torch.stack([(sizes > least).count_nonzero() for least in MOVED])
+        return tuple(count / self.matrix.numel() for count in counts.tolist())
 
     def times(self, block: Tensor) -> Tensor:
         """ΔW · X for a block X (in, k) of few columns."""

@@ -169,6 +169,7 @@ def _with_norms(blank: Spectrum, form: Form) -> Spectrum | Unsolved:
         resolution=_ROUNDING * form.magnitude,
         noise_edge=form.noise_edge,
         unmoved_share=form.unchanged,
+        moved=form.moved,
         note=_told(blank.note, form),
     )
     known = replace(known, **_noise_of(form.noise[0] if form.noise else None))

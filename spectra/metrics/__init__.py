@@ -42,6 +42,7 @@ METRICS: dict[str, Callable[[Spectrum], float]] = {
     "top_value_share": top_value_share,
     "gini_max_rank": gini,
     "gini_all": gini_all,
+    "top_20_share": partial(top_k_share, k=20),
 }
 # The same of what is above the rounding edge; equal to the plain ones where no edge is known.
 METRICS |= {

@@ -52,8 +52,14 @@ class SubspaceSimilarity:
 
     @property
     def role(self) -> str:
-        """The weight's role, such as "v_proj"."""
-        return naming.role_of(self.name)
+        """The weight's role, such as "v_proj"; both where two were compared: "q_proj against k_proj"."""
+        own, other = naming.role_of(self.name), naming.role_of(self.other) if self.other else ""
+        return f"{own} against {other}" if other and other != own else own
+
+    @property
+    def layer(self) -> int | None:
+        """The index of its layer, or None."""
+        return naming.layer_of(self.name)
 
     @property
     def phi(self) -> float:

@@ -44,6 +44,7 @@ def slow(S, base_norm):
         "rank_99": rank(0.99),
         "top_1_share": e[0],
         "top_8_share": sum(e[:8]),
+        "top_20_share": sum(e[:20]),
         "top_value_share": p[0],
         # half the mean absolute difference over the mean: the Gini coefficient's own definition
         "gini_max_rank": sum(abs(a - b) for a in ascending for b in ascending) / (2 * len(S) * total),
