@@ -99,7 +99,7 @@ class Difference(FromTensors):
         squares, inner, unmoved = 0.0, 0.0, 0
         height = max(1, _BLOCK_ENTRIES // max(1, delta.shape[1]))
         for start in range(0, delta.shape[0], height):  # never both weights in float64: half of the memory
-            before, rows = base[start : start + height].to(torch.float64), delta[start : start + height]
+            before, rows = base[start : start + height].to(torch.float64, copy=True), delta[start : start + height]
             squares += float(before.square().sum())
             unmoved += rows.numel() - int(rows.sub_(before).count_nonzero())
             inner += float(before.mul_(rows).sum())
