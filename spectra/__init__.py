@@ -32,21 +32,33 @@ _HOMES = {
     "spectra.metrics.interference": ("INTERFERENCE",),
     "spectra.metrics.similarity": ("SubspaceSimilarity", "chance_level", "principal_angles", "subspace_similarity"),
     "spectra.plots": (
+        "cosines_figure",
         "depth_figure",
+        "draw_interference",
+        "draw_pairs",
         "draw_results",
+        "heads_figure",
         "histogram_figure",
+        "layers_figure",
+        "pairs_figure",
         "plot_depth",
         "plot_histogram",
         "plot_kept_energy",
+        "plot_roles_over_depth",
         "plot_scree",
         "plot_similarity",
+        "plot_square",
         "similarity_figure",
+        "squares_figure",
     ),
     "spectra.report": ("write_report",),
     "spectra.results.alignment": ("alignment",),
+    "spectra.results.all_pairs": ("compare_all", "load_pairs"),
     "spectra.results.collection": ("Spectra", "load", "save"),
+    "spectra.results.heads": ("head_similarity",),
     "spectra.results.inspection": ("Inspection", "inspect"),
     "spectra.results.interference": ("interference",),
+    "spectra.results.pairs": ("Pair", "Pairs"),
     "spectra.results.similarities": ("NotCompared", "pool_by_role"),
     "spectra.results.streams": ("Decomposition", "compare", "decompose"),
     "spectra.results.tables": ("summarize", "summarize_similarity"),
@@ -76,23 +88,37 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.metrics.similarity import chance_level as chance_level
     from spectra.metrics.similarity import principal_angles as principal_angles
     from spectra.metrics.similarity import subspace_similarity as subspace_similarity
+    from spectra.plots import cosines_figure as cosines_figure
     from spectra.plots import depth_figure as depth_figure
+    from spectra.plots import draw_interference as draw_interference
+    from spectra.plots import draw_pairs as draw_pairs
     from spectra.plots import draw_results as draw_results
+    from spectra.plots import heads_figure as heads_figure
     from spectra.plots import histogram_figure as histogram_figure
+    from spectra.plots import layers_figure as layers_figure
+    from spectra.plots import pairs_figure as pairs_figure
     from spectra.plots import plot_depth as plot_depth
     from spectra.plots import plot_histogram as plot_histogram
     from spectra.plots import plot_kept_energy as plot_kept_energy
+    from spectra.plots import plot_roles_over_depth as plot_roles_over_depth
     from spectra.plots import plot_scree as plot_scree
     from spectra.plots import plot_similarity as plot_similarity
+    from spectra.plots import plot_square as plot_square
     from spectra.plots import similarity_figure as similarity_figure
+    from spectra.plots import squares_figure as squares_figure
     from spectra.report import write_report as write_report
     from spectra.results.alignment import alignment as alignment
+    from spectra.results.all_pairs import compare_all as compare_all
+    from spectra.results.all_pairs import load_pairs as load_pairs
     from spectra.results.collection import Spectra as Spectra
     from spectra.results.collection import load as load
     from spectra.results.collection import save as save
+    from spectra.results.heads import head_similarity as head_similarity
     from spectra.results.inspection import Inspection as Inspection
     from spectra.results.inspection import inspect as inspect
     from spectra.results.interference import interference as interference
+    from spectra.results.pairs import Pair as Pair
+    from spectra.results.pairs import Pairs as Pairs
     from spectra.results.similarities import NotCompared as NotCompared
     from spectra.results.similarities import pool_by_role as pool_by_role
     from spectra.results.streams import Decomposition as Decomposition

@@ -9,7 +9,8 @@ import click
 
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import Opening, json_option, source_options, table_option
+from spectra.cli.options import Opening, json_option, source_options, table_option, tuned_argument
+from spectra.cli.table import View, print_rows, table_view
 
 if TYPE_CHECKING:
     from spectra.results.tables import Row
@@ -20,12 +21,11 @@ _SHOWN = {
     "left_in_top": "left",
     "right_in_top": "right",
 }
-_MOST_LINES = 12
 
 
 @click.command("alignment", short_help="What an update does to the directions of W₀.")
-@click.option("--base", metavar="BASE", help="The model it started from: path, hub id or alias.")
-@click.option("--tuned", required=True, metavar="TUNED", help="The tuned model or adapter: path, hub id or alias.")
+@tuned_argument
+@click.option("--base", type=click.Path(), metavar="BASE", help="The model it started from: path, hub id or alias.")
 @click.option("--k", type=click.IntRange(min=1), default=10, show_default=True, help="How many top directions.")
 @click.option(
     "--epsilon", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True,
@@ -42,6 +42,7 @@ _MOST_LINES = 12
 @source_options
 @table_option
 @json_option
+@table_view
 def command(
     base: str | None,
     tuned: str,
@@ -53,6 +54,7 @@ def command(
     opening: Opening,
     out: str | None,
     as_json: bool,
+    view: View,
 ) -> None:
     """ΔW against W₀: intruder dimensions, amplification and shares of energy, matrix by matrix.
 
@@ -60,11 +62,14 @@ def command(
     """
     source = opening.open(tuned, base)
     with heavy_imports():
-        from spectra.results.alignment import alignment_rows
+        from spectra.results.alignment import COLUMNS, alignment_rows
+
+    view.check(COLUMNS, len(source))
 
     stream = alignment_rows(source, k=k, epsilon=epsilon, cache=cache, device=device, memory_budget=memory)
     rows: list[Row] = []
-    with report.progress(len(source), "spectra alignment") as bar:
+    kept = f"the vectors of W₀ are in {cache}" if cache else "nothing is stored: --cache DIR keeps W₀'s vectors"
+    with report.progress(len(source), "spectra alignment", otherwise=kept) as bar:
         for row in stream:
             rows.append(row)
             bar.update()
@@ -77,22 +82,16 @@ def command(
     if as_json:
         report.print_json(document)
     else:
-        _print(rows)
+        _print(rows, view)
     if out:
         report.keep_table(out, "alignment", document)
     report.close(rows)
 
 
-def _print(rows: list[Row]) -> None:
+def _print(rows: list[Row], view: View) -> None:
     """A line per matrix, or the medians of a role where there are many; chance levels as a note."""
-    if len(rows) <= _MOST_LINES:
-        report.print_table(["matrix", *_SHOWN.values()], [[r["name"], *map(r.get, _SHOWN)] for r in rows])
-    else:
-        from spectra.results.tables import role_rows
-
-        header = ["role", "matrices", "unchanged", *_SHOWN.values()]
-        report.print_table(header, [list(line.values()) for line in role_rows(rows, _SHOWN)])
-        report.note("medians over the changed matrices of a role; every matrix is in --out and --json")
+    if print_rows(rows, _SHOWN, view):
+        report.note("medians over the changed matrices of a role; --all lists every matrix, and so do --out and --json")
     done = [row for row in rows if row["status"] == "ok"]
     if done:
         report.note(f"left, right: shares of ‖ΔW‖² in W₀'s top directions; by chance {_chance(done)}")

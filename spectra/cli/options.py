@@ -41,9 +41,35 @@ class HeadsType(click.ParamType):
         return int(value)
 
 
+def tuned_argument(command: Callable[..., Any]) -> Callable[..., Any]:
+    """TUNED, which may be written as --tuned; the command gets it as `tuned`."""
+
+    @functools.wraps(command)
+    def bundled(*, given: str | None, tuned: str | None, **others: Any) -> Any:
+        if given is None and tuned is None:
+            raise click.UsageError("TUNED is missing: the tuned model or adapter (or --tuned)")
+        if given is not None and tuned is not None:
+            raise click.UsageError(f"TUNED is given twice, as {given} and as --tuned {tuned}: one run, one update")
+        return command(tuned=given if tuned is None else tuned, **others)
+
+    return _apply(
+        bundled,
+        (
+            click.argument("given", metavar="TUNED", required=False, type=click.Path()),
+            click.option(
+                "--tuned",
+                metavar="TUNED",
+                type=click.Path(),
+                help="TUNED, written as an option: a path, hub id or alias.",
+            ),
+        ),
+    )
+
+
 layer_option = click.option(
     "--layer", "layers", multiple=True, metavar="PATTERN",
-    help="Only these matrices: a role or path component (v_proj), a glob, or re:REGEX. Repeatable.",
+    help="Only these matrices: roles or parts of names (q_proj,v_proj), attn or mlp, layers (0-3, 0-3.q_proj), a glob, "
+    "or re:REGEX. Repeatable: what any of them means.",
 )  # fmt: skip
 scale_option = click.option("--scale", type=float, help="The scale s where the adapter does not carry α/r.")
 table_option = click.option(
@@ -58,11 +84,16 @@ _SOURCE = (
     click.option("--split/--no-split", default=True, show_default=True,
                  help="Report fused projections as their parts."),
 )  # fmt: skip
+workers_option = click.option(
+    "--workers", type=click.IntRange(min=1), metavar="N", help="Matrices at work side by side on the CPU.",
+)  # fmt: skip
+figures_option = click.option(
+    "--figures/--no-figures", default=True, show_default=True, help="Draw figures into the --out directory.",
+)  # fmt: skip
 _COMPUTE = (
     click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]",
                  help="Where to compute."),
-    click.option("--workers", type=click.IntRange(min=1), metavar="N",
-                 help="Matrices at work side by side on the CPU."),
+    workers_option,
     click.option("--cluster", metavar="ADDRESS", help="Address of a Dask scheduler to run on."),
     click.option("--memory", metavar="SIZE", help="Budget for matrices at work, such as 4GiB."
                  "  [default: half of what is free]"),
@@ -70,8 +101,7 @@ _COMPUTE = (
 _RESULT = (
     click.option("--out", type=click.Path(file_okay=False), metavar="DIR",
                  help="Keep tables, arrays and figures here; the same command resumes."),
-    click.option("--figures/--no-figures", default=True, show_default=True,
-                 help="Draw figures into the --out directory."),
+    figures_option,
     json_option,
 )  # fmt: skip
 
@@ -113,7 +143,7 @@ class Compute:
     @contextmanager
     def keywords(self) -> Iterator[dict[str, Any]]:
         """The keyword arguments of `decompose` and `compare`, while the executor is there."""
-        with _executor(self.workers, self.cluster) as executor:
+        with executor_of(self.workers, self.cluster) as executor:
             yield {"device": self.device, "executor": executor, "memory_budget": self.memory}
 
 
@@ -149,7 +179,7 @@ def _apply(command: _Command, options: tuple[_Option, ...]) -> _Command:
 
 
 @contextmanager
-def _executor(workers: int | None, cluster: str | None) -> Iterator[Executor | None]:
+def executor_of(workers: int | None, cluster: str | None) -> Iterator[Executor | None]:
     """The executor that the options ask for; None to run in this process."""
     if cluster:
         from spectra.engine.executors.dask_cluster import cluster_executor

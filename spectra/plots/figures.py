@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CLOSE_UP = 0.05
+FORMATS = ("png", "pdf", "svg")
+DEFAULT_FORMATS = ("png", "pdf")
 _COLUMNS = 3
 _ROW = 0.42  # inches of a curve's row
 _LEGEND_WIDTH = 72  # characters that fit twice beside each other
@@ -44,7 +47,7 @@ def histogram_figure(
         spectra: updates to pool, or label → updates for one curve each.
         title: above both panels.
         bins: per panel.
-        close_up: share of the values in the right panel's window, see `plot_histogram`.
+        close_up: share of min(out, in) values per matrix in the right panel's window, see `plot_histogram`.
 
     Reference: Wang et al. 2023, Figs. 1 and 5.
     """
@@ -124,7 +127,7 @@ def similarity_figure(
     return figure
 
 
-def depth_figure(runs: Any, metrics: Sequence[str] = (), *, kind: Kind = "heatmap", title: str = "") -> Figure:
+def layers_figure(runs: Any, metrics: Sequence[str] = (), *, kind: Kind = "heatmap", title: str = "") -> Figure:
     """Metrics over layer × role: for one run a panel each, for several a column per run and a row per metric.
 
     Runs whose layers are called alike share their rows and columns, and all runs share the scale of each metric.
@@ -170,7 +173,7 @@ def draw_depths(grids: Mapping[tuple[str, str], DepthGrid], *, kind: Kind = "hea
 
 
 def depth_grids(runs: Any, metrics: Sequence[str] = ()) -> dict[tuple[str, str], DepthGrid]:
-    """(run's label, metric) → the numbers of `depth_figure`: what has the same stacks has the same rows and columns."""
+    """(run's label, metric) → the numbers of `layers_figure`: the same stacks have the same rows and columns."""
     labelled: Mapping[str, Any] = runs if isinstance(runs, Mapping) else {"": runs}
     read = {label: depth_table(run, metrics) for label, run in labelled.items()}
     names = {label: [str(row.get("name")) for row in rows] for label, rows in read.items()}
@@ -206,13 +209,15 @@ def _pair(labels: tuple[str, str] | Mapping[str, tuple[str, str]], name: str) ->
     return labels[name]
 
 
-def save_figure(figure: Figure, path: Path, formats: Sequence[str] = ("png", "pdf")) -> list[Path]:
+def save_figure(figure: Figure, path: Path, formats: Sequence[str] = DEFAULT_FORMATS) -> list[Path]:
     """Write the figure beside `path` in each format, by name: `histogram.png`, `histogram.pdf`.
 
     Raises:
+        SelectionError: a format is not one of FORMATS.
         StoreError: it cannot be written.
     """
     written = []
+    check_formats(formats)
     for kind in formats:
         target = path.with_name(f"{path.name}.{kind}")
         metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
@@ -223,3 +228,40 @@ def save_figure(figure: Figure, path: Path, formats: Sequence[str] = ("png", "pd
             raise StoreError(f"{target} cannot be written ({problem.strerror}); choose {ANOTHER_PLACE}") from None
         written.append(target)
     return written
+
+
+def save_pages(pages: Iterable[tuple[str, Figure]], path: Path, formats: Sequence[str] = DEFAULT_FORMATS) -> list[Path]:
+    """Write figures that are the pages of one: a pdf of all, in the other formats `histogram-NAME.png` each.
+
+    Args:
+        pages: name → figure, one at a time.
+        path: as for `save_figure`.
+        formats: as for `save_figure`.
+
+    Raises:
+        SelectionError: a format is not one of FORMATS.
+        StoreError: a file cannot be written.
+    """
+    from matplotlib.backends.backend_pdf import PdfPages
+
+    check_formats(formats)
+    target = path.with_name(f"{path.name}.pdf")
+    single = [kind for kind in formats if kind != "pdf"]
+    written: list[Path] = []
+    try:
+        with PdfPages(target, metadata={"CreationDate": None}) if "pdf" in formats else nullcontext() as book:
+            for name, figure in pages:
+                written += save_figure(figure, path.with_name(f"{path.name}-{name}"), single)
+                if book is not None:
+                    with look():
+                        book.savefig(figure)
+    except OSError as problem:
+        raise StoreError(f"{target} cannot be written ({problem.strerror}); choose {ANOTHER_PLACE}") from None
+    return [*written, *([target] if "pdf" in formats else [])]
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Raise a SelectionError for a format that is not one of FORMATS."""
+    for kind in formats:
+        if kind not in FORMATS:
+            raise SelectionError(f"{kind!r} is not one of the formats {', '.join(FORMATS)}")

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra import naming
-from spectra.errors import SelectionError, StoreError
-from spectra.metrics.similarity import SIDES
+from spectra.errors import SelectionError
+from spectra.metrics.similarity import SIDES, SubspaceSimilarity
 from spectra.plots.figures import (
     CLOSE_UP,
+    DEFAULT_FORMATS,
+    check_formats,
     depth_grids,
     draw_depths,
     draw_panels,
     histogram_panels,
     save_figure,
+    save_pages,
     similarity_figure,
 )
-from spectra.plots.grouping import Comparison, curves_by_role, panels_by_role
-from spectra.plots.histogram import BINS
+from spectra.plots.grouping import MOST_CURVES, Comparison, curves_by_role, pages_by_layer, panels_by_role
+from spectra.plots.histogram import BINS, BinnedPanel
+from spectra.plots.several import draw_pairs
 from spectra.plots.similarity import grid_rows
 from spectra.results import tables
+from spectra.results.all_pairs import load_pairs
 from spectra.results.collection import Spectra
-from spectra.results.store import Store, write
+from spectra.results.store import Store, nothing_stored, write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,13 +64,14 @@ def draw_results(
     bins: int = BINS,
     close_up: float = CLOSE_UP,
     per_layer: bool = False,
+    formats: Sequence[str] = DEFAULT_FORMATS,
 ) -> Drawn:
     """Draw whatever the directories hold; nothing is computed again.
 
     Of one directory of spectra: a histogram with a curve per role. Of several: a curve each, on shared bins.
     Beside it the size and the stable rank of the update over layer × role, a column per directory.
-    Of comparisons: the heatmaps, a panel per directory, role and side. The numbers behind each figure go into a
-    csv file beside it.
+    Of comparisons: the heatmaps, a panel per directory, role and side; of one of several updates, every two of them.
+    The numbers behind each figure go into a csv file beside it.
 
     Args:
         directories: one or more, made by `decompose(…, out=…)`, `compare(…, out=…)` or `save`.
@@ -75,14 +82,19 @@ def draw_results(
         labels: what each directory is called in the figure; () for its folder's name.
         title: of the figure; "" for a single run's label.
         bins: of the histogram.
-        close_up: the share of the values, the largest, in the histogram's close-up.
-        per_layer: a curve per layer and role instead of one per role.
+        close_up: the share of min(out, in) values per matrix, the largest, in the histogram's close-up.
+        per_layer: a curve per layer and role instead of one per role; more than a figure holds are pages of it.
+        formats: what to write each figure as: "png", "pdf" or "svg".
 
     Raises:
         StoreError: a directory holds no results, or out cannot be written to.
-        SelectionError: labels do not fit the directories, or layers or sides select nothing.
+        SelectionError: labels do not fit the directories, a format is unknown, or layers or sides select nothing.
     """
     places = [directories] if isinstance(directories, str | Path) else list(directories)
+    check_formats(formats)
+    if len(places) == 1 and Store(places[0]).run().get("pairs"):
+        pairs = load_pairs(places[0], layers=layers, sides=[side for side in SIDES if side in sides])
+        return Drawn(tuple(draw_pairs(places[0], pairs, out=out, sides=pairs.sides, formats=formats)))
     called = run_labels(places, labels)
     wanted = None if names is None else list(dict.fromkeys(names))
     runs: dict[str, Spectra] = {}
@@ -100,14 +112,19 @@ def draw_results(
     files: list[Path] = []
     notes: list[str] = []
     if comparisons:
-        files += _draw_similarity(comparisons, target, title, named=bool(labels) or len(comparisons) > 1)
+        files += _draw_similarity(comparisons, target, title, bool(labels) or len(comparisons) > 1, formats)
     if runs:
-        curves, title, notes = _curves(runs, title, per_layer)
         try:
-            files += _draw_histogram(curves, target, title, bins, close_up)
+            if per_layer and len(runs) == 1:
+                ((label, spectra),) = runs.items()
+                pages = pages_by_layer(spectra.without_vectors())
+                files += _draw_pages(pages, target, title or label, bins, close_up, formats)
+            else:
+                curves, title, notes = _curves(runs, title)
+                files += _draw_histogram(curves, target, title, bins, close_up, formats)
         except SelectionError as problem:
             notes.append(f"no histogram: {problem}")
-        files += _draw_depth(runs, target, title)
+        files += [] if per_layer else _draw_depth(runs, target, title, formats)
     return Drawn(tuple(files), tuple(notes))
 
 
@@ -131,10 +148,7 @@ def run_labels(directories: Sequence[str | Path], labels: Sequence[str] = ()) ->
 def _results(directory: str | Path) -> Store:
     store = Store(directory)
     if not store.spectra.names() and not store.similarity.names():
-        raise StoreError(
-            f"{directory} holds no results; make them with decompose(…, out={str(directory)!r}) "
-            f"or spectra svd … --out {directory}"
-        )
+        raise nothing_stored(directory)
     return store
 
 
@@ -148,17 +162,20 @@ def _chosen(store: Store, layers: str | Sequence[str], wanted: Sequence[str] | N
 def _comparison(
     label: str, store: Store, layers: str | Sequence[str], wanted: Sequence[str] | None, sides: Sequence[str]
 ) -> Comparison:
-    stored = [item for item in store.similarities() if wanted is None or item.name in set(wanted)]
+    asked = None if wanted is None else set(wanted)
+    stored = [item for item in store.similarities() if asked is None or {item.name, item.title} & asked]
     chosen = set(naming.select(layers or "*", dict.fromkeys(item.name for item in stored)))
     on_side = [item for item in stored if item.side in sides]
     if not on_side:
         raise SelectionError(f"nothing is stored for side {sides[0]} (sides=, --side), only {stored[0].side}")
-    return Comparison(label, _updates(store.run()), [item for item in on_side if item.name in chosen])
+    return Comparison(label, _updates(store.run(), on_side[0]), [item for item in on_side if item.name in chosen])
 
 
-def _updates(run: Mapping[str, Any]) -> tuple[str, str]:
-    """What A and B were, by the last folders of their paths in which they differ."""
+def _updates(run: Mapping[str, Any], example: SubspaceSimilarity) -> tuple[str, str]:
+    """What A and B were: the last folders of their paths in which they differ; within one update the two roles."""
     inputs = run.get("inputs", {})
+    if example.other and inputs.get("a") is not None and inputs.get("a") == inputs.get("b"):
+        return naming.role_of(example.name), naming.role_of(example.other)
     a, b = (Path(inputs.get(key) or f"update {key.upper()}") for key in "ab")
     while a.name == b.name and a.parent.name and b.parent.name:
         a, b = a.parent, b.parent
@@ -169,43 +186,79 @@ def _shortened(name: str) -> str:
     return name if len(name) <= _LONGEST_LABEL else name[: _LONGEST_LABEL - 1] + "…"
 
 
-def _curves(
-    runs: Mapping[str, Spectra], title: str, per_layer: bool
-) -> tuple[Mapping[str, Iterable[Any]], str, list[str]]:
+def _curves(runs: Mapping[str, Spectra], title: str) -> tuple[Mapping[str, Iterable[Any]], str, list[str]]:
     """The histogram's curves, its title, and what does not fit."""
     if len(runs) > 1:
         return runs, title, []
     ((label, spectra),) = runs.items()
-    curves, left_out = curves_by_role(spectra, per_layer=per_layer)
+    curves, left_out = curves_by_role(spectra)
     listed = f"not drawn, to keep the figure readable: {', '.join(left_out)}; draw them with layers= (--layer)"
     return curves, title or label, [listed] if left_out else []
 
 
 def _draw_histogram(
-    curves: Mapping[str, Iterable[Any]], target: Path, title: str, bins: int, close_up: float
+    curves: Mapping[str, Iterable[Any]],
+    target: Path,
+    title: str,
+    bins: int,
+    close_up: float,
+    formats: Sequence[str],
 ) -> list[Path]:
     panels = histogram_panels(curves, bins=bins, close_up=close_up)
     numbers = [row for panel in panels for row in panel.rows()]
-    return _keep(draw_panels(panels, title=title), target / "histogram", numbers, target / "histogram.csv")
+    figure = draw_panels(panels, title=title)
+    return _keep(figure, target / "histogram", numbers, target / "histogram.csv", formats)
 
 
-def _draw_depth(runs: Mapping[str, Spectra], target: Path, title: str) -> list[Path]:
+def _draw_depth(runs: Mapping[str, Spectra], target: Path, title: str, formats: Sequence[str]) -> list[Path]:
     """The size and the stable rank over depth; nothing where all matrices lie in one layer."""
     grids = depth_grids(runs)
     if all(len(grid.places) < 2 or not grid.numbers.any() for grid in grids.values()):
         return []
     numbers = [{"run": label, **cell} for (label, _), grid in grids.items() for cell in grid.cells()]
-    return _keep(draw_depths(grids, title=title), target / "depth", numbers, target / "depth.csv")
+    return _keep(draw_depths(grids, title=title), target / "depth", numbers, target / "depth.csv", formats)
 
 
-def _draw_similarity(comparisons: Sequence[Comparison], target: Path, title: str, named: bool) -> list[Path]:
+def _draw_pages(
+    pages: Mapping[str, Mapping[str, list[Any]]],
+    target: Path,
+    title: str,
+    bins: int,
+    close_up: float,
+    formats: Sequence[str],
+) -> list[Path]:
+    """A figure per page, all on the same bins, so that they can be laid over each other; one table of all."""
+    curves = {label: spectra for page in pages.values() for label, spectra in page.items()}
+    if len(curves) <= MOST_CURVES:
+        return _draw_histogram(curves, target, title, bins, close_up, formats)
+    panels = histogram_panels(curves, bins=bins, close_up=close_up)
+    table = target / "histogram.csv"
+    write(table, tables.to_csv([row for panel in panels for row in panel.rows()]).encode())
+    drawn = ((name, panels_of(panels, labels)) for name, labels in pages.items())
+    figures = (
+        (re.sub(r"[^\w.]+", "-", name), draw_panels(some, title=f"{title}: {name}")) for name, some in drawn if some
+    )
+    return [*save_pages(figures, target / "histogram", formats), table]
+
+
+def panels_of(panels: Sequence[BinnedPanel], labels: Iterable[str]) -> list[BinnedPanel]:
+    """The same panels with only these curves; none where none of them has a value to draw."""
+    kept = set(labels)
+    some = [replace(panel, curves=tuple(c for c in panel.curves if c.values.label in kept)) for panel in panels]
+    return some if some[0].curves else []
+
+
+def _draw_similarity(
+    comparisons: Sequence[Comparison], target: Path, title: str, named: bool, formats: Sequence[str]
+) -> list[Path]:
     panels = panels_by_role(comparisons, named=named)
     figure = similarity_figure(panels.similarities, title=title, labels=panels.labels, columns=panels.columns)
     # similarity.csv is the table of the comparison itself
-    return _keep(figure, target / "similarity", grid_rows(panels.similarities), target / "similarity_grid.csv")
+    numbers = grid_rows(panels.similarities)
+    return _keep(figure, target / "similarity", numbers, target / "similarity_grid.csv", formats)
 
 
-def _keep(figure: Figure, path: Path, rows: list[dict[str, Any]], table: Path) -> list[Path]:
+def _keep(figure: Figure, path: Path, rows: list[dict[str, Any]], table: Path, formats: Sequence[str]) -> list[Path]:
     """Save a figure and the numbers that it shows."""
     write(table, tables.to_csv(rows).encode())  # makes the directory, too
-    return [*save_figure(figure, path), table]
+    return [*save_figure(figure, path, formats), table]

@@ -21,7 +21,7 @@ from spectra._version import __version__
 from spectra.errors import MissingExtraError, SelectionError
 from spectra.plots.stored import run_labels
 from spectra.report import pictures
-from spectra.report.runs import Run, read_run, run_of
+from spectra.report.runs import Run, read_runs, run_of
 from spectra.results.collection import Spectra
 from spectra.results.findings import compared_findings, findings, similarity_findings
 from spectra.results.store import write
@@ -46,8 +46,8 @@ _BY_ROLE = (
     "signal_rank",
     "noise_edge",
 )
-_TEXTS = ("run", "name", "role", "side", "shape", "status", "method", "reason", "note")
-_HIDDEN = ("out", "in", "k", "method", "reason", "note")
+_TEXTS = ("run", "name", "role", "side", "shape", "status", "method", "reason", "note", "rounding")
+_HIDDEN = ("out", "in", "k", "method", "reason", "note", "rounding")
 _SIMILARITY_HIDDEN = ("note", "smallest_angle", "largest_angle")
 
 
@@ -95,7 +95,7 @@ def _runs(
     if not places:
         raise SelectionError("there is no results directory to report on: give at least one")
     called_so = run_labels(places, labels)
-    return [read_run(place, label, layers) for place, label in zip(places, called_so, strict=True)]
+    return [run for place, label in zip(places, called_so, strict=True) for run in read_runs(place, label, layers)]
 
 
 def _environment() -> Environment:

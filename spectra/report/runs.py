@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from spectra import naming
-from spectra.errors import SelectionError, StoreError
+from spectra.errors import SelectionError
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.results import tables
+from spectra.results.all_pairs import PAIRS
 from spectra.results.collection import Spectra
-from spectra.results.store import Store
+from spectra.results.store import Store, nothing_stored
 from spectra.spectrum import Spectrum
 
 _NAMES = 12  # of one reason
@@ -125,6 +126,21 @@ def _time(stamp: Any) -> str:
         return str(stamp)
 
 
+def read_runs(directory: str | Path, label: str, layers: str | Sequence[str] = ()) -> list[Run]:
+    """What a results directory holds: one run, or of a comparison of several updates each two of them as one.
+
+    Raises:
+        StoreError: it holds no results, or is damaged.
+        SelectionError: layers select nothing.
+    """
+    pairs: Mapping[str, Sequence[str]] = Store(directory).run().get("pairs", {})
+    if not pairs:
+        return [read_run(directory, label, layers)]
+    return [
+        read_run(Path(directory, PAIRS, folder), f"{label}: {a} and {b}", layers) for folder, (a, b) in pairs.items()
+    ]
+
+
 def read_run(directory: str | Path, label: str, layers: str | Sequence[str] = ()) -> Run:
     """What a results directory holds.
 
@@ -136,10 +152,7 @@ def read_run(directory: str | Path, label: str, layers: str | Sequence[str] = ()
     spectra, similarities = Spectra.stored(directory, vectors=False), store.similarities()
     names = dict.fromkeys([*spectra.names, *(item.name for item in similarities)])
     if not names:
-        raise StoreError(
-            f"{directory} holds no results; make them with decompose(…, out={str(directory)!r}) "
-            f"or spectra svd … --out {directory}"
-        )
+        raise nothing_stored(directory)
     if layers:
         try:
             chosen = set(naming.select(layers, names))

@@ -12,6 +12,7 @@ import torch
 
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense, Form
+from spectra.deltas.relatedness import unrelated_note
 from spectra.deltas.source import Source
 from spectra.engine.devices import device_named, resolve_device
 from spectra.engine.memory import memory_budget, readable_size
@@ -165,6 +166,9 @@ class _Work:
         return Triplets(*(torch.as_tensor(array, device=self.device) for array in arrays))
 
 
+COLUMNS = ("name", "role", "layer", "status", "k", "r", *ALIGNMENT, "reason", "note")
+
+
 def _outcome(delta: WeightDelta, status: Status, reason: str = "") -> Spectrum:
     return Spectrum(delta.name, delta.shape, status, reason=reason, max_rank=delta.max_rank)
 
@@ -180,5 +184,9 @@ def _row(delta: WeightDelta, outcome: Spectrum, seen: AgainstBase | None = None)
         "r": None if seen is None else len(seen.update_top.S),
         **{name: None if seen is None else metric(seen) for name, metric in ALIGNMENT.items()},
         "reason": outcome.reason,
-        "note": delta.note,
+        "note": "; ".join(filter(None, (delta.note, _unrelated(seen)))),
     }
+
+
+def _unrelated(seen: AgainstBase | None) -> str:
+    return "" if seen is None else unrelated_note(seen.update.base_cosine, seen.update.unchanged)

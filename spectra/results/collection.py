@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, overload
@@ -11,7 +12,7 @@ from spectra import naming, text
 from spectra.errors import SelectionError, StoreError
 from spectra.results import tables
 from spectra.results.findings import findings
-from spectra.results.store import Store, loaded_vectors
+from spectra.results.store import RUN, Store, loaded_vectors, nothing_stored
 from spectra.spectrum import Spectrum
 from spectra.text import Row
 
@@ -113,7 +114,14 @@ class Spectra(Sequence[Spectrum]):
         """The same spectra with singular values only: on disk, most of the bytes stay there. `k` still counts them."""
         return self._of(self._holder.without_vectors(), self.names)
 
-    def to_frame(self, *, by: tables.By = "matrix") -> pd.DataFrame:
+    @property
+    def lacks_vectors(self) -> bool:
+        """Whether there are updates with singular values, and singular vectors of none of them."""
+        headers = [self._holder.header(name) for name in self.names]
+        solved = [header for header in headers if header is not None and header.get("status") == "ok"]
+        return bool(solved) and not any(header["k"] for header in solved)
+
+    def to_frame(self, *, by: tables.Whole = "matrix") -> pd.DataFrame:
         """The DataFrame of `summarize`, which needs no vectors."""
         return tables.summarize(self.without_vectors(), by=by)
 
@@ -249,6 +257,11 @@ def save(spectra: Iterable[Spectrum], directory: str | Path) -> None:
     store.finish()
 
 
+def holds_results(path: str | Path) -> bool:
+    """Whether a path is a results directory, which `load` opens, and no model or adapter."""
+    return os.path.isfile(os.path.join(os.path.expanduser(path), RUN))
+
+
 def load(directory: str | Path, *, vectors: bool = True) -> Spectra:
     """The spectra of a results directory, each read when it is asked for.
 
@@ -261,8 +274,5 @@ def load(directory: str | Path, *, vectors: bool = True) -> Spectra:
     """
     spectra = Spectra.stored(directory, vectors=vectors)
     if not spectra.names:
-        raise StoreError(
-            f"{directory} holds no spectra; make them with decompose(…, out={str(directory)!r}) "
-            f"or spectra svd … --out {directory}"
-        )
+        raise nothing_stored(directory)
     return spectra

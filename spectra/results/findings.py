@@ -140,7 +140,7 @@ def _rounding(changed: Sequence[Row]) -> str:
 
 
 def _untouched(changed: Sequence[Row]) -> str:
-    shares = [row["unchanged"] for row in changed if row["unchanged"] is not None]
+    shares = [row["unmoved_share"] for row in changed if row["unmoved_share"] is not None]
     if not shares or max(shares) < _FEW:
         return ""
     return (

@@ -23,13 +23,16 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from spectra.errors import StoreError
+from spectra.files.choice import WEIGHT_SUFFIXES
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.results import tables
+from spectra.results.partners import apart
 from spectra.spectrum import DONE, Spectrum
 
 ANOTHER_PLACE = "another directory (out=, --out)"
 RUN = "run.json"
 SUMMARY = "summary.csv"
+_CONFIGS = ("config.json", "adapter_config.json", "model_index.json")
 _ARRAYS = ("S", "U", "Vh")
 _RECORDED = {item.name: item.name for item in fields(Spectrum) if item.name not in _ARRAYS}
 _RECORDED["unmoved_share"] = "unchanged"  # attribute → key in the record and column of the table
@@ -127,6 +130,8 @@ class Store:
                 f"{self.directory} holds results of other inputs (different: {', '.join(changed)}); "
                 f"nothing was changed there: choose {ANOTHER_PLACE}"
             )
+        if before is None and (model := _model_in(self.directory)):
+            raise StoreError(f"{self.directory} is a model's folder (it holds {model}): choose {ANOTHER_PLACE}")
         if before is None and self.spectra.names():
             raise StoreError(f"{self.directory} holds results without a {RUN}; choose {ANOTHER_PLACE}")
         started = stored.get("started") or _now()
@@ -173,9 +178,9 @@ class Store:
         known: dict[str, Any] = {attribute: record[said] for attribute, said in _RECORDED.items() if said in record}
         return Spectrum(**known | arrays)
 
-    def similarity_of(self, name: str, side: str, key: str) -> SubspaceSimilarity | None:
-        """A stored comparison, if it was made from the same inputs."""
-        label = f"{name}.{side}"
+    def similarity_of(self, name: str, side: str, key: str, other: str = "") -> SubspaceSimilarity | None:
+        """A stored comparison, of another weight where `other` is its name, if it was made from the same inputs."""
+        label = _label(name, side, other)
         if not self.similarity.path(label).is_file():
             return None
         try:
@@ -188,7 +193,7 @@ class Store:
         """Store one comparison."""
         record = {name: getattr(similarity, name) for name in ("name", "side", "k_used", "note", "other", "gap")}
         arrays = {name: getattr(similarity, name) for name in _SIMILARITY_ARRAYS}
-        self.similarity.put(f"{similarity.name}.{similarity.side}", arrays, {**record, "key": key})
+        self.similarity.put(_label(similarity.name, similarity.side, similarity.other), arrays, {**record, "key": key})
 
     def similarities(self) -> list[SubspaceSimilarity]:
         """All stored comparisons."""
@@ -205,6 +210,36 @@ class Store:
             write(self.directory / "similarity.csv", tables.to_csv(compared).encode())
         run = self.run() | {"finished": _now(), "methods": {line["name"]: line["method"] for line in rows}}
         write(self.directory / RUN, _json(run, indent=1).encode())
+
+
+def _label(name: str, side: str, other: str) -> str:
+    """What a comparison's record is called; of the other weight's name, if it is another, what is its own.
+
+    >>> _label("layers.0.q_proj.weight", "left", "layers.0.k_proj.weight")
+    'layers.0.q_proj.weight~k_proj.weight.left'
+    """
+    return f"{name}~{apart(name, other)}.{side}" if other not in ("", name) else f"{name}.{side}"
+
+
+def nothing_stored(directory: str | Path) -> StoreError:
+    """What to do where a directory holds no results; never to write into a folder that holds something else."""
+    place = Path(directory).expanduser()
+    model = _model_in(place)
+    if not place.exists():
+        said, out = f"{directory} does not exist", Path(directory)
+    elif model:
+        said, out = f"{directory} holds a model ({model}) and no results", Path("results", place.resolve().name)
+    else:
+        said, out = f"{directory} holds no results", Path(directory)
+    return StoreError(f"{said}; make them with decompose(…, out={str(out)!r}) or spectra svd … --out {out}")
+
+
+def _model_in(directory: Path) -> str:
+    """A file that says that a folder is a model's, or that this is a file of weights itself; "" if there is none."""
+    if directory.is_file():
+        return directory.name
+    names = sorted(os.listdir(directory)) if directory.is_dir() else []
+    return next((name for name in names if name in _CONFIGS or name.endswith(WEIGHT_SUFFIXES)), "")
 
 
 def loaded_vectors(spectrum: Spectrum) -> int:

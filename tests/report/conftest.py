@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 from support.hostile_names import ATTACK, HOSTILE
+from support.spectra_runs import matrices
 
 import spectra
 from spectra.spectrum import Spectrum
-
-
-def matrices(seed=0, roles=("q_proj", "v_proj"), layers=3, size=24):
-    rng = np.random.default_rng(seed)
-    for layer in range(layers):
-        for role in roles:
-            vectors = [np.linalg.qr(rng.standard_normal((size, size)))[0] for _ in range(2)]
-            S = np.sort(rng.exponential(0.1 * (1 + layer), size))[::-1]
-            yield Spectrum(
-                f"model.layers.{layer}.self_attn.{role}.weight", (size, size), S=S, U=vectors[0], Vh=vectors[1].T,
-                base_norm=10.0, base_cosine=0.99, noise_edge=0.01, unmoved_share=0.0, method="gram-eigh-f64",
-            )  # fmt: skip
 
 
 @pytest.fixture

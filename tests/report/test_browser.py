@@ -67,7 +67,7 @@ def test_every_shown_cell_is_the_csvs(runs, show):
     page.get_by_role("button", name="All columns").click()
     rows = table(runs / "first/summary.csv")
     for key in rows[0]:
-        numeric = key not in ("name", "role", "status", "method", "reason", "note")
+        numeric = key not in ("name", "role", "status", "method", "reason", "note", "rounding")
         wanted = [text.figure(float(row[key])) if numeric and row[key] else row[key] or "–" for row in rows]
         assert column(page, key) == wanted, key
 
@@ -108,7 +108,7 @@ def test_a_matrix_opens_with_its_spectrum_and_all_its_numbers(runs, show):
     page.keyboard.press("Enter")
     assert button.get_attribute("aria-expanded") == "true"
     facts = page.locator(".detail dl div").all_text_contents()
-    assert f"gini{text.figure(float(row['gini']))}" in facts
+    assert f"gini_all{text.figure(float(row['gini_all']))}" in facts
     assert f"method{row['method']}" in facts
     assert page.locator(".scree .hit").count() > 5
     page.locator(".scree .hit").first.hover()

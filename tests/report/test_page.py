@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from support.command_line import run as command
 from support.hostile_names import HOSTILE
+from support.spectra_runs import matrices
 
 import spectra
 from spectra import text
@@ -215,6 +216,17 @@ def test_a_page_that_cannot_be_made_small_enough_is_refused(runs, made, monkeypa
         made(runs / "first")
 
 
+def test_a_comparison_of_several_updates_is_a_run_for_every_two(runs, made):
+    spectra.save(list(matrices(3)), runs / "third")
+    held = {name: spectra.load(runs / name) for name in ("first", "second", "third")}
+    list(spectra.compare_all(held, top=4, out=runs / "all"))
+    markup = made(runs / "all")
+    (table_of,) = numbers(markup)["tables"]
+    pairs = {f"all: {a} and {b}" for a, b in (("first", "second"), ("first", "third"), ("second", "third"))}
+    assert {row[0] for row in table_of["rows"]} == pairs
+    assert len(table_of["rows"]) == 3 * 6
+
+
 def test_a_name_longer_than_any_models_is_cut(made):
     markup = made(spectra.Spectra([Spectrum("a" * 100_000, (1, 1), S=[1.0])]))
     assert "… (100,000 characters)" in markup
@@ -237,7 +249,7 @@ def test_labels_layers_and_mistakes(runs, made, monkeypatch, tmp_path):
     assert "<h1>one and two</h1>" in made([runs / "first", runs / "second"], labels=["one", "two"])
     assert len(numbers(made(runs / "first", layers="q_proj"))["tables"][0]["rows"]) == 4
     for wrong, error, words in (
-        ({"directories": runs / "nowhere"}, StoreError, "nowhere holds no results"),
+        ({"directories": runs / "nowhere"}, StoreError, "nowhere does not exist"),
         ({"directories": []}, SelectionError, "no results directory"),
         ({"directories": runs / "first", "labels": ["a", "b"]}, SelectionError, "2 labels for 1"),
         (
@@ -264,7 +276,7 @@ def test_the_command(runs, monkeypatch):
     assert "<h1>T</h1>" in (runs / "new/page.html").read_text()
     assert "1 labels for 2" in command("report", "first", "second", "--label", "a", "--out", "p.html", status=2)[1]
     assert "--out" in command("report", "first", status=2)[1]
-    assert "nowhere holds no results" in command("report", "nowhere", "--out", "p.html", status=1)[1]
+    assert "nowhere does not exist" in command("report", "nowhere", "--out", "p.html", status=1)[1]
 
 
 @pytest.mark.parametrize("limits", [(0.2, 1.0), (0.9, 1.0), (1.0, 1000.0), (-1.0, 1.0), (0.0, 3.0), (2.0, 2.0)])

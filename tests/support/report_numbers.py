@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-TEXTS = ("name", "role", "status", "method", "reason", "note")
+TEXTS = ("name", "role", "status", "method", "reason", "note", "rounding")
 
 
 def ordered(rows: list[dict[str, str]], key: str, descending: bool) -> list[dict[str, str]]:
