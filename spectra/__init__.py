@@ -36,13 +36,16 @@ _HOMES = {
         "histogram_figure",
         "plot_histogram",
         "plot_kept_energy",
+        "plot_series",
         "plot_similarity",
+        "series_figure",
         "similarity_figure",
     ),
     "spectra.results.alignment": ("alignment",),
     "spectra.results.collection": ("Spectra", "load", "save"),
     "spectra.results.inspection": ("Inspection", "inspect"),
     "spectra.results.interference": ("interference",),
+    "spectra.results.series": ("series",),
     "spectra.results.similarities": ("NotCompared", "pool_by_role"),
     "spectra.results.streams": ("Decomposition", "compare", "decompose"),
     "spectra.results.tables": ("summarize", "summarize_similarity"),
@@ -76,7 +79,9 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.plots import histogram_figure as histogram_figure
     from spectra.plots import plot_histogram as plot_histogram
     from spectra.plots import plot_kept_energy as plot_kept_energy
+    from spectra.plots import plot_series as plot_series
     from spectra.plots import plot_similarity as plot_similarity
+    from spectra.plots import series_figure as series_figure
     from spectra.plots import similarity_figure as similarity_figure
     from spectra.results.alignment import alignment as alignment
     from spectra.results.collection import Spectra as Spectra
@@ -85,6 +90,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.results.inspection import Inspection as Inspection
     from spectra.results.inspection import inspect as inspect
     from spectra.results.interference import interference as interference
+    from spectra.results.series import series as series
     from spectra.results.similarities import NotCompared as NotCompared
     from spectra.results.similarities import pool_by_role as pool_by_role
     from spectra.results.streams import Decomposition as Decomposition

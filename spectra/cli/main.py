@@ -17,6 +17,7 @@ _COMMANDS = {
     "alignment": "spectra.cli.alignment",
     "extract": "spectra.cli.extract",
     "interference": "spectra.cli.interference",
+    "series": "spectra.cli.series",
     "inspect": "spectra.cli.inspect",
     "verify": "spectra.cli.verify",
     "plot": "spectra.cli.plot",
@@ -59,6 +60,7 @@ def main() -> None:
       spectra extract --tuned ckpt/ --base b --rank 16 --out l/   the update as a LoRA
       spectra verify --base B --adapter A --merged M              is the adapter in the merged model?
       spectra interference a/ b/ c/                               what adding them up does to each
+      spectra series --base b ckpt-*/                             the update along training
       spectra plot results/                                       redraw stored results
       spectra reproduce                                           the papers' experiment, end to end
     """

@@ -86,11 +86,11 @@ def by_reason(title: str, listed: Mapping[str, str], shown: int = _MOST_NAMES) -
         note(f"{title}: {len(reasons) - shown} more reasons; spectra inspect lists them")
 
 
-def progress(total: int, what: str) -> Any:
+def progress(total: int, what: str, unit: str = "matrix") -> Any:
     """A bar with ETA on a terminal's stderr; nothing in a pipe."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit="matrix", file=sys.stderr, disable=None, leave=False, dynamic_ncols=True)
+    return tqdm(total=total, desc=what, unit=unit, file=sys.stderr, disable=None, leave=False, dynamic_ncols=True)
 
 
 def heading(source: Source) -> dict[str, Any]:

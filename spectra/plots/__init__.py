@@ -6,6 +6,7 @@ from spectra.plots.figures import draw_panels, histogram_figure, histogram_panel
 from spectra.plots.grouping import Comparison, curves_by_role, panels_by_role
 from spectra.plots.histogram import plot_histogram
 from spectra.plots.ranks import plot_kept_energy
+from spectra.plots.series import plot_series, series_figure
 from spectra.plots.similarity import grid_rows, plot_similarity
 from spectra.plots.stored import Drawn, draw_results
 
@@ -21,7 +22,9 @@ __all__ = [
     "panels_by_role",
     "plot_histogram",
     "plot_kept_energy",
+    "plot_series",
     "plot_similarity",
     "save_figure",
+    "series_figure",
     "similarity_figure",
 ]

@@ -14,9 +14,11 @@ from spectra.metrics.similarity import SIDES
 from spectra.plots.figures import CLOSE_UP, draw_panels, histogram_panels, save_figure, similarity_figure
 from spectra.plots.grouping import Comparison, curves_by_role, panels_by_role
 from spectra.plots.histogram import BINS
+from spectra.plots.series import left_out_roles, series_curves, series_figure
 from spectra.plots.similarity import grid_rows
 from spectra.results import tables
 from spectra.results.collection import Spectra
+from spectra.results.series import TABLE, is_series
 from spectra.results.store import Store, write
 
 if TYPE_CHECKING:
@@ -54,11 +56,11 @@ def draw_results(
     """Draw whatever the directories hold; nothing is computed again.
 
     Of one directory of spectra: a histogram with a curve per role. Of several: a curve each, on shared bins.
-    Of comparisons: the heatmaps, a panel per directory, role and side. The numbers behind each figure go into a
-    csv file beside it.
+    Of comparisons: the heatmaps, a panel per directory, role and side. Of a series: its curves along training. The
+    numbers behind each figure go into a csv file beside it.
 
     Args:
-        directories: one or more, made by `decompose(…, out=…)`, `compare(…, out=…)` or `save`.
+        directories: one or more, made by `decompose(…, out=…)`, `compare(…, out=…)`, `series(…, out=…)` or `save`.
         out: where to put figures; None for the first directory.
         layers: only the matrices that these patterns mean; () for all.
         names: only the matrices of these names, curves in their order; None for all.
@@ -78,7 +80,14 @@ def draw_results(
     wanted = None if names is None else list(dict.fromkeys(names))
     runs: dict[str, Spectra] = {}
     comparisons: list[Comparison] = []
+    files: list[Path] = []
+    notes: list[str] = []
     for label, directory in zip(called, places, strict=True):
+        if is_series(directory):
+            here = Path(directory if out is None else out)
+            drawn = _draw_series(Path(directory), here, layers, label if len(places) > 1 else "", title)
+            files, notes = [*files, *drawn.files], [*notes, *drawn.notes]
+            continue
         store = _results(directory)
         try:
             if store.spectra.names():
@@ -88,12 +97,11 @@ def draw_results(
         except SelectionError as problem:
             raise SelectionError(f"{directory}: {problem}") from None
     target = Path(places[0] if out is None else out)
-    files: list[Path] = []
-    notes: list[str] = []
     if comparisons:
         files += _draw_similarity(comparisons, target, title, named=bool(labels) or len(comparisons) > 1)
     if runs:
-        curves, title, notes = _curves(runs, title, per_layer)
+        curves, title, more = _curves(runs, title, per_layer)
+        notes += more
         try:
             files += _draw_histogram(curves, target, title, bins, close_up)
         except SelectionError as problem:
@@ -184,6 +192,25 @@ def _draw_similarity(comparisons: Sequence[Comparison], target: Path, title: str
     figure = similarity_figure(panels.similarities, title=title, labels=panels.labels, columns=panels.columns)
     # similarity.csv is the table of the comparison itself
     return _keep(figure, target / "similarity", grid_rows(panels.similarities), target / "similarity_grid.csv")
+
+
+def _draw_series(directory: Path, target: Path, layers: str | Sequence[str], label: str, title: str) -> Drawn:
+    """The curves of a stored series, from its table; several of them into files of their own labels."""
+    import pandas as pd
+
+    table = pd.read_csv(directory / TABLE, keep_default_na=False, na_values=[""])
+    if layers:
+        chosen = naming.select(layers, dict.fromkeys(table["name"].dropna()))
+        table = table[table["name"].isin(chosen)]
+    name = f"series-{label}" if label else "series"
+    try:
+        figure = series_figure(table, title=title or label)
+    except SelectionError as problem:
+        return Drawn((), (f"no curves of {directory}: {problem}",))
+    left_out = left_out_roles(table)
+    notes = [f"not drawn, to keep the figure readable: {', '.join(left_out)}; draw them with layers= (--layer)"]
+    files = _keep(figure, target / name, series_curves(table), target / f"{name}_curves.csv")
+    return Drawn(tuple(files), tuple(notes if left_out else []))
 
 
 def _keep(figure: Figure, path: Path, rows: list[dict[str, Any]], table: Path) -> list[Path]:

@@ -133,6 +133,11 @@ class Store:
         wanted["files"] = {**(before or {}).get("files", {}), **wanted.get("files", {})}
         write(self.directory / RUN, _json({"inputs": wanted, "started": started, **details}, indent=1).encode())
 
+    def changed_file(self) -> str | None:
+        """A file that the results were computed from and that is another one now; one that is gone does not count."""
+        files = _files(self.run().get("inputs", {}))
+        return next((path for path, file in files if os.path.exists(path) and not _as_it_was(path, file)), None)
+
     def has(self, name: str, key: str, top: int | None, only_top: bool) -> bool:
         """Whether a final result for this key is stored that holds at least what is asked for."""
         if not self.spectra.path(name).is_file():
