@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -150,9 +151,9 @@ def by_role(rows: Sequence[Row]) -> list[Row]:
         (1, 'q_proj', 3, 2.0, None)
     """
     groups: dict[tuple[int, str], list[Row]] = {}
-    for row in rows:
-        if row["status"] == "ok":
-            groups.setdefault((row["step"], row["role"]), []).append(row)
+    for line in rows:
+        if line["status"] == "ok":
+            groups.setdefault((line["step"], line["role"]), []).append(line)
     columns = [*MEASURED, *COMPARED, *(f"{name}_chance" for name in COMPARED)]
     return [
         {"step": step, "role": role, "matrices": len(lines)}
@@ -236,9 +237,9 @@ class _Series:
         for step, moment in self.moments:
             look = last if step == last.step else self._look(step, moment)
             new = [_failed(step, moment, self.failed[step])] if look is None else self._of(look, last, previous)
-            for row in new:
-                kept.append(row)
-                yield row
+            for line in new:
+                kept.append(line)
+                yield line
             previous = look or previous
         if self.run.home is not None:
             write(self.run.home / TABLE, tables.to_csv(kept).encode())
@@ -268,54 +269,73 @@ class _Series:
         others = {name: other for name, other in (("last", last), ("previous", previous)) if other is not None}
         there = {name: set(other.spectra.names) for name, other in others.items()}
         for spectrum in look.spectra:
-            self.start.see(spectrum, deltas.get(spectrum.name))
-            row = _row(look, spectrum)
-            for name, other in others.items():
-                if spectrum.name in there[name]:
-                    row |= _phi(f"phi_to_{name}", spectrum, other.spectra[spectrum.name], self.run.top, self.side)
-            for side in SIDES:
-                basis = self.start.basis(spectrum.name, side)
-                if basis is not None and spectrum.U is not None:
-                    row[f"start_{side}"] = start_share(spectrum, basis, top=self.run.top, side=side)
-                    row[f"start_{side}_chance"] = basis.shape[1] / basis.shape[0]
-            yield row
+            name = spectrum.name
+            self.start.see(spectrum, deltas.get(name))
+            compared = {which: other.spectra[name] for which, other in others.items() if name in there[which]}
+            yield row(look.step, look.path, spectrum, self.start, compared, top=self.run.top, side=self.side)
 
     def _start(self, given: str | Path | None) -> Start:
         run = self.run
         if given is None:
-            first = self.moments[0][0]
-            return Start(run.top, run.home, f"step {first}")
+            return Start(run.top, run.home, f"step {self.moments[0][0]}")
         source = run.source(given)
         if not any(delta.factored for delta in source):
             raise SelectionError(f"{given} holds no factors: start= (--start) is an adapter as it was before training")
-        start = Start(run.top, run.home, _whole_path(given) or "")
+        start = Start(run.top, run.home, _whole_path(given) or "", before_training=True)
         start.take({delta.name: delta for delta in source})
         return start
 
 
-def _row(look: _Look, spectrum: Spectrum) -> Row:
+def row(
+    step: int,
+    path: str,
+    spectrum: Spectrum,
+    start: Start | None = None,
+    others: Mapping[str, Spectrum] = MappingProxyType({}),
+    *,
+    top: int,
+    side: Side = "left",
+) -> Row:
+    """One matrix of one checkpoint as column → value; None where there is none.
+
+    Args:
+        step: of training.
+        path: the checkpoint's.
+        spectrum: the update, with vectors.
+        start: where training started.
+        others: "last" or "previous" → the same matrix of those checkpoints.
+        top: how many directions are compared.
+        side: of φ.
+    """
     numbers = tables.row(spectrum, {name: METRICS[name] for name in MEASURED})
-    compared = [column for name in COMPARED for column in (name, f"{name}_chance")]
-    return {
-        "step": look.step,
-        "checkpoint": look.path,
+    found = {
+        "step": step,
+        "checkpoint": path,
         "name": spectrum.name,
         "role": spectrum.role,
         "layer": spectrum.layer,
         "status": spectrum.status,
         **{name: numbers[name] for name in MEASURED},
         "k": min(spectrum.k, spectrum.rank),
-        **dict.fromkeys(compared),
+        **{column: None for name in COMPARED for column in (name, f"{name}_chance")},
         "reason": spectrum.reason,
         "note": spectrum.note,
     }
+    for name, other in others.items():
+        found |= _phi(f"phi_to_{name}", spectrum, other, top, side)
+    for where in SIDES:
+        basis = start.basis(spectrum.name, where) if start is not None else None
+        if basis is not None and spectrum.U is not None:
+            found[f"start_{where}"] = start_share(spectrum, basis, top=top, side=where)
+            found[f"start_{where}_chance"] = basis.shape[1] / basis.shape[0]
+    return found
 
 
 def _failed(step: int, moment: Moment | None, problem: SpectraError) -> Row:
     """The row of a checkpoint that cannot be read."""
     nothing = Spectrum("", (), "unreadable", reason=str(problem))
-    row = _row(_Look(step, moment.path if moment else "", Spectra()), nothing)
-    return row | {"role": "", "layer": None, "k": None}
+    found = row(step, moment.path if moment else "", nothing, top=1)
+    return found | {"role": "", "layer": None, "k": None}
 
 
 def _phi(column: str, a: Spectrum, b: Spectrum, top: int, side: Side) -> Row:

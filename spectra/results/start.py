@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,12 +29,15 @@ class Start:
     Args:
         top: how many directions of an update that is not factored.
         directory: where to keep them; None for memory.
-        of: what they were taken from. Bases that were kept of something else do not count.
+        of: what they are taken from, such as "step 100". Bases that the directory keeps of another step do not count.
+        before_training: `of` says what was there before any step. Where a directory keeps bases of that, they count
+            instead of a step's.
     """
 
-    def __init__(self, top: int, directory: Path | None, of: str) -> None:
+    def __init__(self, top: int, directory: Path | None, of: str, *, before_training: bool = False) -> None:
         self.top = top
         self.of = of
+        self._before = before_training
         self._shelf = Shelf(directory / "start") if directory else None
         self._held: dict[str, Spans] = {}
         self._unknown: set[str] = set()  # had directions at the start that nothing tells of any more
@@ -42,6 +46,10 @@ class Start:
         """The basis of a matrix on a side; None where nothing is known."""
         return self._spans(name).get(side)
 
+    def is_known(self, name: str) -> bool:
+        """Whether both sides of a matrix are there."""
+        return len(self._spans(name)) == len(SIDES)
+
     def see(self, spectrum: Spectrum, delta: WeightDelta | None = None) -> None:
         """Take from this checkpoint what no earlier one had.
 
@@ -49,46 +57,54 @@ class Start:
             spectrum: the update's spectrum with vectors.
             delta: the update, whose factors are read where nothing is known of the matrix.
         """
-        known = self._spans(spectrum.name)
-        if len(known) == len(SIDES) or spectrum.name in self._unknown:
+        if self.is_known(spectrum.name) or spectrum.name in self._unknown:
             return
         factored = (spectrum.max_rank or 0) < min(spectrum.shape, default=0)
         if delta is not None and delta.factored:
-            self._keep(spectrum.name, _of_factors(delta) | known)
+            self._add(spectrum.name, _of_factors(delta))
         elif factored and spectrum.k < spectrum.rank:
             self._unknown.add(spectrum.name)  # only the top of an adapter's directions is stored, and its span is more
         else:
             k = spectrum.rank if factored else min(self.top, spectrum.k, spectrum.signal_rank)
-            self._keep(spectrum.name, _of_vectors(spectrum, k) | known, None if factored else self.top)
+            self._add(spectrum.name, _of_vectors(spectrum, k), None if factored else self.top)
 
     def take(self, deltas: Mapping[str, WeightDelta]) -> None:
         """The spans of an adapter's factors as it was before training."""
         for name, delta in deltas.items():
             if delta.factored and not self._spans(name):
-                self._keep(name, _of_factors(delta))
+                self._add(name, _of_factors(delta))
 
     def put(self, name: str, left: np.ndarray, right: np.ndarray) -> None:
         """What factors (m, r) and (r, n) span that are not in a file."""
-        self._keep(name, _spans(left, right))
+        self._add(name, _spans(left, right))
 
     def _spans(self, name: str) -> Spans:
-        if name not in self._held and self._shelf is not None and self._shelf.path(name).is_file():
-            try:
-                arrays, record = self._shelf.get(name)
-            except StoreError:
-                return {}  # damaged: taken anew
-            if record["of"] == self.of and record["top"] in (None, self.top):
-                return {side: arrays[side] for side in SIDES if side in arrays}
-        return self._held.get(name, {})
+        if self._shelf is None:
+            return self._held.get(name, {})
+        arrays, origins = self._stored(name)
+        return {side: arrays[side] for side in SIDES if side in arrays and self._counts(*origins[side])}
 
-    def _keep(self, name: str, spans: Spans, top: int | None = None) -> None:
-        """Keep what there is; `top` is how many directions were taken where that was a choice."""
-        if not spans:
-            return
-        if self._shelf is not None:
-            self._shelf.put(name, {str(side): basis for side, basis in spans.items()}, {"of": self.of, "top": top})
-        else:
-            self._held[name] = spans
+    def _counts(self, of: str, before_training: bool, top: int | None) -> bool:
+        """Whether a stored basis is of this start; `top` is how many directions were taken where that was a choice."""
+        return (of == self.of or (before_training and not self._before)) and top in (None, self.top)
+
+    def _stored(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        try:
+            there = self._shelf is not None and self._shelf.path(name).is_file()
+            return self._shelf.get(name) if there and self._shelf else ({}, {})
+        except StoreError:
+            return {}, {}  # damaged: taken anew
+
+    def _add(self, name: str, spans: Spans, top: int | None = None) -> None:
+        """Keep the sides that are not known yet."""
+        known = self._spans(name)
+        new = {side: basis for side, basis in spans.items() if side not in known}
+        if self._shelf is None:
+            self._held[name] = known | new
+        elif new:
+            arrays, origins = self._stored(name)
+            mine = {str(side): (self.of, self._before, top) for side in new}
+            self._shelf.put(name, arrays | {str(side): basis for side, basis in new.items()}, origins | mine)
 
 
 def _of_factors(delta: WeightDelta) -> Spans:
