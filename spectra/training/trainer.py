@@ -53,8 +53,9 @@ class WatchSpectra(TrainerCallback):  # type: ignore[misc]
         heads: str | int | None = None,
     ) -> None:
         check_options(every=every, top=top, max_share=max_share)
-        self.options: dict[str, Any] = {"every": every, "matrices": matrices, "top": top, "max_share": max_share, "values": values,
-                        "heads": heads}  # fmt: skip
+        self.options: dict[str, Any] = {
+            "every": every, "matrices": matrices, "top": top, "max_share": max_share, "values": values, "heads": heads,
+        }  # fmt: skip
         self.out = out
         self.trainer: Any = None
         self.watch: Watch | None = None
