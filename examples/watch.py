@@ -49,7 +49,9 @@ def main(out: Path, kind: str) -> None:
     if kind == "lora":
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(r=24, lora_alpha=24, target_modules=TARGETS))
+        model = get_peft_model(
+            model, LoraConfig(r=24, lora_alpha=24, target_modules=TARGETS, modules_to_save=["classifier"])
+        )
     else:
         model = inject_adapter(model, MultiLoRAConfig(r=8, num_modules=3, alpha=8, target_modules=TARGETS))
         model.classifier.requires_grad_(True)

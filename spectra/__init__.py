@@ -32,8 +32,12 @@ _HOMES = {
     "spectra.metrics.interference": ("INTERFERENCE",),
     "spectra.metrics.similarity": ("SubspaceSimilarity", "chance_level", "principal_angles", "subspace_similarity"),
     "spectra.plots": (
+        "cosines_figure",
+        "deciles_figure",
         "draw_results",
         "histogram_figure",
+        "plot_cosines",
+        "plot_deciles",
         "plot_histogram",
         "plot_kept_energy",
         "plot_series",
@@ -75,8 +79,12 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.metrics.similarity import chance_level as chance_level
     from spectra.metrics.similarity import principal_angles as principal_angles
     from spectra.metrics.similarity import subspace_similarity as subspace_similarity
+    from spectra.plots import cosines_figure as cosines_figure
+    from spectra.plots import deciles_figure as deciles_figure
     from spectra.plots import draw_results as draw_results
     from spectra.plots import histogram_figure as histogram_figure
+    from spectra.plots import plot_cosines as plot_cosines
+    from spectra.plots import plot_deciles as plot_deciles
     from spectra.plots import plot_histogram as plot_histogram
     from spectra.plots import plot_kept_energy as plot_kept_energy
     from spectra.plots import plot_series as plot_series

@@ -9,7 +9,15 @@ import click
 
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import Opening, json_option, source_options, table_option
+from spectra.cli.options import (
+    Compute,
+    Opening,
+    compute_options,
+    figures_option,
+    json_option,
+    source_options,
+    table_option,
+)
 
 if TYPE_CHECKING:
     from spectra.results.tables import Row
@@ -35,12 +43,10 @@ _MOST_LINES = 12
     "--cache", type=click.Path(file_okay=False), metavar="DIR",
     help="Keep W₀'s singular vectors here: most of the time, and the next run with this base reads them.",
 )  # fmt: skip
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]", help="Where to compute.")
-@click.option(
-    "--memory", metavar="SIZE", help="Budget for the matrix at work, such as 4GiB.  [default: half of what is free]"
-)
 @source_options
+@compute_options
 @table_option
+@figures_option
 @json_option
 def command(
     base: str | None,
@@ -48,24 +54,24 @@ def command(
     k: int,
     epsilon: float,
     cache: str | None,
-    device: str,
-    memory: str | None,
     opening: Opening,
+    compute: Compute,
     out: str | None,
+    figures: bool,
     as_json: bool,
 ) -> None:
     """ΔW against W₀: intruder dimensions, amplification and shares of energy, matrix by matrix.
 
-    Prints the main columns; --json and --out hold all of them, each with its chance level or control.
+    Prints the main columns; --json and --out hold all of them, each with its chance level or control, and --out
+    draws how W's top directions stand to W₀'s, and where in W₀'s spectrum the energy of ΔW lies.
     """
     source = opening.open(tuned, base)
     with heavy_imports():
         from spectra.results.alignment import alignment_rows
 
-    stream = alignment_rows(source, k=k, epsilon=epsilon, cache=cache, device=device, memory_budget=memory)
     rows: list[Row] = []
-    with report.progress(len(source), "spectra alignment") as bar:
-        for row in stream:
+    with report.progress(len(source), "spectra alignment") as bar, compute.keywords() as keywords:
+        for row in alignment_rows(source, k=k, epsilon=epsilon, cache=cache, **keywords):
             rows.append(row)
             bar.update()
     document = {
@@ -80,6 +86,8 @@ def command(
         _print(rows)
     if out:
         report.keep_table(out, "alignment", document)
+        for path in report.draw(out, names=source.names) if figures else []:
+            report.note(f"figure: {path}")
     report.close(rows)
 
 

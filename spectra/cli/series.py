@@ -78,7 +78,7 @@ def command(
             bar.update(not rows or rows[-1]["step"] != row["step"])
             rows.append(row)
     notes.print()
-    written = _draw(out) if out and figures else []
+    written = report.draw(out, names=()) if out and figures else []
     if as_json:
         report.print_json(_document(rows, base, {"top": top, "side": side}))
     else:
@@ -107,15 +107,6 @@ class _Notes:
             report.coverage_notes(self.first)
         for line in self.warnings:
             report.note(f"warning: {line}")
-
-
-def _draw(out: str) -> list[Path]:
-    from spectra.plots import draw_results
-
-    drawn = draw_results(out)
-    for line in drawn.notes:
-        report.note(line)
-    return list(drawn.files)
 
 
 def _document(rows: list[Row], base: str | None, options: dict[str, Any]) -> dict[str, Any]:

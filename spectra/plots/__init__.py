@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spectra.plots.alignment import cosines_figure, deciles_figure, plot_cosines, plot_deciles
 from spectra.plots.figures import draw_panels, histogram_figure, histogram_panels, save_figure, similarity_figure
 from spectra.plots.grouping import Comparison, curves_by_role, panels_by_role
 from spectra.plots.histogram import plot_histogram
@@ -13,13 +14,17 @@ from spectra.plots.stored import Drawn, draw_results
 __all__ = [
     "Comparison",
     "Drawn",
+    "cosines_figure",
     "curves_by_role",
+    "deciles_figure",
     "draw_panels",
     "draw_results",
     "grid_rows",
     "histogram_figure",
     "histogram_panels",
     "panels_by_role",
+    "plot_cosines",
+    "plot_deciles",
     "plot_histogram",
     "plot_kept_energy",
     "plot_series",

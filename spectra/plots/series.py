@@ -37,7 +37,7 @@ _COLUMNS = 4
 _MOST_ROLES = 7
 
 
-def plot_series(table: pd.DataFrame, metric: str = "norm", *, ax: Axes | None = None) -> Axes:
+def plot_series(table: pd.DataFrame, *, metric: str = "norm", ax: Axes | None = None) -> Axes:
     """One metric over the steps of training: a curve per role, the median over its layers, in a band of the quartiles.
 
     Chance levels are dotted, where the metric has one.
@@ -98,7 +98,7 @@ def series_figure(table: pd.DataFrame, *, title: str = "", metrics: Sequence[str
         figure = ShownFigure(figsize=(3.1 * columns, 2.6 * rows + 0.6), layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for name, ax in zip(there, axes, strict=False):
-            plot_series(table, name, ax=ax)
+            plot_series(table, metric=name, ax=ax)
             ax.tick_params(labelsize=8)
         for ax in axes[len(there) :]:
             ax.set_visible(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from spectra import naming
 from spectra.errors import SelectionError, StoreError
 from spectra.metrics.similarity import SIDES
+from spectra.plots.alignment import alignment_numbers, cosines_figure, deciles_figure, undrawn_roles
 from spectra.plots.figures import CLOSE_UP, draw_panels, histogram_panels, save_figure, similarity_figure
 from spectra.plots.grouping import Comparison, curves_by_role, panels_by_role
 from spectra.plots.histogram import BINS
@@ -24,6 +26,7 @@ from spectra.results.store import Store, write
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+ALIGNMENT_TABLE = "alignment.json"
 _LONGEST_LABEL = 28
 
 
@@ -56,8 +59,8 @@ def draw_results(
     """Draw whatever the directories hold; nothing is computed again.
 
     Of one directory of spectra: a histogram with a curve per role. Of several: a curve each, on shared bins.
-    Of comparisons: the heatmaps, a panel per directory, role and side. Of a series: its curves along training. The
-    numbers behind each figure go into a csv file beside it.
+    Of comparisons: the heatmaps, a panel per directory, role and side. Of a series: its curves along training. Of an
+    alignment: cosines and deciles. The numbers behind each figure go into a csv file beside it.
 
     Args:
         directories: one or more, made by `decompose(…, out=…)`, `compare(…, out=…)`, `series(…, out=…)` or `save`.
@@ -83,10 +86,12 @@ def draw_results(
     files: list[Path] = []
     notes: list[str] = []
     for label, directory in zip(called, places, strict=True):
-        if is_series(directory):
-            here = Path(directory if out is None else out)
-            drawn = _draw_series(Path(directory), here, layers, label if len(places) > 1 else "", title)
+        tables_there = [draw for there, draw in _OF_TABLES if there(Path(directory))]
+        for draw in tables_there:
+            called_here = label if len(places) > 1 else ""
+            drawn = draw(Path(directory), Path(directory if out is None else out), layers, called_here, title)
             files, notes = [*files, *drawn.files], [*notes, *drawn.notes]
+        if tables_there and not Store(directory).spectra.names() and not Store(directory).similarity.names():
             continue
         store = _results(directory)
         try:
@@ -175,8 +180,7 @@ def _curves(
         return runs, title, []
     ((label, spectra),) = runs.items()
     curves, left_out = curves_by_role(spectra, per_layer=per_layer)
-    listed = f"not drawn, to keep the figure readable: {', '.join(left_out)}; draw them with layers= (--layer)"
-    return curves, title or label, [listed] if left_out else []
+    return curves, title or label, list(_too_many(left_out))
 
 
 def _draw_histogram(
@@ -207,10 +211,38 @@ def _draw_series(directory: Path, target: Path, layers: str | Sequence[str], lab
         figure = series_figure(table, title=title or label)
     except SelectionError as problem:
         return Drawn((), (f"no curves of {directory}: {problem}",))
-    left_out = left_out_roles(table)
-    notes = [f"not drawn, to keep the figure readable: {', '.join(left_out)}; draw them with layers= (--layer)"]
     files = _keep(figure, target / name, series_curves(table), target / f"{name}_curves.csv")
-    return Drawn(tuple(files), tuple(notes if left_out else []))
+    return Drawn(tuple(files), _too_many(left_out_roles(table)))
+
+
+def _draw_alignment(directory: Path, target: Path, layers: str | Sequence[str], label: str, title: str) -> Drawn:
+    """The two figures of a stored alignment, from its table."""
+    import pandas as pd
+
+    table = pd.DataFrame(json.loads((directory / ALIGNMENT_TABLE).read_text(encoding="utf-8"))["matrices"])
+    if layers:
+        table = table[table["name"].isin(naming.select(layers, table["name"]))]
+    end = f"-{label}" if label else ""
+    try:
+        figures = cosines_figure(table, title=title or label), deciles_figure(table, title=title or label)
+    except SelectionError as problem:
+        return Drawn((), (f"no figure of {directory}: {problem}",))
+    files: list[Path] = []
+    for name, figure, rows in zip(("cosines", "deciles"), figures, alignment_numbers(table), strict=True):
+        path = target / f"alignment_{name}{end}"
+        files += _keep(figure, path, rows, path.with_name(f"{path.name}.csv"))
+    return Drawn(tuple(files), _too_many(undrawn_roles(table)))
+
+
+def _too_many(roles: Sequence[str]) -> tuple[str, ...]:
+    listed = f"not drawn, to keep the figure readable: {', '.join(roles)}; draw them with layers= (--layer)"
+    return (listed,) if roles else ()
+
+
+_OF_TABLES = (
+    (is_series, _draw_series),
+    (lambda directory: (directory / ALIGNMENT_TABLE).is_file(), _draw_alignment),
+)
 
 
 def _keep(figure: Figure, path: Path, rows: list[dict[str, Any]], table: Path) -> list[Path]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +16,8 @@ from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense, Form
 from spectra.deltas.source import Source
 from spectra.engine.devices import device_named, resolve_device
-from spectra.engine.memory import memory_budget, readable_size
+from spectra.engine.memory import memory_budget as memory_budget_of
+from spectra.engine.memory import readable_size
 from spectra.engine.solve import Wanted, out_of_memory, read, solve_forms
 from spectra.errors import BaseRequiredError, SelectionError, SpectraError, StoreError
 from spectra.metrics.alignment import ALIGNMENT, AgainstBase, Triplets
@@ -36,6 +39,7 @@ def alignment(
     epsilon: float = 0.5,
     cache: str | Path | None = None,
     device: str = "auto",
+    executor: Executor | None = None,
     memory_budget: int | str | None = None,
 ) -> pd.DataFrame:
     """ΔW against W₀: intruder dimensions, amplification and shares of energy, one row per matrix.
@@ -56,6 +60,7 @@ def alignment(
         cache: a directory for W₀'s singular vectors, as large as W₀ in float64 twice over; the next run with the
             same base reads them there. None to keep nothing.
         device: as for `decompose`.
+        executor: as for `decompose`: matrices side by side, and as many at once as the budget holds.
         memory_budget: as for `decompose`.
 
     Raises:
@@ -65,7 +70,9 @@ def alignment(
     """
     import pandas as pd
 
-    rows = alignment_rows(source, k=k, epsilon=epsilon, cache=cache, device=device, memory_budget=memory_budget)
+    rows = alignment_rows(
+        source, k=k, epsilon=epsilon, cache=cache, device=device, executor=executor, memory_budget=memory_budget
+    )
     return pd.DataFrame(list(rows))
 
 
@@ -76,6 +83,7 @@ def alignment_rows(
     epsilon: float = 0.5,
     cache: str | Path | None = None,
     device: str = "auto",
+    executor: Executor | None = None,
     memory_budget: int | str | None = None,
 ) -> Iterator[Row]:
     """The rows of `alignment` as they are finished, in the source's order; arguments and errors as there."""
@@ -89,12 +97,43 @@ def alignment_rows(
             f"alignment compares an update with the weights it started from, and {deltas[0].name} has none: "
             "pass base= (--base) when the source is opened"
         )
-    work = _Work(k, epsilon, resolve_device(device), _budget(memory_budget, device), BaseCache.at(cache))
-    return (work(delta) for delta in deltas)
+    if executor is None:
+        work = _Work(k, epsilon, resolve_device(device), _budget(memory_budget, device), BaseCache.at(cache))
+        return (work(delta) for delta in deltas)
+    budget = memory_budget_of(memory_budget) if memory_budget is not None else _budget_of(executor)
+    return _side_by_side(executor, _Work(k, epsilon, device, budget, BaseCache.at(cache)), deltas)
 
 
 def _budget(given: int | str | None, device: str) -> int:
-    return memory_budget(given) if given is not None else device_named(resolve_device(device)).budget()
+    return memory_budget_of(given) if given is not None else device_named(resolve_device(device)).budget()
+
+
+def _budget_of(executor: Executor) -> int:
+    elsewhere: int | None = getattr(executor, "memory_budget", None)
+    return elsewhere or device_named("cpu").budget()
+
+
+def _side_by_side(executor: Executor, work: _Work, deltas: Sequence[WeightDelta]) -> Iterator[Row]:
+    """The rows in the deltas' order, computed as many at once as there are workers and the budget holds."""
+    most = getattr(executor, "_max_workers", None) or 1
+    waiting = deque(deltas)
+    running: deque[tuple[Future[Row], int]] = deque()
+    try:
+        while waiting or running:
+            while waiting and len(running) < most:
+                needed = _bytes_for(waiting[0])
+                if running and sum(size for _, size in running) + needed > work.budget:
+                    break
+                running.append((executor.submit(work, waiting.popleft()), needed))
+            yield running[0][0].result()
+            running.popleft()
+    finally:
+        for future, _ in running:
+            future.cancel()
+
+
+def _bytes_for(delta: WeightDelta) -> int:
+    return _COPIES * 8 * math.prod(delta.shape)
 
 
 class _UndoneError(Exception):
@@ -135,24 +174,26 @@ class _Work:
             raise _UndoneError(_outcome(delta, delta.status, delta.reason))
         if delta.base is None:
             raise _UndoneError(_outcome(delta, "unsupported", "the base has no such weight to compare it with"))
-        needed = _COPIES * 8 * math.prod(delta.shape)
+        needed = _bytes_for(delta)
         if needed > self.budget:
             told = f"needs {readable_size(needed)}, the budget is {readable_size(self.budget)}"
             raise _UndoneError(_outcome(delta, "too_large", f"{told}; raise memory_budget= (--memory)"))
-        form = read(delta, self.device)
+        device = resolve_device(self.device)
+        form = read(delta, device)
         if isinstance(form, Spectrum):
             raise _UndoneError(form)
         update_top = self._top(delta, form, form.max_rank if delta.factored else self.k)
         if not len(update_top.S):
             raise _UndoneError(_outcome(delta, "unchanged", "ΔW = 0"))
-        weight = delta.base.read(self.device)
+        weight = delta.base.read(device)
         base = triplets_of_base(delta.base, weight, self.cache)
         tuned_top = self._top(delta, Dense(weight + form.to_dense()), self.k)
         return AgainstBase(base, form, update_top, tuned_top, self.k, self.epsilon)
 
     def _top(self, delta: WeightDelta, form: Form, k: int) -> Triplets:
         """The top k triplets of a form that are more than rounding, by the engine with its checks; none of 0."""
-        wanted = Wanted(k, only_top=True, device=device_named(self.device))
+        device = resolve_device(self.device)
+        wanted = Wanted(k, only_top=True, device=device_named(device))
         (found,) = solve_forms([delta], [form], wanted)
         if found.status == "unchanged":
             return Triplets(
@@ -162,7 +203,7 @@ class _Work:
             raise _UndoneError(found)
         kept = min(found.rank, k, found.k)
         arrays = (found.U[:, :kept], found.S[:kept], found.Vh[:kept])
-        return Triplets(*(torch.as_tensor(array, device=self.device) for array in arrays))
+        return Triplets(*(torch.as_tensor(array, device=device) for array in arrays))
 
 
 def _outcome(delta: WeightDelta, status: Status, reason: str = "") -> Spectrum:
@@ -171,10 +212,13 @@ def _outcome(delta: WeightDelta, status: Status, reason: str = "") -> Spectrum:
 
 def _row(delta: WeightDelta, outcome: Spectrum, seen: AgainstBase | None = None) -> Row:
     """One matrix as column → value; None for every number of a matrix that has none."""
+    out, inside = delta.shape if len(delta.shape) == 2 else (None, None)
     return {
         "name": delta.name,
         "role": delta.role,
         "layer": delta.layer,
+        "out": out,
+        "in": inside,
         "status": outcome.status,
         "k": None if seen is None else len(seen.tuned_top.S),
         "r": None if seen is None else len(seen.update_top.S),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -223,7 +224,7 @@ def write(path: Path, content: bytes) -> None:
     Raises:
         StoreError: it cannot be written; what was there before is as it was.
     """
-    partial = path.with_name(f".{path.name[-100:]}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name[-100:]}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -26,7 +26,7 @@ def table(roles=("q_proj", "v_proj")):
 
 
 def test_a_curve_per_role_is_the_median_in_a_band_of_quartiles():
-    ax = spectra.plot_series(table(), "norm", ax=Figure().subplots())
+    ax = spectra.plot_series(table(), metric="norm", ax=Figure().subplots())
     curve, other = ax.get_lines()
     assert (curve.get_label(), other.get_label()) == ("q_proj", "v_proj")
     assert curve.get_xydata().tolist() == [[10, 11], [30, 31]]
@@ -36,7 +36,7 @@ def test_a_curve_per_role_is_the_median_in_a_band_of_quartiles():
 
 
 def test_shares_reach_from_0_to_1_and_chance_is_dotted():
-    ax = spectra.plot_series(table(), "phi_to_last", ax=Figure().subplots())
+    ax = spectra.plot_series(table(), metric="phi_to_last", ax=Figure().subplots())
     dotted = [line for line in ax.get_lines() if line.get_linestyle() == ":" and line.get_linewidth() < 1]
     assert [line.get_ydata().tolist() for line in dotted] == [[0.1, 0.1]] * 2
     assert ax.get_ylim() == (0, 1.03)
@@ -51,10 +51,10 @@ def test_a_figure_has_a_panel_for_each_metric_that_has_values_and_one_legend():
 
 def test_what_is_not_there_is_refused():
     with pytest.raises(SelectionError, match="'sigma' is not a metric along training"):
-        spectra.plot_series(table(), "sigma")
+        spectra.plot_series(table(), metric="sigma")
     nothing = table().assign(norm=np.nan)
     with pytest.raises(SelectionError, match="no checkpoint has a value of norm"):
-        spectra.plot_series(nothing, "norm")
+        spectra.plot_series(nothing, metric="norm")
     with pytest.raises(SelectionError, match="no checkpoint has an update"):
         spectra.series_figure(table()[table()["status"] != "ok"])
 
