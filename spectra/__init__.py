@@ -49,6 +49,7 @@ _HOMES = {
     "spectra.results.collection": ("Spectra", "load", "save"),
     "spectra.results.inspection": ("Inspection", "inspect"),
     "spectra.results.interference": ("interference",),
+    "spectra.results.intruders": ("intruders",),
     "spectra.results.series": ("series",),
     "spectra.results.similarities": ("NotCompared", "pool_by_role"),
     "spectra.results.streams": ("Decomposition", "compare", "decompose"),
@@ -98,6 +99,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.results.inspection import Inspection as Inspection
     from spectra.results.inspection import inspect as inspect
     from spectra.results.interference import interference as interference
+    from spectra.results.intruders import intruders as intruders
     from spectra.results.series import series as series
     from spectra.results.similarities import NotCompared as NotCompared
     from spectra.results.similarities import pool_by_role as pool_by_role

@@ -43,6 +43,10 @@ _MOST_LINES = 12
     "--cache", type=click.Path(file_okay=False), metavar="DIR",
     help="Keep W₀'s singular vectors here: most of the time, and the next run with this base reads them.",
 )  # fmt: skip
+@click.option(
+    "--intruders-only", is_flag=True,
+    help="Count intruder dimensions and nothing else: as exact, and mostly without W₀'s decomposition.",
+)  # fmt: skip
 @source_options
 @compute_options
 @table_option
@@ -54,6 +58,7 @@ def command(
     k: int,
     epsilon: float,
     cache: str | None,
+    intruders_only: bool,
     opening: Opening,
     compute: Compute,
     out: str | None,
@@ -68,10 +73,12 @@ def command(
     source = opening.open(tuned, base)
     with heavy_imports():
         from spectra.results.alignment import alignment_rows
+        from spectra.results.intruders import intruder_rows
 
+    make, name = (intruder_rows, "intruders") if intruders_only else (alignment_rows, "alignment")
     rows: list[Row] = []
     with report.progress(len(source), "spectra alignment") as bar, compute.keywords() as keywords:
-        for row in alignment_rows(source, k=k, epsilon=epsilon, cache=cache, **keywords):
+        for row in make(source, k=k, epsilon=epsilon, cache=cache, **keywords):
             rows.append(row)
             bar.update()
     document = {
@@ -82,13 +89,25 @@ def command(
     }
     if as_json:
         report.print_json(document)
+    elif intruders_only:
+        _print_counts(rows)
     else:
         _print(rows)
     if out:
-        report.keep_table(out, "alignment", document)
-        for path in report.draw(out, names=source.names) if figures else []:
+        report.keep_table(out, name, document)
+        for path in report.draw(out, names=source.names) if figures and not intruders_only else []:
             report.note(f"figure: {path}")
     report.close(rows)
+
+
+def _print_counts(rows: list[Row]) -> None:
+    """A line per matrix, and what the counts rest on."""
+    report.print_table(
+        ["matrix", "k", "intruders", "decided by"],
+        [[r["name"], r["k"], r["intruders"], r["decided_by"] or "–"] for r in rows],
+    )
+    done = [row["intruders"] for row in rows if row["status"] == "ok"]
+    report.note(f"{sum(done)} intruders in {len(done)} matrices")
 
 
 def _print(rows: list[Row]) -> None:
