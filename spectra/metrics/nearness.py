@@ -2,9 +2,10 @@ r"""A proof that no left vector of W₀ comes near a direction y, without W₀'s
 
 Write y = Σ cᵢxᵢ over the eigenvectors of G = W₀W₀ᵀ. The cᵢ² are point masses of a measure, and d Lanczos steps from y
 give its Gauss quadrature: nodes θ₁ < … < θ_d and weights w (Golub & Welsch 1969). The Chebyshev–Markov–Stieltjes
-inequalities, μ(−∞, θⱼ] ≤ w₁ + … + wⱼ ≤ μ(−∞, θⱼ₊₁), leave no more than wⱼ + wⱼ₊₁ to any one eigenvalue between two
-nodes. Once every such sum is below ε², no |cos(y, xᵢ)| reaches ε. What W₀'s top holds of y is known, and is taken out
-of it first.
+inequalities, μ(−∞, θⱼ] ≤ w₁ + … + wⱼ ≤ μ(−∞, θⱼ₊₁), leave no more than wⱼ₋₁ + wⱼ + wⱼ₊₁ to a neighbourhood of θⱼ that
+reaches neither of the next nodes: an eigenvalue, or several that rounding cannot tell apart, has no more than that.
+(Two terms would do for a single eigenvalue in exact arithmetic.) Once every such sum is below ε², no |cos(y, xᵢ)|
+reaches ε. What W₀'s top holds of y is known, and is taken out of it first.
 
 Reference: Akhiezer 1965, "The Classical Moment Problem" (the inequalities); Golub & Welsch 1969, "Calculation of Gauss
 quadrature rules".
@@ -22,7 +23,7 @@ from spectra.metrics.alignment import Triplets
 
 MARGIN = 1e-6  # of cos²: what float64 and the accuracy of W₀'s top could be wrong by, many times over
 _EVERY = 4  # steps between looks at the bound
-_STEPS = 64
+_STEPS = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,12 +112,12 @@ def _largest_mass(base: Tensor, known: Tensor, start: Tensor, enough: Tensor) ->
 
 
 def _neighbours(diagonal: Tensor, beside: Tensor) -> Tensor:
-    """max_j (w_j + w_{j+1}) of each tridiagonal matrix' Gauss weights; all mass where there is one node."""
+    """max_j (w_{j−1} + w_j + w_{j+1}) of each tridiagonal matrix' Gauss weights; all mass of fewer than three nodes."""
     whole = torch.diag_embed(diagonal)
     if beside.shape[1]:
         whole = whole + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
     weights = torch.linalg.eigh(whole).eigenvectors[:, 0].square()
-    return (weights[:, :-1] + weights[:, 1:]).amax(1) if weights.shape[1] > 1 else weights[:, 0]
+    return (weights[:, :-2] + weights[:, 1:-1] + weights[:, 2:]).amax(1) if weights.shape[1] > 2 else weights.sum(1)
 
 
 def _without(known: Tensor, vectors: Tensor) -> Tensor:
