@@ -62,6 +62,8 @@ def main(out: Path, kind: str) -> None:
     trainer = Trainer(model, arguments, train_dataset=Glosses())
     WatchSpectra(every=10, max_share=0.2).attach(trainer)
     trainer.train()
+    if kind == "lora":
+        model.save_pretrained(out / "adapter")  # what `spectra alignment --base … --tuned OUT/adapter` reads
     for path in spectra.draw_results(out / "spectra").files:
         print(path)
 

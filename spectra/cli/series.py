@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ _SHOWN = {
     "start_left": "start L",
     "start_right": "start R",
 }
+_MOST_NOTES = 4
 
 
 @click.command("series", short_help="The update along training, checkpoint by checkpoint.")
@@ -158,6 +160,11 @@ def _close(rows: list[Row], checkpoints: tuple[str, ...], out: str | None, writt
     if others and checkpoints:
         report.note(f"stored before in {out}, and part of the series: steps {', '.join(map(str, others))}")
     _missing(rows)
+    notes = Counter(note for row in rows for note in row["note"].split("; ") if note)
+    for text, count in notes.most_common(_MOST_NOTES):
+        report.note(f"note: {text} ({count} rows)")
+    if len(notes) > _MOST_NOTES:
+        report.note(f"note: {len(notes) - _MOST_NOTES} more, in the column note of --json and --out")
     undone: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         if row["status"] not in DONE:

@@ -15,7 +15,7 @@ import numpy as np
 from spectra.deltas.source import Source
 from spectra.errors import DeviceError, SelectionError, SourceError, SpectraError, StoreError
 from spectra.metrics import METRICS
-from spectra.metrics.similarity import SIDES, Side, subspace_similarity
+from spectra.metrics.similarity import SIDES, Side, SubspaceSimilarity, subspace_similarity
 from spectra.metrics.start import start_share
 from spectra.results import tables
 from spectra.results.collection import Spectra
@@ -316,13 +316,18 @@ def row(
         "layer": spectrum.layer,
         "status": spectrum.status,
         **{name: numbers[name] for name in MEASURED},
-        "k": min(spectrum.k, spectrum.rank),
+        "k": min(top, spectrum.k, spectrum.rank),
         **{column: None for name in COMPARED for column in (name, f"{name}_chance")},
         "reason": spectrum.reason,
         "note": spectrum.note,
     }
     for name, other in others.items():
-        found |= _phi(f"phi_to_{name}", spectrum, other, top, side)
+        similarity = _similarity(spectrum, other, top, side)
+        if similarity is not None:
+            found |= {f"phi_to_{name}": similarity.phi, f"phi_to_{name}_chance": float(similarity.chance[-1, -1])}
+            found["note"] = "; ".join(
+                filter(None, (found["note"], similarity.note and f"φ to {name}: {similarity.note}"))
+            )
     for where in SIDES:
         basis = start.basis(spectrum.name, where) if start is not None else None
         if basis is not None and spectrum.U is not None:
@@ -338,13 +343,12 @@ def _failed(step: int, moment: Moment | None, problem: SpectraError) -> Row:
     return found | {"role": "", "layer": None, "k": None}
 
 
-def _phi(column: str, a: Spectrum, b: Spectrum, top: int, side: Side) -> Row:
-    """φ(k, k) and its chance level; nothing where one of the two has no directions."""
+def _similarity(a: Spectrum, b: Spectrum, top: int, side: Side) -> SubspaceSimilarity | None:
+    """How similar the top directions are; None where one of the two has none, as its status and norm say."""
     try:
-        found = subspace_similarity(a, b, top=top, side=side)
+        return subspace_similarity(a, b, top=top, side=side)
     except SelectionError:
-        return {}  # the status and the norm of the two rows say why
-    return {column: found.phi, f"{column}_chance": float(found.chance[-1, -1])}
+        return None
 
 
 def _whole_path(path: str | Path | None) -> str | None:

@@ -82,7 +82,7 @@ class Start:
         if self._shelf is None:
             return self._held.get(name, {})
         arrays, origins = self._stored(name)
-        return {side: arrays[side] for side in SIDES if side in arrays and self._counts(*origins[side])}
+        return {side: arrays[side] for side in SIDES if side in origins and self._counts(*origins[side])}
 
     def _counts(self, of: str, before_training: bool, top: int | None) -> bool:
         """Whether a stored basis is of this start; `top` is how many directions were taken where that was a choice."""
@@ -90,8 +90,10 @@ class Start:
 
     def _stored(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         try:
-            there = self._shelf is not None and self._shelf.path(name).is_file()
-            return self._shelf.get(name) if there and self._shelf else ({}, {})
+            if self._shelf is None or not self._shelf.path(name).is_file():
+                return {}, {}
+            arrays, origins = self._shelf.get(name)
+            return ({}, {}) if set(arrays) != set(origins) else (arrays, origins)
         except StoreError:
             return {}, {}  # damaged: taken anew
 

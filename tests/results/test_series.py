@@ -228,6 +228,17 @@ def test_a_directory_of_something_else_or_of_another_base_is_refused(run):
         spectra.series(paths(1000), "base", layers="q_proj", out="kept")
 
 
+def test_fewer_directions_than_asked_for_are_said(run):
+    spectra.series(paths(), "base", layers="q_proj", top=3, out="kept")
+    found = spectra.series(out="kept", top=5)
+    assert set(found["k"]) == {3}
+    assert set(found["phi_to_last_chance"]) == {3 / 16}
+    assert all("φ to last: k clamped from 5 to 3" in note for note in found["note"])
+    plain = spectra.series(out="kept", top=2)
+    assert set(plain["k"]) == {2}
+    assert set(plain["note"]) == {""}
+
+
 def test_nothing_to_do_is_said(run):
     with pytest.raises(SelectionError, match="none was given"):
         spectra.series([])
