@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from spectra.deltas.thin import times
 from spectra.metrics.alignment import Triplets
 
 MARGIN = 1e-6  # of cos²: what float64 and the accuracy of W₀'s top could be wrong by, many times over
@@ -93,7 +94,7 @@ def _largest_mass(base: Tensor, known: Tensor, start: Tensor, enough: Tensor) ->
     vectors = start / start.norm(dim=0)
     for step in range(most):
         basis[:, step] = vectors.mT
-        following = base @ (base.mT @ vectors)
+        following = times(base, times(base.mT, vectors))
         diagonal[:, step] = (following * vectors).sum(0)
         done = basis[:, : step + 1]
         for _ in range(2):  # in turn: what is left of one in the other would grow from step to step

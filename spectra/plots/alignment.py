@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spectra import text
 from spectra.errors import SelectionError
 from spectra.plots.similarity import tick_positions
 from spectra.plots.style import HEATMAP, curves, look, new_axes
@@ -173,8 +174,9 @@ def _by_role(table: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
 
 
 def _heading(role: str, rows: pd.DataFrame) -> str:
-    matrices = f"mean of {len(rows)} matrices" if len(rows) > 1 else f"k = {len(rows['cosines'].iloc[0])}"
-    return f"{role}: {rows['intruders'].mean():.3g} intruders\n{matrices}"
+    count = int(rows["intruders"].sum())
+    told = f"{count} {'intruder' if count == 1 else 'intruders'} in {text.matrices(len(rows))}"
+    return f"{role}: {told}" + ("\nmean over them" if len(rows) > 1 else "")
 
 
 def _mean(lists: Sequence[Sequence[float]]) -> np.ndarray:
