@@ -9,7 +9,16 @@ import click
 
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import Opening, json_option, source_options, table_option, tuned_argument
+from spectra.cli.options import (
+    Compute,
+    Opening,
+    compute_options,
+    figures_option,
+    json_option,
+    source_options,
+    table_option,
+    tuned_argument,
+)
 from spectra.cli.table import View, print_rows, table_view
 
 if TYPE_CHECKING:
@@ -21,6 +30,8 @@ _SHOWN = {
     "left_in_top": "left",
     "right_in_top": "right",
 }
+
+_BY_ROLE = "medians over the changed matrices of a role; --all lists every matrix, and so do --out and --json"
 
 
 @click.command("alignment", short_help="What an update does to the directions of W₀.")
@@ -35,12 +46,14 @@ _SHOWN = {
     "--cache", type=click.Path(file_okay=False), metavar="DIR",
     help="Keep W₀'s singular vectors here: most of the time, and the next run with this base reads them.",
 )  # fmt: skip
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]", help="Where to compute.")
 @click.option(
-    "--memory", metavar="SIZE", help="Budget for the matrix at work, such as 4GiB.  [default: half of what is free]"
-)
+    "--intruders-only", is_flag=True,
+    help="Count intruder dimensions and nothing else: as exact, and mostly without W₀'s decomposition.",
+)  # fmt: skip
 @source_options
+@compute_options
 @table_option
+@figures_option
 @json_option
 @table_view
 def command(
@@ -49,28 +62,35 @@ def command(
     k: int,
     epsilon: float,
     cache: str | None,
-    device: str,
-    memory: str | None,
+    intruders_only: bool,
     opening: Opening,
+    compute: Compute,
     out: str | None,
+    figures: bool,
     as_json: bool,
     view: View,
 ) -> None:
     """ΔW against W₀: intruder dimensions, amplification and shares of energy, matrix by matrix.
 
-    Prints the main columns; --json and --out hold all of them, each with its chance level or control.
+    Prints the main columns; --json and --out hold all of them, each with its chance level or control, and --out
+    draws how W's top directions stand to W₀'s, and where in W₀'s spectrum the energy of ΔW lies.
     """
     source = opening.open(tuned, base)
     with heavy_imports():
-        from spectra.results.alignment import COLUMNS, alignment_rows
+        from spectra.results import alignment, intruders
 
-    view.check(COLUMNS, len(source))
+    make, name, columns = (
+        (intruders.intruder_rows, "intruders", intruders.COLUMNS)
+        if intruders_only
+        else (alignment.alignment_rows, "alignment", alignment.COLUMNS)
+    )
+    view.check(columns, len(source))
 
-    stream = alignment_rows(source, k=k, epsilon=epsilon, cache=cache, device=device, memory_budget=memory)
     rows: list[Row] = []
     kept = f"the vectors of W₀ are in {cache}" if cache else "nothing is stored: --cache DIR keeps W₀'s vectors"
-    with report.progress(len(source), "spectra alignment", otherwise=kept) as bar:
-        for row in stream:
+    bar = report.progress(len(source), "spectra alignment", otherwise=kept)
+    with bar, compute.keywords() as keywords:
+        for row in make(source, k=k, epsilon=epsilon, cache=cache, **keywords):
             rows.append(row)
             bar.update()
     document = {
@@ -81,17 +101,29 @@ def command(
     }
     if as_json:
         report.print_json(document)
+    elif intruders_only:
+        _print_counts(rows, view)
     else:
         _print(rows, view)
     if out:
-        report.keep_table(out, "alignment", document)
+        report.keep_table(out, name, document)
+        for path in report.draw(out, names=source.names) if figures and not intruders_only else []:
+            report.note(f"figure: {path}")
     report.close(rows)
+
+
+def _print_counts(rows: list[Row], view: View) -> None:
+    """A line per matrix, or the medians of a role, and what the counts rest on."""
+    if print_rows(rows, {"k": "k", "intruders": "intruders"}, view, beside=("decided_by",)):
+        report.note(_BY_ROLE)
+    done = [row["intruders"] for row in rows if row["status"] == "ok"]
+    report.note(f"{sum(done)} intruders in {len(done)} matrices")
 
 
 def _print(rows: list[Row], view: View) -> None:
     """A line per matrix, or the medians of a role where there are many; chance levels as a note."""
     if print_rows(rows, _SHOWN, view):
-        report.note("medians over the changed matrices of a role; --all lists every matrix, and so do --out and --json")
+        report.note(_BY_ROLE)
     done = [row for row in rows if row["status"] == "ok"]
     if done:
         report.note(f"left, right: shares of ‖ΔW‖² in W₀'s top directions; by chance {_chance(done)}")

@@ -75,6 +75,9 @@ scale_option = click.option("--scale", type=float, help="The scale s where the a
 table_option = click.option(
     "--out", type=click.Path(file_okay=False), metavar="DIR", help="Keep the table here, as csv and as json.",
 )  # fmt: skip
+figures_option = click.option(
+    "--figures/--no-figures", default=True, show_default=True, help="Draw figures into the --out directory.",
+)  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 _SOURCE = (
     layer_option,

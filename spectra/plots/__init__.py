@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from spectra.plots.alignment import deciles_figure, plot_cosines, plot_deciles, tops_figure
 from spectra.plots.figures import draw_panels, histogram_figure, histogram_panels, save_figure, similarity_figure
 from spectra.plots.grouping import Comparison, curves_by_role, pages_by_layer, panels_by_role
 from spectra.plots.heads import heads_figure
 from spectra.plots.histogram import plot_histogram
 from spectra.plots.interference import cosines_figure, depth_figure, draw_interference, plot_roles_over_depth
 from spectra.plots.ranks import plot_kept_energy
+from spectra.plots.series import plot_series, series_figure
 from spectra.plots.several import draw_pairs
 from spectra.plots.similarity import grid_rows, plot_similarity
 from spectra.plots.squares import pairs_figure, plot_square, squares_figure
@@ -18,6 +20,7 @@ __all__ = [
     "Drawn",
     "cosines_figure",
     "curves_by_role",
+    "deciles_figure",
     "depth_figure",
     "draw_interference",
     "draw_pairs",
@@ -30,12 +33,17 @@ __all__ = [
     "pages_by_layer",
     "pairs_figure",
     "panels_by_role",
+    "plot_cosines",
+    "plot_deciles",
     "plot_histogram",
     "plot_kept_energy",
     "plot_roles_over_depth",
+    "plot_series",
     "plot_similarity",
     "plot_square",
     "save_figure",
+    "series_figure",
     "similarity_figure",
     "squares_figure",
+    "tops_figure",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from spectra import naming
 from spectra.errors import SelectionError
 from spectra.metrics.similarity import SIDES, SubspaceSimilarity
+from spectra.plots.alignment import alignment_numbers, deciles_figure, tops_figure, undrawn_roles
 from spectra.plots.figures import (
     CLOSE_UP,
     DEFAULT_FORMATS,
@@ -24,16 +26,19 @@ from spectra.plots.figures import (
 )
 from spectra.plots.grouping import MOST_CURVES, Comparison, curves_by_role, pages_by_layer, panels_by_role
 from spectra.plots.histogram import BINS, BinnedPanel
+from spectra.plots.series import left_out_roles, series_curves, series_figure
 from spectra.plots.several import draw_pairs
 from spectra.plots.similarity import grid_rows
 from spectra.results import tables
 from spectra.results.all_pairs import load_pairs
 from spectra.results.collection import Spectra
+from spectra.results.series import TABLE, is_series
 from spectra.results.store import Store, nothing_stored, write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+ALIGNMENT_TABLE = "alignment.json"
 _LONGEST_LABEL = 28
 
 
@@ -68,10 +73,11 @@ def draw_results(
 
     Of one directory of spectra: a histogram with a curve per role. Of several: a curve each, on shared bins.
     Of comparisons: the heatmaps, a panel per directory, role and side; of one of several updates, every two of them.
-    The numbers behind each figure go into a csv file beside it.
+    Of a series: its curves along training. Of an alignment: cosines and deciles. The numbers behind each figure go
+    into a csv file beside it.
 
     Args:
-        directories: one or more, made by `decompose(…, out=…)`, `compare(…, out=…)` or `save`.
+        directories: one or more, made by `decompose(…, out=…)`, `compare(…, out=…)`, `series(…, out=…)` or `save`.
         out: where to put figures; None for the first directory.
         layers: only the matrices that these patterns mean; () for all.
         names: only the matrices of these names, curves in their order; None for all.
@@ -96,7 +102,16 @@ def draw_results(
     wanted = None if names is None else list(dict.fromkeys(names))
     runs: dict[str, Spectra] = {}
     comparisons: list[Comparison] = []
+    files: list[Path] = []
+    notes: list[str] = []
     for label, directory in zip(called, places, strict=True):
+        tables_there = [draw for there, draw in _OF_TABLES if there(Path(directory))]
+        for draw in tables_there:
+            called_here = label if len(places) > 1 else ""
+            drawn = draw(Path(directory), Path(directory if out is None else out), layers, called_here, title, formats)
+            files, notes = [*files, *drawn.files], [*notes, *drawn.notes]
+        if tables_there and not Store(directory).spectra.names() and not Store(directory).similarity.names():
+            continue
         store = _results(directory)
         try:
             if store.spectra.names():
@@ -106,21 +121,36 @@ def draw_results(
         except SelectionError as problem:
             raise SelectionError(f"{directory}: {problem}") from None
     target = Path(places[0] if out is None else out)
-    files: list[Path] = []
-    notes: list[str] = []
     if comparisons:
         files += _draw_similarity(comparisons, target, title, bool(labels) or len(comparisons) > 1, formats)
     if runs:
-        try:
-            if per_layer and len(runs) == 1:
-                ((label, spectra),) = runs.items()
-                pages = pages_by_layer(spectra.without_vectors())
-                files += _draw_pages(pages, target, title or label, bins, close_up, formats)
-            else:
-                curves, title, notes = _curves(runs, title)
-                files += _draw_histogram(curves, target, title, bins, close_up, formats)
-        except SelectionError as problem:
-            notes.append(f"no histogram: {problem}")
+        drawn = _draw_runs(runs, target, title, per_layer, bins, close_up, formats)
+        files, notes = [*files, *drawn.files], [*notes, *drawn.notes]
+    return Drawn(tuple(files), tuple(notes))
+
+
+def _draw_runs(
+    runs: Mapping[str, Spectra],
+    target: Path,
+    title: str,
+    per_layer: bool,
+    bins: int,
+    close_up: float,
+    formats: Sequence[str],
+) -> Drawn:
+    """The histogram of one run or several, or its pages layer by layer."""
+    notes: list[str] = []
+    files: list[Path] = []
+    try:
+        if per_layer and len(runs) == 1:
+            ((label, spectra),) = runs.items()
+            pages = pages_by_layer(spectra.without_vectors())
+            files += _draw_pages(pages, target, title or label, bins, close_up, formats)
+        else:
+            curves, title, notes = _curves(runs, title)
+            files += _draw_histogram(curves, target, title, bins, close_up, formats)
+    except SelectionError as problem:
+        notes.append(f"no histogram: {problem}")
     return Drawn(tuple(files), tuple(notes))
 
 
@@ -188,8 +218,7 @@ def _curves(runs: Mapping[str, Spectra], title: str) -> tuple[Mapping[str, Itera
         return runs, title, []
     ((label, spectra),) = runs.items()
     curves, left_out = curves_by_role(spectra)
-    listed = f"not drawn, to keep the figure readable: {', '.join(left_out)}; draw them with layers= (--layer)"
-    return curves, title or label, [listed] if left_out else []
+    return curves, title or label, list(_too_many(left_out))
 
 
 def _draw_histogram(
@@ -243,6 +272,57 @@ def _draw_similarity(
     # similarity.csv is the table of the comparison itself
     numbers = grid_rows(panels.similarities)
     return _keep(figure, target / "similarity", numbers, target / "similarity_grid.csv", formats)
+
+
+def _draw_series(
+    directory: Path, target: Path, layers: str | Sequence[str], label: str, title: str, formats: Sequence[str]
+) -> Drawn:
+    """The curves of a stored series, from its table; several of them into files of their own labels."""
+    import pandas as pd
+
+    table = pd.read_csv(directory / TABLE, keep_default_na=False, na_values=[""])
+    if layers:
+        chosen = naming.select(layers, dict.fromkeys(table["name"].dropna()))
+        table = table[table["name"].isin(chosen)]
+    name = f"series-{label}" if label else "series"
+    try:
+        figure = series_figure(table, title=title or label)
+    except SelectionError as problem:
+        return Drawn((), (f"no curves of {directory}: {problem}",))
+    files = _keep(figure, target / name, series_curves(table), target / f"{name}_curves.csv", formats)
+    return Drawn(tuple(files), _too_many(left_out_roles(table)))
+
+
+def _draw_alignment(
+    directory: Path, target: Path, layers: str | Sequence[str], label: str, title: str, formats: Sequence[str]
+) -> Drawn:
+    """The two figures of a stored alignment, from its table."""
+    import pandas as pd
+
+    table = pd.DataFrame(json.loads((directory / ALIGNMENT_TABLE).read_text(encoding="utf-8"))["matrices"])
+    if layers:
+        table = table[table["name"].isin(naming.select(layers, table["name"]))]
+    end = f"-{label}" if label else ""
+    try:
+        figures = tops_figure(table, title=title or label), deciles_figure(table, title=title or label)
+    except SelectionError as problem:
+        return Drawn((), (f"no figure of {directory}: {problem}",))
+    files: list[Path] = []
+    for name, figure, rows in zip(("cosines", "deciles"), figures, alignment_numbers(table), strict=True):
+        path = target / f"alignment_{name}{end}"
+        files += _keep(figure, path, rows, path.with_name(f"{path.name}.csv"), formats)
+    return Drawn(tuple(files), _too_many(undrawn_roles(table)))
+
+
+def _too_many(roles: Sequence[str]) -> tuple[str, ...]:
+    listed = f"not drawn, to keep the figure readable: {', '.join(roles)}; draw them with layers= (--layer)"
+    return (listed,) if roles else ()
+
+
+_OF_TABLES = (
+    (is_series, _draw_series),
+    (lambda directory: (directory / ALIGNMENT_TABLE).is_file(), _draw_alignment),
+)
 
 
 def _keep(figure: Figure, path: Path, rows: list[dict[str, Any]], table: Path, formats: Sequence[str]) -> list[Path]:
