@@ -157,4 +157,7 @@ def test_a_models_folder_is_never_proposed_for_results(llama):
     before = sorted(path.name for path in (llama / "ckpt").iterdir())
     _, err = run("svd", "--base", "llama-7b", "--tuned", "ckpt", "--out", "ckpt", status=1)
     assert "ckpt is a model's folder (it holds config.json): choose another directory (out=, --out)" in err
+    for command in (["alignment", "ckpt"], ["interference", "ckpt", "ckpt"]):
+        _, err = run(*command, "--base", "llama-7b", "--out", "ckpt", status=2)
+        assert "ckpt is a model's folder (it holds config.json)" in err
     assert sorted(path.name for path in (llama / "ckpt").iterdir()) == before
