@@ -150,3 +150,11 @@ def test_the_module_runs_and_says_its_version():
 
     result = subprocess.run([sys.executable, "-m", "spectra", "--version"], capture_output=True, text=True, check=True)
     assert result.stdout == f"spectra, version {spectra.__version__}\n"
+
+
+def test_stored_results_are_no_model(llama):
+    lora_folder(llama / "a", seed=1)
+    run("svd", "a", "--out", "results", "--no-figures")
+    assert (
+        "it holds stored results: spectra plot and spectra similarity take them" in run("svd", "results", status=1)[1]
+    )
