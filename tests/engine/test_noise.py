@@ -130,7 +130,7 @@ def test_similarity_warns_where_the_base_s_own_error_is_in_both(copy, tmp_path):
         found += spectra.decompose(source, top=30)
     similarity = spectra.subspace_similarity(*found, top=30)
     assert similarity.k_used == 8
-    assert ("contain the rounding error of the base" in similarity.note) == copy
+    assert ("contain the rounding error of their base" in similarity.note) == copy
 
 
 @pytest.mark.parametrize("rate", [0.7, 0.5, 0.3])
