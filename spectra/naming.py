@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,10 @@ from spectra.errors import SelectionError
 _ROLE_PATTERNS: tuple[tuple[str, str], ...] = (
     (r"(?:^|\.)h\.\d+\.mlp\.w1$", "up_proj"),  # Qwen v1, which names them the other way round
     (r"(?:^|\.)h\.\d+\.mlp\.w2$", "gate_proj"),
+    (r"(?:^|\.)h\.\d+\.attn\.proj$|(?:^|\.)attn\.output_proj$", "o_proj"),  # LitGPT; torchtune
+    (r"(?:^|\.)h\.\d+\.mlp\.(?:experts\.\d+\.)?fc_1$", "gate_proj"),
+    (r"(?:^|\.)h\.\d+\.mlp\.(?:experts\.\d+\.)?fc(?:_2)?$", "up_proj"),
+    (r"(?:^|\.)h\.\d+\.mlp\.(?:experts\.\d+\.)?proj$", "down_proj"),
     (
         r"(?:^|\.)(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|qkv_proj|gate_up_proj)$",
         r"\1",
@@ -28,7 +33,7 @@ _ROLE_PATTERNS: tuple[tuple[str, str], ...] = (
         r"(?:^|\.)(?:attn\.c_proj|attention\.output\.dense|(?:self_)?attention\.dense|self_attn\.dense)$",
         "o_proj",
     ),
-    (r"(?:^|\.)(?:c_attn|query_key_value|Wqkv)$", "qkv_proj"),
+    (r"(?:^|\.)(?:c_attn|query_key_value|Wqkv|h\.\d+\.attn\.qkv)$", "qkv_proj"),
     (
         r"(?:^|\.)(?:mlp\.c_fc|dense_h_to_4h|intermediate\.dense|fc1|lin1|DenseReluDense\.wi)$",
         "up_proj",
@@ -48,8 +53,15 @@ _PART_ROLES = {
     **{part: f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")},
     **{f"{part}_proj": f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")},
 }
+# Words for the two halves of a block, whatever the architecture calls them.
+_ATTENTION = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+_GROUPS = {"attn": _ATTENTION, "attention": _ATTENTION, "mlp": _MLP, "ffn": _MLP}
+# As data goes through a model; roles that are not here come between the last two.
+_ORDER = ("embed_tokens", *_ATTENTION, *_MLP, "", "lm_head")
 _PARTS = re.compile(r"\[([^\]]*)\]")
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|block|encoder|decoder|resblocks)\.(\d+)(?=\.|$)")
+_LAYERS = re.compile(r"(\d+)(?:-(\d+)(?:\.(.+))?)?")
 _ANY_NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 
@@ -120,8 +132,10 @@ def role_of(name: str) -> str:
 def matches(pattern: str, name: str) -> bool:
     """Whether `--layer pattern` means this weight.
 
-    A bare word is a path component, several of them joined by dots, the role, or the whole name;
-    a glob is matched against the same things; `re:…` is searched in the whole name.
+    A bare word is a path component, several of them joined by dots, the role, or the whole name; `attn` and `mlp`
+    are the roles of those two halves of a block as well. A number is a layer, `0-3` are the layers 0, 1, 2 and 3,
+    and `0-3.q_proj` what of them the rest means. A glob is matched against the same things as a word; `re:…` is
+    searched in the whole name.
 
     >>> matches("v_proj", "encoder.layer.0.attention.self.value.weight")
     True
@@ -130,9 +144,14 @@ def matches(pattern: str, name: str) -> bool:
     """
     if pattern.startswith("re:"):
         return re.search(pattern[3:], name) is not None
+    layers = _LAYERS.fullmatch(pattern)
+    if layers:
+        layer = layer_of(name)
+        inside = layer is not None and int(layers[1]) <= layer <= int(layers[2] or layers[1])
+        return inside and (layers[3] is None or matches(layers[3], name))
     whole, parts = split_parts(name)
     words = [*whole.split("."), *parts]
-    if pattern in (name, whole, role_of(name)):
+    if pattern in (name, whole, role_of(name)) or role_of(name) in _GROUPS.get(pattern, ()):
         return True
     width = pattern.count(".") + 1
     runs = [".".join(words[i : i + width]) for i in range(len(words) - width + 1)]
@@ -143,13 +162,22 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def select(patterns: str | Sequence[str], names: Iterable[str]) -> list[str]:
-    """The names that any of the patterns means, in their order.
+    """The names that any of the patterns means, in their order. A comma separates patterns, too.
 
     Raises:
         SelectionError: a pattern is not a regular expression, or matches none of the names.
+
+    Example:
+        >>> select("q_proj,v_proj", [f"layers.{i}.{role}.weight" for i in range(2) for role in ("q_proj", "k_proj")])
+        Traceback (most recent call last):
+        ...
+        spectra.errors.SelectionError: layer pattern 'v_proj' matches none of the 4 matrices that are there; \
+roles: q_proj (2), k_proj (2); layers 0 to 1; did you mean q_proj or k_proj? Example name: layers.0.q_proj.weight
     """
     names = list(names)
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    given = [patterns] if isinstance(patterns, str) else list(patterns)
+    whole = set(names)
+    wanted = [piece for pattern in given for piece in ([pattern] if pattern in whole else _alternatives(pattern))]
     chosen: set[str] = set()
     for pattern in wanted:
         try:
@@ -157,17 +185,51 @@ def select(patterns: str | Sequence[str], names: Iterable[str]) -> list[str]:
         except re.error as problem:
             raise SelectionError(f"layer pattern {pattern!r} is not a regular expression: {problem}") from None
         if not hits:
-            raise SelectionError(f"layer pattern {pattern!r} matches none of {_overview(names)}")
+            raise SelectionError(f"layer pattern {pattern!r} matches none of {_overview(names, pattern)}")
         chosen.update(hits)
     return [name for name in names if name in chosen]
 
 
-def _overview(names: list[str]) -> str:
+def _alternatives(pattern: str) -> list[str]:
+    """The patterns that commas separate; a regular expression, and the inside of brackets, may have commas.
+
+    >>> _alternatives("q_proj, v_proj"), _alternatives("re:q{1,2}"), _alternatives("h.[0,1].*")
+    (['q_proj', 'v_proj'], ['re:q{1,2}'], ['h.[0,1].*'])
+    """
+    if pattern.startswith("re:"):
+        return [pattern]
+    return [piece.strip() for piece in re.split(r",(?![^\[]*\])", pattern) if piece.strip()] or [pattern]
+
+
+def in_model_order(roles: Iterable[str]) -> list[str]:
+    """Roles as data goes through a model: q, k, v, o, gate, up, down; the unknown ones after those, as they come.
+
+    >>> in_model_order(["lm_head", "down_proj", "pooler", "v_proj", "q_proj"])
+    ['q_proj', 'v_proj', 'down_proj', 'pooler', 'lm_head']
+    """
+    return sorted(dict.fromkeys(roles), key=lambda role: _ORDER.index(role if role in _ORDER else ""))
+
+
+def _overview(names: list[str], pattern: str) -> str:
+    """What there is, for a pattern that matches none of it, and what may have been meant."""
     if not names:
         return "the 0 matrices that are there"
     counts: dict[str, int] = {}
     for name in names:
         counts[role_of(name)] = counts.get(role_of(name), 0) + 1
-    listed = ", ".join(f"{role} ({count})" for role, count in sorted(counts.items())[:20])
+    listed = ", ".join(f"{role} ({counts[role]})" for role in in_model_order(counts)[:20])
     more = f" and {len(counts) - 20} more roles" if len(counts) > 20 else ""
-    return f"the {len(names)} matrices that are there; roles: {listed}{more}. Example name: {names[0]}"
+    layers = {layer for name in names if (layer := layer_of(name)) is not None}
+    told = f"; layers {min(layers)} to {max(layers)}" if layers else ""
+    similar = _similar(pattern, counts, names)
+    meant = f"; did you mean {' or '.join(similar)}?" if similar else "."
+    return f"the {len(names)} matrices that are there; roles: {listed}{more}{told}{meant} Example name: {names[0]}"
+
+
+def _similar(pattern: str, roles: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Roles, words and parts of names that look like a pattern or are what other architectures call so."""
+    roles = list(roles)
+    same = [role for role in roles if role == role_of(pattern)]
+    words = dict.fromkeys([*roles, *(word for name in names for word in name.split(".") if not word.isdigit())])
+    close = difflib.get_close_matches(pattern, words, n=3)
+    return list(dict.fromkeys([*same, *close, *(role for role in roles if role.startswith(pattern))]))[:3]

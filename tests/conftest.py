@@ -19,6 +19,15 @@ settings.load_profile("spectra")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of one long experiment run first and in one process: it is made once, while the other does the rest."""
+    long = [item for item in items if "experiment" in getattr(item, "fixturenames", ())]
+    for item in long:
+        item.add_marker(pytest.mark.xdist_group("experiment"))
+    items[:] = long + [item for item in items if item not in set(long)]
+
+
 @pytest.fixture(scope="session")
 def real_pair() -> tuple[Path, Path]:
     """The MiniLM base and its full fine-tune, which `make data` puts into the checkout."""

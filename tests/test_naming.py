@@ -50,6 +50,18 @@ def test_roles_and_layers_across_architectures(name):
         ("lm_head", 1),
         ("proj", 0),
         ("layers.*.v_proj", 0),
+        ("v_proj,q_proj", 4),
+        ("lm_head, up_proj", 2),
+        ("1", 3),
+        ("0-1", 4),
+        ("1-11", 4),
+        ("0-1.attn", 3),
+        ("0-1.v_proj,lm_head", 3),
+        ("12-99", 0),
+        ("attn", 4),
+        ("mlp", 1),
+        ("[q,v]_proj", 4),
+        ("re:[qv]_proj,?", 3),
         ("*v_proj*", 3),
     ],
 )
@@ -75,3 +87,28 @@ def test_every_pattern_must_match_and_the_order_is_the_inputs():
         naming.select(["a", "typo"], ["a.weight"])
     with pytest.raises(SelectionError, match="not a regular expression"):
         naming.select("re:(", ["a.weight"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "told"),
+    [
+        ("q_prj", "did you mean q_proj"),
+        ("query", r"did you mean q_proj\?"),
+        ("up", r"did you mean up_proj\?"),
+        ("7-9", r"layers 0 to 1\. Example"),
+        ("q_proj,w_proj", "'w_proj' matches none of the 4 matrices"),
+        ("slef_attn", r"did you mean self_attn\?"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_told_what_is_near(pattern, told):
+    names = [f"model.layers.{i}.{module}.weight" for i in range(2) for module in ("mlp.up_proj", "self_attn.q_proj")]
+    with pytest.raises(SelectionError, match=told):
+        naming.select(pattern, names)
+
+
+def test_roles_stand_in_the_models_order():
+    roles = ["lm_head", "down_proj", "router", "o_proj", "q_proj", "embed_tokens", "up_proj", "gate_proj", "k_proj"]
+    assert naming.in_model_order([*roles, "v_proj", "other", "q_proj"]) == [
+        *("embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        *("router", "other", "lm_head"),
+    ]

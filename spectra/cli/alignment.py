@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,7 +17,9 @@ from spectra.cli.options import (
     json_option,
     source_options,
     table_option,
+    tuned_argument,
 )
+from spectra.cli.table import View, print_rows, table_view
 
 if TYPE_CHECKING:
     from spectra.results.tables import Row
@@ -28,12 +30,11 @@ _SHOWN = {
     "left_in_top": "left",
     "right_in_top": "right",
 }
-_MOST_LINES = 12
 
 
 @click.command("alignment", short_help="What an update does to the directions of W₀.")
-@click.option("--base", metavar="BASE", help="The model it started from: path, hub id or alias.")
-@click.option("--tuned", required=True, metavar="TUNED", help="The tuned model or adapter: path, hub id or alias.")
+@tuned_argument
+@click.option("--base", type=click.Path(), metavar="BASE", help="The model it started from: path, hub id or alias.")
 @click.option("--k", type=click.IntRange(min=1), default=10, show_default=True, help="How many top directions.")
 @click.option(
     "--epsilon", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True,
@@ -52,6 +53,7 @@ _MOST_LINES = 12
 @table_option
 @figures_option
 @json_option
+@table_view
 def command(
     base: str | None,
     tuned: str,
@@ -64,6 +66,7 @@ def command(
     out: str | None,
     figures: bool,
     as_json: bool,
+    view: View,
 ) -> None:
     """ΔW against W₀: intruder dimensions, amplification and shares of energy, matrix by matrix.
 
@@ -72,12 +75,15 @@ def command(
     """
     source = opening.open(tuned, base)
     with heavy_imports():
-        from spectra.results.alignment import alignment_rows
-        from spectra.results.intruders import intruder_rows
+        from spectra.results import intruders
+        from spectra.results.alignment import COLUMNS, alignment_rows
 
-    make, name = (intruder_rows, "intruders") if intruders_only else (alignment_rows, "alignment")
+    view.check(intruders.COLUMNS if intruders_only else COLUMNS, len(source))
+
+    make, name = (intruders.intruder_rows, "intruders") if intruders_only else (alignment_rows, "alignment")
     rows: list[Row] = []
-    with report.progress(len(source), "spectra alignment") as bar, compute.keywords() as keywords:
+    kept = f"the vectors of W₀ are in {cache}" if cache else "nothing is stored: --cache DIR keeps W₀'s vectors"
+    with report.progress(len(source), "spectra alignment", otherwise=kept) as bar, compute.keywords() as keywords:
         for row in make(source, k=k, epsilon=epsilon, cache=cache, **keywords):
             rows.append(row)
             bar.update()
@@ -90,9 +96,9 @@ def command(
     if as_json:
         report.print_json(document)
     elif intruders_only:
-        _print_counts(rows)
+        _print_counts(rows, view)
     else:
-        _print(rows)
+        _print(rows, view)
     if out:
         report.keep_table(out, name, document)
         for path in report.draw(out, names=source.names) if figures and not intruders_only else []:
@@ -100,26 +106,18 @@ def command(
     report.close(rows)
 
 
-def _print_counts(rows: list[Row]) -> None:
+def _print_counts(rows: list[Row], view: View) -> None:
     """A line per matrix, and what the counts rest on."""
-    report.print_table(
-        ["matrix", "k", "intruders", "decided by"],
-        [[r["name"], r["k"], r["intruders"], r["decided_by"] or "–"] for r in rows],
-    )
+    shown = {"k": "k", "intruders": "intruders", "decided_by": "decided by"}
+    print_rows(rows, shown, replace(view, every=True))
     done = [row["intruders"] for row in rows if row["status"] == "ok"]
     report.note(f"{sum(done)} intruders in {len(done)} matrices")
 
 
-def _print(rows: list[Row]) -> None:
+def _print(rows: list[Row], view: View) -> None:
     """A line per matrix, or the medians of a role where there are many; chance levels as a note."""
-    if len(rows) <= _MOST_LINES:
-        report.print_table(["matrix", *_SHOWN.values()], [[r["name"], *map(r.get, _SHOWN)] for r in rows])
-    else:
-        from spectra.results.tables import role_rows
-
-        header = ["role", "matrices", "unchanged", *_SHOWN.values()]
-        report.print_table(header, [list(line.values()) for line in role_rows(rows, _SHOWN)])
-        report.note("medians over the changed matrices of a role; every matrix is in --out and --json")
+    if print_rows(rows, _SHOWN, view):
+        report.note("medians over the changed matrices of a role; --all lists every matrix, and so do --out and --json")
     done = [row for row in rows if row["status"] == "ok"]
     if done:
         report.note(f"left, right: shares of ‖ΔW‖² in W₀'s top directions; by chance {_chance(done)}")

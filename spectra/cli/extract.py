@@ -45,14 +45,14 @@ def _is_number(word: str) -> bool:
 
 
 @click.command("extract", short_help="Write an update as a LoRA.", cls=_WeightsCommand)
-@click.option("--base", metavar="BASE", help="The model it started from: path, hub id or alias.")
+@click.argument("given", metavar="TUNED…", nargs=-1, type=click.Path())
+@click.option("--base", type=click.Path(), metavar="BASE", help="The model it started from: path, hub id or alias.")
 @click.option(
     "--tuned",
-    "tuned",
-    required=True,
     multiple=True,
     metavar="TUNED",
-    help="The tuned model, an adapter, or results of svd --top --out. Repeat it to add updates up.",
+    type=click.Path(),
+    help="TUNED, written as an option: a model, an adapter, or results of svd --top --out. Several are added up.",
 )
 @click.option(
     "--weights", type=float, multiple=True, metavar="W W …", help="What each TUNED is multiplied by.  [default: 1 each]"
@@ -98,6 +98,7 @@ def _is_number(word: str) -> bool:
 @compute_options
 @json_option
 def command(
+    given: tuple[str, ...],
     base: str | None,
     tuned: tuple[str, ...],
     weights: tuple[float, ...],
@@ -121,10 +122,11 @@ def command(
     Choose the ranks by one of --rank, --energy, --parameters and --above-noise. The error is known before anything is
     written (--dry-run), and what a LoRA cannot hold is listed.
     """
+    tuned = (*given, *tuned)
     _check_usage([rank, energy, parameters, above_noise or None], tuned, weights, out, dry_run)
     if save_modules and file_format != "peft":
         raise click.UsageError("--save-modules needs --format peft: kohya's files keep no module whole")
-    given = _given(tuned, base, layers, {"heads": heads, "scale": scale, "split": bool(layers)})
+    updates = _given(tuned, base, layers, {"heads": heads, "scale": scale, "split": bool(layers)})
     with heavy_imports():
         from spectra.extraction.extract import run
         from spectra.extraction.inputs import inputs_of
@@ -133,8 +135,8 @@ def command(
     rule = Rule(rank, energy, parameters, above_noise)
     options = Options(file_format, dtype, save_modules)
     with compute.keywords() as keywords:
-        inputs = inputs_of(given, weights or None, **keywords)
-        with report.progress(len(inputs.gathered.weights), "spectra extract") as bar:
+        inputs = inputs_of(updates, weights or None, **keywords)
+        with report.progress(len(inputs.gathered.weights), "spectra extract", otherwise="nothing was written") as bar:
             found = run(inputs, None if dry_run else out, rule, options, bar.update)
     if as_json:
         report.print_json(_document(found, tuned, base, None if dry_run else out, options.format, dtype))
@@ -147,6 +149,8 @@ def _check_usage(
     rules: Sequence[Any], tuned: Sequence[str], weights: Sequence[float], out: str | None, dry_run: bool
 ) -> None:
     given = sum(rule is not None for rule in rules)
+    if not tuned:
+        raise click.UsageError("TUNED is missing: the tuned model or adapter (or --tuned)")
     if given != 1:
         many = "none" if not given else f"{given}"
         raise click.UsageError(f"{many} of --rank, --energy, --parameters and --above-noise given: choose one")
@@ -170,8 +174,8 @@ def _given(
     sources = []
     for each in tuned:
         source = open_source(each, base, **settings)
-        for warning in source.coverage.warnings:
-            report.note(f"warning: {warning}")
+        for line in source.coverage.warnings:
+            report.warning(f"warning: {line}")
         sources.append(source.select(layers) if layers else source)
     return sources
 
@@ -214,7 +218,8 @@ def _print(rows: Sequence[Row]) -> None:
     for row in rows:
         roles.setdefault(naming.role_of(row.name), []).append(row)
     lines = []
-    for role, members in roles.items():
+    for role in naming.in_model_order(roles):
+        members = roles[role]
         ranks = str(text.number_range([row.rank for row in members]))
         lines.append([role, len(members), ranks, total_error(members), sum(row.parameters for row in members)])
     report.print_table(["role", "matrices", "rank", "relative_error", "parameters"], lines)
@@ -241,5 +246,5 @@ def _close(found: Extraction, out: str | None) -> None:
     )
     report.note(f"adapter: {out}" if out else "nothing was written (--dry-run)")
     if found.undone:
-        report.note(f"{len(found.undone)} of {len(found.undone) + len(found.rows)} matrices could not be done")
+        report.warning(f"{len(found.undone)} of {len(found.undone) + len(found.rows)} matrices could not be done")
         sys.exit(1)

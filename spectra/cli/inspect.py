@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 @click.command("inspect", short_help="What a model or adapter holds, from headers only.")
-@click.argument("path", metavar="PATH")
-@click.option("--base", metavar="BASE", help="Pair it with this model and show what fits.")
+@click.argument("path", metavar="PATH", type=click.Path())
+@click.option("--base", type=click.Path(), metavar="BASE", help="Pair it with this model and show what fits.")
 @click.option("--heads", type=HeadsType(), default="mean", help="What multi-head adapters stand for.", hidden=True)
 @scale_option
 @json_option
@@ -61,4 +61,4 @@ def _print(inspection: Inspection) -> None:
     if inspection.source is not None:
         click.echo(str(inspection.source.coverage))
     else:
-        click.echo("full weights: pass --base to pair them with the model they started from")
+        click.echo(inspection.needs)

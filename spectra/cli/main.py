@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import time
 from typing import Any
 
 import click
 
 from spectra._version import __version__
+from spectra.cli import talk
+from spectra.cli.progress import STOPPED
 from spectra.errors import SpectraError
 
 # Command → the module that holds it; imported when it is called or its help is asked for.
@@ -25,6 +29,9 @@ _COMMANDS = {
 }
 
 
+_MODELS = ("base", "tuned", "adapter", "merged")  # options that name a model
+
+
 class _Commands(click.Group):
     """Loads commands lazily and turns the library's errors into one line and exit status 1."""
 
@@ -34,14 +41,50 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
-        command: click.Command = importlib.import_module(_COMMANDS[name]).command
-        return command
+        return talk.add_options(importlib.import_module(_COMMANDS[name]).command)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is meant, or what has a similar name; every option that takes one value is given once."""
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            similar = difflib.get_close_matches(args[0], _COMMANDS, n=3) or [
+                name for name in _COMMANDS if name.startswith(args[0])
+            ]
+            told = f" Did you mean {' or '.join(similar)}?" if similar else f" There are {', '.join(_COMMANDS)}."
+            raise click.UsageError(f"No such command {args[0]!r}.{told}", ctx)
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            _refuse_repeated(command, name or "", ctx, rest)
+        return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
+        start = time.monotonic()
         try:
             return super().invoke(ctx)
         except SpectraError as problem:
             raise click.ClickException(str(problem)) from None
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+            raise click.exceptions.Exit(STOPPED) from None
+        finally:
+            if talk.is_verbose():
+                click.echo(f"took {time.monotonic() - start:.1f} s", err=True)
+
+
+def _refuse_repeated(command: click.Command, name: str, parent: click.Context, words: list[str]) -> None:
+    """Raise if an option that takes one value is given twice: of two models, the last would win in silence."""
+    with command.context_class(command, info_name=name, parent=parent, resilient_parsing=True) as ctx:
+        try:
+            _, _, order = command.make_parser(ctx).parse_args(list(words))
+        except click.UsageError:
+            return  # said by the command itself
+    single = [item for item in order if isinstance(item, click.Option) and not (item.multiple or item.is_flag)]
+    for option in single:
+        if single.count(option) > 1:
+            flag = max(option.opts, key=len)
+            hint = f"run spectra {name} once for each" if option.name in _MODELS else "give the one that counts"
+            raise click.UsageError(f"{flag} takes one value and is given {single.count(option)} times: {hint}")
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -54,10 +97,10 @@ def main() -> None:
 
     \b
       spectra inspect ckpt/                                       what is in it
-      spectra svd --base llama-7b --tuned ckpt/ --layer v_proj    singular values of the update
+      spectra svd ckpt/ --base llama-7b --layer v_proj            singular values of the update
       spectra similarity a/ b/ --top 30                           do two updates agree?
-      spectra alignment --base llama-7b --tuned ckpt/             what it does to W₀'s directions
-      spectra extract --tuned ckpt/ --base b --rank 16 --out l/   the update as a LoRA
+      spectra alignment ckpt/ --base llama-7b                     what it does to W₀'s directions
+      spectra extract ckpt/ --base B --rank 16 --out lora/        the update as a LoRA
       spectra verify --base B --adapter A --merged M              is the adapter in the merged model?
       spectra interference a/ b/ c/                               what adding them up does to each
       spectra series --base b ckpt-*/                             the update along training

@@ -41,9 +41,35 @@ class HeadsType(click.ParamType):
         return int(value)
 
 
+def tuned_argument(command: Callable[..., Any]) -> Callable[..., Any]:
+    """TUNED, which may be written as --tuned; the command gets it as `tuned`."""
+
+    @functools.wraps(command)
+    def bundled(*, given: str | None, tuned: str | None, **others: Any) -> Any:
+        if given is None and tuned is None:
+            raise click.UsageError("TUNED is missing: the tuned model or adapter (or --tuned)")
+        if given is not None and tuned is not None:
+            raise click.UsageError(f"TUNED is given twice, as {given} and as --tuned {tuned}: one run, one update")
+        return command(tuned=given if tuned is None else tuned, **others)
+
+    return _apply(
+        bundled,
+        (
+            click.argument("given", metavar="TUNED", required=False, type=click.Path()),
+            click.option(
+                "--tuned",
+                metavar="TUNED",
+                type=click.Path(),
+                help="TUNED, written as an option: a path, hub id or alias.",
+            ),
+        ),
+    )
+
+
 layer_option = click.option(
     "--layer", "layers", multiple=True, metavar="PATTERN",
-    help="Only these matrices: a role or path component (v_proj), a glob, or re:REGEX. Repeatable.",
+    help="Only these matrices: roles or parts of names (q_proj,v_proj), attn or mlp, layers (0-3, 0-3.q_proj), a glob, "
+    "or re:REGEX. Repeatable: what any of them means.",
 )  # fmt: skip
 scale_option = click.option("--scale", type=float, help="The scale s where the adapter does not carry α/r.")
 table_option = click.option(

@@ -10,6 +10,7 @@ from spectra.cli.options import layer_option
 # As in spectra.plots, which is not imported to print a help; a test holds them together.
 BINS = 100
 CLOSE_UP = 0.05
+FORMATS = ("png", "pdf", "svg")
 
 
 @click.command("plot", short_help="Redraw figures from stored results.")
@@ -25,7 +26,16 @@ CLOSE_UP = 0.05
               metavar="SHARE", help="Share of the values, the largest, that the close-up shows.")  # fmt: skip
 @click.option("--side", type=click.Choice(["left", "right", "both"]), default="both", show_default=True,
               help="Which stored similarities.")  # fmt: skip
-@click.option("--per-layer", is_flag=True, help="One curve per layer instead of one per role or run.")
+@click.option(
+    "--per-layer", is_flag=True, help="One curve per layer of each role; more than a figure holds are pages of it."
+)
+@click.option(
+    "--format",
+    "formats",
+    type=click.Choice(FORMATS),
+    multiple=True,
+    help="What to write; repeatable.  [default: png, pdf]",
+)
 def command(
     directories: tuple[str, ...],
     layers: tuple[str, ...],
@@ -36,6 +46,7 @@ def command(
     close_up: float,
     side: str,
     per_layer: bool,
+    formats: tuple[str, ...],
 ) -> None:
     """Redraw the figures of stored results; nothing is computed again.
 
@@ -45,6 +56,7 @@ def command(
     """
     from spectra.errors import SelectionError
     from spectra.plots import draw_results
+    from spectra.plots.figures import DEFAULT_FORMATS
     from spectra.plots.stored import run_labels
 
     try:
@@ -61,6 +73,7 @@ def command(
         bins=bins,
         close_up=close_up,
         per_layer=per_layer,
+        formats=formats or DEFAULT_FORMATS,
     )
     for line in drawn.notes:
         report.note(line)

@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from spectra.cli import table
+from spectra.cli.progress import Progress
+from spectra.cli.talk import is_quiet, is_verbose
+
 if TYPE_CHECKING:
     from spectra.deltas.source import Source
 
@@ -24,29 +28,19 @@ def print_json(document: dict[str, Any]) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Aligned columns, text to the left and numbers to the right."""
-    cells = [[_text(value) for value in row] for row in rows]
-    widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
-    is_text = [all(isinstance(row[i], str) for row in rows) for i in range(len(header))]
-    for line in [list(header), *cells]:
-        aligned = [
-            cell.ljust(width) if text else cell.rjust(width)
-            for cell, width, text in zip(line, widths, is_text, strict=True)
-        ]
-        click.echo("  ".join(aligned).rstrip())
-
-
-def _text(value: Any) -> str:
-    if value is None or value != value:  # NaN
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    """Aligned columns, text to the left and numbers to the right; on a terminal no wider than it is."""
+    table.print_table(header, rows)
 
 
 def note(text: str) -> None:
-    """One line on stderr."""
-    click.echo(text, err=True)
+    """One line on stderr, which -q leaves away."""
+    if not is_quiet():
+        click.echo(text, err=True)
+
+
+def warning(text: str) -> None:
+    """One line on stderr that is always said: a result is missing, or does not mean what it seems to."""
+    click.echo(click.style(text, fg="yellow") if table.colours(sys.stderr) else text, err=True)
 
 
 def draw(out: str, *, names: Sequence[str], sides: Sequence[str] = ()) -> list[Path]:
@@ -62,8 +56,8 @@ def draw(out: str, *, names: Sequence[str], sides: Sequence[str] = ()) -> list[P
 
 def coverage_notes(coverage: Any, shown: int = _MOST_NAMES) -> None:
     """Warnings in full; what was not used as counts with a few names. `inspect` lists everything."""
-    for warning in coverage.warnings:
-        note(f"warning: {warning}")
+    for line in coverage.warnings:
+        warning(f"warning: {line}")
     for key, title in (
         ("base_only", "only in the base"),
         ("tuned_only", "only in the tuned model"),
@@ -79,18 +73,23 @@ def by_reason(title: str, listed: Mapping[str, str], shown: int = _MOST_NAMES) -
     reasons: dict[str, list[str]] = {}
     for name, reason in listed.items():
         reasons.setdefault(reason, []).append(name)
+    shown, named = (len(reasons), len(listed)) if is_verbose() else (shown, 2)
     for reason, names in list(reasons.items())[:shown]:
-        names_shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+        names_shown = ", ".join(names[:named]) + (f" and {len(names) - named} more" if len(names) > named else "")
         note(f"{title}: {reason}: {names_shown}")
     if len(reasons) > shown:
-        note(f"{title}: {len(reasons) - shown} more reasons; spectra inspect lists them")
+        note(f"{title}: {len(reasons) - shown} more reasons; -v lists them")
 
 
-def progress(total: int, what: str, unit: str = "matrix") -> Any:
-    """A bar with ETA on a terminal's stderr; nothing in a pipe."""
-    from tqdm import tqdm
+def progress(total: int, what: str, *, kept: str = "", otherwise: str = "nothing is stored") -> Progress:
+    """A bar with ETA on a terminal's stderr, nothing in a pipe; Ctrl-C is said with what is kept, see `Progress`."""
+    return Progress(total, what, kept=kept, otherwise=otherwise)
 
-    return tqdm(total=total, desc=what, unit=unit, file=sys.stderr, disable=None, leave=False, dynamic_ncols=True)
+
+def reused(count: int, total: int, out: str | None) -> None:
+    """How many results were stored before, where there are any."""
+    if count:
+        note(f"{count} of {total} reused from {out}")
 
 
 def heading(source: Source) -> dict[str, Any]:
@@ -121,7 +120,7 @@ def close(rows: Sequence[dict[str, Any]], done: Sequence[str] = ("ok", "unchange
         note(f"note: {said}")
     undone = [row for row in rows if row["status"] not in done]
     for row in undone:
-        note(f"not done: {row['name']}: {row['status']}: {row['reason']}")
+        warning(f"not done: {row['name']}: {row['status']}: {row['reason']}")
     if undone:
-        note(f"{len(undone)} of {len(rows)} matrices could not be done")
+        warning(f"{len(undone)} of {len(rows)} matrices could not be done")
         sys.exit(1)

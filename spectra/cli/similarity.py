@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from spectra.results.similarities import Compared, NotCompared
 
 _MOST_LINES = 12
+_UNKEPT = "nothing is stored: with --out DIR the same command goes on"
 
 
 @click.command("similarity", short_help="Do two updates use the same directions?")
@@ -55,7 +56,8 @@ def command(
     first, second = _open(a, b, base, opening)
     with compute.keywords() as keywords:
         stream = compare(first, second, top=top, sides=sides, out=out, labels=(a, b), **keywords)
-        done, undone = _gather(stream, first.names, second.names, len(sides))
+        done, undone = _gather(stream, first.names, second.names, len(sides), out)
+    report.reused(len(stream.reused), len({item.name for item in done}), out)
     written = report.draw(out, names=[item.name for item in done], sides=sides) if out and figures and done else []
     if as_json:
         inputs = {"kind": "similarity", "a": a, "b": b, "base": base, "options": opening.settings}
@@ -79,7 +81,7 @@ def _open(a: str, b: str, base: str | None, opening: Opening) -> tuple[Source | 
 
 
 def _gather(
-    stream: Iterator[Compared], first: Sequence[str], second: Sequence[str], sides: int
+    stream: Iterator[Compared], first: Sequence[str], second: Sequence[str], sides: int, out: str | None
 ) -> tuple[list[SubspaceSimilarity], list[NotCompared]]:
     """What was compared, in the first update's order, and what was not."""
     from spectra.results.similarities import NotCompared
@@ -87,7 +89,8 @@ def _gather(
     done: list[SubspaceSimilarity] = []
     undone: list[NotCompared] = []
     a, b = set(first), set(second)
-    with report.progress(len(a & b) * sides + len(a ^ b), "spectra similarity") as bar:
+    total = len(a & b) * sides + len(a ^ b)
+    with report.progress(total, "spectra similarity", kept=out or "", otherwise=_UNKEPT) as bar:
         for item in stream:
             bar.update()
             if isinstance(item, NotCompared):
@@ -136,7 +139,7 @@ def _close(done: list[SubspaceSimilarity], undone: list[NotCompared], out: str |
             f"{len(only_one)} matrices are in one update only, such as {only_one[0].name}: {only_one[0].reason}"
         )
     for item in failed:
-        report.note(f"not compared: {item.name}: {item.reason}")
+        report.warning(f"not compared: {item.name}: {item.reason}")
     if failed or not done:
-        report.note(f"{len(failed)} of {len(done) + len(failed)} matrices could not be compared")
+        report.warning(f"{len(failed)} of {len(done) + len(failed)} matrices could not be compared")
         sys.exit(1)

@@ -10,25 +10,29 @@ import click
 
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import Compute, Opening, compute_options, result_options, source_options
+from spectra.cli.options import Compute, Opening, compute_options, result_options, source_options, tuned_argument
+from spectra.cli.table import View, print_rows, table_view
 
 if TYPE_CHECKING:
     from spectra.deltas.source import Source
     from spectra.results.tables import Row
 
 _SHOWN = ("norm", "relative_norm", "stable_rank", "effective_rank", "rank_90", "top_8_share")
-_MOST_LINES = 12
 
 
 @click.command("svd", short_help="Singular values of an update, and its vectors.")
+@tuned_argument
 @click.option(
-    "--base", metavar="BASE", help="The model it started from: path, hub id or alias. Most adapters need none."
+    "--base",
+    type=click.Path(),
+    metavar="BASE",
+    help="The model it started from: path, hub id or alias. Most adapters need none.",
 )
-@click.option("--tuned", required=True, metavar="TUNED", help="The tuned model or adapter: path, hub id or alias.")
 @click.option("--top", type=click.IntRange(min=1), metavar="K", help="Keep the top K singular vectors, too.")
 @source_options
 @compute_options
 @result_options
+@table_view
 def command(
     base: str | None,
     tuned: str,
@@ -38,6 +42,7 @@ def command(
     out: str | None,
     figures: bool,
     as_json: bool,
+    view: View,
 ) -> None:
     """Singular values of the update ΔW = tuned − base, matrix by matrix.
 
@@ -45,15 +50,24 @@ def command(
     everything there: summary.csv, the arrays, run.json and the −ln σ histogram.
     """
     source = opening.open(tuned, base)
+    _check(view, len(source))
     with compute.keywords() as keywords:
         rows, values = _run(source, top, out, keywords, keep_values=as_json)
     written = report.draw(out, names=[delta.name for delta in source]) if out and figures else []
     if as_json:
         report.print_json(_document(source, rows, values))
     else:
-        _print(rows)
+        _print(rows, view)
     _warn(source, rows)
     _close(rows, out, written)
+
+
+def _check(view: View, matrices: int) -> None:
+    if view.columns or view.key:
+        from spectra.results import tables
+        from spectra.spectrum import Spectrum
+
+        view.check([*tables.row(Spectrum("", (0, 0), "failed")), "shape"], matrices)
 
 
 def _warn(source: Source, rows: list[Row]) -> None:
@@ -61,7 +75,7 @@ def _warn(source: Source, rows: list[Row]) -> None:
 
     text = unrelated(source, rows)
     if text:
-        report.note(f"warning: {text}")
+        report.warning(f"warning: {text}")
 
 
 def _run(
@@ -75,12 +89,15 @@ def _run(
     order = {delta.name: place for place, delta in enumerate(source)}
     rows: list[Row] = []
     values: dict[str, list[float]] = {}
-    with report.progress(len(source), "spectra svd") as bar:
-        for spectrum in decompose(source, top=top, out=out, **compute):
+    stream = decompose(source, top=top, out=out, **compute)
+    unkept = "nothing is stored: with --out DIR the same command goes on"
+    with report.progress(len(source), "spectra svd", kept=out or "", otherwise=unkept) as bar:
+        for spectrum in stream:
             rows.append(tables.row(spectrum))
             if keep_values:
                 values[spectrum.name] = spectrum.S.tolist()
             bar.update()
+    report.reused(len(stream.reused), len(rows), out)
     rows.sort(key=lambda line: order[line["name"]])
     return rows, values
 
@@ -101,19 +118,10 @@ def _document(source: Source, rows: list[Row], values: dict[str, list[float]]) -
     }
 
 
-def _print(rows: list[Row]) -> None:
-    from spectra.results.tables import role_rows
-
-    if len(rows) <= _MOST_LINES:
-        report.print_table(
-            ["matrix", "shape", "status", *_SHOWN],
-            [[r["name"], f"{r['out']}×{r['in']}", r["status"], *(r[key] for key in _SHOWN)] for r in rows],
-        )
-        return
-    report.print_table(
-        ["role", "matrices", "unchanged", *_SHOWN], [list(line.values()) for line in role_rows(rows, _SHOWN)]
-    )
-    report.note("medians over the changed matrices of a role; every matrix is in summary.csv (--out) and --json")
+def _print(rows: list[Row], view: View) -> None:
+    sized = [row | {"shape": f"{row['out']}×{row['in']}"} for row in rows]
+    if print_rows(sized, {name: name for name in _SHOWN}, view, beside=("shape", "status")):
+        report.note("medians over the changed matrices of a role; --all lists every matrix, and so do --out and --json")
 
 
 def _close(rows: list[Row], out: str | None, written: list[Path]) -> None:
@@ -131,7 +139,7 @@ def _close(rows: list[Row], out: str | None, written: list[Path]) -> None:
         report.note(f"figure: {path}")
     undone = [line for line in rows if line["status"] not in DONE]
     for line in undone:
-        report.note(f"not done: {line['name']}: {line['status']}: {line['reason']}")
+        report.warning(f"not done: {line['name']}: {line['status']}: {line['reason']}")
     if undone:
-        report.note(f"{len(undone)} of {len(rows)} matrices could not be done")
+        report.warning(f"{len(undone)} of {len(rows)} matrices could not be done")
         sys.exit(1)

@@ -19,9 +19,19 @@ _WIDTH = 78
 
 
 @click.command("verify", short_help="Is the adapter really in the merged model?")
-@click.option("--base", required=True, metavar="BASE", help="The model that the adapter was trained on.")
-@click.option("--adapter", required=True, metavar="ADAPTER", help="The adapter that should be in it.")
-@click.option("--merged", required=True, metavar="MERGED", help="The full weights that should be base + adapter.")
+@click.option(
+    "--base", required=True, type=click.Path(), metavar="BASE", help="The model that the adapter was trained on."
+)
+@click.option(
+    "--adapter", required=True, type=click.Path(), metavar="ADAPTER", help="The adapter that should be in it."
+)
+@click.option(
+    "--merged",
+    required=True,
+    type=click.Path(),
+    metavar="MERGED",
+    help="The full weights that should be base + adapter.",
+)
 @layer_option
 @click.option(
     "--heads",
@@ -58,7 +68,7 @@ def command(
     claims = open_claims(base, adapter, merged, layers=layers, heads=heads, scale=scale)
     for line in claims.notes:
         report.note(f"note: {line}")
-    with report.progress(len(claims.claims), "spectra verify") as bar:
+    with report.progress(len(claims.claims), "spectra verify", otherwise="which is no verdict") as bar:
         checked = []
         for pair in check_claims(claims.claims, memory_budget=memory):
             checked.append(pair)

@@ -66,6 +66,16 @@ def is_unrelated(cosine: float | None) -> bool:
     return cosine is not None and cosine < UNRELATED
 
 
+def unrelated_note(cosine: float | None, unmoved: float | None) -> str:
+    """What to say of an update that is the difference of two stored weights which are not related; "" otherwise.
+
+    Args:
+        cosine: that of W₀ + ΔW and W₀, or None.
+        unmoved: the share of entries that are equal in both, which only such a difference has.
+    """
+    return "" if unmoved is None or not is_unrelated(cosine) else UNRELATED_NOTE
+
+
 def rearranged(tuned: Tensor, base: Tensor, heads: Sequence[int] = ()) -> str:
     """What was done to a weight that is the base's all the same, in words; "" where nothing that is cheap to try fits.
 

@@ -37,7 +37,7 @@ def rounding_edge(stored: Tensor, dtype: str) -> float | None:
     """The edge of the hump that rounding leaves in the singular values of stored − exact.
 
     Values above it are not rounding alone, with a probability of about 99 %. Where most entries did
-    not move at all, the errors follow the update and are no longer independent: look at `unchanged`.
+    not move at all, the errors follow the update and are no longer independent: look at `unmoved_share`.
 
     Args:
         stored: the tuned weights, (out, in), in their storage type or upcast.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Form
-from spectra.deltas.relatedness import UNRELATED_NOTE, is_unrelated
+from spectra.deltas.relatedness import unrelated_note
 from spectra.engine import check
 from spectra.engine.devices import Device, device_named
 from spectra.engine.ladder import Ladder, Numbers, Rung, Solver, ladder_for
@@ -173,9 +173,7 @@ def _with_norms(blank: Spectrum, form: Form) -> Spectrum | Unsolved:
 
 def _told(note: str, form: Form) -> str:
     """The note, and where ΔW is the difference of two stored weights that are not related, that as well."""
-    if form.unchanged is None or not is_unrelated(form.base_cosine):
-        return note
-    return "; ".join(filter(None, (note, UNRELATED_NOTE)))
+    return "; ".join(filter(None, (note, unrelated_note(form.base_cosine, form.unchanged))))
 
 
 def _solved(cases: Sequence[Unsolved], wanted: Wanted) -> Iterator[Spectrum]:

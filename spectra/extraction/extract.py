@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spectra.deltas.relatedness import unrelated_note
 from spectra.errors import SelectionError
 from spectra.extraction.factors import balanced, one_thread
 from spectra.extraction.gather import Weight
@@ -118,6 +119,7 @@ class _Work:
         writer: the format's.
         weights: name → what the format can hold.
         found: the result so far.
+        unrelated: weights that have nothing to do with the base's → what to say of them.
     """
 
     inputs: Inputs
@@ -126,6 +128,7 @@ class _Work:
     writer: Peft | Kohya
     weights: dict[str, Weight]
     found: Extraction
+    unrelated: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, inputs: Inputs, rule: Rule, options: Options) -> _Work:
@@ -195,6 +198,9 @@ class _Work:
                 continue  # the format cannot hold it
             there = waiting.setdefault(weight.name, {})
             there[spectrum.name] = spectrum
+            said = unrelated_note(spectrum.base_cosine, spectrum.unmoved_share)
+            if said:
+                self.unrelated[weight.name] = said
             if len(there) == len(weight.blocks):
                 del waiting[weight.name]
                 yield weight.name, [there[block.delta.name] for block in weight.blocks]
@@ -209,7 +215,8 @@ class _Work:
         return choose(Rule(rank=choice.rank), [replace(values, k=min(spectrum.rank, spectrum.k))], stored=True)[0]
 
     def _row(self, choice: Choice, rounding: float = math.nan) -> Row:
-        return Row(**asdict(choice), dtype_error=rounding, note=self.weights[choice.name].note)
+        notes = (self.weights[choice.name].note, self.unrelated.get(choice.name))
+        return Row(**asdict(choice), dtype_error=rounding, note="; ".join(filter(None, notes)))
 
     def _undone(self, spectrum: Spectrum) -> None:
         self.found.not_carried[spectrum.name] = f"{spectrum.status}: {spectrum.reason}"

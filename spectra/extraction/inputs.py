@@ -18,6 +18,7 @@ from spectra.extraction.modules import Architecture
 from spectra.extraction.triplets import Computed, Stored, Triplets
 from spectra.files import hub
 from spectra.files.folder import Folder
+from spectra.files.memory import CONTAINER
 from spectra.models.opening import open_model
 from spectra.results.collection import Spectra, load
 from spectra.sources import open_source
@@ -69,6 +70,7 @@ def inputs_of(given: Given, factors: Sequence[float] | None, **compute: Any) -> 
     factors = [1.0] * len(sources) if factors is None else list(factors)
     if len(factors) != len(sources):
         raise SelectionError(f"{len(factors)} weights for {len(sources)} updates: give each its own")
+    _refuse_in_memory(sources)
     path = next((source.base for source in sources if source.base), None)
     base = open_model(hub.resolve(path)) if path else None
     architecture = Architecture(base.config if base else {}, tuple(base.tensors) if base else ())
@@ -84,6 +86,16 @@ def inputs_of(given: Given, factors: Sequence[float] | None, **compute: Any) -> 
     return Inputs(
         gathered, triplets, tuple(left), base, _base_model(path, tuned), frozenset(_modules(architecture, base))
     )
+
+
+def _refuse_in_memory(sources: Iterable[Source]) -> None:
+    """Raise for a model in memory: what an adapter has to fit is the files of a base."""
+    for source in sources:
+        if any(ref.container == CONTAINER for delta in source for ref in delta.refs):
+            raise SelectionError(
+                f"extract reads the layout of files, and {source.tuned} or its base is in memory: save it and open the "
+                "folder"
+            )
 
 
 def _sources(given: Any) -> list[Source]:

@@ -9,13 +9,15 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from spectra.errors import NotFoundError, SourceError
+from spectra.files import snapshots, training_state
 from spectra.files.storage import Place
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".lora")
 ADAPTER_FILES = (
     "adapter_model.safetensors", "adapter_model.bin",  # PEFT
     "adapters.safetensors",  # MLX, whose numbered checkpoints lie beside it
     "adapter.safetensors", "pytorch_adapter.bin",  # AdapterHub
+    "lit_model.pth.lora",  # LitGPT, which merges it into lit_model.pth beside it
 )  # fmt: skip
 FULL_NAMES = ("model", "pytorch_model", "diffusion_pytorch_model")  # what a file of full weights is called
 PIPELINE = "model_index.json"
@@ -30,7 +32,8 @@ _NOT_WEIGHTS = (
     "sampler", "trainer_state",
 )  # fmt: skip
 _OTHER_FRAMEWORKS = (".h5", ".msgpack", ".ot", ".onnx", ".tflite", ".mlmodel", ".npz")
-_SHARD = re.compile(r"-\d+-of-\d+(?=\.)")
+_SHARD = re.compile(r"-(\d+)-of-(\d+)(?=\.)")
+_MAX_SHARDS = 100_000
 _MAX_JSON = 64 * 2**20
 
 
@@ -43,12 +46,14 @@ class Choice:
         expected: tensor → the shard that its index names; {} without an index.
         broken: tensor → why no file can hold it.
         warnings: what was passed over.
+        home: the folder that the index's shards are named from.
     """
 
     files: list[Place]
     expected: dict[str, str] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    home: Place | None = None
 
 
 def choose(folder: Place) -> Choice:
@@ -58,10 +63,7 @@ def choose(folder: Place) -> Choice:
         NotFoundError: there are none.
         SourceError: several files could be meant, an index is unusable, or a link leaves the folder.
     """
-    named = [folder / name for name in (*ADAPTER_FILES, *_FULL_FILES) if (folder / name).is_file()]
-    beside = folder.items()
-    indices = [file for kind in ("safetensors", "bin") for file in beside if file.name.endswith(f".{kind}.index.json")]
-    candidates = named or indices
+    candidates = named(folder)
     stale = [file for file in candidates if file.suffix == ".json" and _is_stale(folder, file)]
     if len(stale) < len(candidates):
         candidates = [file for file in candidates if file not in stale]
@@ -78,14 +80,24 @@ def choose(folder: Place) -> Choice:
     return choice
 
 
-def _weight_files(folder: Place) -> list[Place]:
+def named(folder: Place) -> list[Place]:
+    """The files whose names say that they are an adapter, a model or the index of one, the one to take first."""
+    known = [folder / name for name in (*ADAPTER_FILES, *_FULL_FILES) if (folder / name).is_file()]
+    if known:
+        return known
+    beside = folder.items()
+    return [file for kind in ("safetensors", "bin") for file in beside if file.name.endswith(f".{kind}.index.json")]
+
+
+def weight_files(folder: Place) -> list[Place]:
+    """What may be weights by its suffix, and is not known to be something else."""
     found = [file for file in folder.items() if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
-    return [file for file in found if not file.name.startswith(_NOT_WEIGHTS)]
+    return [file for file in found if not file.name.startswith(_NOT_WEIGHTS) and not training_state.what(file.name)]
 
 
 def _left_out(folder: Place, taken: list[Place]) -> list[str]:
     """Weights in the folder that were not taken, shards of one model under one name."""
-    others = [file for file in _weight_files(folder) if file not in taken]
+    others = [file for file in weight_files(folder) if file not in taken]
     others += [file for file in folder.items() if file.suffix in _OTHER_FRAMEWORKS and file.is_file()]
     return sorted({_pattern(file) for file in others})
 
@@ -96,13 +108,14 @@ def _pattern(file: Place) -> str:
 
 def _unnamed(folder: Place) -> list[Place]:
     """The one file of weights, or the numbered shards of one model, whatever their name."""
-    found = _weight_files(folder)
+    found = weight_files(folder)
     for suffix in (".safetensors", ".gguf"):
         found = [file for file in found if file.suffix == suffix] or found
     models = {_pattern(file) for file in found}
     if not found:
         raise NotFoundError(f"{folder} holds no weights ({', '.join(WEIGHT_SUFFIXES)}){_hint(folder)}")
     if len(models) == 1 and (len(found) == 1 or _SHARD.search(found[0].name)):
+        _check_shards(folder, found)
         return found
     plain = {name for name in models if not re.search(r"\.(?:fp16|bf16|fp32|non_ema|ema)\.", name)}
     if len(plain) == 1 and len(models) > 1:
@@ -110,14 +123,31 @@ def _unnamed(folder: Place) -> list[Place]:
     raise SourceError(f"{folder} holds {len(found)} weight files: {', '.join(f.name for f in found[:8])}; name one")
 
 
+def _check_shards(folder: Place, files: list[Place]) -> None:
+    """Refuse numbered shards of which one is not there: without an index nobody knows what it held."""
+    numbers = [match for file in files if (match := _SHARD.search(file.name))]
+    count = max((int(match[2]) for match in numbers), default=0)
+    lost = sorted(set(range(1, min(count, _MAX_SHARDS) + 1)) - {int(match[1]) for match in numbers})
+    if lost:
+        raise NotFoundError(
+            f"{folder} holds {len(files)} of {count} shards: number {lost[0]} of {_pattern(files[0])} is missing; "
+            "download it again, or name one shard to see what is in it"
+        )
+
+
 def _hint(folder: Place) -> str:
+    """What a folder without weights is, and where weights may be; "" where nothing says."""
     names = [item.name for item in folder.items()]
-    if any(name.endswith(".distcp") for name in names):
-        return "; its .distcp files are a sharded training state: `accelerate merge-weights` makes weights of them"
-    if any(name.endswith("_states.pt") for name in names) or (folder / "zero_to_fp32.py").is_file():
-        return "; it is a DeepSpeed training state: its zero_to_fp32.py makes weights of it"
+    name, what = training_state.among(names)
+    if name:
+        return f"; its {name} is {what}"
+    if "zero_to_fp32.py" in names:
+        return f"; it is the folder of a DeepSpeed training state: {training_state.ZERO}"
     if any(name.endswith(_OTHER_FRAMEWORKS) for name in names):
         return "; only files of other frameworks: save the model as safetensors"
+    lost = snapshots.why_no_weights(folder)
+    if lost:
+        return lost
     inner = [item.name for item in folder.items() if item.is_folder()][:8]
     return f"; it has the folders {', '.join(inner)}: did you mean one of them?" if inner else ""
 
@@ -140,13 +170,14 @@ def _shards(folder: Place, index: Place) -> Choice:
             raise SourceError(f"{index} points outside its folder: {shard!r}; nothing was read")
     missing = {shard for shard in names if not (folder / shard).is_file()}
     if len(missing) == len(names):
-        raise NotFoundError(f"{index} names {len(names)} shards and none of them is there; download them")
+        hint = snapshots.why_no_weights(folder) or "; download them"
+        raise NotFoundError(f"{index} names {len(names)} shards and none of them is there{hint}")
     broken = {
         name: f"{folder / shard} is missing; download it again"
         for name, shard in weight_map.items()
         if shard in missing
     }
-    return Choice([folder / shard for shard in names if shard not in missing], weight_map, broken)
+    return Choice([folder / shard for shard in names if shard not in missing], weight_map, broken, home=folder)
 
 
 def inside(folder: Place, file: Place) -> Place:

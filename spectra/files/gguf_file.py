@@ -16,7 +16,7 @@ from spectra.files.header import Header
 from spectra.files.storage import Place, Stamp
 from spectra.files.tensors import TensorRef
 
-_MAGIC = b"GGUF"
+MAGIC = b"GGUF"
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_AXES, _MAX_DEPTH = 8, 4
@@ -35,7 +35,7 @@ def read_header(place: Place) -> Header:
         head = file.read(4)
         if head.startswith(b"vers"):
             raise SourceError(f"{place} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
-        if head != _MAGIC:
+        if head != MAGIC:
             raise SourceError(f"{place} is not a GGUF file; {_DOWNLOAD_AGAIN}")
         cursor = _Cursor(file, place, stamp[0])
         version = cursor.number("I")

@@ -37,7 +37,7 @@ _ONE_EXPERT = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)\.(\d+)\.weight")
 
 
 @dataclass(frozen=True)
-class _Architecture:
+class Architecture:
     """How one GGUF architecture maps: its model_type, whether q and k are permuted, names that differ."""
 
     model_type: str
@@ -61,21 +61,21 @@ _GEMMA_NORMS = (
 )
 _QWEN_EXPERT = "mlp.experts.{expert}.{part}_proj"
 _ARCHITECTURES = {
-    "llama": _Architecture("llama", permuted=True),
-    "granite": _Architecture("granite", permuted=True),
-    "smollm3": _Architecture("smollm3", permuted=True),
-    "olmo": _Architecture("olmo", permuted=True),
-    "qwen2": _Architecture("qwen2"),
-    "qwen3": _Architecture("qwen3"),
-    "gemma": _Architecture("gemma"),
-    "gemma2": _Architecture("gemma2", block=_GEMMA_NORMS),
-    "gemma3": _Architecture("gemma3_text", block=_GEMMA_NORMS),
-    "phi3": _Architecture("phi3", block=(("ffn_up", "mlp.gate_up_proj"),)),
-    "starcoder2": _Architecture("starcoder2", block=(("ffn_up", "mlp.c_fc"), ("ffn_down", "mlp.c_proj"))),
-    "qwen2moe": _Architecture("qwen2_moe", block=_QWEN_SHARED, expert=_QWEN_EXPERT),
-    "qwen3moe": _Architecture("qwen3_moe", block=_QWEN_SHARED, expert=_QWEN_EXPERT),
+    "llama": Architecture("llama", permuted=True),
+    "granite": Architecture("granite", permuted=True),
+    "smollm3": Architecture("smollm3", permuted=True),
+    "olmo": Architecture("olmo", permuted=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "gemma": Architecture("gemma"),
+    "gemma2": Architecture("gemma2", block=_GEMMA_NORMS),
+    "gemma3": Architecture("gemma3_text", block=_GEMMA_NORMS),
+    "phi3": Architecture("phi3", block=(("ffn_up", "mlp.gate_up_proj"),)),
+    "starcoder2": Architecture("starcoder2", block=(("ffn_up", "mlp.c_fc"), ("ffn_down", "mlp.c_proj"))),
+    "qwen2moe": Architecture("qwen2_moe", block=_QWEN_SHARED, expert=_QWEN_EXPERT),
+    "qwen3moe": Architecture("qwen3_moe", block=_QWEN_SHARED, expert=_QWEN_EXPERT),
 }
-_MIXTRAL = _Architecture(
+_MIXTRAL = Architecture(
     "mixtral",
     permuted=True,
     block=(("ffn_gate_inp", "block_sparse_moe.gate"),),
@@ -97,9 +97,7 @@ class Named:
 def named(header: Header, where: str) -> Named:
     """Translate one header (or the merged header of a split file)."""
     arch = str(header.metadata.get("general.architecture"))
-    found = _ARCHITECTURES.get(arch)
-    if arch == "llama" and _number(header, f"{arch}.expert_count"):
-        found = _MIXTRAL
+    found = architecture(arch, mixture=_number(header, f"{arch}.expert_count") > 0)
     if found is None:
         why = (
             f"{where}: GGUF architecture {arch!r} is not in the table, so tensors keep llama.cpp's names and row order"
@@ -107,18 +105,29 @@ def named(header: Header, where: str) -> Named:
         return Named(header.tensors, header.broken, {}, (why,))
     config = _config(header, arch, found)
     tensors: dict[str, TensorRef] = {}
-    broken = {_plain_name(name, found) or name: why for name, why in header.broken.items()}
+    broken = {plain_name(name, found) or name: why for name, why in header.broken.items()}
     for name, ref in header.tensors.items():
         straight = _unpermuted(name, ref, found, config)
         if straight is None:
             why = f"{where} gives no head count that fits its rows, so llama.cpp's permutation cannot be undone"
-            broken[_plain_name(name, found) or name] = why
+            broken[plain_name(name, found) or name] = why
         else:
             tensors.update(_translated(name, straight, found))
     return Named(tensors, broken, config, ())
 
 
-def _config(header: Header, arch: str, found: _Architecture) -> dict[str, Any]:
+def is_adapter(header: Header) -> bool:
+    """Whether a file holds an adapter, as it says, or as the names of its tensors do."""
+    factors = any(name.endswith((".lora_a", ".lora_b")) for name in (*header.tensors, *header.broken))
+    return factors or header.metadata.get("general.type") == "adapter"
+
+
+def architecture(name: str, *, mixture: bool) -> Architecture | None:
+    """How llama.cpp's names of an architecture map, or None; its "llama" is a Mixtral where there are experts."""
+    return _MIXTRAL if name == "llama" and mixture else _ARCHITECTURES.get(name)
+
+
+def _config(header: Header, arch: str, found: Architecture) -> dict[str, Any]:
     heads = _number(header, f"{arch}.attention.head_count")
     groups = _number(header, f"{arch}.attention.head_count_kv") or heads
     config: dict[str, Any] = {
@@ -136,30 +145,53 @@ def _number(header: Header, key: str) -> int:
     return value if type(value) is int and value > 0 else 0
 
 
-def _unpermuted(name: str, ref: TensorRef, found: _Architecture, config: dict[str, Any]) -> TensorRef | None:
-    """Rows of q and k back in the order (half, position) within each head; None if the heads are not known."""
+def permuted_part(name: str, found: Architecture) -> str | None:
+    """Which of q and k a weight is, where llama.cpp stores its rows in another order; None for all other weights.
+
+    >>> permuted_part("blk.0.attn_k.weight", Architecture("llama", permuted=True))
+    'k'
+    """
     part = re.fullmatch(r"blk\.\d+\.attn_([qk])\.weight", name)
-    if not found.permuted or part is None:
+    return part[1] if found.permuted and part else None
+
+
+def _unpermuted(name: str, ref: TensorRef, found: Architecture, config: dict[str, Any]) -> TensorRef | None:
+    """Rows of q and k back in the order (half, position) within each head; None if the heads are not known."""
+    part = permuted_part(name, found)
+    if part is None:
         return ref
-    heads = config.get("num_attention_heads" if part[1] == "q" else "num_key_value_heads", 0)
+    heads = config.get("num_attention_heads" if part == "q" else "num_key_value_heads", 0)
     rows = ref.shape[0]
     if not heads or rows % (2 * heads):
         return None
     return ref.reshape(heads, rows // heads // 2, 2, *ref.shape[1:]).permute(0, 2, 1, 3).reshape(*ref.shape)
 
 
-def _translated(name: str, ref: TensorRef, found: _Architecture) -> dict[str, TensorRef]:
-    stack = re.fullmatch(r"blk\.(\d+)\.(ffn_(?:gate|up|down)_exps)\.weight", name)
-    if stack and found.expert and len(ref.shape) == 3 and ref.numel:
-        part = _EXPERTS[stack[2]]
-        return {_expert(found, stack[1], part, index): ref.item(index) for index in range(ref.shape[0])}
-    new = _plain_name(name, found)
+def _translated(name: str, ref: TensorRef, found: Architecture) -> dict[str, TensorRef]:
+    count = ref.shape[0] if len(ref.shape) == 3 and ref.numel else 0
+    names = expert_names(name, found, count)
+    if names:
+        return {new: ref.item(index) for index, new in enumerate(names)}
+    new = plain_name(name, found)
     if new is None:
         return {name: ref}
     return {new: ref.reshape(1, ref.numel) if new.endswith("shared_expert_gate.weight") else ref}
 
 
-def _plain_name(name: str, found: _Architecture) -> str | None:
+def expert_names(name: str, found: Architecture, count: int) -> list[str]:
+    """What transformers calls each of the experts in a stack; [] for a weight that is none."""
+    stack = re.fullmatch(r"blk\.(\d+)\.(ffn_(?:gate|up|down)_exps)\.weight", name)
+    if stack is None or not found.expert:
+        return []
+    return [_expert(found, stack[1], _EXPERTS[stack[2]], index) for index in range(count)]
+
+
+def plain_name(name: str, found: Architecture) -> str | None:
+    """What transformers calls one of llama.cpp's tensors that is not a stack; None for an unknown name.
+
+    >>> plain_name("blk.3.ffn_up.weight", Architecture("llama"))
+    'model.layers.3.mlp.up_proj.weight'
+    """
     one = _ONE_EXPERT.fullmatch(name)
     if one and found.expert:
         return _expert(found, one[1], one[2], int(one[3]))
@@ -171,6 +203,6 @@ def _plain_name(name: str, found: _Architecture) -> str | None:
     return f"model.layers.{block[1]}.{inner}.{suffix}" if block and inner else None
 
 
-def _expert(found: _Architecture, layer: str, part: str, index: int) -> str:
+def _expert(found: Architecture, layer: str, part: str, index: int) -> str:
     part = _MIXTRAL_PARTS[part] if found is _MIXTRAL else part
     return f"model.layers.{layer}.{found.expert.format(expert=index, part=part)}.weight"

@@ -36,7 +36,9 @@ class Header:
         for header in headers:
             for name in sorted(header.tensors.keys() & whole.tensors.keys()):
                 first, second = whole.tensors[name].path, header.tensors[name].path
-                raise SourceError(f"{name} is in both {first} and {second}; name one of the files")
+                raise SourceError(
+                    f"{name} is in both {first} and {second}; save the model again, or name one of the files"
+                )
             whole.tensors.update(header.tensors)
             whole.broken.update(header.broken)
             for key, value in header.metadata.items():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 from spectra.errors import NotFoundError, SourceError
+from spectra.files import snapshots
+from spectra.files.choice import WEIGHT_SUFFIXES
+from spectra.files.download import download, offline
 from spectra.files.storage import Place
 
 # Names that people say → the hub's ids.
@@ -28,22 +32,24 @@ ALIASES = {
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
 }
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-_WEIGHTS_AND_JSON = ["*.safetensors", "*.json", "*.bin"]
 
 
 def resolve(name: str | Path | Place) -> Place:
     """The folder or file that a path, alias or hub id means; a place means itself.
 
     Tried in order: the path; the user's aliases; the folder `$SPECTRA_MODELS`; the built-in aliases;
-    the local hub cache; a download where huggingface_hub is installed and not offline.
+    the local hub cache; a download where huggingface_hub is installed and not offline. What looks like a path
+    is never asked of the hub.
 
     Raises:
         NotFoundError: nothing was found; the message lists what was tried.
     """
     if isinstance(name, Place):
         return name
-    path = Path(name).expanduser()
-    return Place.of(path if path.exists() else _by_name(str(name), [f"the path {path}"]))
+    if not str(name).strip():
+        raise NotFoundError("an empty name was given instead of a path, hub id or alias; is a shell variable not set?")
+    path = Path(os.path.expanduser(name))
+    return Place.of(path if os.path.exists(path) else _by_name(str(name), [f"the path {path}{_how_far(path)}"]))
 
 
 def _by_name(name: str, tried: list[str]) -> Path:
@@ -53,21 +59,46 @@ def _by_name(name: str, tried: list[str]) -> Path:
     aliases = _user_aliases(config)
     tried.append(f"aliases in {config}" + ("" if config.is_file() else " (no such file)"))
     if text in aliases:
-        target = Path(aliases[text]).expanduser()
-        if target.exists():
+        target = Path(os.path.expanduser(aliases[text]))
+        if os.path.exists(target):
             return target
         text, tried = aliases[text], [*tried, f"its alias {aliases[text]}"]
     models = os.environ.get("SPECTRA_MODELS")
-    if models and (Path(models).expanduser() / text).exists():
+    if models and os.path.exists(Path(models).expanduser() / text):
         return Path(models).expanduser() / text
     tried.append(f"{models}/{text}" if models else "$SPECTRA_MODELS (not set)")
     if resolve_alias(text) != text:
         tried.append(f"the built-in alias {text} = {resolve_alias(text)}")
         text = resolve_alias(text)
     found = _HUB_ID.fullmatch(text)
-    if found:
-        return _from_hub(name, found["repo"], found["revision"] or "main", tried)
-    raise _not_found(name, tried)
+    if not found:
+        raise _not_found(name, tried)
+    return _from_hub(name, found["repo"], found["revision"] or "main", tried, meant=_is_a_path(text))
+
+
+def _is_a_path(text: str) -> str:
+    """Why what could be a hub's id is a path all the same; "" if it is none. A revision says that it is an id."""
+    first = text.partition("/")[0]
+    if text.startswith("."):
+        return f"{text} is written as a path"
+    if "@" not in text and os.path.exists(first):
+        return f"{first} is there, so {text} is a path (write {text}@main for the hub's)"
+    return ""
+
+
+def _how_far(path: Path) -> str:
+    """How far a path leads, and what has a similar name there; "" where there is nothing to say."""
+    there = next((parent for parent in path.parents if os.path.isdir(parent)), None)
+    if there is None:
+        return ""
+    missing = path.relative_to(there).parts[0]
+    if os.path.isfile(there / missing):
+        return f" ({there / missing} is a file)"
+    listed = sorted(os.listdir(there)) if os.access(there, os.R_OK) else []
+    similar = difflib.get_close_matches(missing, listed, n=3)
+    said = [] if there == Path() else [f"{there} is there and holds no {missing}"]
+    said += [f"did you mean {' or '.join(str(there / name) for name in similar)}?"] if similar else []
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def resolve_alias(name: str) -> str:
@@ -114,29 +145,22 @@ def _user_aliases(config: Path) -> dict[str, str]:
     return aliases
 
 
-def _from_hub(name: str, repo: str, revision: str, tried: list[str]) -> Path:
+def _from_hub(name: str, repo: str, revision: str, tried: list[str], *, meant: str) -> Path:
+    """A model of the hub: from its cache, or downloaded unless the name is meant as a path."""
     folder = hub_cache() / f"models--{repo.replace('/', '--')}"
     cached = _snapshot(folder, revision)
-    if cached:
+    lack = snapshots.missing(Place.of(cached), WEIGHT_SUFFIXES) if cached else ""
+    if cached and not lack:
         return cached
-    tried.append(f"the hub cache {folder} (revision {revision})")
-    if _truthy("HF_HUB_OFFLINE"):
-        tried.append("no download, since HF_HUB_OFFLINE is set")
-        raise _not_found(name, tried)
+    tried.append(f"the hub cache {folder} (revision {revision}{', ' + lack if lack else ''})")
+    if cached and (meant or offline()):
+        return cached  # opening it says what is missing and how to get it
+    if meant:
+        raise _not_found(name, [*tried, f"no download, since {meant}"])
     try:
-        import huggingface_hub
-        from huggingface_hub import errors
-    except ImportError:
-        tried.append("no download, since huggingface_hub is missing (pip install 'weight-spectra[hub]')")
-        raise _not_found(name, tried) from None
-    try:
-        files = huggingface_hub.list_repo_files(repo, revision=revision)
-        wanted = _WEIGHTS_AND_JSON[:2] if any(file.endswith(".safetensors") for file in files) else _WEIGHTS_AND_JSON
-        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted))
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as problem:
-        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        tried.append(f"a download of {repo} ({first})")
-        raise _not_found(name, tried) from None
+        return download(repo, revision)
+    except NotFoundError as problem:
+        raise _not_found(name, [*tried, f"a download of {repo} ({problem})"]) from None
 
 
 def _snapshot(folder: Path, revision: str) -> Path | None:
@@ -149,7 +173,3 @@ def _snapshot(folder: Path, revision: str) -> Path | None:
         return exact
     short = list(snapshots.glob(f"{commit}*")) if re.fullmatch(r"[0-9a-f]{7,40}", commit) else []
     return short[0] if len(short) == 1 else None
-
-
-def _truthy(variable: str) -> bool:
-    return os.environ.get(variable, "").upper() in {"1", "ON", "YES", "TRUE"}

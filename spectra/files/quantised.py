@@ -21,6 +21,23 @@ _FINDERS: tuple[Callable[[Mapping[str, TensorRef], Mapping[str, Any]], list[Cand
     bitsandbytes.find, awq.find, gptq.find, mlx.find, mxfp4.find, compressed_tensors.find, undecoded.find, fp8.find,
 )  # fmt: skip
 
+# Where AutoGPTQ and AutoAWQ wrote what transformers keeps in config.json since it reads them.
+SETTINGS_FILES = ("quantize_config.json", "quant_config.json")
+_OLD_WORDS = {"w_bit": "bits", "q_group_size": "group_size"}
+
+
+def todays_settings(said: Mapping[str, Any]) -> dict[str, Any]:
+    """What such a file says, as `quantization_config` of config.json says it.
+
+    The method is GPTQ unless the layout is AWQ's, as AutoGPTQ, auto_gptq/quantization/config.py, reads both files.
+
+    >>> todays_settings({"w_bit": 4, "q_group_size": 128, "version": "GEMM"})
+    {'quant_method': 'awq', 'bits': 4, 'group_size': 128, 'version': 'GEMM'}
+    """
+    method = "awq" if str(said.get("version")).lower() == "gemm" else "gptq"
+    marlin = {"checkpoint_format": "marlin"} if said.get("is_marlin_format") is True else {}
+    return {"quant_method": method} | {_OLD_WORDS.get(key, key): value for key, value in said.items()} | marlin
+
 
 @dataclass(frozen=True)
 class Decoded:

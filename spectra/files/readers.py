@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from spectra.errors import SourceError
 from spectra.files import ggml, torch_archive
 from spectra.files.dtypes import DTYPES, plain_bytes
+from spectra.files.memory import Memory
 from spectra.files.storage import Place, Stamp
 
 
@@ -85,13 +86,40 @@ def read_torch(ref: Stored) -> Tensor:
     Raises:
         SourceError: the file is damaged.
     """
-    return torch_archive.load(ref.file, ref.stamp)[ref.name].detach()
+    tensor = torch_archive.load(ref.file, ref.stamp)[ref.name].detach()
+    # Forms are worked on in place, and the file stays open: to float64 is a copy of every type but float64.
+    return tensor.clone() if tensor.dtype is torch.float64 else tensor
+
+
+def read_dcp(ref: Stored) -> Tensor:
+    """A tensor of a folder that torch.distributed.checkpoint wrote.
+
+    Raises:
+        SourceError: a piece of it is damaged or gone.
+    """
+    try:
+        from spectra.files import dcp_pieces  # takes a second to import
+    except ImportError as problem:
+        raise SourceError(f"{ref.file} needs a torch with torch.distributed to be read ({problem})") from None
+    return dcp_pieces.read(ref.file, ref.stamp, ref.name)
+
+
+def read_memory(ref: Stored) -> Tensor:
+    """A tensor that is in memory, as it is.
+
+    Raises:
+        SourceError: it was changed in place after it was listed.
+    """
+    return cast(Memory, ref.file.storage).get(ref.name, str(ref.file))
 
 
 READERS: dict[str, Callable[[Stored], Tensor]] = {
     "safetensors": read_safetensors,
+    "archive": read_safetensors,  # a record of torch's zip archive lies as plainly
     "gguf": read_gguf,
     "torch": read_torch,
+    "dcp": read_dcp,
+    "memory": read_memory,
 }
 
 

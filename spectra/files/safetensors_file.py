@@ -7,7 +7,6 @@ mapped kills the process. The tests hold this reader against the library on good
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import struct
@@ -21,6 +20,7 @@ from spectra.files.tensors import TensorRef
 
 MAX_HEADER = 100_000_000  # the format's own limit
 _DOWNLOAD_AGAIN = "download or save it again"
+_Span = tuple[int, int, str]  # where a tensor's bytes begin and end among the data, and its name
 
 
 def read_header(file: Place) -> Header:
@@ -32,11 +32,11 @@ def read_header(file: Place) -> Header:
     stamp = file.stamp()
     header, start = _parse(file, stamp[0])
     metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict):
-        raise SourceError(f"{file}: the header's __metadata__ is not an object; {_DOWNLOAD_AGAIN}")
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise SourceError(f"{file}: the header's __metadata__ is not an object of strings; {_DOWNLOAD_AGAIN}")
     tensors: dict[str, TensorRef] = {}
     broken: dict[str, str] = {}
-    spans: list[tuple[int, int, str]] = []
+    spans: list[_Span] = []
     for name, entry in header.items():
         dtype, shape, begin, end = _entry(file, name, entry)
         spans.append((begin, end, name))
@@ -46,8 +46,8 @@ def read_header(file: Place) -> Header:
             tensors[name] = TensorRef(
                 file.path, name, dtype, shape, "safetensors", stamp, file.storage, start + begin, shape
             )
-    _refuse_overlaps(file, spans)
-    return Header(tensors, broken, {str(key): str(value) for key, value in metadata.items()})
+    _check_layout(file, spans, stamp[0] - start)
+    return Header(tensors, broken, metadata)
 
 
 def _parse(file: Place, size: int) -> tuple[dict[str, Any], int]:
@@ -67,7 +67,7 @@ def _parse(file: Place, size: int) -> tuple[dict[str, Any], int]:
         )
     text = file.read(8, length)
     try:
-        header = json.loads(text, object_pairs_hook=_no_duplicates)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as problem:
         raise SourceError(f"{file}: the header is not valid JSON ({problem}); {_DOWNLOAD_AGAIN}") from None
     if not isinstance(header, dict):
@@ -99,8 +99,26 @@ def _entry(file: Place, name: str, entry: Any) -> tuple[str, tuple[int, ...], in
     return dtype, shape, begin, end
 
 
-def _refuse_overlaps(file: Place, spans: list[tuple[int, int, str]]) -> None:
-    ordered = sorted(span for span in spans if span[0] < span[1])
-    for (_, end, name), (begin, _, other) in itertools.pairwise(ordered):
-        if begin < end:
-            raise SourceError(f"{file}: {name!r} and {other!r} overlap in the file; {_DOWNLOAD_AGAIN}")
+def _check_layout(file: Place, spans: list[_Span], size: int) -> None:
+    """Refuse a file whose tensors do not lie one after the other from the first data byte to the last.
+
+    The format allows neither holes nor overlaps nor a tail: the header then belongs to another file's data,
+    and which bytes are whose is not known. A file that ends too early is another matter: what lies before is whole.
+    """
+    last, place = "", 0
+    for begin, end, name in sorted(spans):
+        if begin < place:
+            raise SourceError(f"{file}: {last!r} and {name!r} overlap in the file; {_DOWNLOAD_AGAIN}")
+        if begin > place:
+            where = f"between {last!r} and {name!r}" if last else f"before {name!r}"
+            raise SourceError(
+                f"{file}: the bytes {where}, {begin - place} of them, belong to no tensor, so the header is not of "
+                f"these data; {_DOWNLOAD_AGAIN}"
+            )
+        last, place = name, end
+    if place < size:
+        after = f"after {last!r}, the last tensor," if last else "after the header, which names no tensor,"
+        raise SourceError(
+            f"{file}: the bytes {after} {size - place} of them, belong to no tensor, so the header is not of these "
+            f"data; {_DOWNLOAD_AGAIN}"
+        )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 View = tuple[str, tuple[int, ...]]
+WHOLE = ("torch", "dcp", "memory")  # containers that give a tensor as a whole, found by name
 
 
 class Codec(Protocol):
@@ -66,10 +67,11 @@ class TensorRef:
         name: the tensor's name in that file.
         dtype: its storage type in safetensors' words, such as "BF16".
         shape: its shape after the views.
-        container: the kind of file, which is its key in `READERS`: "safetensors", "torch" or "gguf".
+        container: the kind of file, which is its key in `READERS`: "safetensors", "torch", "gguf", "archive" (a record
+            of torch's zip archive, read as bytes), "dcp" or "memory".
         stamp: the file's size and version when its header was read.
         storage: where the file lies.
-        offset: where the data start (safetensors and GGUF), in bytes.
+        offset: where the data start (safetensors, archives and GGUF), in bytes.
         stored: the shape of what is read, before the views.
         views: what to do with it after reading, in order.
         codec: how it is made of other stored tensors: codes with what goes with them, or parts in several files;
@@ -149,7 +151,7 @@ class TensorRef:
 
     def _part(self, rows: int, shape: tuple[int, ...]) -> TensorRef | None:
         """What follows the first rows, as a tensor that is read alone; None where only the whole can be read."""
-        if self.container == "torch" or self.views or self.codec is not None or self.shape != self.stored:
+        if self.container in WHOLE or self.views or self.codec is not None or self.shape != self.stored:
             return None
         skipped, left = self._bytes_of(rows * math.prod(self.shape[1:])), self._bytes_of(math.prod(shape))
         if skipped is None or left is None:

@@ -16,7 +16,13 @@ from spectra.files.storage import Place, Stamp
 
 SMALL_FILE = 256 * 2**20  # adapters: kept open between tensors; larger files are opened anew for each
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-_DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
+_DAMAGED = (
+    RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, zipfile.BadZipFile,
+)  # fmt: skip
+_DISTRIBUTED = (
+    "holds distributed tensors (DTensor or ShardedTensor), each of which is one rank's part of a weight, and was not "
+    "opened: save the whole ones, as DTensor.full_tensor() or get_model_state_dict with full_state_dict=True gives them"
+)
 
 
 def load(file: Place, stamp: Stamp) -> dict[str, Tensor]:
@@ -38,6 +44,8 @@ def load_anew(file: Place, stamp: Stamp) -> dict[str, Tensor]:
         content = _content(file)
     except pickle.UnpicklingError as problem:
         first = str(problem).strip().splitlines()[0]
+        if "torch.distributed" in first:
+            raise SourceError(f"{file} {_DISTRIBUTED}") from None
         raise SourceError(
             f"{file} holds more than tensors or is damaged, and was not opened (torch.load with weights_only=True: "
             f"{first}); convert it to safetensors where you trust it"
@@ -62,12 +70,18 @@ def _content(file: Place) -> Any:
 
 
 def _state_dict(file: Place, content: Any) -> dict[str, Tensor]:
+    whole = content.get("state") if isinstance(content, Mapping) else None
+    if isinstance(whole, Mapping) and isinstance(whole.get("model"), Mapping):  # Composer's training state
+        content = whole
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping):
         raise SourceError(f"{file} holds a {type(content).__name__}, not a state dict of tensors")
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    for value in tensors.values():
+        if type(value).__module__.startswith("torch.distributed"):
+            raise SourceError(f"{file} {_DISTRIBUTED}")
     if not tensors:
         raise SourceError(f"{file} holds no tensors; is it an optimizer or arguments file?")
     return tensors

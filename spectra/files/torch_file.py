@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from spectra.files import torch_archive
 from spectra.files.dtypes import DTYPE_OF_TORCH
 from spectra.files.header import Header
-from spectra.files.storage import Place
+from spectra.files.storage import Place, Stamp
 from spectra.files.tensors import TensorRef
 
 
@@ -21,13 +24,21 @@ def read_header(file: Place) -> Header:
         SourceError: it is not a torch file, or holds something other than plain tensors.
     """
     stamp = file.stamp()
+    return header_of(torch_archive.load_anew(file, stamp), file, stamp, "torch")
+
+
+def header_of(found: Mapping[str, Tensor], file: Place, stamp: Stamp, container: str) -> Header:
+    """As `read_header`, of tensors that are here."""
     tensors: dict[str, TensorRef] = {}
     broken: dict[str, str] = {}
     same: dict[str, str] = {}
     first: dict[tuple[object, ...], str] = {}
-    for name, tensor in torch_archive.load_anew(file, stamp).items():
+    for name, tensor in found.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             broken[name] = f"it is a sparse, quantised or empty (meta) tensor in {file}; save it as a plain one"
+            continue
+        if hasattr(tensor, "full_tensor"):
+            broken[name] = f"it is spread over several processes in {file}; gather the full state dict first"
             continue
         if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             broken[name] = f"{file} stores fewer entries than its shape {list(tensor.shape)} has; save it again"
@@ -35,7 +46,7 @@ def read_header(file: Place) -> Header:
         dtype = str(tensor.dtype).removeprefix("torch.")
         shape = tuple(tensor.shape)
         tensors[name] = TensorRef(
-            file.path, name, DTYPE_OF_TORCH.get(dtype, dtype), shape, "torch", stamp, file.storage, stored=shape
+            file.path, name, DTYPE_OF_TORCH.get(dtype, dtype), shape, container, stamp, file.storage, stored=shape
         )
         if tensor.numel():
             place = (tensor.data_ptr(), tensor.dtype, shape, tensor.stride())

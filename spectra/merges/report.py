@@ -129,8 +129,8 @@ class MergeReport:
         return sorted(self.matrices, key=lambda row: (VERDICTS.index(row.verdict), -(row.residual or 0.0)))
 
     def by_role(self) -> dict[str, dict[str, int]]:
-        """Role → verdict → number of matrices."""
-        roles = dict.fromkeys(row.role for row in self.matrices)
+        """Role → verdict → number of matrices; roles in the model's order."""
+        roles = naming.in_model_order(row.role for row in self.matrices)
         return {role: MergeReport(tuple(row for row in self.matrices if row.role == role)).counts for role in roles}
 
     def table(self) -> pd.DataFrame:

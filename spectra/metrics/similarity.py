@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from spectra import naming, text
+from spectra.deltas.relatedness import unrelated_note
 from spectra.errors import SelectionError
 from spectra.spectrum import Spectrum
 
@@ -145,10 +146,20 @@ def subspace_similarity(a: Spectrum, b: Spectrum, *, top: int = 30, side: Side =
         grid=grid,
         chance=chance_level(k, basis_a.shape[0]),  # type: ignore[union-attr]
         angles=principal_angles(basis_a[:, :k], basis_b[:, :k]),  # type: ignore[index]
-        note="; ".join(part for part in (note, _tied("first", a, k), _tied("second", b, k)) if part),
+        note="; ".join(filter(None, (_unrelated(a, b), note, _tied("first", a, k), _tied("second", b, k)))),
         other=b.name if b.name != a.name else "",
         gap=float(np.min([a.gap(k), b.gap(k)])),
     )
+
+
+def _unrelated(a: Spectrum, b: Spectrum) -> str:
+    """Where an update is none: tuned − base of two that share a wrong base agrees in all directions, the base's."""
+    which = [
+        name
+        for name, spectrum in (("first", a), ("second", b))
+        if unrelated_note(spectrum.base_cosine, spectrum.unmoved_share)
+    ]
+    return f"{' and '.join(which)} update unrelated to the base" if which else ""
 
 
 def _tied(which: str, spectrum: Spectrum, k: int) -> str:

@@ -231,6 +231,7 @@ _FUSED: dict[str, tuple[tuple[str, _Layout], ...]] = {
     "gpt_bigcode": ((r"(?:^|\.)attn\.c_attn\.weight$", _bigcode),),
     "codegen": ((r"attn\.qkv_proj\.weight$", _codegen),),
     "chatglm": ((_QKV, _chatglm), (r"mlp\.dense_h_to_4h\.weight$", _chatglm_mlp)),
+    "litgpt": ((r"(?:^|\.)attn\.qkv\.weight$", _qkv_gqa),),
     "phi3": ((r"self_attn\.qkv_proj\.weight$", _qkv_gqa), _GATE_UP),
     "phi3_v": ((r"self_attn\.qkv_proj\.weight$", _qkv_gqa), _GATE_UP),
     "glm": (_GATE_UP,),

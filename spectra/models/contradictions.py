@@ -38,7 +38,7 @@ def contradictions(tuned: Mapping[str, Any], base: Mapping[str, Any]) -> list[st
 def _between(tuned: Mapping[str, Any], base: Mapping[str, Any], where: str) -> list[str]:
     found = []
     kinds = (base.get("model_type"), tuned.get("model_type"))
-    if all(kinds) and kinds[0] != kinds[1]:
+    if all(kinds) and kinds[0] != kinds[1] and "litgpt" not in kinds:  # LitGPT's word for all architectures
         found.append(f"{where}the base is of type {kinds[0]!r}, the tuned model of type {kinds[1]!r} (model_type)")
     for what, keys in _SIZES:
         key, after = _first(tuned, keys)

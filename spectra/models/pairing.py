@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 
 from spectra.errors import SourceError
 
 Shape = tuple[int, ...]
-_INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_WRAPPERS = ("module.", "_forward_module.", "base_model.model.", *_INNER_WRAPPERS)
+# PEFT wraps a model, or one inside another: a language model beside a projector.
+_INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_model.model.")
+_WRAPPERS = ("module.", "_forward_module.", *_INNER_WRAPPERS)
 # Where a vision-language model keeps what is a model of its own elsewhere: prefixes that stand for each other.
 _NESTED = (("model.", "model.language_model."),)
+# Where single files of image models keep a text encoder: ComfyUI's, and Stability's.
+_TEXT_ENCODER = re.compile(r"(?:text_encoders\.[^.]+|conditioner\.embedders\.\d+)\.transformer\.")
 
 
 def align(tuned: Mapping[str, Shape | None], base: Mapping[str, Shape]) -> tuple[dict[str, str], str]:
@@ -78,6 +82,8 @@ def unwrap(name: str) -> str:
 
     >>> unwrap("module._orig_mod.encoder.layer.0.weight")
     'encoder.layer.0.weight'
+    >>> unwrap("llm.base_model.model.model.layers.0.weight")
+    'llm.model.layers.0.weight'
     """
     for wrapper in _INNER_WRAPPERS:
         name = name.replace("." + wrapper, ".")
@@ -95,13 +101,16 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
 
 
 def _leading_paths(names: Iterable[str]) -> set[str]:
-    """First one and two path components, as prefixes, that are words rather than indices."""
+    """First one and two path components, as prefixes, that are words rather than indices; a text encoder's place."""
     found = set()
     for name in names:
         words = name.split(".")
         for depth in (1, 2):
             if len(words) > depth + 1 and not any(word.isdigit() for word in words[:depth]):
                 found.add(".".join(words[:depth]) + ".")
+        encoder = _TEXT_ENCODER.match(name)
+        if encoder:
+            found.add(encoder[0])
     return found
 
 

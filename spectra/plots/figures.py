@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CLOSE_UP = 0.05
+FORMATS = ("png", "pdf", "svg")
+DEFAULT_FORMATS = ("png", "pdf")
 _COLUMNS = 3
 _LEGEND_WIDTH = 72  # characters that fit twice beside each other
 _PANEL = 3.0  # inches: three in a row are legible across a printed page
@@ -137,13 +140,15 @@ def _pair(labels: tuple[str, str] | Mapping[str, tuple[str, str]], name: str) ->
     return labels[name]
 
 
-def save_figure(figure: Figure, path: Path, formats: Sequence[str] = ("png", "pdf")) -> list[Path]:
+def save_figure(figure: Figure, path: Path, formats: Sequence[str] = DEFAULT_FORMATS) -> list[Path]:
     """Write the figure beside `path` in each format, by name: `histogram.png`, `histogram.pdf`.
 
     Raises:
+        SelectionError: a format is not one of FORMATS.
         StoreError: it cannot be written.
     """
     written = []
+    check_formats(formats)
     for kind in formats:
         target = path.with_name(f"{path.name}.{kind}")
         metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
@@ -154,3 +159,40 @@ def save_figure(figure: Figure, path: Path, formats: Sequence[str] = ("png", "pd
             raise StoreError(f"{target} cannot be written ({problem.strerror}); choose {ANOTHER_PLACE}") from None
         written.append(target)
     return written
+
+
+def save_pages(pages: Iterable[tuple[str, Figure]], path: Path, formats: Sequence[str] = DEFAULT_FORMATS) -> list[Path]:
+    """Write figures that are the pages of one: a pdf of all, in the other formats `histogram-NAME.png` each.
+
+    Args:
+        pages: name → figure, one at a time.
+        path: as for `save_figure`.
+        formats: as for `save_figure`.
+
+    Raises:
+        SelectionError: a format is not one of FORMATS.
+        StoreError: a file cannot be written.
+    """
+    from matplotlib.backends.backend_pdf import PdfPages
+
+    check_formats(formats)
+    target = path.with_name(f"{path.name}.pdf")
+    single = [kind for kind in formats if kind != "pdf"]
+    written: list[Path] = []
+    try:
+        with PdfPages(target, metadata={"CreationDate": None}) if "pdf" in formats else nullcontext() as book:
+            for name, figure in pages:
+                written += save_figure(figure, path.with_name(f"{path.name}-{name}"), single)
+                if book is not None:
+                    with look():
+                        book.savefig(figure)
+    except OSError as problem:
+        raise StoreError(f"{target} cannot be written ({problem.strerror}); choose {ANOTHER_PLACE}") from None
+    return [*written, *([target] if "pdf" in formats else [])]
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Raise a SelectionError for a format that is not one of FORMATS."""
+    for kind in formats:
+        if kind not in FORMATS:
+            raise SelectionError(f"{kind!r} is not one of the formats {', '.join(FORMATS)}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from spectra import naming
 from spectra.metrics.similarity import SIDES, SubspaceSimilarity, pool
 from spectra.results.similarities import Group, group_by_role
 from spectra.spectrum import Spectrum
@@ -13,29 +15,50 @@ MOST_CURVES = 7  # as many as there are colours, and linear layers in a LLaMA bl
 
 
 def curves_by_role(
-    spectra: Iterable[Spectrum], *, per_layer: bool = False, most: int = MOST_CURVES
+    spectra: Iterable[Spectrum], *, most: int = MOST_CURVES
 ) -> tuple[dict[str, list[Spectrum]], list[str]]:
     """A curve per role, ready for `plot_histogram`: those with the most values, and the names of the others.
 
     Args:
         spectra: the updates of one run.
-        per_layer: a curve per role and layer.
         most: how many curves stay readable.
 
     Example:
-        >>> spectra = [Spectrum(f"layers.{i}.v_proj.weight", (2, 2), S=[2.0, 1.0]) for i in range(2)]
-        >>> curves, left_out = curves_by_role(spectra, per_layer=True, most=1)
+        >>> spectra = [Spectrum(f"layers.0.{role}.weight", (2, 2), S=[2.0, 1.0]) for role in ("v_proj", "q_proj")]
+        >>> curves, left_out = curves_by_role(spectra)
         >>> list(curves), left_out
-        (['v_proj, layer 0'], ['v_proj, layer 1'])
+        (['q_proj', 'v_proj'], [])
     """
     groups: dict[str, list[Spectrum]] = {}
     for spectrum in spectra:
-        layer = "" if spectrum.layer is None else f", layer {spectrum.layer}"
-        groups.setdefault(spectrum.role + (layer if per_layer else ""), []).append(spectrum)
-    sizes = {name: sum(spectrum.rank for spectrum in members) for name, members in groups.items()}
-    kept = set(sorted(groups, key=lambda name: -sizes[name])[:most])
-    left_out = [name for name in groups if name not in kept]
-    return {name: members for name, members in groups.items() if name in kept}, left_out
+        groups.setdefault(spectrum.role, []).append(spectrum)
+    roles = naming.in_model_order(groups)
+    sizes = {role: sum(spectrum.rank for spectrum in groups[role]) for role in roles}
+    kept = set(sorted(roles, key=lambda role: -sizes[role])[:most])
+    return {role: groups[role] for role in roles if role in kept}, [role for role in roles if role not in kept]
+
+
+def pages_by_layer(spectra: Iterable[Spectrum], *, most: int = MOST_CURVES) -> dict[str, dict[str, list[Spectrum]]]:
+    """Page → its curves, one for each layer of a role: as few pages as `most` curves on each allow, as even as they go.
+
+    Example:
+        >>> spectra = [Spectrum(f"layers.{i}.v_proj.weight", (2, 2), S=[2.0, 1.0]) for i in range(3)]
+        >>> {page: list(curves) for page, curves in pages_by_layer(spectra, most=2).items()}
+        {'v_proj, layers 0 to 1': ['v_proj, layer 0', 'v_proj, layer 1'], 'v_proj, layer 2': ['v_proj, layer 2']}
+    """
+    roles: dict[str, dict[int | None, list[Spectrum]]] = {}
+    for spectrum in spectra:
+        roles.setdefault(spectrum.role, {}).setdefault(spectrum.layer, []).append(spectrum)
+    pages: dict[str, dict[str, list[Spectrum]]] = {}
+    for role in naming.in_model_order(roles):
+        layers = sorted(roles[role], key=lambda layer: -1 if layer is None else layer)
+        size = math.ceil(len(layers) / math.ceil(len(layers) / most))
+        for start in range(0, len(layers), size):
+            some = layers[start : start + size]
+            span = f"layer {some[0]}" if len(some) == 1 else f"layers {some[0]} to {some[-1]}"
+            page = role if some == [None] else f"{role}, {span}"
+            pages[page] = {role if layer is None else f"{role}, layer {layer}": roles[role][layer] for layer in some}
+    return pages
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +108,7 @@ def panels_by_role(comparisons: Sequence[Comparison], *, named: bool = True) -> 
 
 
 def _rows(groups: Sequence[Mapping[Group, object]]) -> list[Group]:
-    """Every role and side that occurs: roles as they come, the sides of each together."""
+    """Every role and side that occurs: roles in the model's order, the sides of each together."""
     there = dict.fromkeys(group for members_of in groups for group in members_of)
-    roles = dict.fromkeys(role for role, _ in there)
+    roles = naming.in_model_order(role for role, _ in there)
     return [(role, side) for role in roles for side in SIDES if (role, side) in there]

@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-import json
+import functools
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra import naming
-from spectra.errors import SelectionError, StoreError
+from spectra.errors import SelectionError
 from spectra.metrics.similarity import SIDES
-from spectra.plots.alignment import alignment_numbers, cosines_figure, deciles_figure, undrawn_roles
-from spectra.plots.figures import CLOSE_UP, draw_panels, histogram_panels, save_figure, similarity_figure
-from spectra.plots.grouping import Comparison, curves_by_role, panels_by_role
-from spectra.plots.histogram import BINS
-from spectra.plots.series import left_out_roles, series_curves, series_figure
+from spectra.plots.figures import (
+    CLOSE_UP,
+    DEFAULT_FORMATS,
+    check_formats,
+    draw_panels,
+    histogram_panels,
+    save_figure,
+    save_pages,
+    similarity_figure,
+)
+from spectra.plots.grouping import MOST_CURVES, Comparison, curves_by_role, pages_by_layer, panels_by_role
+from spectra.plots.histogram import BINS, BinnedPanel
 from spectra.plots.similarity import grid_rows
+from spectra.plots.tables import Drawn, draw_tables, too_many
 from spectra.results import tables
 from spectra.results.collection import Spectra
-from spectra.results.series import TABLE, is_series
-from spectra.results.store import Store, write
+from spectra.results.store import Store, nothing_stored, write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ALIGNMENT_TABLE = "alignment.json"
 _LONGEST_LABEL = 28
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What `draw_results` did.
-
-    Attributes:
-        files: figures and tables that were written.
-        notes: what was not drawn, and why, in sentences.
-    """
-
-    files: tuple[Path, ...]
-    notes: tuple[str, ...] = ()
 
 
 def draw_results(
@@ -55,6 +49,7 @@ def draw_results(
     bins: int = BINS,
     close_up: float = CLOSE_UP,
     per_layer: bool = False,
+    formats: Sequence[str] = DEFAULT_FORMATS,
 ) -> Drawn:
     """Draw whatever the directories hold; nothing is computed again.
 
@@ -72,27 +67,21 @@ def draw_results(
         title: of the figure; "" for a single run's label.
         bins: of the histogram.
         close_up: the share of the values, the largest, in the histogram's close-up.
-        per_layer: a curve per layer and role instead of one per role.
+        per_layer: a curve per layer and role instead of one per role; more than a figure holds are pages of it.
+        formats: what to write each figure as: "png", "pdf" or "svg".
 
     Raises:
         StoreError: a directory holds no results, or out cannot be written to.
-        SelectionError: labels do not fit the directories, or layers or sides select nothing.
+        SelectionError: labels do not fit the directories, a format is unknown, or layers or sides select nothing.
     """
     places = [directories] if isinstance(directories, str | Path) else list(directories)
     called = run_labels(places, labels)
+    check_formats(formats)
     wanted = None if names is None else list(dict.fromkeys(names))
     runs: dict[str, Spectra] = {}
     comparisons: list[Comparison] = []
-    files: list[Path] = []
-    notes: list[str] = []
-    for label, directory in zip(called, places, strict=True):
-        tables_there = [draw for there, draw in _OF_TABLES if there(Path(directory))]
-        for draw in tables_there:
-            called_here = label if len(places) > 1 else ""
-            drawn = draw(Path(directory), Path(directory if out is None else out), layers, called_here, title)
-            files, notes = [*files, *drawn.files], [*notes, *drawn.notes]
-        if tables_there and not Store(directory).spectra.names() and not Store(directory).similarity.names():
-            continue
+    files, notes, rest = _of_tables(dict(zip(called, places, strict=True)), out, layers, title, formats)
+    for label, directory in rest.items():
         store = _results(directory)
         try:
             if store.spectra.names():
@@ -103,15 +92,43 @@ def draw_results(
             raise SelectionError(f"{directory}: {problem}") from None
     target = Path(places[0] if out is None else out)
     if comparisons:
-        files += _draw_similarity(comparisons, target, title, named=bool(labels) or len(comparisons) > 1)
+        files += _draw_similarity(comparisons, target, title, bool(labels) or len(comparisons) > 1, formats)
     if runs:
-        curves, title, more = _curves(runs, title, per_layer)
-        notes += more
         try:
-            files += _draw_histogram(curves, target, title, bins, close_up)
+            if per_layer and len(runs) == 1:
+                ((label, spectra),) = runs.items()
+                pages = pages_by_layer(spectra.without_vectors())
+                files += _draw_pages(pages, target, title or label, bins, close_up, formats)
+            else:
+                curves, title, more = _curves(runs, title)
+                notes += more
+                files += _draw_histogram(curves, target, title, bins, close_up, formats)
         except SelectionError as problem:
             notes.append(f"no histogram: {problem}")
     return Drawn(tuple(files), tuple(notes))
+
+
+def _of_tables(
+    places: Mapping[str, str | Path],
+    out: str | Path | None,
+    layers: str | Sequence[str],
+    title: str,
+    formats: Sequence[str],
+) -> tuple[list[Path], list[str], dict[str, str | Path]]:
+    """The figures of tables that directories hold, notes on them, and the directories that hold something else."""
+    files: list[Path] = []
+    notes: list[str] = []
+    rest: dict[str, str | Path] = {}
+    keep = functools.partial(_keep, formats=formats)
+    for label, directory in places.items():
+        target = directory if out is None else out
+        drawn = draw_tables(Path(directory), target, layers, label if len(places) > 1 else "", title, keep)
+        store = Store(directory)
+        if drawn is not None:
+            files, notes = [*files, *drawn.files], [*notes, *drawn.notes]
+        if drawn is None or store.spectra.names() or store.similarity.names():
+            rest[label] = directory
+    return files, notes, rest
 
 
 def run_labels(directories: Sequence[str | Path], labels: Sequence[str] = ()) -> list[str]:
@@ -134,10 +151,7 @@ def run_labels(directories: Sequence[str | Path], labels: Sequence[str] = ()) ->
 def _results(directory: str | Path) -> Store:
     store = Store(directory)
     if not store.spectra.names() and not store.similarity.names():
-        raise StoreError(
-            f"{directory} holds no results; make them with decompose(…, out={str(directory)!r}) "
-            f"or spectra svd … --out {directory}"
-        )
+        raise nothing_stored(directory)
     return store
 
 
@@ -172,80 +186,69 @@ def _shortened(name: str) -> str:
     return name if len(name) <= _LONGEST_LABEL else name[: _LONGEST_LABEL - 1] + "…"
 
 
-def _curves(
-    runs: Mapping[str, Spectra], title: str, per_layer: bool
-) -> tuple[Mapping[str, Iterable[Any]], str, list[str]]:
+def _curves(runs: Mapping[str, Spectra], title: str) -> tuple[Mapping[str, Iterable[Any]], str, list[str]]:
     """The histogram's curves, its title, and what does not fit."""
     if len(runs) > 1:
         return runs, title, []
     ((label, spectra),) = runs.items()
-    curves, left_out = curves_by_role(spectra, per_layer=per_layer)
-    return curves, title or label, list(_too_many(left_out))
+    curves, left_out = curves_by_role(spectra)
+    return curves, title or label, list(too_many(left_out))
 
 
 def _draw_histogram(
-    curves: Mapping[str, Iterable[Any]], target: Path, title: str, bins: int, close_up: float
+    curves: Mapping[str, Iterable[Any]],
+    target: Path,
+    title: str,
+    bins: int,
+    close_up: float,
+    formats: Sequence[str],
 ) -> list[Path]:
     panels = histogram_panels(curves, bins=bins, close_up=close_up)
     numbers = [row for panel in panels for row in panel.rows()]
-    return _keep(draw_panels(panels, title=title), target / "histogram", numbers, target / "histogram.csv")
+    figure = draw_panels(panels, title=title)
+    return _keep(figure, target / "histogram", numbers, target / "histogram.csv", formats)
 
 
-def _draw_similarity(comparisons: Sequence[Comparison], target: Path, title: str, named: bool) -> list[Path]:
+def _draw_pages(
+    pages: Mapping[str, Mapping[str, list[Any]]],
+    target: Path,
+    title: str,
+    bins: int,
+    close_up: float,
+    formats: Sequence[str],
+) -> list[Path]:
+    """A figure per page, all on the same bins, so that they can be laid over each other; one table of all."""
+    curves = {label: spectra for page in pages.values() for label, spectra in page.items()}
+    if len(curves) <= MOST_CURVES:
+        return _draw_histogram(curves, target, title, bins, close_up, formats)
+    panels = histogram_panels(curves, bins=bins, close_up=close_up)
+    table = target / "histogram.csv"
+    write(table, tables.to_csv([row for panel in panels for row in panel.rows()]).encode())
+    drawn = ((name, panels_of(panels, labels)) for name, labels in pages.items())
+    figures = (
+        (re.sub(r"[^\w.]+", "-", name), draw_panels(some, title=f"{title}: {name}")) for name, some in drawn if some
+    )
+    return [*save_pages(figures, target / "histogram", formats), table]
+
+
+def panels_of(panels: Sequence[BinnedPanel], labels: Iterable[str]) -> list[BinnedPanel]:
+    """The same panels with only these curves; none where none of them has a value to draw."""
+    kept = set(labels)
+    some = [replace(panel, curves=tuple(c for c in panel.curves if c.values.label in kept)) for panel in panels]
+    return some if some[0].curves else []
+
+
+def _draw_similarity(
+    comparisons: Sequence[Comparison], target: Path, title: str, named: bool, formats: Sequence[str]
+) -> list[Path]:
     panels = panels_by_role(comparisons, named=named)
     figure = similarity_figure(panels.similarities, title=title, labels=panels.labels, columns=panels.columns)
     # similarity.csv is the table of the comparison itself
-    return _keep(figure, target / "similarity", grid_rows(panels.similarities), target / "similarity_grid.csv")
+    numbers = grid_rows(panels.similarities)
+    return _keep(figure, target / "similarity", numbers, target / "similarity_grid.csv", formats)
 
 
-def _draw_series(directory: Path, target: Path, layers: str | Sequence[str], label: str, title: str) -> Drawn:
-    """The curves of a stored series, from its table; several of them into files of their own labels."""
-    import pandas as pd
-
-    table = pd.read_csv(directory / TABLE, keep_default_na=False, na_values=[""])
-    if layers:
-        chosen = naming.select(layers, dict.fromkeys(table["name"].dropna()))
-        table = table[table["name"].isin(chosen)]
-    name = f"series-{label}" if label else "series"
-    try:
-        figure = series_figure(table, title=title or label)
-    except SelectionError as problem:
-        return Drawn((), (f"no curves of {directory}: {problem}",))
-    files = _keep(figure, target / name, series_curves(table), target / f"{name}_curves.csv")
-    return Drawn(tuple(files), _too_many(left_out_roles(table)))
-
-
-def _draw_alignment(directory: Path, target: Path, layers: str | Sequence[str], label: str, title: str) -> Drawn:
-    """The two figures of a stored alignment, from its table."""
-    import pandas as pd
-
-    table = pd.DataFrame(json.loads((directory / ALIGNMENT_TABLE).read_text(encoding="utf-8"))["matrices"])
-    if layers:
-        table = table[table["name"].isin(naming.select(layers, table["name"]))]
-    end = f"-{label}" if label else ""
-    try:
-        figures = cosines_figure(table, title=title or label), deciles_figure(table, title=title or label)
-    except SelectionError as problem:
-        return Drawn((), (f"no figure of {directory}: {problem}",))
-    files: list[Path] = []
-    for name, figure, rows in zip(("cosines", "deciles"), figures, alignment_numbers(table), strict=True):
-        path = target / f"alignment_{name}{end}"
-        files += _keep(figure, path, rows, path.with_name(f"{path.name}.csv"))
-    return Drawn(tuple(files), _too_many(undrawn_roles(table)))
-
-
-def _too_many(roles: Sequence[str]) -> tuple[str, ...]:
-    listed = f"not drawn, to keep the figure readable: {', '.join(roles)}; draw them with layers= (--layer)"
-    return (listed,) if roles else ()
-
-
-_OF_TABLES = (
-    (is_series, _draw_series),
-    (lambda directory: (directory / ALIGNMENT_TABLE).is_file(), _draw_alignment),
-)
-
-
-def _keep(figure: Figure, path: Path, rows: list[dict[str, Any]], table: Path) -> list[Path]:
+def _keep(figure: Figure, path: Path, rows: list[dict[str, Any]], table: Path, formats: Sequence[str]) -> list[Path]:
     """Save a figure and the numbers that it shows."""
     write(table, tables.to_csv(rows).encode())  # makes the directory, too
-    return [*save_figure(figure, path), table]
+    return [*save_figure(figure, path, formats), table]

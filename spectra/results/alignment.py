@@ -16,6 +16,7 @@ from torch import Tensor
 from spectra.deltas.base import BaseWeight
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense, Form
+from spectra.deltas.relatedness import unrelated_note
 from spectra.deltas.source import Source
 from spectra.engine.devices import device_named, resolve_device
 from spectra.engine.memory import memory_budget as memory_budget_of
@@ -178,14 +179,15 @@ class Work:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What `numbers` gives."""
+        """What `numbers` gives, beside a note."""
         return ("k", "r", *ALIGNMENT)
 
     def numbers(self, delta: WeightDelta) -> Row:
         """The columns of a matrix that can be done."""
         seen = self._seen(delta)
         sizes = {"k": len(seen.tuned_top.S), "r": len(seen.update_top.S)}
-        return sizes | {name: metric(seen) for name, metric in ALIGNMENT.items()}
+        note = unrelated_note(seen.update.base_cosine, seen.update.unchanged)
+        return sizes | {name: metric(seen) for name, metric in ALIGNMENT.items()} | {"note": note}
 
     def __call__(self, delta: WeightDelta) -> Row:
         """The row of one matrix; what cannot be done has a status there."""
@@ -256,10 +258,13 @@ class Work:
             "out": out,
             "in": inside,
             "status": outcome.status,
-            **(numbers or dict.fromkeys(self.columns)),
+            **{name: None if numbers is None else numbers[name] for name in self.columns},
             "reason": outcome.reason,
-            "note": delta.note,
+            "note": "; ".join(filter(None, (delta.note, (numbers or {}).get("note")))),
         }
+
+
+COLUMNS = ("name", "role", "layer", "out", "in", "status", "k", "r", *ALIGNMENT, "reason", "note")
 
 
 def _outcome(delta: WeightDelta, status: Status, reason: str = "") -> Spectrum:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, overload
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, overload
 from spectra import naming, text
 from spectra.errors import SelectionError, StoreError
 from spectra.results import tables
-from spectra.results.store import Store, loaded_vectors
+from spectra.results.store import RUN, Store, loaded_vectors, nothing_stored
 from spectra.spectrum import Spectrum
 from spectra.text import Row
 
@@ -222,6 +223,11 @@ def save(spectra: Iterable[Spectrum], directory: str | Path) -> None:
     store.finish()
 
 
+def holds_results(path: str | Path) -> bool:
+    """Whether a path is a results directory, which `load` opens, and no model or adapter."""
+    return os.path.isfile(os.path.join(os.path.expanduser(path), RUN))
+
+
 def load(directory: str | Path, *, vectors: bool = True) -> Spectra:
     """The spectra of a results directory, each read when it is asked for.
 
@@ -234,8 +240,5 @@ def load(directory: str | Path, *, vectors: bool = True) -> Spectra:
     """
     spectra = Spectra.stored(directory, vectors=vectors)
     if not spectra.names:
-        raise StoreError(
-            f"{directory} holds no spectra; make them with decompose(…, out={str(directory)!r}) "
-            f"or spectra svd … --out {directory}"
-        )
+        raise nothing_stored(directory)
     return spectra

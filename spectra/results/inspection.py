@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra import naming, text
 from spectra.deltas.source import Source
 from spectra.errors import BaseRequiredError
-from spectra.files import hub
 from spectra.files.folder import Folder
-from spectra.models.opening import open_model
+from spectra.models.opening import Openable, open_any
 from spectra.sources import format_of, source_of
 
 if TYPE_CHECKING:
     from spectra.results.tables import Row  # its file imports every metric: a header-only look must not wait for them
+
+
+NEEDS_BASE = "needs the base"
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,16 +27,27 @@ class Inspection:
     Attributes:
         folder: its tensors, by their headers.
         kind: the format, as in `Source.kind`.
-        source: the updates in it; None for full weights without a base, which are no update yet.
+        source: the updates in it; None where ΔW needs a base and none was given.
+        needs: why it does, and what to pass; "" where there is a source.
+        modules: the modules that an adapter without a source adapts; () for full weights.
     """
 
     folder: Folder
     kind: str
     source: Source | None
+    needs: str = ""
+    modules: tuple[str, ...] = ()
 
     @property
     def matrices(self) -> list[Row]:
-        """A row per update; of full weights without a base, a row per stored matrix."""
+        """A row per update; without a base, one per stored matrix of full weights or adapted module of an adapter."""
+        if self.modules:
+            names = [f"{module}.weight" for module in self.modules]
+            return [
+                {"name": name, "role": naming.role_of(name), "layer": naming.layer_of(name), "shape": (),
+                 "status": NEEDS_BASE, "reason": self.needs}
+                for name in names
+            ]  # fmt: skip
         if self.source is None:
             return [
                 {"name": name, "role": naming.role_of(name), "layer": naming.layer_of(name), "shape": ref.shape}
@@ -50,7 +62,9 @@ class Inspection:
         """How many matrices there are of each role, shape, largest possible rank and status."""
         keys = ("role", "shape", "max_rank", "status")
         counts = Counter(tuple(row.get(key) for key in keys) for row in self.matrices)
-        return [{**dict(zip(keys, group, strict=True)), "matrices": count} for group, count in counts.items()]
+        roles = naming.in_model_order(str(role) for role, *_ in counts)
+        ordered = sorted(counts.items(), key=lambda item: roles.index(str(item[0][0])))
+        return [{**dict(zip(keys, group, strict=True)), "matrices": count} for group, count in ordered]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values: what `spectra inspect --json` prints."""
@@ -67,7 +81,7 @@ class Inspection:
             "matrices": self.matrices,
         }
         if self.source is None:
-            return document | {"warnings": self.folder.warnings}
+            return document | {"warnings": self.folder.warnings, "needs": self.needs}
         notes = sorted({delta.note for delta in self.source if delta.note})
         return document | {"coverage": asdict(self.source.coverage), "notes": notes}
 
@@ -81,12 +95,12 @@ class Inspection:
 
 
 def inspect(
-    path: str | Path, base: str | Path | None = None, *, heads: str | int = "mean", scale: float | None = None
+    path: Openable, base: Openable | None = None, *, heads: str | int = "mean", scale: float | None = None
 ) -> Inspection:
     """What a model or adapter holds: kind, matrices, ranks, dtypes and sizes, and what will not be used.
 
     Args:
-        path: a folder, a weights file, a hub id or an alias.
+        path: a folder, a weights file, a hub id or an alias; or a model or state dict in memory.
         base: pair it with this model and show what fits.
         heads: as for `open_source`.
         scale: as for `open_source`.
@@ -96,9 +110,9 @@ def inspect(
         UnsupportedFormatError: the format is not one of FORMATS.
         SourceError: a file is broken.
     """
-    folder = open_model(hub.resolve(path))
-    kind = format_of(folder).kind
+    folder = open_any(path)
+    row = format_of(folder)
     try:
-        return Inspection(folder, kind, source_of(folder, base, heads=heads, scale=scale))
-    except BaseRequiredError:
-        return Inspection(folder, kind, None)
+        return Inspection(folder, row.kind, source_of(folder, base, heads=heads, scale=scale))
+    except BaseRequiredError as problem:
+        return Inspection(folder, row.kind, None, str(problem), tuple(row.modules(folder)))

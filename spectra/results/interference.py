@@ -10,6 +10,7 @@ import torch
 
 from spectra import naming
 from spectra.deltas.delta import WeightDelta
+from spectra.deltas.relatedness import unrelated_note
 from spectra.engine.devices import device_named, resolve_device
 from spectra.engine.solve import Wanted, solve, solve_forms
 from spectra.errors import SelectionError
@@ -83,6 +84,8 @@ def _row(name: str, updates: Sequence[Mapping[str, WeightDelta]], device: str) -
         spectrum = solve(delta, top=max(1, delta.max_rank), only_top=True, device=device)
         if spectrum.status not in DONE:
             return _line(name, there, spectrum.status, f"update {place + 1}: {spectrum.reason}", note)
+        said = unrelated_note(spectrum.base_cosine, spectrum.unmoved_share)
+        note = note if said in note else "; ".join(filter(None, (note, said)))
         found[place] = _triplets(spectrum, device)
     total = _sum(name, list(found.values()), device)
     if total.status not in DONE:

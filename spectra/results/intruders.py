@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from spectra.results.tables import Row
 
+_COLUMNS = ("k", "intruders", "decided_by", "least_cosines", "most_cosines")
+COLUMNS = ("name", "role", "layer", "out", "in", "status", *_COLUMNS, "reason", "note")
 BY_BOUNDS = "bounds"
 BY_VECTORS = "all vectors of W₀"
 _TOP = 2  # times k: triplets of W₀ that are computed; W's top directions are mostly among these
@@ -90,7 +92,7 @@ class _Counting(Work):
     @property
     def columns(self) -> tuple[str, ...]:
         """What `numbers` gives."""
-        return ("k", "intruders", "decided_by", "least_cosines", "most_cosines")
+        return _COLUMNS
 
     def numbers(self, delta: WeightDelta) -> Row:
         """The count, what it rests on, and the bounds."""

@@ -15,6 +15,7 @@ from spectra.deltas.recipes import InMemory
 from spectra.deltas.source import Source
 from spectra.engine.decompose import decompose_indexed, threads_for
 from spectra.errors import SelectionError
+from spectra.files.memory import CONTAINER
 from spectra.metrics.similarity import Side, SubspaceSimilarity
 from spectra.results import fingerprint
 from spectra.results.comparison import compare_deltas
@@ -26,6 +27,7 @@ from spectra.spectrum import Spectrum
 def decompose_into(
     out: str | Path,
     source: Source,
+    reused: list[str],
     *,
     top: int | None = None,
     only_top: bool = False,
@@ -41,6 +43,7 @@ def decompose_into(
     Args:
         out: the results directory.
         source: what to decompose; the options that it was opened with are part of the run's identity.
+        reused: gets the names of those that are stored already.
         top: as for `decompose`.
         only_top: as for `decompose`.
         device: as for `decompose`.
@@ -59,6 +62,7 @@ def decompose_into(
     keys = [fingerprint.of_delta(delta) for delta in source]
     for place, delta in enumerate(source):
         if store.has(delta.name, keys[place], top, only_top):
+            reused.append(delta.name)
             yield store.get(delta.name)
         else:
             values, k = store.kept(delta.name)
@@ -79,6 +83,7 @@ def compare_into(
     a: Source,
     b: Source,
     inputs: Mapping[str, Any],
+    reused: list[str],
     *,
     top: int,
     sides: Sequence[Side],
@@ -91,6 +96,7 @@ def compare_into(
         a: one source.
         b: the other.
         inputs: what identifies the run beside the files.
+        reused: gets the names of those that are stored already.
         top: as for `compare`.
         sides: as for `compare`.
         compute: device, executor and memory_budget, as for `compare`.
@@ -111,6 +117,7 @@ def compare_into(
         stored = [store.similarity_of(name, side, key) for side in sides]
         if all(stored):
             done.add(name)
+            reused.append(name)
             yield from (item for item in stored if item)
     rest = [tuple(delta for delta in source if delta.name not in done) for source in (a, b)]
     if len(done) < len(keys) or not keys:
@@ -159,7 +166,7 @@ def _threads(store: Store, source: Source, top: int | None, device: str, budget:
 def _check_files(source: Source) -> None:
     """Raise if a matrix is in memory only: nothing would tell the stored result from that of another matrix."""
     for delta in source:
-        if isinstance(delta.recipe, InMemory):
+        if isinstance(delta.recipe, InMemory) or any(ref.container == CONTAINER for ref in delta.refs):
             raise SelectionError(
                 f"{delta.name} is a matrix in memory, which out= cannot recognise again; leave out= away and save(…)"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from spectra import naming
 from spectra.metrics.similarity import Side, SubspaceSimilarity, pool
 
 
@@ -28,11 +29,12 @@ Group = tuple[str, Side]
 
 
 def group_by_role(similarities: Iterable[SubspaceSimilarity]) -> dict[Group, list[SubspaceSimilarity]]:
-    """(role, side) → its similarities, in the order in which they come."""
+    """(role, side) → its similarities: roles in the model's order, the rest as it comes."""
     groups: dict[Group, list[SubspaceSimilarity]] = {}
     for item in similarities:
         groups.setdefault((item.role, item.side), []).append(item)
-    return groups
+    roles = naming.in_model_order(role for role, _ in groups)
+    return {group: groups[group] for group in sorted(groups, key=lambda group: roles.index(group[0]))}
 
 
 def pool_by_role(similarities: Iterable[SubspaceSimilarity]) -> list[SubspaceSimilarity]:

@@ -24,6 +24,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from spectra.errors import StoreError
+from spectra.files.choice import WEIGHT_SUFFIXES
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.results import tables
 from spectra.spectrum import DONE, Spectrum
@@ -31,6 +32,7 @@ from spectra.spectrum import DONE, Spectrum
 ANOTHER_PLACE = "another directory (out=, --out)"
 RUN = "run.json"
 SUMMARY = "summary.csv"
+_CONFIGS = ("config.json", "adapter_config.json", "model_index.json")
 _ARRAYS = ("S", "U", "Vh")
 _RECORDED = {item.name: item.name for item in fields(Spectrum) if item.name not in _ARRAYS}
 _RECORDED["unmoved_share"] = "unchanged"  # attribute → key in the record and column of the table
@@ -128,6 +130,8 @@ class Store:
                 f"{self.directory} holds results of other inputs (different: {', '.join(changed)}); "
                 f"nothing was changed there: choose {ANOTHER_PLACE}"
             )
+        if before is None and (model := _model_in(self.directory)):
+            raise StoreError(f"{self.directory} is a model's folder (it holds {model}): choose {ANOTHER_PLACE}")
         if before is None and self.spectra.names():
             raise StoreError(f"{self.directory} holds results without a {RUN}; choose {ANOTHER_PLACE}")
         started = stored.get("started") or _now()
@@ -211,6 +215,27 @@ class Store:
             write(self.directory / "similarity.csv", tables.to_csv(compared).encode())
         run = self.run() | {"finished": _now(), "methods": {line["name"]: line["method"] for line in rows}}
         write(self.directory / RUN, _json(run, indent=1).encode())
+
+
+def nothing_stored(directory: str | Path) -> StoreError:
+    """What to do where a directory holds no results; never to write into a folder that holds something else."""
+    place = Path(directory).expanduser()
+    model = _model_in(place)
+    if not place.exists():
+        said, out = f"{directory} does not exist", Path(directory)
+    elif model:
+        said, out = f"{directory} holds a model ({model}) and no results", Path("results", place.resolve().name)
+    else:
+        said, out = f"{directory} holds no results", Path(directory)
+    return StoreError(f"{said}; make them with decompose(…, out={str(out)!r}) or spectra svd … --out {out}")
+
+
+def _model_in(directory: Path) -> str:
+    """A file that says that a folder is a model's, or that this is a file of weights itself; "" if there is none."""
+    if directory.is_file():
+        return directory.name
+    names = sorted(os.listdir(directory)) if directory.is_dir() else []
+    return next((name for name in names if name in _CONFIGS or name.endswith(WEIGHT_SUFFIXES)), "")
 
 
 def loaded_vectors(spectrum: Spectrum) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,27 @@ from spectra.deltas.source import Source
 from spectra.engine.decompose import decompose_indexed
 from spectra.errors import SelectionError
 from spectra.metrics.similarity import Side
-from spectra.results.collection import Spectra
+from spectra.results.collection import Spectra, holds_results, load
 from spectra.results.comparison import compare_deltas, compare_spectra
 from spectra.results.resume import compare_into, decompose_into, keep_comparisons
 from spectra.results.similarities import Compared
+from spectra.sources import open_source
 from spectra.spectrum import Spectrum
+
+
+class Comparisons(Iterator[Compared]):
+    """The comparisons of two updates while they are made: a stream, each as soon as it is finished.
+
+    Attributes:
+        reused: the names of the matrices that came from `out`, as far as the stream has come.
+    """
+
+    def __init__(self, stream: Iterator[Compared], reused: Collection[str] = ()) -> None:
+        self.reused = reused
+        self._stream = stream
+
+    def __next__(self) -> Compared:
+        return next(self._stream)
 
 
 class Decomposition(Iterator[Spectrum]):
@@ -25,10 +41,18 @@ class Decomposition(Iterator[Spectrum]):
 
     Attributes:
         names: the weights' names in the source's order.
+        reused: the names of those that came from `out`, where they were stored before, as far as the stream has come.
     """
 
-    def __init__(self, stream: Iterator[Spectrum], names: Iterable[str], out: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        stream: Iterator[Spectrum],
+        names: Iterable[str],
+        out: str | Path | None = None,
+        reused: Collection[str] = (),
+    ) -> None:
         self.names = tuple(names)
+        self.reused = reused
         self._stream = stream
         self._out = out
         self._begun = False
@@ -62,7 +86,7 @@ class Decomposition(Iterator[Spectrum]):
 
 
 def decompose(
-    source: Iterable[WeightDelta],
+    source: Iterable[WeightDelta] | str | Path,
     *,
     top: int | None = None,
     only_top: bool = False,
@@ -78,7 +102,7 @@ def decompose(
     goes on. `spectra svd --out` makes the same directory.
 
     Args:
-        source: a `Source` or any deltas.
+        source: a `Source` or any deltas; a path, hub id or alias is opened with `open_source`.
         top: None for singular values only; K for all values and the top K vectors.
         only_top: the top K values and vectors alone.
         device: "auto", "cpu", "cuda" or "cuda:i".
@@ -87,7 +111,8 @@ def decompose(
         out: a results directory for a source that was read from files; None to store nothing.
 
     Raises:
-        SelectionError: top is not positive, only_top without top, or out for deltas that are no source's.
+        SelectionError: top is not positive, only_top without top, out for deltas that are no source's, or the source
+            holds results already.
         DeviceError: the device is not there.
         StoreError: out holds results of other inputs, or cannot be written to.
 
@@ -98,6 +123,7 @@ def decompose(
         >>> [spectrum.S.tolist() for spectrum in decompose(deltas).collect()]
         [[4.0, 3.0], [2.0, 1.0]]
     """
+    source = _weights(source)
     deltas = source.deltas if isinstance(source, Source) else tuple(source)
     names = [delta.name for delta in deltas]
     if out is None:
@@ -105,15 +131,23 @@ def decompose(
             deltas, top=top, only_top=only_top, device=device, executor=executor, budget=memory_budget
         )
         return Decomposition((spectrum for _, spectrum in indexed), names)
+    reused: list[str] = []
     stream = decompose_into(
-        out, _to_keep(source), top=top, only_top=only_top, device=device, executor=executor, budget=memory_budget
+        out,
+        _to_keep(source),
+        reused,
+        top=top,
+        only_top=only_top,
+        device=device,
+        executor=executor,
+        budget=memory_budget,
     )
-    return Decomposition(stream, names, out)
+    return Decomposition(stream, names, out, reused)
 
 
 def compare(
-    a: Iterable[WeightDelta] | Spectra,
-    b: Iterable[WeightDelta] | Spectra,
+    a: Iterable[WeightDelta] | Spectra | str | Path,
+    b: Iterable[WeightDelta] | Spectra | str | Path,
     *,
     top: int = 30,
     sides: Sequence[Side] = ("left",),
@@ -122,11 +156,12 @@ def compare(
     memory_budget: int | str | None = None,
     out: str | Path | None = None,
     labels: tuple[str, str] | None = None,
-) -> Iterator[Compared]:
+) -> Comparisons:
     """Subspace similarity of the matrices that two updates share, by name, as they finish; the others as `NotCompared`.
 
     Args:
-        a: a source or deltas; or spectra that hold vectors, such as `load(…)` gives.
+        a: a source or deltas; or spectra that hold vectors, such as `load(…)` gives. A path is either: results that
+            are stored there, or a model or adapter.
         b: likewise, two of a kind.
         top: how many directions.
         sides: "left", "right" or both.
@@ -146,22 +181,46 @@ def compare(
         >>> [(similarity.name, similarity.phi) for similarity in compare(one, one, top=1)]
         [('w', 1.0)]
     """
+    a, b = _either(a), _either(b)
     if isinstance(a, Spectra) and isinstance(b, Spectra):
         comparisons = compare_spectra(a, b, top=top, sides=sides)
         if out is None:
-            return comparisons
+            return Comparisons(comparisons)
         places = (str(a.directory or "") or None, str(b.directory or "") or None)
         options = a.run.get("inputs", {}).get("options", {})
         inputs = _identity(labels or places, None, options)
-        return keep_comparisons(out, comparisons, inputs, top=top, sides=sides)
+        return Comparisons(keep_comparisons(out, comparisons, inputs, top=top, sides=sides))
     if isinstance(a, Spectra) or isinstance(b, Spectra):
         raise SelectionError("one of the two holds spectra and the other weights: give two of a kind")
     compute: dict[str, Any] = {"device": device, "executor": executor, "memory_budget": memory_budget}
     if out is None:
-        return compare_deltas(a, b, top=top, sides=sides, **compute)
+        return Comparisons(compare_deltas(a, b, top=top, sides=sides, **compute))
     first, second = _to_keep(a), _to_keep(b)
     inputs = _identity(labels or (first.tuned, second.tuned), first.base or second.base, first.options)
-    return compare_into(out, first, second, inputs, top=top, sides=sides, **compute)
+    reused: list[str] = []
+    return Comparisons(compare_into(out, first, second, inputs, reused, top=top, sides=sides, **compute), reused)
+
+
+def _either(given: Iterable[WeightDelta] | Spectra | str | Path) -> Iterable[WeightDelta] | Spectra:
+    """Stored results or a source, where a path is given."""
+    if not isinstance(given, str | Path):
+        return given
+    return load(given) if holds_results(given) else open_source(given)
+
+
+def _weights(given: Iterable[WeightDelta] | str | Path) -> Iterable[WeightDelta]:
+    """What can be decomposed, opened where it is a path.
+
+    Raises:
+        SelectionError: it holds results already.
+    """
+    if isinstance(given, Spectra):
+        raise SelectionError("these are spectra already; decompose takes a source: open_source(tuned, base)")
+    if not isinstance(given, str | Path):
+        return given
+    if holds_results(given):
+        raise SelectionError(f"{given} holds results already: load({str(given)!r}) brings them back")
+    return open_source(given)
 
 
 def _identity(labels: tuple[str | None, str | None], base: str | None, options: Mapping[str, Any]) -> dict[str, Any]:

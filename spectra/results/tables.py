@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from spectra import naming
 from spectra.errors import SelectionError, TruncatedSpectrumError
 from spectra.metrics import METRICS
 from spectra.metrics.similarity import SubspaceSimilarity
@@ -37,7 +39,7 @@ def row(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]] =
         "rank": spectrum.rank if spectrum.status in DONE else None,
         "signal_rank": spectrum.signal_rank if spectrum.status in DONE else None,
         "noise_edge": spectrum.noise_edge,
-        "unchanged": spectrum.unmoved_share,
+        "unmoved_share": spectrum.unmoved_share,
         "base_cosine": spectrum.base_cosine,
         "k": spectrum.k,
     }
@@ -48,6 +50,8 @@ def row(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]] =
 
 def role_rows(rows: Iterable[Row], metrics: Iterable[str] = tuple(METRICS)) -> list[Row]:
     """One row per role: how many matrices are done, how many of them have ΔW = 0, and medians over the others.
+
+    Roles stand in the model's order.
 
     A median is None where no matrix of the role has a value.
 
@@ -68,12 +72,13 @@ def role_rows(rows: Iterable[Row], metrics: Iterable[str] = tuple(METRICS)) -> l
             "unchanged_matrices": sum(line["status"] == "unchanged" for line in lines),
             **{name: _median(lines, name) for name in metrics},
         }
-        for role, lines in roles.items()
+        for role, lines in ((role, roles[role]) for role in naming.in_model_order(roles))
     ]
 
 
 def _median(rows: Iterable[Row], name: str) -> float | None:
-    values = [line[name] for line in rows if line["status"] == "ok" and not math.isnan(line[name])]
+    given = [line[name] for line in rows if line["status"] == "ok" and line[name] is not None]
+    values = [value for value in given if not math.isnan(value)]
     return float(np.median(values)) if values else None
 
 
@@ -112,7 +117,7 @@ def summarize(spectra: Iterable[Spectrum], *, by: By = "matrix") -> pd.DataFrame
         by: "matrix" for a row each; "role" for a row per role with counts and the medians over its changed matrices.
 
     Raises:
-        SelectionError: `by` is neither.
+        SelectionError: `by` is neither, or what is given are no spectra.
 
     Example:
         >>> table = summarize([Spectrum("layers.0.v_proj.weight", (2, 2), S=[4.0, 3.0])])
@@ -123,8 +128,23 @@ def summarize(spectra: Iterable[Spectrum], *, by: By = "matrix") -> pd.DataFrame
     import pandas as pd
 
     _check_by(by)
-    rows = [row(spectrum) for spectrum in spectra]
+    rows = [row(spectrum) for spectrum in _only_spectra(spectra)]
     return pd.DataFrame(rows if by == "matrix" else role_rows(rows))
+
+
+def _only_spectra(given: Iterable[Any]) -> Iterator[Spectrum]:
+    """What is given, if it holds spectra; else what to do, since computing them may take hours."""
+    if isinstance(given, str | Path):
+        raise SelectionError(
+            f"summarize takes spectra, not a path: load({str(given)!r}) where results are stored there, "
+            f"decompose({str(given)!r}) where it is a model"
+        )
+    for item in given:
+        if not isinstance(item, Spectrum):
+            raise SelectionError(
+                f"summarize takes spectra, and was given {type(item).__name__}: summarize(decompose(source)) makes them"
+            )
+        yield item
 
 
 def summarize_similarity(similarities: Iterable[Compared], *, by: By = "matrix") -> pd.DataFrame:

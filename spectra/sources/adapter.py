@@ -19,6 +19,7 @@ __all__ = [
     "add_modules",
     "add_modules_on_base",
     "add_update",
+    "row_numbers",
     "slot_pattern",
 ]
 
@@ -75,7 +76,7 @@ def add_factored(ledger: Ledger, target: Target, terms: Sequence[Term], *, note:
 def add_update(ledger: Ledger, target: Target, update: Update, *, note: str = "", whole: bool = False) -> None:
     """Enter any update of one weight, in its parts where the base says that it is fused, unless `whole`."""
     for part, cut in _cuts(ledger, target, update.shape[0], whole).items():
-        rows = cut(_row_numbers(update.shape[0]))
+        rows = cut(row_numbers(update.shape[0]))
         recipe = Placed(update, rows) if part else update
         shape = (rows.shape[0], update.shape[1])
         ledger.add(_named(target, part), shape, recipe, update.rank, note, target.base(cut))
@@ -96,6 +97,6 @@ def _named(target: Target, part: str) -> str:
     return f"{target.name}[{part}]" if part else target.name
 
 
-def _row_numbers(rows: int) -> TensorRef:
+def row_numbers(rows: int) -> TensorRef:
     """A column that is never read: what a cut does to it says which rows a part has."""
     return TensorRef("", "", "F64", (rows, 1), "", (0, 0))

@@ -7,12 +7,14 @@ two are compared before any number is given: training may have moved it, and the
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Form
 from spectra.deltas.recipe import Recipe
 from spectra.deltas.recipes import FromTensors
 from spectra.errors import SourceError
+from spectra.files.choice import FULL_NAMES
 from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
 from spectra.lazy import torch
@@ -81,7 +83,10 @@ class OnSameBase(FromTensors):
 
 def is_dump(folder: Folder) -> bool:
     """Whether a file holds adapted weights beside their factors; PEFT puts those of the vocabulary into any adapter."""
-    return any(name.endswith(_MARK) and not tied.is_vocabulary(_clean(name)) for name in folder.tensors)
+    marked = [name for name in folder.tensors if name.endswith(_MARK)]
+    if any(not tied.is_vocabulary(_clean(name)) for name in marked):
+        return True
+    return bool(marked) and all(PurePath(folder.tensors[name].path).name.startswith(FULL_NAMES) for name in marked)
 
 
 def inner_base(folder: Folder) -> Folder | None:

@@ -12,6 +12,10 @@ _BY_KEY: tuple[tuple[str, str], ...] = (
 )
 
 
+# What trainers call the file of an adapter, with a config beside it or not.
+_ADAPTER_FILE = re.compile(r"(?:adapter_model|adapters?|pytorch_adapter|pytorch_lora_weights)[._-]")
+
+
 def name_of(folder: Folder) -> str | None:
     """What the tensors' names say that the folder holds, if it is a format that is recognised and not supported."""
     for pattern, title in _BY_KEY:
@@ -22,7 +26,20 @@ def name_of(folder: Folder) -> str | None:
 
 def has_factors(folder: Folder) -> bool:
     """Whether tensors are called as factors of an adapter are: then they are no full weights, config or not."""
-    return any(is_factor(name) for name in folder.tensors)
+    return any(map(is_factor, (*folder.tensors, *folder.broken)))
+
+
+def is_no_model(folder: Folder) -> bool:
+    """Whether a folder holds an adapter and not the weights of a model, by its config, its files or its tensors."""
+    if folder.is_adapter or _files_of_an_adapter(folder):
+        return True
+    matrices = [name for name, ref in folder.tensors.items() if len(ref.shape) > 1]
+    return bool(matrices) and all(map(is_factor, matrices))
+
+
+def _files_of_an_adapter(folder: Folder) -> bool:
+    files = {ref.path.rpartition("/")[2] for ref in folder.tensors.values()}
+    return bool(files) and all(map(_ADAPTER_FILE.match, files))
 
 
 def trained_whole(folder: Folder) -> bool:

@@ -23,6 +23,8 @@ _ADAPTER_WORD = re.compile(
     r"lora|adapter|latent|magnitude|rout(?:er?|ing)(?:\b|_)|mask|scal(?:e|es|er|ing)(?:\b|_)|gating"
 )
 
+_WRAPPER = ".base_model.model."
+
 
 def account_for_rest(ledger: Ledger) -> None:
     """Give every tensor of the file that no recipe reads and no reader has named its line; refuse what is unknown."""
@@ -84,7 +86,7 @@ def _acts_on_others(ledger: Ledger, name: str, dumped: bool) -> bool:
     base = ledger.base.tensors if ledger.base else {}
     if saves_whole(ledger, clean) or ledger.base_names.get(clean, clean) in base or ".original_module." in name:
         return False
-    if dumped or ledger.tuned.adapter_config is None:
+    if dumped or ledger.tuned.adapter_config is None or _outside(ledger, name):
         return is_factor(name) if dumped else is_unknown_part(name)
     return is_unknown_part(name) or not clean.endswith((".weight", ".bias"))
 
@@ -127,7 +129,7 @@ def _add_saved(ledger: Ledger, stored: str) -> None:
         ledger.skipped[clean] = "the original that PEFT keeps beside what is saved whole"
     elif stored in ledger.tuned.same:
         ledger.skipped[clean] = f"the same tensor as {unwrap(ledger.tuned.same[stored])}, and reported as that"
-    elif not _saved_whole(ledger, clean):
+    elif not _saved_whole(ledger, clean) and not (_outside(ledger, stored) and not is_factor(clean)):
         why = (
             f"no part of {ledger.title} that is known, and no weight that modules_to_save in adapter_config.json names"
         )
@@ -136,6 +138,11 @@ def _add_saved(ledger: Ledger, stored: str) -> None:
         ledger.skipped[clean] = "saved whole, so ΔW needs the base weight: pass base= (--base)"
     else:
         _subtract_saved(ledger, ledger.base, stored, clean)
+
+
+def _outside(ledger: Ledger, stored: str) -> bool:
+    """Whether PEFT wraps one part of the model only, and a tensor lies outside it: the config does not speak of it."""
+    return _WRAPPER not in f".{stored}" and any(_WRAPPER in name for name in ledger.tuned.tensors)
 
 
 def _saved_whole(ledger: Ledger, clean: str) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from spectra.deltas.base import BaseWeight
 from spectra.errors import SourceError
+from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
 from spectra.models import architectures, renames, tied
 from spectra.models.architectures import Cut
@@ -120,6 +121,11 @@ def align_file(
     ledger.base_evidence.update(shapes)
     wanted = {**saved, **ledger.base_evidence}
     held = {**base_shapes, **dict.fromkeys(base.unusable, ())}
+    if ledger.base_evidence and all(_is_tied(base, name, held) for name in ledger.base_evidence):
+        ledger.base_names.update(
+            {name: name for name in wanted}
+        )  # no name of the file is in the base, and none has to be
+        return ledger.base_names
     newest = {renames.current(base.config_of(name), name): name for name in held}
     current = {name: renames.current(base.config, name) for name in wanted}
     if len(newest) < len(held) or len(set(current.values())) < len(current):
@@ -131,6 +137,11 @@ def align_file(
         ledger.warnings.append(rule)
     ledger.base_names.update({name: newest.get(names[new], names[new]) for name, new in current.items()})
     return ledger.base_names
+
+
+def _is_tied(base: Folder, name: str, held: Collection[str]) -> bool:
+    """Whether a weight is a head that the base does not hold, since it is the embedding."""
+    return name not in held and tied.stored_as(name, held, base.same, base.config_of(name)) is not None
 
 
 def saved_name(stored: str) -> str:

@@ -7,7 +7,8 @@ import sys
 import time
 
 import pytest
-from support.command_line import run
+from support.checkpoints import llama_tensors, write_checkpoint
+from support.command_line import lora_folder, run
 
 from spectra.cli import main
 
@@ -78,3 +79,74 @@ def test_help_is_quick_beside_the_interpreter_itself():
 
     bare = best("import json, pathlib")
     assert best("from spectra.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass") < 10 * bare
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["sdv"], "No such command 'sdv'. Did you mean svd?"),
+        (["sim"], "Did you mean similarity?"),
+        (["foo"], "There are svd, similarity,"),
+        (["svd", "--tunde", "x"], "Did you mean '--tuned'?"),
+        (["svd", "--tuned", "a", "--tuned", "b"], "--tuned takes one value and is given 2 times: run spectra svd once"),
+        (["svd", "--base", "a", "--tuned", "t", "--base", "b"], "--base takes one value and is given 2 times"),
+        (["svd", "--tuned", "a", "--top", 1, "--top=2"], "--top takes one value and is given 2 times: give the one"),
+        (["verify", "--merged", "a", "--merged", "b"], "--merged takes one value and is given 2 times"),
+    ],
+)
+def test_what_is_mistyped_or_given_twice_is_told(words, told):
+    assert told in run(*words, status=2)[1]
+
+
+def test_what_may_be_repeated_may_be(llama):
+    lora_folder(llama / "a", seed=1)
+    run("svd", "--tuned", "a", "--layer", "v_proj", "--layer", "layers.0.*", "--no-split", "--no-split")
+    run("extract", "--tuned", "a", "--tuned", "a", "--weights", ".5", "-.25", "--rank", 2, "--dry-run")
+
+
+@pytest.mark.parametrize("command", ["svd", "alignment", "extract"])
+def test_tuned_is_an_argument_or_an_option(llama, command):
+    rest = ["--base", "llama-7b", "--layer", "v_proj", *(["--rank", 2, "--dry-run"] if command == "extract" else [])]
+    assert run(command, "ckpt", *rest) == run(command, "--tuned", "ckpt", *rest)
+    assert "TUNED is missing" in run(command, *rest, status=2)[1]
+    if command != "extract":
+        assert "TUNED is given twice, as a and as --tuned ckpt" in run(command, "a", "--tuned", "ckpt", status=2)[1]
+
+
+def test_several_updates_are_added_up_however_they_are_written(llama):
+    lora_folder(llama / "a", seed=1)
+    lora_folder(llama / "b", seed=2)
+    rest = ["--weights", ".5", "-.5", "--rank", 2, "--dry-run"]
+    assert run("extract", "a", "b", *rest) == run("extract", "--tuned", "a", "--tuned", "b", *rest)
+
+
+def test_quiet_and_verbose(llama):
+    pair = ["ckpt", "--base", "llama-7b", "--layer", "v_proj"]
+    out, err = run("svd", *pair)
+    assert "and 1 more" in err
+    assert run("svd", *pair, "-q") == (out, "")
+    loud, told = run("svd", *pair, "--verbose")
+    assert loud == out
+    for name in ("layers.0.input_layernorm", "layers.1.input_layernorm", "model.norm"):
+        assert name in told
+    assert told.splitlines()[-1].startswith("took ")
+    assert "opposites" in run("svd", *pair, "-q", "-v", status=2)[1]
+    write_checkpoint(llama / "other", llama_tensors(seed=9))
+    assert run("svd", "ckpt", "--base", "other", "-q")[1].startswith("warning: 16 of 16 matrices are unrelated")
+
+
+def test_a_shell_completes_commands_options_and_paths(monkeypatch):
+    from click.shell_completion import BashComplete
+
+    complete = BashComplete(main, {}, "spectra", "_SPECTRA_COMPLETE").get_completions
+    assert {item.value for item in complete([], "s")} == {"svd", "similarity", "series"}
+    assert [item.value for item in complete(["svd"], "--ba")] == ["--base"]
+    for words in (["svd"], ["svd", "--base"], ["verify", "--merged"], ["inspect"], ["plot"]):
+        assert [item.type for item in complete(words, "mod")] == ["file"], words
+
+
+def test_the_module_runs_and_says_its_version():
+    import spectra
+
+    result = subprocess.run([sys.executable, "-m", "spectra", "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout == f"spectra, version {spectra.__version__}\n"

@@ -35,7 +35,7 @@ def test_plot_redraws_and_overlays_without_computing(llama, monkeypatch):
     _, err = run("plot", "run-ckpt", "run-llama-7b", "--label", "a", status=2)
     assert "1 labels for 2" in err
     _, err = run("plot", "nowhere", status=1)
-    assert "holds no results" in err
+    assert "nowhere does not exist; make them with" in err
 
 
 def test_several_comparisons_are_one_figure_of_labelled_panels(compared, drawn):
@@ -120,3 +120,41 @@ def test_spectra_and_comparisons_in_one_command(compared, drawn):
 def test_wrong_use_of_plot(compared, arguments, words):
     _, err = run("plot", *arguments, status=2)
     assert words in err
+
+
+def test_per_layer_at_many_layers_draws_pages_on_the_same_bins(tmp_path, drawn, monkeypatch):
+    from spectra.plots import figures
+
+    pages = []
+    save = figures.save_figure
+    monkeypatch.setattr(figures, "save_figure", lambda figure, *rest: [pages.append(figure), save(figure, *rest)][1])
+    names = [f"layers.{i}.{role}.weight" for i in range(10) for role in ("v_proj", "q_proj")]
+    spectra.save(
+        [spectra.Spectrum(name, (3, 3), S=[3.0 + i, 2.0, 1.0]) for i, name in enumerate(names)], tmp_path / "run"
+    )
+    out, notes = run("plot", tmp_path / "run", "--per-layer", "--format", "svg", "--format", "pdf")
+    written = [line.rsplit("/", 1)[1] for line in out.split()]
+    assert written == [
+        *("histogram-q_proj-layers-0-to-4.svg", "histogram-q_proj-layers-5-to-9.svg"),
+        *("histogram-v_proj-layers-0-to-4.svg", "histogram-v_proj-layers-5-to-9.svg"),
+        *("histogram.pdf", "histogram.csv"),
+    ]
+    assert "not drawn" not in notes
+    assert (tmp_path / "run/histogram.pdf").read_bytes().count(b"/Type /Page ") == 4
+    assert len({figure.axes[0].get_xlim() for figure in pages}) == 1
+    assert pages[0].get_suptitle() == "run: q_proj, layers 0 to 4"
+    assert len({row["curve"] for row in table(tmp_path / "run/histogram.csv")}) == 20
+    out, _ = run("plot", tmp_path / "run", "--per-layer", "--layer", "0-2.v_proj", "--format", "svg", "--out", tmp_path)
+    assert [line.rsplit("/", 1)[1] for line in out.split()] == ["histogram.svg", "histogram.csv"]
+
+
+def test_a_models_folder_is_never_proposed_for_results(llama):
+    _, err = run("plot", "ckpt", status=1)
+    assert err == (
+        "Error: ckpt holds a model (config.json) and no results; make them with decompose(…, out='results/ckpt') or "
+        "spectra svd … --out results/ckpt\n"
+    )
+    before = sorted(path.name for path in (llama / "ckpt").iterdir())
+    _, err = run("svd", "--base", "llama-7b", "--tuned", "ckpt", "--out", "ckpt", status=1)
+    assert "ckpt is a model's folder (it holds config.json): choose another directory (out=, --out)" in err
+    assert sorted(path.name for path in (llama / "ckpt").iterdir()) == before

@@ -38,7 +38,7 @@ def test_a_right_merge_prints_a_short_table_and_exits_with_0(merge):
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["role", "verdict", "matrices", "scale", "residual", "rounding"]
-    assert [line.split()[:3] for line in lines[1:]] == [[f"{kind}_proj", "exact", "2"] for kind in ("down", "q", "v")]
+    assert [line.split()[:3] for line in lines[1:]] == [[f"{kind}_proj", "exact", "2"] for kind in ("q", "v", "down")]
     assert max(map(len, lines)) <= 80
     assert "6 of 6 matrices are as merged; 10 that the adapter does not touch equal the base" in result.stderr
     assert "bit for bit (6 matrices): ΔW in float32, sum in float32, cast (PEFT, mergekit)" in result.stderr

@@ -9,6 +9,7 @@ import torch
 from support.stored_codes import (
     CONFIGS,
     config_of,
+    decoded_by_library,
     module_of,
     stored,
     weight_of,
@@ -179,3 +180,36 @@ def test_formats_that_are_not_decoded_are_refused_with_all_that_belongs_to_them(
     assert list(opened.packed) == [f"{module}.weight"]
     assert opened.packed[f"{module}.weight"].startswith(f"{title} codes in ")
     assert "pass the weights in bf16 or fp16" in opened.packed[f"{module}.weight"]
+
+
+def test_what_autogptq_wrote_beside_the_weights_counts_where_the_config_is_silent(tmp_path):
+    case = "gptq 4 bits in act-order"
+    folder = write_coded(tmp_path, case, config={"model_type": "llama"})
+    assert "no quantization_config in config.json and no quantize_config.json" in refused(folder, case)
+    old = {
+        "bits": 4,
+        "group_size": 16,
+        "damp_percent": 0.01,
+        "desc_act": True,
+        "sym": True,
+        "model_file_base_name": None,
+    }
+    (folder / "quantize_config.json").write_text(json.dumps(old))
+    found = refused(folder, case)
+    assert not isinstance(found, str), found
+    assert torch.equal(found, decoded_by_library(case))
+    (folder / "quantize_config.json").write_text(json.dumps(old | {"is_marlin_format": True}))
+    assert "the layout 'marlin'" in refused(folder, case)
+
+
+def test_what_autoawq_wrote_beside_the_weights_counts_as_well(tmp_path):
+    folder = write_coded(tmp_path, "awq", config={"model_type": "llama"})
+    old = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+    (folder / "quant_config.json").write_text(json.dumps(old))
+    assert torch.equal(refused(folder, "awq"), decoded_by_library("awq"))
+
+
+def test_a_config_that_speaks_is_not_overruled_by_a_file_beside_it(tmp_path):
+    folder = write_coded(tmp_path, "awq")
+    (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 32}))
+    assert torch.equal(refused(folder, "awq"), decoded_by_library("awq"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_an_adapter_beside_full_weights_is_taken_and_the_weights_by_name(tmp_pat
         ([], "holds no weights"),
         (["checkpoint-500/model.safetensors"], "checkpoint-500: did you mean one of them"),
         (["pytorch_model_fsdp_0/__0_0.distcp", "__0_0.distcp"], "accelerate merge-weights"),
-        (["mp_rank_00_model_states.pt.zero", "zero_to_fp32.py"], "zero_to_fp32.py makes weights"),
+        (["mp_rank_00_model_states.pt.zero", "zero_to_fp32.py"], "`python zero_to_fp32.py . OUTPUT`"),
         (["tf_model.h5"], "other frameworks"),
         (["optimizer.pt", "rng_state.pth"], "holds no weights"),
     ],
@@ -228,7 +229,46 @@ def test_a_tensor_that_its_shard_does_not_hold(tmp_path):
         sharded(tmp_path, {"a.weight": "x.safetensors", "c.weight": "x.safetensors"}, {"x.safetensors": TENSORS})
     )
     assert set(found.tensors) == set(TENSORS)
-    assert found.broken == {"c.weight": "x.safetensors does not hold it; download the model again"}
+    assert list(found.broken) == ["c.weight"]
+    assert "the index says that x.safetensors holds c.weight, and it does not" in found.broken["c.weight"]
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_tensor_in_another_shard_than_the_index_says_is_broken(tmp_path, suffix):
+    """Whose index is it, if the shards lie? The tensor has no number, and the others have theirs."""
+    moved = {"a.weight": f"y.{suffix}", "b.weight": f"x.{suffix}", "c.weight": f"y.{suffix}"}
+    name = INDEX if suffix == "safetensors" else "pytorch_model.bin.index.json"
+    (tmp_path / name).write_text(json.dumps({"weight_map": moved}))
+    one(tmp_path, f"x.{suffix}", TENSORS)
+    one(tmp_path, f"y.{suffix}", {"c.weight": torch.eye(2)})
+    found = open_folder(tmp_path)
+    assert set(found.tensors) == {"b.weight", "c.weight"}
+    assert list(found.broken) == ["a.weight"]
+    for words in (f"the index says that y.{suffix} holds a.weight", f"x.{suffix} does", "again"):
+        assert words in found.broken["a.weight"]
+    base = write_checkpoint(tmp_path / "base", TENSORS | {"c.weight": torch.eye(2)})
+    status = {spectrum.name: spectrum.status for spectrum in spectra.decompose(spectra.open_source(tmp_path, base))}
+    assert status == {"a.weight": "unreadable", "b.weight": "unchanged", "c.weight": "unchanged"}
+
+
+def test_an_index_may_name_shards_in_folders_and_with_a_dot(tmp_path):
+    one(tmp_path / "parts", "x.safetensors", {"a.weight": torch.eye(3)})
+    folder = sharded(
+        tmp_path, {"a.weight": "parts/x.safetensors", "b.weight": "./y.safetensors"},
+        {"y.safetensors": {"b.weight": torch.eye(2)}},
+    )  # fmt: skip
+    found = open_folder(folder)
+    assert set(found.tensors) == {"a.weight", "b.weight"}
+    assert found.broken == {}
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_numbered_shards_of_which_one_is_missing_are_refused_without_an_index(tmp_path, suffix):
+    for number in (1, 3):
+        one(tmp_path, f"model-0000{number}-of-00003.{suffix}", {f"{number}.weight": torch.eye(3)})
+    with pytest.raises(NotFoundError, match=r"2 of 3 shards: number 2 of model-\*-of-\*"):
+        open_folder(tmp_path)
+    assert set(open_folder(tmp_path / f"model-00001-of-00003.{suffix}").tensors) == {"1.weight"}
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path):
@@ -326,6 +366,60 @@ def test_a_broken_component_costs_itself_only(tmp_path):
     assert any("unet was left out" in warning for warning in found.warnings)
 
 
+@pytest.mark.parametrize("side", ["both", "tuned", "base"])
+def test_components_beside_each_other_are_a_pipeline_without_its_index(tmp_path, side):
+    tuned = nudged(PARTS)
+    folders = {name: pipeline(tmp_path / name, tensors) for name, tensors in (("tuned", tuned), ("base", PARTS))}
+    for name, folder in folders.items():
+        if side in (name, "both"):
+            (folder / "model_index.json").unlink()
+            (folder / "optimizer.bin").write_bytes(b"of the training")
+    source = spectra.open_source(folders["tuned"], folders["base"])
+    assert {delta.name for delta in source} == set(PARTS)
+    for delta in source:
+        expected = tuned[delta.name].double() - PARTS[delta.name].double()
+        assert torch.equal(delta.read().to_dense(), expected.reshape(len(expected), -1))
+    assert source.coverage.warnings == ()
+
+
+def test_one_component_alone_is_a_pipeline_too(tmp_path):
+    """A trainer that saves its U-Net only, beside its own state."""
+    folder = pipeline(tmp_path / "t", nudged(PARTS))
+    for name in ("transformer", "text_encoder"):
+        shutil.rmtree(folder / name)
+    (folder / "model_index.json").unlink()
+    source = spectra.open_source(folder, pipeline(tmp_path / "b", PARTS))
+    assert {delta.name for delta in source} == {name for name in PARTS if name.startswith("unet.")}
+
+
+def test_weights_of_the_folder_itself_come_before_those_of_components(tmp_path):
+    folder = one(pipeline(tmp_path, PARTS), "model.safetensors")
+    (folder / "model_index.json").unlink()
+    assert set(open_folder(folder).tensors) == set(TENSORS)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_component_whose_weights_did_not_come_is_said(tmp_path, index):
+    folder = pipeline(tmp_path, PARTS)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    if not index:
+        (folder / "model_index.json").unlink()
+    (warning,) = open_folder(folder).warnings
+    assert "unet was left out" in warning
+    assert "holds no weights" in warning
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_adapters_of_components_are_named(tmp_path, index):
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    for name in ("unet", "text_encoder"):
+        write_adapter(tmp_path / name, {"base_model.model.a.lora_A.weight": torch.ones(1, 3)}, config)
+    if index:
+        (tmp_path / "model_index.json").write_text(json.dumps({name: ["x", "Y"] for name in ("unet", "text_encoder")}))
+    with pytest.raises(SourceError, match=r"(unet|text_encoder) and in (text_encoder|unet) is an adapter; name one"):
+        open_folder(tmp_path)
+
+
 @pytest.mark.parametrize("component", ["..", "../outside", ".", ""])
 def test_a_pipeline_cannot_name_a_folder_outside(tmp_path, component):
     one(tmp_path / "outside", "model.safetensors")
@@ -386,12 +480,14 @@ def test_a_bin_file_without_a_state_dict(tmp_path, content, message):
         open_folder(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "pointer"])
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "pointer", "disks"])
 def test_a_damaged_bin_file_is_one_message(tmp_path, damage):
     file = one(tmp_path, "pytorch_model.bin", {"a.weight": torch.randn(100, 100)}) / "pytorch_model.bin"
     content = file.read_bytes()
+    disks = content.index(b"PK\x06\x07") + 16  # of the ZIP64 locator
     file.write_bytes(
         {
+            "disks": content[:disks] + b"\x09" + content[disks + 1 :],
             "cut": content[: len(content) // 2],
             "noise": bytes(range(256)) * 4,
             "empty": b"",
@@ -414,3 +510,18 @@ def test_tensors_that_are_no_plain_arrays_are_broken_and_the_others_are_read(tmp
     assert set(found.tensors) == {"a.weight"}
     assert set(found.broken) == {"sparse.weight", "meta.weight", "huge.weight"}
     assert "fewer entries" in found.broken["huge.weight"]
+
+
+def test_the_model_in_a_training_state_of_composer(tmp_path):
+    """composer/core/state.py: `state` holds the model, the optimizers and more."""
+    state = {"model": TENSORS, "optimizers": {"Adam": {"state": {0: {"exp_avg": torch.ones(3)}}}}, "run_name": "x"}
+    torch.save({"state": state, "metadata": {"epoch": 1}}, tmp_path / "ep1-ba7-rank0.pt")
+    opened = open_folder(tmp_path)
+    assert {name: ref.shape for name, ref in opened.tensors.items()} == {"a.weight": (3, 3), "b.weight": (2, 3)}
+    assert torch.equal(opened.tensors["b.weight"].read(), TENSORS["b.weight"])
+
+
+def test_the_state_of_an_optimizer_is_no_model(tmp_path):
+    torch.save({"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []}, tmp_path / "model.pt")
+    with pytest.raises(SourceError, match="holds no tensors"):
+        open_folder(tmp_path)

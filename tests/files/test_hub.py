@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
 import sys
 import types
 
 import pytest
 import torch
-from support.checkpoints import llama_tensors, nudged, write_checkpoint
+from support.checkpoints import llama_tensors, nudged, write_adapter, write_checkpoint
 
 import spectra
 from spectra.errors import NotFoundError, SourceError
@@ -20,9 +23,9 @@ def cache(tmp_path, monkeypatch):
     """A hub cache as huggingface_hub lays it out: snapshots of links to blobs."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
-    def add(repo, commit, tensors, ref="main"):
+    def add(repo, commit, tensors, ref="main", **options):
         folder = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
-        plain = write_checkpoint(tmp_path / "plain" / commit, tensors)
+        plain = write_checkpoint(tmp_path / "plain" / commit, tensors, **options)
         snapshot = folder / "snapshots" / commit
         snapshot.mkdir(parents=True)
         (folder / "blobs").mkdir(exist_ok=True)
@@ -95,11 +98,12 @@ def fake_hub(files, folder):
     """A stand-in for huggingface_hub, which no test can reach."""
     module = types.ModuleType("huggingface_hub")
     module.calls = []
-    module.list_repo_files = lambda repo, revision: files
+    siblings = [types.SimpleNamespace(rfilename=file) for file in files]
+    module.model_info = lambda repo, revision, timeout: types.SimpleNamespace(siblings=siblings)
     module.snapshot_download = lambda repo, **options: module.calls.append((repo, options)) or str(folder)
     errors = types.ModuleType("huggingface_hub.errors")
     errors.HfHubHTTPError = type("HfHubHTTPError", (Exception,), {})
-    errors.HFValidationError = type("HFValidationError", (Exception,), {})
+    errors.RepositoryNotFoundError = type("RepositoryNotFoundError", (errors.HfHubHTTPError,), {})
     module.errors = errors
     return {"huggingface_hub": module, "huggingface_hub.errors": errors}
 
@@ -117,21 +121,99 @@ def test_a_download_takes_weights_and_json_only(monkeypatch, tmp_path, files, pa
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     assert hub.resolve("org/base@v1") == Place.of(tmp_path)
-    assert modules["huggingface_hub"].calls == [("org/base", {"revision": "v1", "allow_patterns": patterns})]
+    assert modules["huggingface_hub"].calls == [
+        ("org/base", {"revision": "v1", "allow_patterns": patterns, "etag_timeout": 5.0})
+    ]
 
 
 def test_a_failed_download_is_one_message(monkeypatch, tmp_path):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     modules = fake_hub([], tmp_path)
+    errors = modules["huggingface_hub.errors"]
 
-    def refuse(repo, revision):
-        raise modules["huggingface_hub.errors"].HfHubHTTPError("404 Client Error\nmore lines")
+    def refuse(repo, revision, timeout):
+        raise {"org/base": errors.HfHubHTTPError, "org/gone": errors.RepositoryNotFoundError}[repo](
+            "404 Client Error\nmore lines"
+        )
 
-    modules["huggingface_hub"].list_repo_files = refuse
+    modules["huggingface_hub"].model_info = refuse
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     with pytest.raises(NotFoundError, match=r"a download of org/base \(404 Client Error\)$"):
         hub.resolve("org/base")
+    with pytest.raises(NotFoundError, match=r"a download of org/gone \(the hub has no such model, or it is private"):
+        hub.resolve("org/gone")
+
+
+ASK = """
+import sys, time
+from spectra.errors import NotFoundError
+from spectra.files import hub
+start = time.monotonic()
+try:
+    hub.resolve(sys.argv[1])
+except NotFoundError as problem:
+    print(problem)
+assert time.monotonic() - start < 15, "the client's own retries take 23 s"
+"""
+
+
+def ask(name, endpoint, cwd):
+    """What the real client ends in, in a process of its own, since it reads its environment when it is imported."""
+    pytest.importorskip("huggingface_hub")
+    settings = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_HUB_ETAG_TIMEOUT": "1", "NO_PROXY": "*"}
+    environment = {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", ASK, name], env=environment, cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def silent():
+    """The port of a server that takes connections and says nothing, and one where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as there, socket.create_server(("127.0.0.1", 0)) as closing:
+        closed = closing.getsockname()[1]
+        closing.close()
+        yield there.getsockname()[1], closed
+
+
+def test_an_unreachable_hub_is_one_message_at_once(silent, tmp_path):
+    port, closed = silent
+    said = ask("llama-7b", f"http://127.0.0.1:{closed}", tmp_path)
+    assert said.startswith("'llama-7b' was not found. Tried: the path llama-7b;")
+    assert f"a download of huggyllama/llama-7b (http://127.0.0.1:{closed} cannot be reached: " in said
+    assert "gave no answer within 1 s" in ask("org/name", f"http://127.0.0.1:{port}", tmp_path)
+    assert "a download of org/name (Request URL" in ask("org/name", "nonsense", tmp_path)
+
+
+def test_what_looks_like_a_path_is_never_asked_of_the_hub(monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    modules = fake_hub(["model.safetensors"], tmp_path)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "step-100").mkdir(parents=True)
+    (tmp_path / "file.pt").write_bytes(b"")
+    for name, said in {
+        "runs/step-10": r"runs is there and holds no step-10; did you mean runs/step-100\?",
+        "./nothere": "./nothere is written as a path",
+        "../nothere": "is written as a path",
+        "runs/step-100/deep": "runs/step-100 is there and holds no deep",
+        "a/b/c": "the path a/b/c",
+        "/nothere/model": "/ is there and holds no nothere",
+        "~/nothere": "the path /",
+        "~nobody-of-this-name/x": "the path ~nobody",
+        "runs\\step-100": "the path",
+        "file.pt/x": "file.pt is a file",
+        "run": r"did you mean runs\?",
+        "x" * 5000: "the path x",
+        "": "an empty name",
+    }.items():
+        with pytest.raises(NotFoundError, match=said):
+            hub.resolve(name)
+    assert modules["huggingface_hub"].calls == []
+    assert hub.resolve("runs/step-10@main") == Place.of(tmp_path), "a revision says that it is the hub's"
 
 
 def test_without_huggingface_hub_the_install_command_is_given(monkeypatch):
@@ -139,3 +221,103 @@ def test_without_huggingface_hub_the_install_command_is_given(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(NotFoundError, match=r"weight-spectra\[hub\]"):
         hub.resolve("org/base")
+
+
+# -- snapshots that lack something
+
+
+def partial(cache, *, keep, shards=1):
+    """A snapshot of which only some files came."""
+    snapshot = cache("org/base", "a" * 40, llama_tensors(), shards=shards)
+    for link in snapshot.iterdir():
+        if not keep(link.name):
+            link.unlink()
+    return snapshot
+
+
+def test_a_snapshot_of_configs_leads_to_the_download(cache):
+    snapshot = partial(cache, keep=lambda name: name == "config.json")
+    for path in ("org/base", snapshot):
+        with pytest.raises(NotFoundError, match=r"hub cache of org/base, and no weights.*`hf download org/base`"):
+            spectra.open_source(path)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_snapshot_without_weights_is_downloaded(cache, monkeypatch, tmp_path, offline):
+    snapshot = partial(cache, keep=lambda name: name == "config.json")
+    whole = write_checkpoint(tmp_path / "whole", llama_tensors())
+    modules = fake_hub(["model.safetensors"], whole)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    if not offline:
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert hub.resolve("org/base") == Place.of(snapshot if offline else whole)
+    assert len(modules["huggingface_hub"].calls) == (not offline)
+
+
+def test_a_download_that_fails_says_what_the_cache_lacks(cache, monkeypatch):
+    partial(cache, shards=3, keep=lambda name: "00002" not in name)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    modules = fake_hub([], "unused")
+
+    def refuse(repo, revision, timeout):
+        raise modules["huggingface_hub.errors"].HfHubHTTPError("401 Client Error")
+
+    modules["huggingface_hub"].model_info = refuse
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(NotFoundError, match=r"without model-00002-of-00003\.safetensors\).*401 Client Error"):
+        hub.resolve("org/base")
+
+
+def test_a_lost_shard_costs_its_own_tensors(cache):
+    partial(cache, shards=3, keep=lambda name: "00002" not in name)
+    source = spectra.open_source("org/base", cache("org/whole", "b" * 40, llama_tensors()))
+    assert {delta.status for delta in source} == {"ok", "unreadable"}
+    assert all("00002-of-00003.safetensors is missing" in delta.reason for delta in source if delta.status != "ok")
+
+
+def test_the_index_of_a_format_that_was_not_downloaded_is_no_loss(cache, monkeypatch):
+    snapshot = cache("org/base", "a" * 40, llama_tensors(), shards=2)
+    (snapshot / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a.weight": "pytorch_model-1-of-1.bin"}}')
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert hub.resolve("org/base") == Place.of(snapshot)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_interrupted_download_is_said(cache, shards):
+    snapshot = cache("org/base", "a" * 40, llama_tensors(), shards=shards)
+    for link in snapshot.glob("*.safetensors"):
+        blob = link.resolve()
+        blob.rename(f"{blob}.5e0a.incomplete")
+    for path in ("org/base", snapshot):
+        with pytest.raises(NotFoundError) as caught:
+            spectra.open_source(path)
+        assert f"{shards} of its downloads did not end (.incomplete)" in str(caught.value)
+        assert ".safetensors leads to a file that is not there" in str(caught.value) or shards == 2
+        assert "`hf download org/base`" in str(caught.value)
+
+
+def test_the_cache_of_a_repository_leads_to_its_snapshots(cache):
+    snapshot = cache("org/base", "a" * 40, llama_tensors())
+    for folder in (snapshot.parent, snapshot.parent.parent):
+        with pytest.raises(NotFoundError, match="hub cache of org/base: pass org/base, or the path of one of its"):
+            spectra.open_source(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_a_config_that_is_a_link_to_nothing_is_not_called_absent(tmp_path, name):
+    tensors = {f"base_model.model.a.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    folder = write_adapter(tmp_path, tensors, None)
+    (folder / name).symlink_to("../blobs/gone")
+    with pytest.raises(SourceError, match=rf"{name} is a link to a file that is not there"):
+        spectra.open_source(folder)
+
+
+def test_weights_that_are_a_link_to_nothing(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to("gone")
+    with pytest.raises(NotFoundError, match=r"model\.safetensors leads to a file that is not there"):
+        spectra.open_source(tmp_path)
+    with pytest.raises(NotFoundError, match=r"model\.safetensors"):
+        spectra.open_source(tmp_path / "model.safetensors")

@@ -81,6 +81,15 @@ HOSTILE = {
     "negative shape": ({"a": entry(shape=(-2,))}, b"12345678", None),
     "fractional shape": ({"a": entry(shape=(2.0,))}, b"12345678", None),
     "overlap": ({"a": entry(), "b": entry(offsets=(4, 12))}, b"123456789012", None),
+    "a tail": ({"a": entry()}, b"12345678" + b"0", None),
+    "a long tail": ({"a": entry()}, bytes(1008), None),
+    "a tail and no tensor": ({}, b"12345678", None),
+    "a hole": ({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20), None),
+    "a hole before the first": ({"a": entry(offsets=(4, 12))}, bytes(12), None),
+    "a hole before an empty one": ({"a": entry(), "b": entry(shape=(0,), offsets=(9, 9))}, bytes(9), None),
+    "an empty one inside another": ({"a": entry(), "b": entry(shape=(0,), offsets=(4, 4))}, bytes(8), None),
+    "UTF-16": (json.dumps({"a": entry()}).encode("utf-16"), b"12345678", None),
+    "metadata that is no string": ({"__metadata__": {"a": 1}, "a": entry()}, b"12345678", None),
     "duplicate key": (b"{%s, %s}" % (ONE, ONE), b"1234", None),
     "no offsets": ({"a": {"dtype": "F32", "shape": [2]}}, b"12345678", None),
     "entry is a list": ({"a": [1]}, b"", None),
@@ -98,6 +107,25 @@ def test_a_hostile_header_is_one_message_that_names_the_file(tmp_path, case):
     if case != "duplicate key":  # where the library takes the last one; which is meant, nobody knows
         with pytest.raises(SafetensorError), safe_open(path, "pt") as file:
             file.keys()
+
+
+def test_what_lies_beside_the_tensors_is_named(tmp_path):
+    """The message leads to the place: which tensors, how many bytes."""
+    for header, data, words in (
+        (
+            {"a": entry(), "b": entry(offsets=(8, 16))},
+            bytes(19),
+            "the bytes after 'b', the last tensor, 3 of them, belong to no",
+        ),
+        (
+            {"a": entry(), "b": entry(offsets=(12, 20))},
+            bytes(20),
+            "the bytes between 'a' and 'b', 4 of them, belong to no tensor",
+        ),
+        ({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12), "'a' and 'b' overlap"),
+    ):
+        with pytest.raises(SourceError, match=words):
+            read_header(write(tmp_path / "x.safetensors", header, data))
 
 
 def test_other_files_under_this_name_are_named(tmp_path):
@@ -153,12 +181,14 @@ def test_any_mutation_is_read_as_the_library_reads_it_or_refused(tmp_path_factor
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content)
     try:
-        tensors = read_header(path).tensors
+        header = read_header(path)
+        tensors = header.tensors
     except SourceError:
         return
     try:
         expected = load_file(path)
-    except SafetensorError:
+    except SafetensorError:  # nothing that the library refuses is read without a word
+        assert header.broken or any(ref.dtype not in DTYPES for ref in tensors.values())
         return
     for name, tensor in expected.items():
         if name in tensors and tensors[name].dtype in DTYPES:

@@ -175,6 +175,21 @@ def test_a_prefix_that_would_make_two_names_one_is_not_dropped():
     assert names["bert.layer.0.weight"] == "bert.layer.0.weight"
 
 
+@pytest.mark.parametrize(
+    "place",
+    ["text_encoders.clip_l.transformer.", "conditioner.embedders.0.transformer.", "cond_stage_model.transformer."],
+)
+def test_a_text_encoder_meets_its_place_in_a_single_file(place):
+    """ComfyUI's names, SDXL's, and those of Stable Diffusion 1."""
+    encoder = {f"text_model.encoder.layers.{i}.{part}.weight": (4, 4 + i) for i in range(3) for part in ("q", "k")}
+    whole = {place + name: shape for name, shape in encoder.items()} | {"model.diffusion_model.x.weight": (9, 9)}
+    names, rule = align(encoder, whole)
+    assert names == {name: place + name for name in encoder}
+    assert place in rule
+    back, _ = align(whole, encoder)
+    assert {back[place + name] for name in encoder} == set(encoder)
+
+
 def test_a_model_with_both_wrapped_and_bare_names_is_taken_as_it_is():
     both = {"module.a.weight": (2, 3), "a.weight": (2, 3)}
     assert align(both, both) == ({name: name for name in both}, "")

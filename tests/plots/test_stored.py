@@ -77,14 +77,17 @@ def test_what_does_not_fit_is_noted(tmp_path):
     drawn = spectra.draw_results(tmp_path / "same")
     assert drawn.files == ()
     assert drawn.notes == ("no histogram: there is no nonzero singular value to draw: are all updates unchanged?",)
-    many = [Spectrum(f"layers.{i}.v_proj.weight", (2, 2), S=[2.0, 1.0]) for i in range(9)]
+    many = [Spectrum(f"layers.0.role_{i}.weight", (2, 2), S=[2.0, 1.0]) for i in range(9)]
     spectra.save(many, tmp_path / "many")
-    (note,) = spectra.draw_results(tmp_path / "many", per_layer=True).notes
-    assert "v_proj, layer 7, v_proj, layer 8; draw them with layers= (--layer)" in note
+    (note,) = spectra.draw_results(tmp_path / "many").notes
+    assert "role_7, role_8; draw them with layers= (--layer)" in note
+    assert spectra.draw_results(tmp_path / "many", per_layer=True).notes == ()
+    with pytest.raises(SelectionError, match="'jpg' is not one of the formats png, pdf, svg"):
+        spectra.draw_results(tmp_path / "many", formats=["jpg"])
 
 
 def test_what_is_not_there_is_an_error_that_names_the_directory(runs):
-    with pytest.raises(StoreError, match=r"nowhere holds no results; make them with decompose"):
+    with pytest.raises(StoreError, match=r"nowhere does not exist; make them with decompose"):
         spectra.draw_results(runs / "nowhere")
     with pytest.raises(SelectionError, match="sim: layer pattern 'k_proj' matches none of the 4"):
         spectra.draw_results(runs / "sim", layers="k_proj")
@@ -107,5 +110,5 @@ def test_directories_are_called_by_their_folder_or_their_path_or_as_it_is_said(t
 
 def test_the_command_has_the_defaults_of_the_function():
     defaults = {name: item.default for name, item in inspect.signature(spectra.draw_results).parameters.items()}
-    assert (command.BINS, command.CLOSE_UP) == (histogram.BINS, figures.CLOSE_UP)
+    assert (command.BINS, command.CLOSE_UP, command.FORMATS) == (histogram.BINS, figures.CLOSE_UP, figures.FORMATS)
     assert (defaults["bins"], defaults["close_up"]) == (histogram.BINS, figures.CLOSE_UP)

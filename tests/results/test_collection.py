@@ -142,5 +142,7 @@ def test_save_does_not_replace_more_by_less(tmp_path):
 
 
 def test_nothing_to_load_is_an_error(tmp_path):
-    with pytest.raises(StoreError, match=r"holds no spectra; make them with decompose\(…, out=.*or spectra svd"):
+    with pytest.raises(
+        StoreError, match=r"(?:holds no results|does not exist); make them with decompose\(…, out=.*or spectra svd"
+    ):
         spectra.load(tmp_path)

@@ -51,3 +51,21 @@ def test_another_model_is_counted(tmp_path):
 def test_an_adapter_may_change_a_weight_as_it_likes(tmp_path):
     delta = spectra.WeightDelta.from_tensor("a.weight", torch.eye(2))
     assert unrelated(spectra.Source("lora", (delta,)), [{"name": "a.weight", "base_cosine": -1.0}]) == ""
+
+
+def test_whatever_is_made_of_a_wrong_base_says_so(tmp_path):
+    """Two models against one wrong base agree in everything: what they share is the base."""
+    base = llama_tensors(layers=1)
+    folders = [write_checkpoint(tmp_path / name, nudged(base, seed)) for seed, name in enumerate(("a", "b"))]
+    right = write_checkpoint(tmp_path / "right", base)
+    wrong = write_checkpoint(tmp_path / "wrong", llama_tensors(layers=1, seed=9))
+    for where, expected in ((right, False), (wrong, True)):
+        one, other = (spectra.open_source(folder, where).select("v_proj") for folder in folders)
+        (compared,) = spectra.compare(one, other, top=2)
+        assert ("first and second update unrelated to the base" in compared.note) == expected
+        assert ("unrelated" in spectra.pool_by_role([compared])[0].note) == expected
+        plan = spectra.extract(one, tmp_path / f"lora-{where.name}", rank=2)
+        for frame in (spectra.alignment(one, k=2), spectra.interference([one, other]), plan):
+            assert ("unrelated to the base weight" in frame["note"][0]) == expected
+        by_energy = spectra.extract(one, tmp_path / f"energy-{where.name}", energy=0.5)
+        assert ("unrelated to the base weight" in by_energy["note"][0]) == expected

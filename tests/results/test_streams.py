@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import llama_tensors, nudged, write_checkpoint
-from support.command_line import run
+from support.command_line import lora_folder, run
 from support.spectra_kinds import SlowMatrix, same_spectrum, slow_deltas
 
 import spectra
@@ -205,3 +205,31 @@ def test_the_representation_says_whether_it_has_begun():
     assert repr(found) == "Decomposition(1 matrix)"
     assert np.isfinite(next(found).S).all()
     assert repr(found) == "Decomposition(1 matrix, begun)"
+
+
+def test_paths_are_opened(tmp_path):
+    lora_folder(tmp_path / "a", seed=1)
+    lora_folder(tmp_path / "b", seed=2)
+    found = spectra.decompose(str(tmp_path / "a"), top=3, out=tmp_path / "run-a").collect()
+    spectra.decompose(tmp_path / "b", top=3, out=tmp_path / "run-b").collect()
+    assert found.names == spectra.open_source(tmp_path / "a").names
+    of_models = [item.phi for item in spectra.compare(tmp_path / "a", tmp_path / "b", top=2)]
+    of_runs = [item.phi for item in spectra.compare(str(tmp_path / "run-a"), tmp_path / "run-b", top=2)]
+    assert np.allclose(of_models, of_runs, atol=1e-9)
+    assert len(of_runs) == 2
+    with pytest.raises(SelectionError, match="two of a kind"):
+        spectra.compare(tmp_path / "run-a", tmp_path / "b")
+
+
+def test_what_is_given_in_the_wrong_place_is_told_where_it_belongs(tmp_path):
+    source = spectra.open_source(lora_folder(tmp_path / "a", seed=1))
+    found = spectra.decompose(source, out=tmp_path / "run").collect()
+    with pytest.raises(SelectionError, match=r"holds results already: load\('.*run'\)"):
+        spectra.decompose(tmp_path / "run")
+    with pytest.raises(SelectionError, match=r"spectra already; decompose takes a source: open_source"):
+        spectra.decompose(found)
+    with pytest.raises(SelectionError, match=r"given WeightDelta: summarize\(decompose\(source\)\)"):
+        spectra.summarize(source)
+    with pytest.raises(SelectionError, match=r"load\('run'\) where results are stored there, decompose\('run'\)"):
+        spectra.summarize("run")
+    assert len(spectra.summarize(spectra.decompose(source))) == 2

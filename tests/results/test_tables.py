@@ -76,14 +76,14 @@ def test_similarities_make_a_row_each_or_one_per_role_and_side():
     assert list(table["phi"]) == [0.25, 0.75, 1.0]
     by_role = spectra.summarize_similarity(iter(found), by="role")
     assert list(zip(by_role["name"], by_role["side"], by_role["phi"], strict=True)) == [
-        ("v_proj", "left", 0.5),
         ("q_proj", "left", 1.0),
+        ("v_proj", "left", 0.5),
     ]
 
 
 def test_pooling_by_role_is_pooling_each_role():
     found = similarities()
-    first, second = spectra.pool_by_role(found)
+    second, first = spectra.pool_by_role(found)
     expected = pool(found[:2], "v_proj")
     assert (first.name, first.note) == (expected.name, expected.note)
     assert np.array_equal(first.grid, expected.grid)

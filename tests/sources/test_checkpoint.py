@@ -362,3 +362,13 @@ def test_integers_are_not_weights(tmp_path):
     source = spectra.open_source(*(write_checkpoint(tmp_path / name, base) for name in "tb"))
     assert source["b.weight"].status == "unsupported"
     assert "stored as I8" in source["b.weight"].reason
+
+
+def test_weights_in_float64_in_a_torch_file_are_the_same_each_time_they_are_read(tmp_path):
+    base, tuned = {"w.weight": torch.randn(4, 4, dtype=torch.float64)}, {"w.weight": torch.randn(4, 4).double()}
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        torch.save(tensors, tmp_path / f"{name}.pt")
+    (delta,) = spectra.open_source(tmp_path / "tuned.pt", tmp_path / "base.pt")
+    for _ in range(2):
+        assert torch.equal(delta.read().to_dense(), tuned["w.weight"] - base["w.weight"])
+    assert torch.equal(delta.base.read(), base["w.weight"])

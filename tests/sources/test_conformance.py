@@ -12,18 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import llama_tensors, write_adapter, write_checkpoint
-from support.examples import EXAMPLES, stored_header, stored_tensors
+from support.examples import EXAMPLES
 from support.peft_oracle import assert_matches
+from support.stored import rewritten, stored_tensors
 
 import spectra
 from spectra.deltas.source import Source
 from spectra.errors import BaseRequiredError, SpectraError
 from spectra.files.folder import open_folder
 from spectra.files.tensors import TensorRef
+from spectra.naming import split_parts
 from spectra.sources import FORMATS, Format
 
 ROWS = {row.kind: row for row in FORMATS}
-OTHER_NAMES = ("torchtune", "torchtune_dora")
+OTHER_NAMES = ("torchtune", "torchtune_dora", "gguf", "xlabs")
 
 
 @pytest.fixture(scope="module", params=sorted(EXAMPLES))
@@ -51,6 +53,21 @@ def test_the_update_is_the_oracles(example):
     source = spectra.open_source(oracle.adapter, oracle.base)
     assert source.kind == row.kind
     assert_matches(source, oracle.deltas, oracle.tolerance)
+
+
+def test_inspect_lists_the_modules_where_the_update_needs_a_base(example):
+    row, oracle = example
+    found = spectra.inspect(oracle.adapter)
+    if found.source is not None or row.kind == "checkpoint":
+        assert found.modules == ()
+        return
+    assert "pass base= (--base)" in found.needs
+    expected = {split_parts(name)[0].removesuffix(".weight") for name in oracle.deltas}
+    if row.kind in OTHER_NAMES:
+        assert len(found.modules) == len(expected)
+    elif row.kind != "ln_tuning":  # its modules are norms, and its only matrices weights that are saved whole
+        assert set(found.modules) == expected
+    assert {line["status"] for line in found.by_role} == {"needs the base"}
 
 
 def test_listing_reads_no_tensor_and_decomposing_reads_each_delta_alone(example, monkeypatch):
@@ -138,10 +155,7 @@ def test_a_tensor_that_no_rule_knows_takes_the_number_of_its_module(example, tmp
     stored, path = next((key, path) for key in tensors for path in (module, flat) if f"{path}." in key)
     prefix = stored[: stored.index(path) + len(path)]
     strange = {**tensors, prefix + ending: torch.ones(2, 2)}
-    folder = write_adapter(tmp_path / "adapter", strange, None, stored_header(oracle.adapter))
-    config = oracle.adapter / "adapter_config.json"
-    if config.is_file():
-        (folder / "adapter_config.json").write_text(config.read_text())
+    folder = rewritten(oracle.adapter, tmp_path / "adapter", strange)
     source = spectra.open_source(folder, oracle.base)
     assert source[name].status == "unsupported"
     assert "not_known" in source[name].reason
@@ -156,14 +170,11 @@ def test_every_missing_tensor_is_a_refusal_and_never_a_number(example, tmp_path)
     if row.kind == "checkpoint":
         return  # a weight that is not there is `base_only`
     tensors = stored_tensors(oracle.adapter)
-    config = oracle.adapter / "adapter_config.json"
     for place, name in enumerate(sorted(tensors)):
         rest = {key: tensor for key, tensor in tensors.items() if key != name}
         if not rest:
             continue
-        folder = write_adapter(tmp_path / str(place), rest, None, stored_header(oracle.adapter))
-        if config.is_file():
-            (folder / "adapter_config.json").write_text(config.read_text())
+        folder = rewritten(oracle.adapter, tmp_path / str(place), rest)
         try:
             source = spectra.open_source(folder, oracle.base)
         except SpectraError:

@@ -142,7 +142,7 @@ def without(tensors, slot):
         (lambda t: t | {f"{MODULE.format(0)}.lokr_w2": torch.randn(4, 5)}, "both whole and as factors"),
         (lambda t: t | {f"{MODULE.format(0)}.lokr_w2_b": torch.randn(3, 5)}, "cannot be multiplied"),
         (lambda t: t | {f"{MODULE.format(0)}.lokr_w1": torch.randn(3)}, "not the shape of a matrix"),
-        (lambda t: t | {f"{MODULE.format(0)}.lokr_w2_a": torch.randn(0)}, "cannot be multiplied"),
+        (lambda t: t | {f"{MODULE.format(0)}.lokr_w2_a": torch.randn(0)}, "has size 0"),
         (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, "not as real numbers"),
         (lambda t: factors(r=3), "the config says r = 2"),
         (

@@ -8,12 +8,13 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file, save_model
 from support.checkpoints import llama_tensors, write_adapter, write_checkpoint
 from support.peft_oracle import Oracle, assert_matches, make_oracle
 
 import spectra
 from spectra.deltas.recipes import InMemory, Summed
+from spectra.errors import SourceError
 from spectra.models import tied
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -50,18 +51,117 @@ def test_what_acts_on_a_tied_weight_adds_up_under_its_stored_name(on, said, tmp_
     assert not source.coverage.tuned_only
 
 
+@pytest.mark.parametrize("said", [True, False])
+def test_a_head_alone_is_the_embedding_of_the_base(tmp_path, said):
+    """No name of the adapter is in the base then."""
+    oracle = tied_oracle(tmp_path, said, target_modules=["lm_head"])
+    source = spectra.open_source(oracle.adapter, oracle.base)
+    assert_matches(source, {EMBEDDING: oracle.deltas[EMBEDDING]})
+    assert "the update of lm_head.weight, tied to this weight" in source[EMBEDDING].note
+    assert not source.coverage.tuned_only
+    assert "compared with the base" in source.coverage.skipped["lm_head.base_layer.weight"]
+
+
+def test_a_head_alone_and_the_base_of_another_model(tmp_path):
+    oracle = tied_oracle(tmp_path, target_modules=["lm_head"])
+    wrong = {"other.weight": torch.randn(4, 4), EMBEDDING: torch.randn(8, 16)}
+    (delta,) = spectra.open_source(oracle.adapter, write_checkpoint(tmp_path / "wrong", wrong))
+    assert delta.status == "shape_mismatch"
+    with pytest.raises(SourceError, match="no weight of the tuned model is in the base"):
+        spectra.open_source(oracle.adapter, write_checkpoint(tmp_path / "none", {"other.weight": torch.randn(4, 4)}))
+
+
 def test_a_head_alone_works_without_a_base(tmp_path):
     oracle = tied_oracle(tmp_path, target_modules=["lm_head"])
     assert_matches(spectra.open_source(oracle.adapter), {HEAD: oracle.deltas[EMBEDDING]})
 
 
-def test_without_a_base_a_pair_is_told_apart_and_the_doubt_is_said(tmp_path):
+def rewritten(adapter, change):
+    """The adapter with its tensors changed."""
+    file = adapter / "adapter_model.safetensors"
+    tensors = change(load_file(file))
+    save_file(tensors, file)
+    return adapter
+
+
+def test_two_equal_copies_of_the_base_weight_say_that_it_is_one(tmp_path):
+    """PEFT saves the base weight of an adapted head and of an adapted embedding."""
     oracle = tied_oracle(tmp_path, target_modules=["embed_tokens", "lm_head"])
     source = spectra.open_source(oracle.adapter)
+    assert_matches(source, {EMBEDDING: oracle.deltas[EMBEDDING]})
+    assert "the sum of its own update and that of lm_head.weight" in source[EMBEDDING].note
+    assert source.coverage.warnings == ()
+
+
+def apart(tensors, said):
+    """What an older PEFT saves, or an untied model whose two weights differ, or are empty rows."""
+    copies = {name: tensor for name, tensor in tensors.items() if "base_layer" in name}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in copies}
+    if said == "older":
+        return rest
+    (head, embedding) = sorted(copies)
+    changed = {head: copies[head] + 1, embedding: copies[embedding]}
+    return rest | (changed if said == "untied" else {name: torch.zeros_like(tensor) for name, tensor in copies.items()})
+
+
+@pytest.mark.parametrize("said", ["older", "untied", "zeros"])
+def test_without_a_base_a_pair_is_told_apart_and_the_doubt_is_said(tmp_path, said):
+    oracle = tied_oracle(tmp_path, target_modules=["embed_tokens", "lm_head"])
+    source = spectra.open_source(rewritten(oracle.adapter, lambda tensors: apart(tensors, said)))
     parts = [delta.read().to_dense() for delta in source]
-    assert len(parts) == 2
+    assert {delta.name for delta in source} == {EMBEDDING, HEAD}
     assert torch.allclose(sum(parts), oracle.deltas[EMBEDDING], rtol=0, atol=1e-12)
-    assert any("one weight and ΔW is the sum of both" in warning for warning in source.coverage.warnings)
+    doubt = any("one weight and ΔW is the sum of both" in warning for warning in source.coverage.warnings)
+    assert doubt == (said != "untied")
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_config_beside_the_adapter_says_that_they_are_one(tmp_path, tie):
+    """A training checkpoint has the model's config beside the adapter."""
+    oracle = tied_oracle(tmp_path, target_modules=["embed_tokens", "lm_head"])
+    adapter = rewritten(oracle.adapter, lambda tensors: apart(tensors, "older"))
+    (adapter / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": tie}))
+    source = spectra.open_source(adapter)
+    if tie:
+        assert_matches(source, {EMBEDDING: oracle.deltas[EMBEDDING]})
+    else:
+        assert {delta.name for delta in source} == {EMBEDDING, HEAD}
+
+
+def dumped(folder, oracle, kind):
+    """The whole PEFT model, as an FSDP full state dict or as safetensors' save_model, which drops one of two names."""
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).double()
+    model.load_state_dict(load_file(oracle.base / "model.safetensors"), strict=False)
+    model = peft.PeftModel.from_pretrained(model, str(oracle.adapter))
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text((oracle.adapter / "adapter_config.json").read_text())
+    if kind == "torch":
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    else:
+        save_model(model, str(folder / "model.safetensors"))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+@pytest.mark.parametrize("with_base", [True, False])
+@pytest.mark.parametrize(
+    "on", [["lm_head"], ["lm_head", "q_proj"], ["embed_tokens", "lm_head"], ["embed_tokens", "lm_head", "q_proj"]]
+)
+def test_a_dump_of_the_whole_model_has_one_update_of_the_tied_weight(tmp_path, on, with_base, kind):
+    oracle = tied_oracle(tmp_path, target_modules=on)
+    source = spectra.open_source(dumped(tmp_path / "dump", oracle, kind), oracle.base if with_base else None)
+    if not with_base and kind == "safetensors" and on == ["lm_head"]:
+        assert source.names == (EMBEDDING,)  # the header names the dropped one
+    for name, expected in oracle.deltas.items():
+        if name != HEAD:
+            assert torch.allclose(source[name].read().to_dense(), expected, rtol=0, atol=1e-12)
+    others = [delta for delta in source if delta.name not in oracle.deltas]
+    assert {delta.status for delta in others} <= {"ok"}
+    assert all(not delta.read().to_dense().any() for delta in others)
 
 
 def test_a_head_that_is_saved_whole_is_untied(tmp_path):

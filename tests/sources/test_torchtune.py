@@ -98,3 +98,50 @@ def test_a_tensor_that_no_rule_knows_takes_the_number_of_its_module(name, tmp_pa
 def test_a_module_that_cannot_be_read_is_refused(tensors, config, words, tmp_path):
     (found,) = spectra.open_source(write_adapter(tmp_path, tensors, config))
     assert words in found.reason
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_phi3s_fused_projections_take_the_parts_that_torchtune_keeps_apart(split, tmp_path):
+    torch.manual_seed(0)
+    tensors = {
+        f"layers.0.attn.k_proj.lora_{letter}.weight": torch.randn(s) for letter, s in (("a", (2, 16)), ("b", (8, 2)))
+    }
+    tensors |= {
+        f"layers.0.mlp.w3.lora_{letter}.weight": torch.randn(s) for letter, s in (("a", (2, 16)), ("b", (24, 2)))
+    }
+    names = ("model.layers.0.self_attn.qkv_proj.weight", "model.layers.0.mlp.gate_up_proj.weight")
+    held = {names[0]: torch.randn(32, 16), names[1]: torch.randn(48, 16)}
+    config = {"model_type": "phi3", "hidden_size": 16, **HEADS}
+    folder = write_checkpoint(tmp_path / "base", held, config=config)
+    source = spectra.open_source(write_adapter(tmp_path / "a", tensors, CONFIG), folder, split=split)
+    assert len(source) == 2
+    a, b, down, up = (tensor.double() for tensor in tensors.values())
+    for name, part, rows, update in (
+        (names[0], "k", slice(16, 24), 2 * b @ a),
+        (names[1], "up", slice(24, 48), 2 * up @ down),
+    ):
+        if split:
+            close(source[f"{name}[{part}]"], update)
+            assert torch.equal(source[f"{name}[{part}]"].base.read(), held[name][rows].double())
+        else:
+            whole = torch.zeros_like(held[name]).double()
+            whole[rows] = update
+            close(source[name], whole)
+
+
+@pytest.mark.parametrize(
+    ("more", "config", "words"),
+    [
+        (
+            {f"{MODULE}.magnitude": torch.ones(16)},
+            {"model_type": "phi3", "hidden_size": 16, **HEADS},
+            "DoRA of q alone",
+        ),
+        ({}, {"model_type": "phi3"}, "does not follow from the base's config.json"),
+    ],
+)
+def test_a_part_that_cannot_be_placed_is_refused(more, config, words, tmp_path):
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    folder = write_checkpoint(tmp_path / "base", {name: torch.randn(32, 16)}, config=config)
+    (found,) = spectra.open_source(write_adapter(tmp_path / "a", factors() | more, CONFIG), folder)
+    assert words in found.reason

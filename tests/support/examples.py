@@ -10,10 +10,11 @@ from pathlib import Path
 
 import peft
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from support.checkpoints import VOCABULARY, llama_tensors, nudged, write_adapter, write_checkpoint
+from support.gguf_lora import make_gguf_oracle
+from support.litgpt import make_litgpt_oracle
 from support.peft_oracle import Oracle, make_oracle
 
 
@@ -198,6 +199,45 @@ def _adapterhub(folder: Path) -> Oracle:
     return Oracle(base, adapter, {f"{name}.weight": 2.5 * B.double() @ A.double()})
 
 
+def _nvlabs_dora(folder: Path) -> Oracle:
+    """Two modules with factors and a magnitude, and one of which the magnitude alone was trained (NVlabs/DoRA)."""
+    base = llama_tensors()
+    torch.manual_seed(0)
+    tensors, deltas = {}, {}
+    for number, part in enumerate(("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")):
+        name = f"model.layers.0.{part}.weight"
+        weight = moved = base[name].double()
+        m, prefix = torch.rand(len(weight), 1) + 0.5, f"base_model.model.model.layers.0.{part}."
+        tensors[f"{prefix}weight_m_wdecomp.weight"] = m
+        if number < 2:
+            A, B = torch.randn(3, weight.shape[1]), torch.randn(len(weight), 3)
+            tensors |= {f"{prefix}lora_A.weight": A, f"{prefix}lora_B.weight": B}
+            moved = weight + 2 * B.double() @ A.double()
+        deltas[name] = m.double() / torch.linalg.norm(moved, dim=1).unsqueeze(1) * moved - weight
+    config = {"peft_type": "DORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
+    config |= {"Wdecompose_target_modules": ["down_proj"], "fan_in_fan_out": False, "dora_simple": True}
+    return Oracle(write_checkpoint(folder / "base", base), write_adapter(folder / "adapter", tensors, config), deltas)
+
+
+def _xlabs(folder: Path) -> Oracle:
+    """A double block's processor and a single one's, on a base in the names of Flux' authors (XLabs-AI/x-flux)."""
+    torch.manual_seed(0)
+    modules = {
+        "double_blocks.0.processor.proj_lora1": ("double_blocks.0.img_attn.proj", 16, 16),
+        "double_blocks.0.processor.qkv_lora2": ("double_blocks.0.txt_attn.qkv", 48, 16),
+        "single_blocks.1.processor.proj_lora": ("single_blocks.1.linear2", 16, 80),
+    }
+    tensors, base, deltas = {}, {}, {}
+    for module, (name, rows, columns) in modules.items():
+        down, up = torch.randn(3, columns), torch.randn(rows, 3)
+        tensors |= {f"{module}.down.weight": down, f"{module}.up.weight": up}
+        base[f"{name}.weight"] = torch.randn(rows, columns)
+        deltas[f"{name}.weight"] = up.double() @ down.double()
+    (folder / "adapter").mkdir(parents=True)
+    save_file(tensors, folder / "adapter" / "lora.safetensors")
+    return Oracle(write_checkpoint(folder / "base", base, config={}), folder / "adapter", deltas)
+
+
 _ON = ["q_proj", "v_proj", "down_proj"]
 _FLOAT32 = 1e-6  # where PEFT itself computes in float32
 
@@ -218,6 +258,10 @@ EXAMPLES: dict[str, Callable[[Path], Oracle]] = {
     "kohya": _kohya,
     "diffusers": _diffusers,
     "adapterhub": _adapterhub,
+    "nvlabs_dora": _nvlabs_dora,
+    "xlabs": _xlabs,
+    "gguf": make_gguf_oracle,
+    "litgpt": make_litgpt_oracle,
     "torchtune": partial(_torchtune, dora=False),
     "torchtune_dora": partial(_torchtune, dora=True),
     "mlx": partial(_mlx, dora=False),
@@ -258,20 +302,3 @@ EXAMPLES: dict[str, Callable[[Path], Oracle]] = {
     "frod": _peft(peft.FrodConfig, sparse_rate=0.1, progressbar=False, target_modules=_ON, tolerance=_FLOAT32),
     "unilora": _peft(peft.UniLoraConfig, r=3, theta_d_length=50, save_indices=True, target_modules=_ON),
 }
-
-
-def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's safetensors files."""
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
-
-
-def stored_header(folder: Path) -> dict[str, str]:
-    """The strings in the headers of a folder's safetensors files."""
-    found: dict[str, str] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            found |= opened.metadata() or {}
-    return found

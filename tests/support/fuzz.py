@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import pickle
 import random
 import resource
 import shutil
@@ -23,13 +24,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 import spectra
 from spectra.errors import SpectraError
-from support.examples import EXAMPLES, stored_header, stored_tensors
+from support.examples import EXAMPLES
 from support.layouts import LAYOUTS
+from support.stored import stored_tensors, weight_files, write_tensors
 from support.stored_codes import write_coded, write_plain
 
 SECONDS = 10  # for one case, on a loaded machine; most take milliseconds
@@ -40,6 +42,11 @@ ODD = [
     None, 0, -1, 1, 2**40, 2**63, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "LORA", "\x00",
     [], [1], {}, {"x": 1}, True, False, "(" * 50, "(a+)+$",
 ]  # fmt: skip
+# What other readers raise on a file that an earlier mutation has damaged.
+_TOO_DAMAGED = (
+    SafetensorError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, struct.error, OverflowError,
+    pickle.UnpicklingError, EOFError, OSError, yaml.YAMLError,
+)  # fmt: skip
 
 
 def mutate(folder: Path, rng: random.Random) -> str:
@@ -48,12 +55,12 @@ def mutate(folder: Path, rng: random.Random) -> str:
     chosen = rng.choice(kinds)
     try:
         return f"{chosen.__name__}: {chosen(folder, rng)}"
-    except (SafetensorError, ValueError, RuntimeError, IndexError, KeyError, TypeError, AttributeError, struct.error):
+    except _TOO_DAMAGED:
         return f"{chosen.__name__}: too damaged already"
 
 
 def _config(folder: Path, rng: random.Random) -> Path | None:
-    found = sorted(folder.glob("*.json"))
+    found = sorted(folder.glob("*.json")) or sorted(folder.glob("*.yaml"))
     return rng.choice(found) if found else None
 
 
@@ -61,7 +68,8 @@ def _config_value(folder: Path, rng: random.Random) -> str:
     path = _config(folder, rng)
     if path is None:
         return "no config"
-    content = json.loads(path.read_text())
+    read, write = (yaml.safe_load, yaml.safe_dump) if path.suffix == ".yaml" else (json.loads, json.dumps)
+    content = read(path.read_text())
     keys = sorted(content) or ["r"]
     key = rng.choice([*keys, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "peft_type", "model_type"])
     if rng.random() < 0.2:
@@ -69,7 +77,7 @@ def _config_value(folder: Path, rng: random.Random) -> str:
         value = "removed"
     else:
         value = content[key] = rng.choice(ODD)
-    path.write_text(json.dumps(content))
+    path.write_text(write(content))
     return f"{path.name} {key} = {value!r}"
 
 
@@ -83,7 +91,7 @@ def _config_text(folder: Path, rng: random.Random) -> str:
 
 
 def _weights(folder: Path, rng: random.Random) -> Path:
-    return rng.choice(sorted(folder.glob("*.safetensors")))
+    return rng.choice(weight_files(folder) or sorted(file for file in folder.iterdir() if file.is_file()))
 
 
 def _header(folder: Path, rng: random.Random) -> str:
@@ -125,12 +133,12 @@ def _truncate(folder: Path, rng: random.Random) -> str:
 
 def _edit(folder: Path, rng: random.Random, change) -> str:
     path = _weights(folder, rng)
-    tensors = stored_tensors(folder) if len(list(folder.glob("*.safetensors"))) == 1 else {}
+    tensors = stored_tensors(folder) if len(weight_files(folder)) == 1 else {}
     if not tensors:
         return "sharded"
     name = rng.choice(sorted(tensors))
-    said, header = change(tensors, name), stored_header(folder)
-    save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, path, header)
+    said = change(tensors, name)
+    write_tensors(path, tensors)
     return f"{name}: {said}"
 
 
@@ -261,6 +269,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=0, help="fresh cases for this long")
     parser.add_argument("--count", type=int, default=0, help="this many fresh cases of each format")
+    parser.add_argument("--only", nargs="*", default=[], help="kinds of which there are fresh cases; all if none")
     parser.add_argument("--start", type=int, default=0, help="number of the first fresh case")
     parser.add_argument("--cases", type=Path, help="a file of cases to run first")
     options = parser.parse_args()
@@ -272,7 +281,8 @@ def main() -> int:
         end = time.monotonic() + 60 * options.minutes
         failed: list[str] = []
         outcomes: dict[str, int] = {}
-        for case in _cases(kept, sorted(originals), options.start, options.count, end):
+        kinds = options.only or sorted(originals)
+        for case in _cases(kept, kinds, options.start, options.count, end):
             try:
                 outcome = run_case(case, originals, Path(name))
             except Exception:

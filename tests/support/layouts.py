@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+import torch.distributed.checkpoint as checkpoint
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import Shard
 
 from support.checkpoints import llama_tensors, write_adapter, write_checkpoint
+from support.distributed import write_ranks
+from support.gguf_lora import HEADS, interleaved
+from support.litgpt import write_model
 from support.peft_oracle import Oracle
 
 _Q = "model.layers.0.self_attn.q_proj"
@@ -78,9 +84,64 @@ def _comfyui(folder: Path) -> Oracle:
     return Oracle(write_checkpoint(folder / "base", base, config={"model_type": ""}), folder / "adapter", deltas)
 
 
+def _parts(folder: Path) -> tuple[Path, Path, dict[str, torch.Tensor]]:
+    base = llama_tensors(layers=1)
+    tuned = {name: tensor + 0.01 * torch.randn(tensor.shape) for name, tensor in base.items()}
+    return folder / "adapter", write_checkpoint(folder / "base", base), tuned
+
+
+def _deltas(base: Path, tuned: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    held = load_file(base / "model.safetensors")
+    return {name: tensor.double() - held[name].double() for name, tensor in tuned.items() if tensor.ndim == 2}
+
+
+def _rank_files(folder: Path) -> Oracle:
+    """A checkpoint that two FSDP ranks left in parts."""
+    home, base, tuned = _parts(folder)
+    write_ranks(home, tuned, [2], lambda name: [Shard(0)])
+    return Oracle(base, home, _deltas(base, tuned))
+
+
+def _dcp(folder: Path) -> Oracle:
+    """A training state that torch.distributed.checkpoint wrote."""
+    home, base, tuned = _parts(folder)
+    state = {"model": tuned, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}}
+    checkpoint.save(state, storage_writer=checkpoint.FileSystemWriter(home), no_dist=True)
+    return Oracle(base, home, _deltas(base, tuned))
+
+
+def _in_own_names(folder: Path, *, litgpt: bool) -> Oracle:
+    """Full weights in LitGPT's or torchtune's names, against a LLaMA in transformers'."""
+    base, tuned = llama_tensors(layers=1), llama_tensors(layers=1, seed=1)
+    stem = "model.layers.0."
+    if litgpt:
+        joint = [tuned[f"{stem}self_attn.{part}_proj.weight"] for part in "qkv"]
+        own = {"transformer.h.0.attn.qkv.weight": torch.cat(joint)}
+        own["transformer.h.0.mlp.fc_1.weight"] = tuned[f"{stem}mlp.gate_proj.weight"]
+        write_model(folder / "adapter", own)
+    else:
+        q = tuned[f"{stem}self_attn.q_proj.weight"]
+        own = {"layers.0.attn.q_proj.weight": interleaved(q, 4)}
+        own["layers.0.mlp.w1.weight"] = tuned[f"{stem}mlp.gate_proj.weight"]
+        (folder / "adapter").mkdir(parents=True)
+        torch.save(own, folder / "adapter" / "model-00001-of-00001.pt")
+    parts = [f"self_attn.{part}_proj" for part in ("qkv" if litgpt else "q")] + ["mlp.gate_proj"]
+    names = [f"{stem}{part}.weight" for part in parts]
+    config = {"model_type": "llama", "hidden_size": 16, **HEADS}
+    return Oracle(
+        write_checkpoint(folder / "base", {name: base[name] for name in names}, config=config),
+        folder / "adapter",
+        {name: tuned[name].double() - base[name].double() for name in names},
+    )
+
+
 LAYOUTS: dict[str, Callable[[Path], Oracle]] = {
     "lora-in-a-dump": _dump,
     "LoRA-XS": _latent,
     "tied": _tied,
     "comfyui": _comfyui,
+    "rank-files": _rank_files,
+    "dcp": _dcp,
+    "litgpt-whole": partial(_in_own_names, litgpt=True),
+    "torchtune-whole": partial(_in_own_names, litgpt=False),
 }

@@ -21,7 +21,7 @@ _STORED = load_file(_FILE)
 
 def stored(case: str) -> dict[str, torch.Tensor]:
     """A case's tensors under a module's name."""
-    mine = {name.partition("/")[2]: tensor for name, tensor in _STORED.items() if name.startswith(f"{case}/")}
+    mine = {name.partition("/")[2]: tensor.clone() for name, tensor in _STORED.items() if name.startswith(f"{case}/")}
     module = module_of(case)
     return {module + name if name.startswith("_") else f"{module}.{name}": tensor for name, tensor in mine.items()}
 

@@ -106,7 +106,9 @@ def find(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> list[Ca
 def _gptq(parts: Mapping[str, TensorRef], settings: Mapping[str, Any]) -> Gptq:
     method = str(settings.get("quant_method", "")).lower()
     if not method:
-        raise SourceError("config.json has no quantization_config that says which: put it beside the weights")
+        raise SourceError(
+            "no quantization_config in config.json and no quantize_config.json says which: put it beside the weights"
+        )
     layout = str(settings.get("checkpoint_format") or settings.get("format") or "gptq").lower()
     if method != "gptq" or layout not in _ZERO_OFFSET:
         raise SourceError(f"the layout {layout!r} of {method!r} is not known here: pass the weights in bf16 or fp16")

@@ -9,6 +9,7 @@ from typing import Literal
 
 from spectra.deltas.source import Source
 from spectra.files.folder import Folder
+from spectra.models.pairing import unwrap
 from spectra.sources.dump import compare_base_layers, inner_base
 from spectra.sources.ledger import Ledger
 from spectra.sources.rest import account_for_rest
@@ -62,6 +63,16 @@ class Format:
         marked = not self.marks or any(mark in folder.listing for mark in self.marks)
         return marked and (not self.decides or bool(self.module.matches(folder)))
 
+    def modules(self, folder: Folder) -> list[str]:
+        """The modules that a folder adapts, by the tensors' names alone: what stands before a mark."""
+        found: dict[str, None] = {}
+        for name in folder.tensors:
+            line = f"\n{name}\n"
+            places = [place for mark in self.marks if (place := line.find(mark)) > 0]
+            if places:
+                found[unwrap(line[1 : min(places)].rstrip("."))] = None
+        return list(found)
+
     def open(
         self,
         tuned: Folder,
@@ -106,7 +117,9 @@ _SHAPES = "its file does not hold the shapes of the weights, which ΔW needs"
 
 # The first that matches wins: names that only one format uses come before the ones that many use.
 FORMATS: tuple[Format, ...] = (
+    Format("litgpt", "LoRA (LitGPT)", (".lora_A\n", ".lora_B\n"), decides=True, scale="own"),
     Format("multilora", "MultiLoRA", (".multilora_A\n", ".lora_scaling\n"), scale="config", heads=True),
+    Format("nvlabs_dora", "DoRA (NVlabs)", (".weight_m_wdecomp",), needs_base=True, config=True, peft_types=("DORA",)),
     Format("multihead", "R-LoRA, HydraLoRA (multi-head LoRA)", ("lora_",), decides=True, scale="own", heads=True),
     Format("adalora", "AdaLoRA", (".lora_E",), config=True, peft_types=("ADALORA",)),
     Format("loha", "LoHa (PEFT)", (".hada_w",), decides=True, scale="config", peft_types=("LOHA",)),
@@ -146,6 +159,8 @@ FORMATS: tuple[Format, ...] = (
     Format("frod", "FRoD", (".frod_lambda_l",), needs_base=True, peft_types=("FROD",)),
     Format("unilora", "Uni-LoRA", (".unilora_theta_d",), config=True, peft_types=("UNILORA",)),
     Format("adapterhub", "LoRA (AdapterHub)", (".loras.",), config=True),
+    Format("xlabs", "LoRA for Flux (XLabs)", (".processor.qkv_lora", ".processor.proj_lora")),
+    Format("gguf", "LoRA (GGUF, llama.cpp)", (".weight.lora_a\n", ".weight.lora_b\n"), decides=True, scale="own"),
     Format("mlx_dora", "DoRA (MLX)", (".m\n",), "mlx", decides=True, needs_base=True, scale="own"),
     Format("mlx", "LoRA (MLX)", (".lora_a\n", ".A\n"), decides=True, scale="own"),
     Format("torchtune_dora", "DoRA (torchtune)", (".magnitude",), "torchtune", decides=True, needs_base=True,

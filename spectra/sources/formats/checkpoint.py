@@ -18,12 +18,13 @@ from spectra.sources.targets import Target
 
 
 def matches(folder: Folder) -> bool:
-    """Anything with tensors that is not an adapter, nor has the factors of one without a config.
+    """Anything with tensors that is not an adapter, nor has the factors or the file's name of one without a config.
 
     MLX writes an adapter's config beside weights that were trained whole, too; it says so.
     """
-    whole = not folder.is_adapter or recognised.trained_whole(folder)
-    return whole and not recognised.has_factors(folder)
+    if recognised.trained_whole(folder):
+        return not recognised.has_factors(folder)
+    return not recognised.is_no_model(folder) and not recognised.has_factors(folder)
 
 
 def read(ledger: Ledger) -> None:

@@ -63,7 +63,7 @@ class _Module:
 def matches(folder: Folder) -> bool:
     """Factors named lora_A / lora_B, and a config that does not claim to be something else."""
     declared = str((folder.adapter_config or {}).get("peft_type", "LORA"))
-    named = any(".lora_A" in name or ".lora_embedding_A" in name for name in folder.tensors)
+    named = any(mark in folder.listing for mark in (".lora_A", ".lora_embedding_A"))
     return named and declared == "LORA"
 
 

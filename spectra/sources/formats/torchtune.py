@@ -2,36 +2,23 @@
 
 ΔW = s·b·a with a (r, in), b (out, r), s = α/r; α is in the recipe and, where torchtune wrote one, in
 adapter_config.json. DoRA adds `magnitude` (out,). Settled by pytorch/torchtune, torchtune/modules/peft/lora.py
-and dora.py; the names and which models' rows are reordered by torchtune/models/convert_weights.py,
-qwen2/_convert_weights.py and gemma2/_convert_weights.py.
+and dora.py; `models/torchtune_names.py` has the names and which models' rows are reordered.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 
 from spectra.deltas.recipes import Factors, Term
+from spectra.errors import SourceError
 from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
-from spectra.models.architectures import model_type
-from spectra.models.meta_names import in_transformers_order
+from spectra.models import architectures, torchtune_names
 from spectra.sources.adapter import Refusal, Slots, add_factored, add_update
 from spectra.sources.formats.dora import Dora, misfit
 from spectra.sources.ledger import Ledger
-from spectra.sources.targets import targets
-
-_NAMES = {
-    "attn.q_proj": "self_attn.q_proj",
-    "attn.k_proj": "self_attn.k_proj",
-    "attn.v_proj": "self_attn.v_proj",
-    "attn.output_proj": "self_attn.o_proj",
-    "mlp.w1": "mlp.gate_proj",
-    "mlp.w2": "mlp.down_proj",
-    "mlp.w3": "mlp.up_proj",
-}
-_MODULE = re.compile(rf"layers\.(\d+)\.({'|'.join(map(re.escape, _NAMES))})")
-_IN_METAS_ORDER = frozenset({"llama", "mistral", "gemma", "gemma2"})
-_AS_STORED = frozenset({"qwen2", "qwen3"})
+from spectra.sources.parts import Part, add_parts
+from spectra.sources.targets import targets, weight_targets
 
 
 def matches(folder: Folder) -> bool:
@@ -48,16 +35,17 @@ def read(ledger: Ledger) -> None:
     modules = ledger.modules(r"(?P<slot>lora_[ab](?=\.weight$)|magnitude)(?:\.weight)?")
     if any("magnitude" in slots for slots in modules.values()):
         ledger.need_base()
-    own = ledger.base is not None and any(_MODULE.search(name) for name in ledger.base.tensors)
+    own = ledger.base is not None and torchtune_names.speaks(ledger.base.tensors)
     terms: dict[str, Term] = {}
     magnitudes: dict[str, TensorRef] = {}
     for module, slots in modules.items():
-        name = module if own else transformers_module(module)
+        name = module if own else torchtune_names.transformers_module(module)
         with ledger.attempt(f"{name}.weight"):
             heads = None if own else _heads(ledger.base, name)
             terms[name] = _term(ledger, module, slots, heads)
             if "magnitude" in slots:
                 magnitudes[name] = _magnitude(slots, terms[name], heads)
+    _add_fused(ledger, terms, magnitudes)
     for name, target in targets(ledger, {name: term.shape for name, term in terms.items()}).items():
         with ledger.attempt(target.name, terms[name].shape):
             if name not in magnitudes:
@@ -68,36 +56,34 @@ def read(ledger: Ledger) -> None:
                 add_update(ledger, target, Dora(target.real, Factors((terms[name],)), magnitudes[name], "rows"))
 
 
-def transformers_module(module: str) -> str:
-    """What transformers calls a module of torchtune's decoder; other modules keep their names.
-
-    >>> transformers_module("layers.3.mlp.w2"), transformers_module("output")
-    ('model.layers.3.mlp.down_proj', 'lm_head')
-    """
-    found = _MODULE.fullmatch(module)
-    if found:
-        return f"model.layers.{found[1]}.{_NAMES[found[2]]}"
-    return {"output": "lm_head", "tok_embeddings": "model.embed_tokens"}.get(module, module)
+def _add_fused(ledger: Ledger, terms: dict[str, Term], magnitudes: Mapping[str, TensorRef]) -> None:
+    """Enter those that the base fuses, and take them out of the terms."""
+    fused: dict[str, dict[str, Part]] = {}
+    for name in list(terms) if ledger.base is not None else ():
+        found = torchtune_names.fused_module(name)
+        ref = ledger.base.tensors.get(f"{found[0]}.weight") if found and ledger.base else None
+        if found is None or ref is None or len(ref.shape) != 2:
+            continue
+        term, weight = terms.pop(name), f"{found[0]}.weight"
+        cuts = architectures.parts(ledger.base.config_of(weight), weight, ref.shape[0]) if ledger.base else {}
+        with ledger.attempt(f"{weight}[{found[1]}]", term.shape):
+            if name in magnitudes:
+                raise Refusal(f"DoRA of {found[1]} alone, which the base fuses into {weight}, is not read")
+            if found[1] not in cuts:
+                raise Refusal(f"which rows of {weight} are {found[1]} does not follow from the base's config.json")
+            fused.setdefault(weight, {})[found[1]] = Part(term, cuts[found[1]])
+    for weight, target in weight_targets(ledger, dict.fromkeys(fused)).items():
+        add_parts(ledger, target, fused[weight], target.ref.shape[0] if target.ref is not None else None)
 
 
 def _heads(base: Folder | None, name: str) -> int | None:
     """How many heads' rows are to be reordered; None for rows that are as transformers has them, or without a base."""
-    if base is None or not name.endswith((".q_proj", ".k_proj")):
+    if base is None:
         return None
-    config = base.config_of(name)
-    kind = model_type(config, name)
-    if kind in _AS_STORED:
-        return None
-    if kind not in _IN_METAS_ORDER:
-        raise Refusal(
-            f"whether torchtune reorders the rows of q and k is not known for model_type {kind!r} of the base"
-        )
-    heads = config.get("num_attention_heads")
-    if name.endswith(".k_proj"):
-        heads = config.get("num_key_value_heads", heads)
-    if type(heads) is not int or heads < 1:
-        raise Refusal("the base's config.json does not say how many heads there are, which the order of rows takes")
-    return heads
+    try:
+        return torchtune_names.heads_to_reorder(base.config_of(name), name)
+    except SourceError as problem:
+        raise Refusal(str(problem)) from None
 
 
 def _term(ledger: Ledger, module: str, slots: Slots, heads: int | None) -> Term:
@@ -120,11 +106,10 @@ def _magnitude(slots: Slots, term: Term, heads: int | None) -> TensorRef:
 
 def _reordered(ref: TensorRef, heads: int | None) -> TensorRef:
     """Rows in transformers' order."""
-    if heads is None:
-        return ref
-    if ref.shape[0] % (2 * heads):
-        raise Refusal(f"the {ref.shape[0]} rows of {ref.name} are not {heads} heads, as the base's config.json says")
-    return in_transformers_order(ref, heads)
+    try:
+        return torchtune_names.reordered(ref, heads)
+    except SourceError as problem:
+        raise Refusal(str(problem)) from None
 
 
 def _note(ledger: Ledger, name: str) -> str:

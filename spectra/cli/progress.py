@@ -1,0 +1,59 @@
+"""How far a command is, and what is left of it when it is stopped."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any, Self
+
+import click
+
+from spectra.cli.talk import is_quiet
+
+STOPPED = 130  # what a shell reports of a command that Ctrl-C ended
+
+
+class Progress:
+    """A bar with ETA on a terminal's stderr, nothing in a pipe; Ctrl-C ends the command with a word on what is kept.
+
+    Args:
+        total: how many matrices there are.
+        what: the command.
+        kept: where they are stored as they come, so that the same command goes on; "" for nowhere.
+        otherwise: what to say where they are not.
+    """
+
+    def __init__(self, total: int, what: str, *, kept: str = "", otherwise: str = "nothing is stored") -> None:
+        self._total, self._done = total, 0
+        self._kept, self._otherwise = kept, otherwise
+        self._bar = _bar(total, what)
+
+    def update(self) -> None:
+        """One matrix more."""
+        self._done += 1
+        self._bar.update()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            click.echo(f"stopped; {self.stopped}", err=True)
+            sys.exit(STOPPED)
+
+    @property
+    def stopped(self) -> str:
+        """What is left of the work up to here."""
+        if self._kept:
+            return f"{self._done} of {self._total} are stored in {self._kept}, the same command goes on"
+        return f"{self._done} of {self._total} were done, {self._otherwise}"
+
+
+def _bar(total: int, what: str) -> Any:
+    from tqdm import tqdm
+
+    off = True if is_quiet() else None  # None: where stderr is no terminal
+    return tqdm(total=total, desc=what, unit="matrix", file=sys.stderr, disable=off, leave=False, dynamic_ncols=True)

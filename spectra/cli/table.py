@@ -1,0 +1,249 @@
+"""Tables on the terminal: aligned, as wide as it is, and with the columns that were asked for."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from spectra.results.tables import Row
+
+MOST_LINES = 12  # more matrices than this are shown by role
+_GAP = "  "
+_WORDS = ("name", "role", "shape", "status", "method", "reason", "note")
+_NARROWEST = 20  # characters of a name or note, before columns go
+_LONGEST_HEAD = 7
+
+
+@dataclass(frozen=True)
+class View:
+    """What a command was told about its table.
+
+    Attributes:
+        columns: which to show; () for the command's own.
+        sort: by which, largest first, with a + before it smallest first; "" for the order of the rows.
+        every: a line for every matrix, however many there are.
+    """
+
+    columns: tuple[str, ...] = ()
+    sort: str = ""
+    every: bool = False
+
+    @property
+    def key(self) -> str:
+        """The column to sort by; "" for none."""
+        return self.sort.removeprefix("+")
+
+    def check(self, there: Collection[str], matrices: int) -> None:
+        """Refuse what cannot be shown, before anything is computed.
+
+        Args:
+            there: the columns that the table will have.
+            matrices: how many rows it will have.
+
+        Raises:
+            click.UsageError: a column is not among them, or is of single matrices where roles are shown.
+        """
+        for column in filter(None, (*self.columns, self.key)):
+            if column not in there:
+                similar = difflib.get_close_matches(column, there, n=3)
+                meant = f"did you mean {' or '.join(similar)}?" if similar else f"there are {', '.join(there)}"
+                raise click.UsageError(f"{column!r} is no column (--columns, --sort): {meant}")
+            if column in _WORDS and matrices > MOST_LINES and not self.every:
+                raise click.UsageError(f"{column!r} is no number, and {matrices} matrices are shown by role: add --all")
+
+
+def table_view(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--columns, --sort, --all; the command gets them as `view`."""
+
+    @functools.wraps(command)
+    def bundled(*, columns: str | None, sort: str | None, every: bool, **others: Any) -> Any:
+        listed = tuple(word.strip() for word in (columns or "").split(",") if word.strip())
+        return command(view=View(listed, sort or "", every), **others)
+
+    for option in (
+        click.option("--all", "every", is_flag=True, help="A line for every matrix, however many there are."),
+        click.option("--sort", metavar="COLUMN", help="Sort by it, largest first; +COLUMN for smallest first."),
+        click.option("--columns", metavar="A,B,…", help="Which columns of the csv to show."),
+    ):
+        bundled = option(bundled)
+    return bundled
+
+
+def print_rows(rows: Sequence[Row], shown: Mapping[str, str], view: View, *, beside: Sequence[str] = ()) -> bool:
+    """A line per matrix, or the medians of each role where there are many.
+
+    Args:
+        rows: of the command's table, a matrix each.
+        shown: column → heading, unless the user chose others.
+        view: what the user chose.
+        beside: columns that stand before these where each matrix has a line.
+
+    Returns:
+        Whether roles were shown.
+    """
+    from spectra.results.tables import role_rows
+
+    columns = list(view.columns or shown)
+    by_role = not view.every and len(rows) > MOST_LINES
+    if by_role:
+        lines = role_rows(rows, dict.fromkeys(filter(None, [*columns, view.key])))
+        leading = {"role": "role", "matrices": "matrices", "unchanged_matrices": "unchanged"}
+    else:
+        lines = list(rows)
+        leading = {"name": "matrix", **({} if view.columns else {column: column for column in beside})}
+    heads = leading | {column: shown.get(column, column) for column in columns}
+    if view.key:
+        lines = _sorted(lines, view.key, smallest_first=view.sort.startswith("+"))
+    print_table(list(heads.values()), [[line.get(column) for column in heads] for line in lines])
+    return by_role
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Aligned columns, text to the left and numbers to the right; on a terminal no wider than it is."""
+    words = [all(value is None or isinstance(value, str) for value in column) for column in zip(*rows, strict=True)]
+    columns = [
+        _Column(head, [_text(row[i]) for row in rows], words[i] if rows else True) for i, head in enumerate(header)
+    ]
+    said: list[str] = []
+    if sys.stdout.isatty():
+        columns, said = fitted(columns, shutil.get_terminal_size().columns)
+    for head in zip(*(column.heads for column in columns), strict=True):
+        if any(head):
+            click.echo(_style(_line(head, columns), bold=True))
+    for cells in zip(*(column.cells for column in columns), strict=True):
+        click.echo(_line(cells, columns))
+    for text in said:
+        click.echo(text, err=True)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column as text.
+
+    Attributes:
+        head: its heading.
+        cells: a text for each row.
+        words: whether they stand at the left.
+        wraps: whether a long heading is written in two lines.
+    """
+
+    head: str
+    cells: Sequence[str]
+    words: bool
+    wraps: bool = False
+
+    @property
+    def heads(self) -> tuple[str, str]:
+        """The heading in two lines, the last word in the second."""
+        if not self.wraps or len(self.head) <= _LONGEST_HEAD:
+            return "", self.head
+        first, _, last = self.head.rpartition("_")
+        return first, last
+
+    @property
+    def width(self) -> int:
+        """Of the widest cell."""
+        return max(map(len, [*self.heads, *self.cells]))
+
+
+def fitted(columns: Sequence[_Column], width: int) -> tuple[list[_Column], list[str]]:
+    """The same table within a width, and what had to go, in lines.
+
+    Headings are wrapped first. Then columns go that say the same in every row, which is said below; names are cut as
+    far as they stay apart, and notes; then the last columns go.
+    """
+    left = list(columns)
+    said: list[str] = []
+    if _total(left) > width:
+        left = [replace(column, wraps=True) for column in left]
+    for column in left[1:]:
+        if _total(left) > width and column.words and len(set(column.cells)) == 1 < len(column.cells):
+            left.remove(column)
+            said += [f"in every row: {column.head} {column.cells[0]}"] if column.cells[0] else []
+    gone: list[str] = []
+    while len(left) > 2 and _total(_cut(left, 0)) > width:
+        gone.insert(0, left.pop().head)
+    said += [f"not shown at this width: {', '.join(gone)}; a wider terminal or a pipe has all"] if gone else []
+    return _cut(left, width), said
+
+
+def _total(columns: Sequence[_Column]) -> int:
+    return sum(column.width for column in columns) + len(_GAP) * (len(columns) - 1)
+
+
+def _cut(columns: Sequence[_Column], width: int) -> list[_Column]:
+    """The columns with notes, then names cut as far as it takes and as can be."""
+    cut = list(columns)
+    for place in reversed([i for i, column in enumerate(columns) if column.words]):
+        while _total(cut) > width and (less := _narrower(cut[place], names=place == 0)) is not None:
+            cut[place] = less
+    return cut
+
+
+def _narrower(column: _Column, *, names: bool) -> _Column | None:
+    """A column of words one step narrower; None where it is as narrow as it may be, or names would look alike."""
+    cells = list(column.cells)
+    if names and all(cell.endswith(".weight") for cell in cells):
+        return replace(column, cells=[cell.removesuffix(".weight") for cell in cells])
+    if names and len({cell.partition(".")[0] for cell in cells}) == 1 and all(cell.count(".") > 2 for cell in cells):
+        return replace(column, cells=[cell.partition(".")[2] for cell in cells])
+    width = max(map(len, cells)) - 1
+    shorter = [shortened(cell, width) for cell in cells]
+    if width < _NARROWEST or len(set(shorter)) < len(set(cells)):
+        return None
+    return replace(column, cells=shorter)
+
+
+def shortened(text: str, width: int) -> str:
+    """A text within a width, its middle left out.
+
+    >>> shortened("model.layers.10.self_attn.v_proj.weight", 20)
+    'model.laye…oj.weight'
+    """
+    if len(text) <= width:
+        return text
+    end = (width - 1) // 2
+    return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
+
+
+def _line(cells: Sequence[str], columns: Sequence[_Column]) -> str:
+    aligned = [
+        cell.ljust(column.width) if column.words else cell.rjust(column.width)
+        for cell, column in zip(cells, columns, strict=True)
+    ]
+    return _GAP.join(aligned).rstrip()
+
+
+def _style(text: str, **how: Any) -> str:
+    """The text in colour where a terminal shows it and NO_COLOR does not forbid it."""
+    return click.style(text, **how) if colours(sys.stdout) else text
+
+
+def colours(stream: Any) -> bool:
+    """Whether to write colours there (https://no-color.org)."""
+    return bool(stream.isatty()) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _text(value: Any) -> str:
+    if value is None or value != value:  # NaN
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _sorted(rows: list[Row], key: str, *, smallest_first: bool) -> list[Row]:
+    """Rows by a column; those without a value last."""
+    missing = [row for row in rows if row[key] is None or row[key] != row[key]]
+    known = [row for row in rows if row[key] is not None and row[key] == row[key]]
+    words = any(isinstance(row[key], str) for row in known)
+    return sorted(known, key=lambda row: row[key], reverse=not smallest_first and not words) + missing

@@ -1,0 +1,46 @@
+"""How much a command says: -q for results, warnings and errors only, -v for every name and how long it took."""
+
+from __future__ import annotations
+
+import click
+
+_KEY = "spectra.talk"
+
+
+def is_quiet() -> bool:
+    """Whether the command that runs was given -q."""
+    return _given() == "quiet"
+
+
+def is_verbose() -> bool:
+    """Whether the command that runs was given -v."""
+    return _given() == "verbose"
+
+
+def add_options(command: click.Command) -> click.Command:
+    """Give a command -v and -q, once."""
+    there = {parameter.name for parameter in command.params}
+    command.params += [option for option in _OPTIONS if option.name not in there]
+    return command
+
+
+def _given() -> str:
+    context = click.get_current_context(silent=True)
+    return str(context.meta.get(_KEY, "")) if context else ""
+
+
+def _note(context: click.Context, option: click.Parameter, given: bool) -> None:
+    if given and context.meta.setdefault(_KEY, option.name) != option.name:
+        raise click.UsageError("-v and -q are opposites: give one of them")
+
+
+_OPTIONS = [
+    click.Option(
+        ["-v", "--verbose"], is_flag=True, expose_value=False, callback=_note,
+        help="Name all that was not used, and say how long it took.",
+    ),
+    click.Option(
+        ["-q", "--quiet"], is_flag=True, expose_value=False, callback=_note,
+        help="Results, warnings and errors only: no progress, no notes.",
+    ),
+]  # fmt: skip

@@ -1,0 +1,87 @@
+"""A model of the Hugging Face hub onto this machine: weights and json only, and every failure as one sentence."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from spectra.errors import NotFoundError
+
+_TIMEOUT = 5.0  # seconds for the first answer; once it has come, the hub is there
+_WEIGHTS_AND_JSON = ["*.safetensors", "*.json", "*.bin"]
+# What the client says in several lines, by the class of its error.
+_SAID = {
+    "GatedRepoError": "it is gated: accept its terms on the hub, then `hf auth login`",
+    "RepositoryNotFoundError": "the hub has no such model, or it is private: `hf auth login`",
+    "RevisionNotFoundError": "the hub has the model, but not this revision",
+}
+
+
+def download(repo: str, revision: str) -> Path:
+    """The folder with the model's weights and json files, fetched where they are not there yet.
+
+    The hub is asked once and has to answer within 5 s, or $HF_HUB_ETAG_TIMEOUT.
+
+    Raises:
+        NotFoundError: it cannot be had; the message says why, without naming the model.
+    """
+    if offline():
+        raise NotFoundError("HF_HUB_OFFLINE is set")
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError:
+        raise NotFoundError("huggingface_hub is missing: pip install 'weight-spectra[hub]'") from None
+    timeout = _seconds()
+    try:
+        info = huggingface_hub.model_info(repo, revision=revision, timeout=timeout)
+        files = [file.rfilename for file in info.siblings or ()]
+        wanted = _WEIGHTS_AND_JSON[:2] if any(file.endswith(".safetensors") for file in files) else _WEIGHTS_AND_JSON
+        there = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted, etag_timeout=timeout)
+    except _families(errors) as problem:
+        raise NotFoundError(_reason(problem, timeout)) from None
+    return Path(there)
+
+
+def offline() -> bool:
+    """Whether the user forbids the hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def _seconds() -> float:
+    try:
+        return float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or _TIMEOUT)
+    except ValueError:
+        return _TIMEOUT
+
+
+def _families(errors: ModuleType) -> tuple[type[Exception], ...]:
+    """All errors that a download can end in: the hub's, those of the HTTP client behind it, and the built-in ones.
+
+    Which client that is (requests, httpx or a successor) depends on the version, and not all of its errors are an
+    OSError; the hub's own HTTP error is derived from one of them and so names it.
+    """
+    client = {cls.__module__.partition(".")[0] for cls in errors.HfHubHTTPError.__mro__} - {"builtins"}
+    modules = [errors, *(sys.modules[name] for name in client if name in sys.modules)]
+    theirs = {
+        value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Exception)
+    }
+    return (*theirs, OSError, ValueError, RuntimeError, LookupError)
+
+
+def _reason(problem: Exception, timeout: float) -> str:
+    """What went wrong, in one line."""
+    classes = [cls.__name__ for cls in type(problem).__mro__]
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    for name in classes:
+        if name in _SAID:
+            return _SAID[name]
+    if any("Timeout" in name for name in classes):
+        return f"{hub} gave no answer within {timeout:g} s"
+    said = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+    return f"{hub} cannot be reached: {said}" if any("Connect" in name for name in classes) else said

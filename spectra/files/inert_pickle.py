@@ -1,0 +1,117 @@
+"""Pickles read without running anything: every class and function that one names becomes a record of its name.
+
+`pickle.load` calls what a file tells it to call. Here it can only make `Inert` objects, which keep what they were
+called with, so that a header of classes of any version of any library, or of none that is installed, is plain data.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from spectra.errors import SourceError
+
+_DAMAGED = (
+    pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
+    MemoryError, RecursionError, ImportError,
+)  # fmt: skip
+_PLAIN = {("torch", "Size"): tuple, ("collections", "OrderedDict"): OrderedDict}
+
+
+class Inert:
+    """What a pickle calls or makes: the name is the subclass's.
+
+    Attributes:
+        args: what it was called with.
+        state: what `__setstate__` would have been given.
+    """
+
+    args: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *args: Any, **options: Any) -> Inert:
+        """Keep the arguments."""
+        made = object.__new__(cls)
+        made.args, made.state = args, None
+        return made
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any) -> Inert:
+        """What a function that a pickle made would have returned: nothing that is known."""
+        return Inert(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """A mapping's entries are not kept."""
+
+    def append(self, item: Any) -> None:
+        """A list's entries are not kept."""
+
+    def get(self, name: str) -> Any:
+        """An attribute that the object would have; None where it has none."""
+        found = None
+        for part in self.state if isinstance(self.state, tuple) else (self.state,):  # (attributes, slots)
+            if isinstance(part, Mapping):
+                found = part.get(name, found)
+        return found
+
+
+def load(content: bytes | bytearray, where: str, persistent: Callable[[Any], Any] | None = None) -> Any:
+    """What a pickle holds, as builtin types and `Inert` objects.
+
+    Args:
+        content: the pickle.
+        where: the file, for messages.
+        persistent: what an id of something outside the pickle stands for; without it such an id is damage.
+
+    Raises:
+        SourceError: it is damaged.
+    """
+    reader = _Reader(io.BytesIO(content))
+    if persistent is not None:
+        reader.persistent_load = persistent  # type: ignore[method-assign]
+    try:
+        return reader.load()
+    except _DAMAGED as problem:
+        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise SourceError(f"{where} is damaged ({first}); download or save it again") from None
+
+
+def named(found: Any) -> str:
+    """The name of the class or function that an object, or a class itself, stands for; "" for plain data.
+
+    >>> named(load(pickle.dumps(print), "a file"))
+    'print'
+    """
+    kind = found if isinstance(found, type) else type(found)
+    return kind.__name__ if issubclass(kind, Inert) else ""
+
+
+def sizes_of(found: Any) -> tuple[int, ...] | None:
+    """A shape, stride or place: natural numbers of a sensible size; None for anything else.
+
+    >>> sizes_of([3, 4]), sizes_of((3, -1)), sizes_of("34")
+    ((3, 4), None, None)
+    """
+    good = isinstance(found, tuple | list) and all(type(size) is int and 0 <= size < 2**62 for size in found)
+    return tuple(found) if good else None
+
+
+class _Reader(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self._made: dict[tuple[str, str], type] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _PLAIN:
+            return _PLAIN[module, name]
+        if (module, name) not in self._made:
+            self._made[module, name] = type(name, (Inert,), {})
+        return self._made[module, name]

@@ -1,0 +1,94 @@
+"""Ctrl-C, and the same command again: what is kept is said, and used."""
+
+from __future__ import annotations
+
+import pytest
+from support.checkpoints import llama_tensors, nudged, write_checkpoint
+from support.command_line import lora_folder, run
+
+import spectra
+from spectra.deltas.base import BaseWeight
+from spectra.deltas.delta import WeightDelta
+
+PAIR = ("--base", "llama-7b", "--tuned", "ckpt")
+
+
+def stopping(*given, **named):
+    raise KeyboardInterrupt
+
+
+def stop_at_the_fifth(patch):
+    """Ctrl-C while the fifth matrix is read."""
+    read, reads = WeightDelta.read, []
+
+    def stop(self, device="cpu"):
+        reads.append(self.name)
+        return stopping() if len(reads) == 5 else read(self, device)
+
+    patch.setattr(WeightDelta, "read", stop)
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    stop_at_the_fifth(monkeypatch)
+
+
+def test_svd_says_what_is_stored_and_goes_on_from_there(llama, monkeypatch):
+    command = ("svd", *PAIR, "--out", "results", "--no-figures", "--workers", 1)
+    with monkeypatch.context() as patch:
+        stop_at_the_fifth(patch)
+        out, err = run(*command, status=130)
+    assert out == ""
+    stored = len(spectra.load("results"))
+    assert err.splitlines()[-1] == f"stopped; {stored} of 16 are stored in results, the same command goes on"
+    assert 0 < stored <= 4
+    assert f"{stored} of 16 reused from results" in run(*command)[1]
+    assert "16 of 16 reused from results" in run(*command)[1]
+
+
+def test_nothing_was_reused_the_first_time(llama):
+    _, err = run("svd", *PAIR, "--out", "results", "--no-figures", "--layer", "v_proj")
+    assert "reused" not in err
+    _, err = run("svd", *PAIR, "--out", "results", "--no-figures", "--layer", "self_attn")
+    assert "2 of 8 reused from results" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("svd", *PAIR), "nothing is stored: with --out DIR the same command goes on"),
+        (("extract", *PAIR, "--rank", 2, "--out", "lora"), "were done, nothing was written"),
+        (("alignment", *PAIR), "of 16 were done, nothing is stored: --cache DIR keeps W₀'s vectors"),
+        (("similarity", "ckpt", "other", "--base", "llama-7b"), "nothing is stored: with --out DIR"),
+        (("similarity", "ckpt", "other", "--base", "llama-7b", "--out", "sim"), "are stored in sim, the same command"),
+    ],
+)
+def test_every_command_that_computes_says_what_is_kept(llama, interrupted, command, words):
+    write_checkpoint(llama / "other", nudged(llama_tensors(), seed=9))
+    _, err = run(*command, status=130)
+    assert err.splitlines()[-1].startswith("stopped; ")
+    assert words in err.splitlines()[-1]
+    assert not (llama / "lora").exists()
+
+
+def test_verify_gives_no_verdict_when_it_is_stopped(llama, monkeypatch):
+    from spectra.merges import verify
+
+    lora_folder(llama / "lora", seed=1)
+    monkeypatch.setattr(verify, "_check", stopping)
+    out, err = run("verify", "--base", "llama-7b", "--adapter", "lora", "--merged", "ckpt", status=130)
+    assert out == ""
+    assert err.splitlines()[-1].endswith("were done, which is no verdict")
+
+
+def test_a_stop_outside_the_computing_is_one_word(llama, monkeypatch):
+    monkeypatch.setattr("spectra.sources.open_source", stopping)
+    assert run("svd", *PAIR, status=130)[1] == "stopped\n"
+
+
+def test_comparisons_say_what_was_reused(llama, monkeypatch):
+    write_checkpoint(llama / "other", nudged(llama_tensors(), seed=9))
+    command = ("similarity", "ckpt", "other", "--base", "llama-7b", "--out", "sim", "--no-figures", "--side", "both")
+    assert "reused" not in run(*command, "--layer", "v_proj")[1]
+    monkeypatch.setattr(BaseWeight, "read", None)
+    assert "2 of 2 reused from sim" in run(*command, "--layer", "v_proj")[1]
