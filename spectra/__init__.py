@@ -34,22 +34,34 @@ _HOMES = {
     "spectra.plots": (
         "cosines_figure",
         "deciles_figure",
+        "depth_figure",
+        "draw_interference",
+        "draw_pairs",
         "draw_results",
+        "heads_figure",
         "histogram_figure",
+        "pairs_figure",
         "plot_cosines",
         "plot_deciles",
         "plot_histogram",
         "plot_kept_energy",
+        "plot_roles_over_depth",
         "plot_series",
         "plot_similarity",
+        "plot_square",
         "series_figure",
         "similarity_figure",
+        "squares_figure",
+        "tops_figure",
     ),
     "spectra.results.alignment": ("alignment",),
+    "spectra.results.all_pairs": ("compare_all", "load_pairs"),
     "spectra.results.collection": ("Spectra", "load", "save"),
+    "spectra.results.heads": ("head_similarity",),
     "spectra.results.inspection": ("Inspection", "inspect"),
     "spectra.results.interference": ("interference",),
     "spectra.results.intruders": ("intruders",),
+    "spectra.results.pairs": ("Pair", "Pairs"),
     "spectra.results.series": ("series",),
     "spectra.results.similarities": ("NotCompared", "pool_by_role"),
     "spectra.results.streams": ("Decomposition", "compare", "decompose"),
@@ -82,24 +94,38 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.metrics.similarity import subspace_similarity as subspace_similarity
     from spectra.plots import cosines_figure as cosines_figure
     from spectra.plots import deciles_figure as deciles_figure
+    from spectra.plots import depth_figure as depth_figure
+    from spectra.plots import draw_interference as draw_interference
+    from spectra.plots import draw_pairs as draw_pairs
     from spectra.plots import draw_results as draw_results
+    from spectra.plots import heads_figure as heads_figure
     from spectra.plots import histogram_figure as histogram_figure
+    from spectra.plots import pairs_figure as pairs_figure
     from spectra.plots import plot_cosines as plot_cosines
     from spectra.plots import plot_deciles as plot_deciles
     from spectra.plots import plot_histogram as plot_histogram
     from spectra.plots import plot_kept_energy as plot_kept_energy
+    from spectra.plots import plot_roles_over_depth as plot_roles_over_depth
     from spectra.plots import plot_series as plot_series
     from spectra.plots import plot_similarity as plot_similarity
+    from spectra.plots import plot_square as plot_square
     from spectra.plots import series_figure as series_figure
     from spectra.plots import similarity_figure as similarity_figure
+    from spectra.plots import squares_figure as squares_figure
+    from spectra.plots import tops_figure as tops_figure
     from spectra.results.alignment import alignment as alignment
+    from spectra.results.all_pairs import compare_all as compare_all
+    from spectra.results.all_pairs import load_pairs as load_pairs
     from spectra.results.collection import Spectra as Spectra
     from spectra.results.collection import load as load
     from spectra.results.collection import save as save
+    from spectra.results.heads import head_similarity as head_similarity
     from spectra.results.inspection import Inspection as Inspection
     from spectra.results.inspection import inspect as inspect
     from spectra.results.interference import interference as interference
     from spectra.results.intruders import intruders as intruders
+    from spectra.results.pairs import Pair as Pair
+    from spectra.results.pairs import Pairs as Pairs
     from spectra.results.series import series as series
     from spectra.results.similarities import NotCompared as NotCompared
     from spectra.results.similarities import pool_by_role as pool_by_role

@@ -41,11 +41,15 @@ class Spectrum:
         norm: ‖ΔW‖_F of the whole update, also where S holds only its top.
         max_rank: the rank that the form of ΔW allows.
         noise_edge: values below it may be storage rounding and nothing else; None where unknown.
+        noise_energy: ‖·‖_F² of the rounding errors that are expected; None where unknown.
+        base_rounding: whether an error of the base's own rounding is in ΔW, and so in every other update of that base.
+        rounding: which grids the stored values were found on, and what was concluded from it; "" where unknown.
         method: the solver that gave the numbers, and the ones that failed before it.
         note: what the number stands for where that is not simply tuned − base.
         base_norm: ‖W₀‖_F, or None.
         base_cosine: cos(W₀ + ΔW, W₀), or None; a fine-tune keeps it above .9, an unrelated weight has about 0.
         unmoved_share: fraction of the entries that are equal in both files, or None.
+        moved: fractions of the entries with |ΔW| > 0, > 1e-6 and > 1e-5; None of an update that is given in factors.
         resolution: values at or below it are not resolved by the method; never drawn or counted.
         k: how many singular vectors of each side exist, whether they are loaded or lie on the disk.
 
@@ -64,6 +68,9 @@ class Spectrum:
     norm: float | None = None
     max_rank: int | None = None
     noise_edge: float | None = None
+    noise_energy: float | None = None
+    rounding: str = ""
+    base_rounding: bool = False
     method: str = ""
     reason: str = ""
     note: str = ""
@@ -72,6 +79,7 @@ class Spectrum:
     unmoved_share: float | None = None
     resolution: float = 0.0
     k: int = 0
+    moved: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -81,6 +89,7 @@ class Spectrum:
                 put(self, side, np.asarray(getattr(self, side)))
         if self.U is not None:
             put(self, "k", int(self.U.shape[1]))
+        put(self, "moved", None if self.moved is None else tuple(self.moved))
         put(self, "shape", tuple(int(size) for size in self.shape))
         if self.max_rank is None:
             put(self, "max_rank", min(self.shape) if self.shape else 0)
@@ -154,6 +163,8 @@ class Spectrum:
             facts |= {"‖ΔW‖_F": f"{self.norm:.4g}{share}", "rank": _rank_of(self)}
         if self.noise_edge:
             facts["above the rounding edge"] = f"{self.signal_rank} values over {self.noise_edge:.3g}"
+        if self.rounding:
+            facts["rounding"] = self.rounding
         if len(self.S):
             more = ["…"] * (len(self.S) > _VALUES)
             facts["σ"] = ", ".join([f"{value:.4g}" for value in self.S[:_VALUES]] + more)

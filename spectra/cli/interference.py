@@ -9,12 +9,27 @@ import click
 
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import Opening, json_option, source_options, table_option
+from spectra.cli.options import (
+    Opening,
+    executor_of,
+    figures_option,
+    json_option,
+    source_options,
+    table_option,
+    workers_option,
+)
 
 if TYPE_CHECKING:
     from spectra.results.tables import Row
 
-_SHOWN = {"mean_cosine": "mean cosine", "norm_ratio": "norm ratio", "sti": "STI", "mean_sar": "mean SAR"}
+_SHOWN = {
+    "mean_cosine": "cosine",
+    "norm_ratio": "ratio",
+    "sti": "STI",
+    "mean_sar": "SAR",
+    "shared": "shared",
+    "shared_null": "chance",
+}
 _MOST_LINES = 12
 
 
@@ -23,15 +38,25 @@ _MOST_LINES = 12
 @click.option("--base", metavar="BASE", help="The model all of them started from, where the formats need it.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]", help="Where to compute.")
 @source_options
+@workers_option
 @table_option
+@figures_option
 @json_option
 def command(
-    updates: tuple[str, ...], base: str | None, device: str, opening: Opening, out: str | None, as_json: bool
+    updates: tuple[str, ...],
+    base: str | None,
+    device: str,
+    opening: Opening,
+    workers: int | None,
+    out: str | None,
+    figures: bool,
+    as_json: bool,
 ) -> None:
-    """Cosines of updates, what their sum keeps of their norm, STI and SAR, matrix by matrix.
+    """Cosines of updates, what their sum keeps of their norm, STI and SAR, and what they share, matrix by matrix.
 
     A, B, … are tuned models or adapters of one base. Prints means over pairs and updates; --json and --out hold
-    every pair's cosine and every update's SAR.
+    every pair's cosine and every update's SAR. "shared" is the share of what is not their common mean that lies in as
+    many directions as one update needs for 90 % of itself; "chance" is that of random updates with the same values.
     """
     if len(updates) < 2:
         raise click.UsageError("interference is between updates: give two or more")
@@ -41,8 +66,8 @@ def command(
 
     rows: list[Row] = []
     names = {name for source in sources for name in source.names}
-    with report.progress(len(names), "spectra interference") as bar:
-        for row in interference_rows(sources, device=device):
+    with report.progress(len(names), "spectra interference") as bar, executor_of(workers, None) as executor:
+        for row in interference_rows(sources, device=device, executor=executor):
             rows.append(row)
             bar.update()
     document = {
@@ -55,28 +80,18 @@ def command(
     if as_json:
         report.print_json(document)
     else:
-        _print([row | _means(row) for row in rows if row["status"] != ALONE])
+        _print([row for row in rows if row["status"] != ALONE])
     if out:
         report.keep_table(out, "interference", document)
+    if out and figures:
+        from spectra.plots.interference import draw_interference
+
+        for path in draw_interference(rows, out, updates):
+            report.note(f"figure: {path}")
     alone = [row for row in rows if row["status"] == ALONE]
     if alone:
         report.note(f"{len(alone)} matrices are in one update only, such as {alone[0]['name']}: {alone[0]['reason']}")
     report.close(rows, done=("ok", ALONE))
-
-
-def _means(row: Row) -> Row:
-    """Means over the pairs and over the updates that have a value; NaN where none has."""
-    import numpy as np
-
-    if row["status"] != "ok":
-        return dict.fromkeys(_SHOWN)
-    square, ratios = np.array(row["cosines"]), np.array(row["sar"])
-    pairs = square[np.triu_indices(len(square), 1)]
-    known, kept = pairs[~np.isnan(pairs)], ratios[~np.isnan(ratios)]
-    return {
-        "mean_cosine": float(known.mean()) if len(known) else float("nan"),
-        "mean_sar": float(kept.mean()) if len(kept) else float("nan"),
-    }
 
 
 def _print(rows: list[Row]) -> None:
@@ -91,4 +106,4 @@ def _print(rows: list[Row]) -> None:
         ]
         report.print_table(["role", "matrices", *_SHOWN.values()], lines)
         report.note("medians over the matrices of a role; every matrix is in --out and --json")
-    report.note("by chance: cosine 0, norm ratio 1; SAR √(k/m), in --json as sar_chance")
+    report.note("by chance: cosine 0, norm ratio 1; SAR √(k/m), in --json as sar_chance; shared as beside it")

@@ -87,11 +87,16 @@ _SOURCE = (
     click.option("--split/--no-split", default=True, show_default=True,
                  help="Report fused projections as their parts."),
 )  # fmt: skip
+workers_option = click.option(
+    "--workers", type=click.IntRange(min=1), metavar="N", help="Matrices at work side by side on the CPU.",
+)  # fmt: skip
+figures_option = click.option(
+    "--figures/--no-figures", default=True, show_default=True, help="Draw figures into the --out directory.",
+)  # fmt: skip
 _COMPUTE = (
     click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]",
                  help="Where to compute."),
-    click.option("--workers", type=click.IntRange(min=1), metavar="N",
-                 help="Matrices at work side by side on the CPU."),
+    workers_option,
     click.option("--cluster", metavar="ADDRESS", help="Address of a Dask scheduler to run on."),
     click.option("--memory", metavar="SIZE", help="Budget for matrices at work, such as 4GiB."
                  "  [default: half of what is free]"),
@@ -141,7 +146,7 @@ class Compute:
     @contextmanager
     def keywords(self) -> Iterator[dict[str, Any]]:
         """The keyword arguments of `decompose` and `compare`, while the executor is there."""
-        with _executor(self.workers, self.cluster) as executor:
+        with executor_of(self.workers, self.cluster) as executor:
             yield {"device": self.device, "executor": executor, "memory_budget": self.memory}
 
 
@@ -177,7 +182,7 @@ def _apply(command: _Command, options: tuple[_Option, ...]) -> _Command:
 
 
 @contextmanager
-def _executor(workers: int | None, cluster: str | None) -> Iterator[Executor | None]:
+def executor_of(workers: int | None, cluster: str | None) -> Iterator[Executor | None]:
     """The executor that the options ask for; None to run in this process."""
     if cluster:
         from spectra.engine.executors.dask_cluster import cluster_executor

@@ -1,15 +1,16 @@
-"""`spectra similarity`: do two updates use the same directions?"""
+"""`spectra similarity`: do updates use the same directions?"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from spectra.cli import report
+from spectra.cli import pairs, report
 from spectra.cli.options import Compute, Opening, compute_options, result_options, source_options
 
 if TYPE_CHECKING:
@@ -22,43 +23,61 @@ _MOST_LINES = 12
 _UNKEPT = "nothing is stored: with --out DIR the same command goes on"
 
 
-@click.command("similarity", short_help="Do two updates use the same directions?")
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
-@click.option("--base", metavar="BASE", help="The model both started from, where the formats need it.")
+@click.command("similarity", short_help="Do updates use the same directions?")
+@click.argument("updates", metavar="A B [C …]", nargs=-1, required=True)
+@click.option("--base", metavar="BASE", help="The model all of them started from, where the formats need it.")
 @click.option(
     "--top", type=click.IntRange(min=1), default=30, show_default=True, metavar="K", help="How many directions."
 )
-@click.option("--side", type=click.Choice(["left", "right", "both"]), default="left", show_default=True,
-              help="Left singular vectors (out), right ones (in), or both.")  # fmt: skip
+@click.option("--side", type=click.Choice(["left", "right", "both"]),
+              help="Left singular vectors (out), right ones (in), or both.  "
+              "[default: left; with --against right]")  # fmt: skip
+@click.option("--against", metavar="PATTERN", help="Compare the matrices of --layer in A with these of the same layers "
+              "in B, or in A itself where B is left out: --layer q_proj --against k_proj.")  # fmt: skip
+@click.option("--cluster-order", "clustered", is_flag=True,
+              help="Of three and more: those that share directions stand together.")  # fmt: skip
 @source_options
 @compute_options
 @result_options
 def command(
-    a: str,
-    b: str,
+    updates: tuple[str, ...],
     base: str | None,
     top: int,
-    side: str,
+    side: str | None,
+    against: str | None,
+    clustered: bool,
     opening: Opening,
     compute: Compute,
     out: str | None,
     figures: bool,
     as_json: bool,
 ) -> None:
-    """Subspace similarity φ(i, j) of two updates, matrix by matrix, with its chance level.
+    """Subspace similarity φ(i, j) of updates, two by two and matrix by matrix, with its chance level.
 
-    A and B are tuned models, adapters, or directories that `spectra svd --top K --out` made.
+    A, B, … are tuned models, adapters, or directories that `spectra svd --out` made. Of more than two, every pair is
+    compared and each update is decomposed once; --out keeps every pair, and the same command with more updates goes on.
     """
-    from spectra.results.streams import compare
-
-    sides: tuple[Any, ...] = ("left", "right") if side == "both" else (side,)
-    first, second = _open(a, b, base, opening)
+    _check(updates, against, opening, clustered)
+    sides = _sides(side, against)
+    if len(updates) > 2:
+        opened = _open(updates, base, [opening] * len(updates), top)
+        sources: dict[str, Source | Spectra] = dict(zip(updates, opened, strict=True))
+        heading = {"base": base, "options": opening.settings}
+        wanted = pairs.Wanted(top, sides, out, figures, clustered, as_json)
+        with compute.keywords() as keywords:
+            pairs.compare(sources, wanted, heading, keywords)
+        return
+    a, b = updates if len(updates) == 2 else updates * 2
+    openings = [opening, replace(opening, layers=(against,)) if against else opening]
+    first, second = _open((a, b), base, openings, top)
     with compute.keywords() as keywords:
-        stream = compare(first, second, top=top, sides=sides, out=out, labels=(a, b), **keywords)
-        done, undone = _gather(stream, first.names, second.names, len(sides), out)
-    report.reused(len(stream.reused), len({item.name for item in done}), out)
-    written = report.draw(out, names=[item.name for item in done], sides=sides) if out and figures and done else []
+        from spectra.results.streams import compare
+
+        by: Any = "layer" if against else "name"
+        stream = compare(first, second, top=top, sides=sides, out=out, labels=(a, b), by=by, **keywords)
+        done, undone = _gather(stream, first.names, second.names, len(sides), out, across=bool(against))
+    report.reused(len(stream.reused), len({item.title for item in done}), out)
+    written = report.draw(out, names=[item.title for item in done], sides=sides) if out and figures and done else []
     if as_json:
         inputs = {"kind": "similarity", "a": a, "b": b, "base": base, "options": opening.settings}
         report.print_json(_document(inputs, done, undone))
@@ -67,21 +86,59 @@ def command(
     _close(done, undone, out, written)
 
 
-def _open(a: str, b: str, base: str | None, opening: Opening) -> tuple[Source | Spectra, Source | Spectra]:
-    """Both as stored results, or both as weights."""
-    from spectra.results.collection import load
+def _check(updates: Sequence[str], against: str | None, opening: Opening, clustered: bool) -> None:
+    if len(updates) == 1 and not against:
+        raise click.UsageError("updates are compared two by two: give two or more, or one with --layer and --against")
+    if against and len(updates) > 2:
+        raise click.UsageError("--against is between two updates, or within one: give one or two")
+    if against and not opening.layers:
+        raise click.UsageError("--against needs --layer: which matrices are compared with which?")
+    if clustered and len(updates) < 3:
+        raise click.UsageError("--cluster-order puts three or more updates into an order")
+    twice = sorted({update for update in updates if updates.count(update) > 1}) if len(updates) > 2 else []
+    if twice:
+        raise click.UsageError(f"{twice[0]} is given twice: every pair is compared anyway")
 
-    stored = [Path(path, "run.json").is_file() for path in (a, b)]
-    if all(stored):
-        first, second = load(a), load(b)
-        return (first.select(opening.layers), second.select(opening.layers)) if opening.layers else (first, second)
-    if any(stored):
-        raise click.UsageError("one of A and B holds stored results and the other weights: give two of a kind")
-    return opening.open(a, base), opening.open(b, base)
+
+def _sides(side: str | None, against: str | None) -> tuple[Any, ...]:
+    """Both sides, one, or the one that updates share: matrices of two roles have their inputs in common."""
+    if side is None:
+        return ("right",) if against else ("left",)
+    return ("left", "right") if side == "both" else (side,)
+
+
+def _open(
+    updates: Sequence[str], base: str | None, openings: Sequence[Opening], top: int
+) -> list[Source] | list[Spectra]:
+    """All as stored results, if they hold vectors; else all as weights, stored ones from what they were made of."""
+    from spectra.results.collection import load
+    from spectra.results.recorded import recorded_source
+
+    stored = {path: load(path) for path in updates if Path(path, "run.json").is_file()}
+    if all(path in stored and not stored[path].lacks_vectors for path in updates):
+        runs = [stored[path] for path in updates]
+        return [run.select(how.layers) if how.layers else run for run, how in zip(runs, openings, strict=True)]
+    opened: dict[str, Source] = {}
+    for path in dict.fromkeys(updates):
+        if path not in stored:
+            opened[path] = replace(openings[0], layers=()).open(path, base)
+            continue
+        opened[path] = recorded_source(stored[path], top + 1)
+        why = "holds no vectors" if stored[path].lacks_vectors else "is compared with weights"
+        report.note(f"{path} {why}: computed from {opened[path].tuned}, which it was made of; "
+                    f"spectra svd … --top {top + 1} --out DIR keeps them")  # fmt: skip
+    sources = ((opened[path], how.layers) for path, how in zip(updates, openings, strict=True))
+    return [source.select(layers) if layers else source for source, layers in sources]
 
 
 def _gather(
-    stream: Iterator[Compared], first: Sequence[str], second: Sequence[str], sides: int, out: str | None
+    stream: Iterator[Compared],
+    first: Sequence[str],
+    second: Sequence[str],
+    sides: int,
+    out: str | None,
+    *,
+    across: bool = False,
 ) -> tuple[list[SubspaceSimilarity], list[NotCompared]]:
     """What was compared, in the first update's order, and what was not."""
     from spectra.results.similarities import NotCompared
@@ -89,7 +146,7 @@ def _gather(
     done: list[SubspaceSimilarity] = []
     undone: list[NotCompared] = []
     a, b = set(first), set(second)
-    total = len(a & b) * sides + len(a ^ b)
+    total = len(first) * sides if across else len(a & b) * sides + len(a ^ b)
     with report.progress(total, "spectra similarity", kept=out or "", otherwise=_UNKEPT) as bar:
         for item in stream:
             bar.update()
@@ -98,31 +155,41 @@ def _gather(
             else:
                 done.append(item)
     order = {name: place for place, name in enumerate(first)}
-    done.sort(key=lambda item: order[item.name])
+    others = {name: place for place, name in enumerate(second)}
+    done.sort(key=lambda item: (order[item.name], others.get(item.other, -1)))
     return done, undone
 
 
 def _document(inputs: dict[str, Any], done: list[SubspaceSimilarity], undone: list[NotCompared]) -> dict[str, Any]:
     from spectra._version import __version__
     from spectra.results import tables
+    from spectra.results.pairs import Pair, Pairs
 
+    a, b = str(inputs["a"]), str(inputs["b"])
+    as_pairs = Pairs(Pair(a, b if b != a else f"{b} (2)", item) for item in done)
     return {
         "spectra": __version__,
         **inputs,
         "matrices": [
             {**tables.similarity_row(item), "grid": item.grid, "principal_angles": item.angles} for item in done
         ],
+        "pairs": [row | {"b": b} for row in as_pairs.rows()],
+        "pooled": [row | {"b": b} for row in as_pairs.pooled("role")],
         "not_compared": [{"name": item.name, "reason": item.reason} for item in undone],
     }
 
 
 def _print(done: list[SubspaceSimilarity]) -> None:
+    from spectra.results.partners import apart
     from spectra.results.similarities import pool_by_role
     from spectra.results.tables import similarity_row
 
     by_role = len(done) > _MOST_LINES
     rows = [similarity_row(item) for item in (pool_by_role(done) if by_role else done)]
-    keys = ("name", "side", "k_used", "phi", "chance", "phi_1_1", "note")
+    for row in rows:
+        own = apart(row["name"], row["other"]) or row["other"]
+        row["title"] = f"{row['name']} against {own}" if own else row["name"]
+    keys = ("title", "side", "k_used", "phi", "chance", "phi_1_1", "note")
     header = ["role" if by_role else "matrix", "side", "k", "φ(k,k)", "chance", "φ(1,1)", "note"]
     report.print_table(header, [[row[key] for key in keys] for row in rows])
 
@@ -138,8 +205,7 @@ def _close(done: list[SubspaceSimilarity], undone: list[NotCompared], out: str |
         report.note(
             f"{len(only_one)} matrices are in one update only, such as {only_one[0].name}: {only_one[0].reason}"
         )
-    for item in failed:
-        report.warning(f"not compared: {item.name}: {item.reason}")
+    report.by_reason("not compared", {item.name: item.reason for item in failed})
     if failed or not done:
         report.warning(f"{len(failed)} of {len(done) + len(failed)} matrices could not be compared")
         sys.exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,16 @@ if TYPE_CHECKING:
     from spectra.deltas.source import Source
     from spectra.results.tables import Row
 
-_SHOWN = ("norm", "relative_norm", "stable_rank", "effective_rank", "rank_90", "top_8_share")
+# Ranks of the signal: a correct merge in bf16 is of full rank, and only a few values of that are the update.
+_SHOWN = (
+    "norm",
+    "relative_norm",
+    "signal_rank",
+    "stable_rank",
+    "signal_effective_rank",
+    "signal_rank_90",
+    "top_8_share",
+)
 
 
 @click.command("svd", short_help="Singular values of an update, and its vectors.")
@@ -58,8 +68,24 @@ def command(
         report.print_json(_document(source, rows, values))
     else:
         _print(rows, view)
+    _say_what_moved(rows)
     _warn(source, rows)
     _close(rows, out, written)
+
+
+def _say_what_moved(rows: list[Row]) -> None:
+    """One line over the whole model, of what is known."""
+    from spectra.results.tables import model_row
+
+    whole = model_row(rows)
+    said = []
+    if whole["moved"] is not None:
+        some = f"{whole['moved_1e-6']:.1%} by more than 1e-6, {whole['moved_1e-5']:.1%} by more than 1e-5"
+        said.append(f"{whole['moved']:.1%} of {whole['moved_entries']:,} entries moved, {some}")
+    if whole["o_over_q"] is not None:
+        said.append(f"relative norm of o_proj over q_proj {whole['o_over_q']:.3g}")
+    if said:
+        report.note("over all matrices: " + "; ".join(said))
 
 
 def _check(view: View, matrices: int) -> None:
@@ -106,6 +132,7 @@ def _document(source: Source, rows: list[Row], values: dict[str, list[float]]) -
     from dataclasses import asdict
 
     from spectra._version import __version__
+    from spectra.results import tables
 
     matrices = [{**line, "singular_values": values[line["name"]]} for line in rows]
     return {
@@ -115,6 +142,7 @@ def _document(source: Source, rows: list[Row], values: dict[str, list[float]]) -
         "base": source.base,
         "coverage": asdict(source.coverage),
         "matrices": matrices,
+        "model": tables.model_row(rows),
     }
 
 
@@ -127,9 +155,12 @@ def _print(rows: list[Row], view: View) -> None:
 def _close(rows: list[Row], out: str | None, written: list[Path]) -> None:
     """Notes on the result, where things are, and the exit status."""
     from spectra.spectrum import DONE
+    from spectra.text import matrices
 
     for text in sorted({line["note"] for line in rows if line["note"]}):
         report.note(f"note: {text}")
+    for text, count in Counter(line["rounding"] for line in rows if line["rounding"]).most_common():
+        report.note(f"rounding: {text} ({matrices(count)})")
     clamped = [line for line in rows if line["status"] == "ok" and line["reason"]]
     if clamped:
         report.note(f"note: {clamped[0]['name']}: {clamped[0]['reason']} ({len(clamped)} matrices)")

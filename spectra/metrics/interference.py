@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spectra.deltas.forms import Dense, Form, LowRank
 from spectra.metrics.alignment import Triplets
+from spectra.metrics.shared_basis import SharedBasis
 
 RESIDUAL = 0.05  # of ‖ΣΔ‖_F, what the directions that SAR counts may leave out
 _CANCELLED = 1e-12  # of Σ‖Δ‖_F: a sum that small is rounding
@@ -55,6 +56,11 @@ class Together:
         return U.mT @ U, Vh @ Vh.mT
 
     @cached_property
+    def basis(self) -> SharedBasis:
+        """What the updates share beside their mean."""
+        return SharedBasis(self.updates)
+
+    @cached_property
     def values(self) -> Float64[Tensor, " R"]:
         """All singular values, in the order of `overlaps`."""
         return torch.cat([update.S for update in self.updates])
@@ -75,19 +81,25 @@ def cosines(seen: Together) -> list[list[float]]:
     ⟨Δ_s, Δ_t⟩ = Σᵢⱼ σᵢσⱼ (U_sᵀU_t)ᵢⱼ (V_sᵀV_t)ᵢⱼ.
     """
     left, right = seen.overlaps
-    products = seen.values[:, None] * left * right * seen.values
+    values = torch.cat([update.S / norm for update, norm in zip(seen.updates, seen.norms, strict=True)])
+    products = values[:, None] * left * right * values
     sizes = [len(update.S) for update in seen.updates]
     blocks = [[float(block.sum()) for block in torch.split(rows, sizes, 1)] for rows in torch.split(products, sizes)]
+    # ⟨Δ_t, Δ_t⟩ is rounded as ⟨Δ_s, Δ_t⟩ is: beside it, and not beside 1, an update and its negative have exactly −1.
     return [
-        [_cosine(inner, seen.norms[s] * seen.norms[t], same=s == t) for t, inner in enumerate(row)]
+        [_cosine(inner, math.sqrt(blocks[s][s] * blocks[t][t])) for t, inner in enumerate(row)]
         for s, row in enumerate(blocks)
     ]
 
 
-def _cosine(inner: float, lengths: float, *, same: bool) -> float:
-    if not lengths:
-        return math.nan
-    return 1.0 if same else max(-1.0, min(1.0, inner / lengths))
+def _cosine(inner: float, lengths: float) -> float:
+    return max(-1.0, min(1.0, inner / lengths)) if lengths else math.nan
+
+
+def mean_cosine(seen: Together) -> float:
+    """The mean of `cosines` over the pairs of updates that have one; 0 by chance."""
+    found = [value for s, row in enumerate(cosines(seen)) for value in row[s + 1 :] if not math.isnan(value)]
+    return math.fsum(found) / len(found) if found else math.nan
 
 
 def norm_ratio(seen: Together) -> float:
@@ -136,19 +148,66 @@ def sar(seen: Together) -> list[float]:
     return [inside / norm if k and norm else math.nan for inside, norm in zip(kept, seen.norms, strict=True)]
 
 
+def mean_sar(seen: Together) -> float:
+    """The mean of `sar` over the updates that have one."""
+    found = [value for value in sar(seen) if not math.isnan(value)]
+    return math.fsum(found) / len(found) if found else math.nan
+
+
 def sar_chance(seen: Together) -> float:
     """√(k/m): what `sar` is for an update that has nothing to do with the sum, in the root mean square."""
     k = sar_k(seen)
     return math.sqrt(k / seen.shape[0]) if k else math.nan
 
 
+def mean_share(seen: Together) -> float:
+    """N·‖Δ̄‖_F² / Σ‖Δ‖_F², Δ̄ = ΣΔ/N: the share of the energy that is the updates' common mean; 1 where all are equal."""
+    return norm_ratio(seen) / len(seen.updates)
+
+
+def mean_share_chance(seen: Together) -> float:
+    """1/N: what `mean_share` is for orthogonal updates, as unrelated ones are by chance."""
+    return 1 / len(seen.updates)
+
+
+def shared_k(seen: Together) -> int:
+    """How many output directions the `shared` numbers count: as many as any one update needs for 90 % of its energy."""
+    return seen.basis.k
+
+
+def shared(seen: Together) -> float:
+    """The share of Σ‖Δ_t − Δ̄‖² in the top `shared_k` left directions of all updates together, their mean taken out.
+
+    .9 and more where all updates write into one space of a single one's size, about .9/N where each has its own.
+    """
+    return seen.basis.share
+
+
+def shared_null(seen: Together) -> float:
+    """`shared` of random updates with the singular values of Δ_t − Δ̄ (`SharedBasis.null`): one fixed draw."""
+    return seen.basis.null()
+
+
+def shared_kept(seen: Together) -> list[float]:
+    """`shared` update by update: the share of ‖Δ_t − Δ̄‖² in those directions."""
+    return seen.basis.kept()
+
+
 INTERFERENCE: dict[str, Callable[[Together], int | float | list[float] | list[list[float]]]] = {
     "cosines": cosines,
+    "mean_cosine": mean_cosine,
     "norms": lambda seen: seen.norms,
     "norm_ratio": norm_ratio,
     "sti": sti,
     "sti_raw": sti_raw,
     "sar": sar,
+    "mean_sar": mean_sar,
     "sar_k": sar_k,
     "sar_chance": sar_chance,
+    "mean_share": mean_share,
+    "mean_share_chance": mean_share_chance,
+    "shared_k": shared_k,
+    "shared": shared,
+    "shared_null": shared_null,
+    "shared_kept": shared_kept,
 }

@@ -52,8 +52,14 @@ class SubspaceSimilarity:
 
     @property
     def role(self) -> str:
-        """The weight's role, such as "v_proj"."""
-        return naming.role_of(self.name)
+        """The weight's role, such as "v_proj"; both where two were compared: "q_proj against k_proj"."""
+        own, other = naming.role_of(self.name), naming.role_of(self.other) if self.other else ""
+        return f"{own} against {other}" if other and other != own else own
+
+    @property
+    def layer(self) -> int | None:
+        """The index of its layer, or None."""
+        return naming.layer_of(self.name)
 
     @property
     def phi(self) -> float:
@@ -146,7 +152,9 @@ def subspace_similarity(a: Spectrum, b: Spectrum, *, top: int = 30, side: Side =
         grid=grid,
         chance=chance_level(k, basis_a.shape[0]),  # type: ignore[union-attr]
         angles=principal_angles(basis_a[:, :k], basis_b[:, :k]),  # type: ignore[index]
-        note="; ".join(filter(None, (_unrelated(a, b), note, _tied("first", a, k), _tied("second", b, k)))),
+        note="; ".join(
+            filter(None, (_unrelated(a, b), note, _tied("first", a, k), _tied("second", b, k), _shared_error(a, b)))
+        ),
         other=b.name if b.name != a.name else "",
         gap=float(np.min([a.gap(k), b.gap(k)])),
     )
@@ -160,6 +168,16 @@ def _unrelated(a: Spectrum, b: Spectrum) -> str:
         if unrelated_note(spectrum.base_cosine, spectrum.unmoved_share)
     ]
     return f"{' and '.join(which)} update unrelated to the base" if which else ""
+
+
+def _shared_error(a: Spectrum, b: Spectrum) -> str:
+    """Said where the rounding error of the base is in both updates: there it is the same, whatever was trained."""
+    if not (a.base_rounding and b.base_rounding):
+        return ""
+    return (
+        "both updates contain the rounding error of their base, whose values lie on another grid than theirs: if it is "
+        "one base, directions near the rounding edge agree for that alone; take the base as it was tuned"
+    )
 
 
 def _tied(which: str, spectrum: Spectrum, k: int) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from spectra.plots.alignment import cosines_figure, deciles_figure, plot_cosines, plot_deciles
+from spectra.plots.alignment import deciles_figure, plot_cosines, plot_deciles, tops_figure
 from spectra.plots.figures import draw_panels, histogram_figure, histogram_panels, save_figure, similarity_figure
 from spectra.plots.grouping import Comparison, curves_by_role, pages_by_layer, panels_by_role
+from spectra.plots.heads import heads_figure
 from spectra.plots.histogram import plot_histogram
+from spectra.plots.interference import cosines_figure, depth_figure, draw_interference, plot_roles_over_depth
 from spectra.plots.ranks import plot_kept_energy
 from spectra.plots.series import plot_series, series_figure
+from spectra.plots.several import draw_pairs
 from spectra.plots.similarity import grid_rows, plot_similarity
+from spectra.plots.squares import pairs_figure, plot_square, squares_figure
 from spectra.plots.stored import draw_results
 from spectra.plots.tables import Drawn
 
@@ -18,20 +22,29 @@ __all__ = [
     "cosines_figure",
     "curves_by_role",
     "deciles_figure",
+    "depth_figure",
+    "draw_interference",
+    "draw_pairs",
     "draw_panels",
     "draw_results",
     "grid_rows",
+    "heads_figure",
     "histogram_figure",
     "histogram_panels",
     "pages_by_layer",
+    "pairs_figure",
     "panels_by_role",
     "plot_cosines",
     "plot_deciles",
     "plot_histogram",
     "plot_kept_energy",
+    "plot_roles_over_depth",
     "plot_series",
     "plot_similarity",
+    "plot_square",
     "save_figure",
     "series_figure",
     "similarity_figure",
+    "squares_figure",
+    "tops_figure",
 ]

@@ -83,7 +83,7 @@ def plot_deciles(table: pd.DataFrame, *, side: str = "left", ax: Axes | None = N
     return ax
 
 
-def cosines_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
+def tops_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
     """A heatmap of cosines per role, the mean over its matrices, under one colour scale.
 
     Args:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectra import naming
 from spectra.errors import SelectionError
-from spectra.metrics.similarity import SIDES
+from spectra.metrics.similarity import SIDES, SubspaceSimilarity
 from spectra.plots.figures import (
     CLOSE_UP,
     DEFAULT_FORMATS,
@@ -25,9 +25,11 @@ from spectra.plots.figures import (
 )
 from spectra.plots.grouping import MOST_CURVES, Comparison, curves_by_role, pages_by_layer, panels_by_role
 from spectra.plots.histogram import BINS, BinnedPanel
+from spectra.plots.several import draw_pairs
 from spectra.plots.similarity import grid_rows
 from spectra.plots.tables import Drawn, draw_tables, too_many
 from spectra.results import tables
+from spectra.results.all_pairs import load_pairs
 from spectra.results.collection import Spectra
 from spectra.results.store import Store, nothing_stored, write
 
@@ -54,8 +56,9 @@ def draw_results(
     """Draw whatever the directories hold; nothing is computed again.
 
     Of one directory of spectra: a histogram with a curve per role. Of several: a curve each, on shared bins.
-    Of comparisons: the heatmaps, a panel per directory, role and side. Of a series: its curves along training. Of an
-    alignment: cosines and deciles. The numbers behind each figure go into a csv file beside it.
+    Of comparisons: the heatmaps, a panel per directory, role and side; of one of several updates, every two of them. Of
+    a series: its curves along training. Of an alignment: cosines and deciles. The numbers behind each figure go into a
+    csv file beside it.
 
     Args:
         directories: one or more, made by `decompose(…, out=…)`, `compare(…, out=…)`, `series(…, out=…)` or `save`.
@@ -66,7 +69,7 @@ def draw_results(
         labels: what each directory is called in the figure; () for its folder's name.
         title: of the figure; "" for a single run's label.
         bins: of the histogram.
-        close_up: the share of the values, the largest, in the histogram's close-up.
+        close_up: the share of min(out, in) values per matrix, the largest, in the histogram's close-up.
         per_layer: a curve per layer and role instead of one per role; more than a figure holds are pages of it.
         formats: what to write each figure as: "png", "pdf" or "svg".
 
@@ -75,8 +78,11 @@ def draw_results(
         SelectionError: labels do not fit the directories, a format is unknown, or layers or sides select nothing.
     """
     places = [directories] if isinstance(directories, str | Path) else list(directories)
-    called = run_labels(places, labels)
     check_formats(formats)
+    if len(places) == 1 and Store(places[0]).run().get("pairs"):
+        pairs = load_pairs(places[0], layers=layers, sides=[side for side in SIDES if side in sides])
+        return Drawn(tuple(draw_pairs(places[0], pairs, out=out, sides=pairs.sides, formats=formats)))
+    called = run_labels(places, labels)
     wanted = None if names is None else list(dict.fromkeys(names))
     runs: dict[str, Spectra] = {}
     comparisons: list[Comparison] = []
@@ -165,17 +171,20 @@ def _chosen(store: Store, layers: str | Sequence[str], wanted: Sequence[str] | N
 def _comparison(
     label: str, store: Store, layers: str | Sequence[str], wanted: Sequence[str] | None, sides: Sequence[str]
 ) -> Comparison:
-    stored = [item for item in store.similarities() if wanted is None or item.name in set(wanted)]
+    asked = None if wanted is None else set(wanted)
+    stored = [item for item in store.similarities() if asked is None or {item.name, item.title} & asked]
     chosen = set(naming.select(layers or "*", dict.fromkeys(item.name for item in stored)))
     on_side = [item for item in stored if item.side in sides]
     if not on_side:
         raise SelectionError(f"nothing is stored for side {sides[0]} (sides=, --side), only {stored[0].side}")
-    return Comparison(label, _updates(store.run()), [item for item in on_side if item.name in chosen])
+    return Comparison(label, _updates(store.run(), on_side[0]), [item for item in on_side if item.name in chosen])
 
 
-def _updates(run: Mapping[str, Any]) -> tuple[str, str]:
-    """What A and B were, by the last folders of their paths in which they differ."""
+def _updates(run: Mapping[str, Any], example: SubspaceSimilarity) -> tuple[str, str]:
+    """What A and B were: the last folders of their paths in which they differ; within one update the two roles."""
     inputs = run.get("inputs", {})
+    if example.other and inputs.get("a") is not None and inputs.get("a") == inputs.get("b"):
+        return naming.role_of(example.name), naming.role_of(example.other)
     a, b = (Path(inputs.get(key) or f"update {key.upper()}") for key in "ab")
     while a.name == b.name and a.parent.name and b.parent.name:
         a, b = a.parent, b.parent

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectra import naming
 from spectra.errors import SelectionError
-from spectra.plots.alignment import alignment_numbers, cosines_figure, deciles_figure, undrawn_roles
+from spectra.plots.alignment import alignment_numbers, deciles_figure, tops_figure, undrawn_roles
 from spectra.plots.series import left_out_roles, series_curves, series_figure
 from spectra.results.series import TABLE, is_series
 
@@ -85,7 +85,7 @@ def _draw_alignment(
         table = table[table["name"].isin(naming.select(layers, table["name"]))]
     end = f"-{label}" if label else ""
     try:
-        figures = cosines_figure(table, title=title or label), deciles_figure(table, title=title or label)
+        figures = tops_figure(table, title=title or label), deciles_figure(table, title=title or label)
     except SelectionError as problem:
         return Drawn((), (f"no figure of {directory}: {problem}",))
     files: list[Path] = []

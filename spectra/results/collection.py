@@ -111,7 +111,14 @@ class Spectra(Sequence[Spectrum]):
         """The same spectra with singular values only: on disk, most of the bytes stay there. `k` still counts them."""
         return self._of(self._holder.without_vectors(), self.names)
 
-    def to_frame(self, *, by: tables.By = "matrix") -> pd.DataFrame:
+    @property
+    def lacks_vectors(self) -> bool:
+        """Whether there are updates with singular values, and singular vectors of none of them."""
+        headers = [self._holder.header(name) for name in self.names]
+        solved = [header for header in headers if header is not None and header.get("status") == "ok"]
+        return bool(solved) and not any(header["k"] for header in solved)
+
+    def to_frame(self, *, by: tables.Whole = "matrix") -> pd.DataFrame:
         """The DataFrame of `summarize`, which needs no vectors."""
         return tables.summarize(self.without_vectors(), by=by)
 

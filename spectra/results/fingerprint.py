@@ -19,9 +19,9 @@ def of_delta(delta: WeightDelta) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def of_pair(a: WeightDelta, b: WeightDelta) -> str:
-    """A key for the comparison of two deltas."""
-    return hashlib.sha256(f"{of_delta(a)}|{of_delta(b)}".encode()).hexdigest()
+def of_pair(a: str, b: str) -> str:
+    """A key for the comparison of two deltas, of theirs."""
+    return hashlib.sha256(f"{a}|{b}".encode()).hexdigest()
 
 
 def of_files(source: Source) -> dict[str, dict[str, Any]]:

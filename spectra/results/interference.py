@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,19 +29,22 @@ if TYPE_CHECKING:
 ALONE = "alone"  # the status of a matrix that only one update has
 
 
-def interference(sources: Sequence[Iterable[WeightDelta]], *, device: str = "auto") -> pd.DataFrame:
-    """Several updates of one base, one row per matrix: cosines, what the sum keeps of their norm, STI and SAR.
+def interference(
+    sources: Sequence[Iterable[WeightDelta]], *, device: str = "auto", executor: Executor | None = None
+) -> pd.DataFrame:
+    """Several updates of one base, one row per matrix: cosines, what the sum keeps, STI, SAR, and what they share.
 
     The columns behind `updates` are those of `INTERFERENCE`, each a function of `spectra.metrics.interference` with
     its definition. Factored updates are never multiplied out, and one matrix at a time is in memory.
 
     A matrix that only some updates have is measured over those: `updates` says which (counted from 1), the note names
-    the others, and in `cosines`, `norms` and `sar`, which always have a place for each update, theirs is NaN. A
-    matrix that only one has is a row of status "alone" without numbers.
+    the others, and in `cosines`, `norms`, `sar` and `shared_kept`, which always have a place for each update, theirs is
+    NaN. A matrix that only one has is a row of status "alone" without numbers.
 
     Args:
         sources: at least two sources, or any deltas, of the same base.
         device: as for `decompose`.
+        executor: where to run, such as a `ThreadPoolExecutor`; None for one matrix after another in this process.
 
     Raises:
         SelectionError: fewer than two sources, or no matrix is in two of them.
@@ -53,11 +58,13 @@ def interference(sources: Sequence[Iterable[WeightDelta]], *, device: str = "aut
     """
     import pandas as pd
 
-    return pd.DataFrame(list(interference_rows(sources, device=device)))
+    return pd.DataFrame(list(interference_rows(sources, device=device, executor=executor)))
 
 
-def interference_rows(sources: Sequence[Iterable[WeightDelta]], *, device: str = "auto") -> Iterator[Row]:
-    """The rows of `interference` as they are finished; arguments and errors as there."""
+def interference_rows(
+    sources: Sequence[Iterable[WeightDelta]], *, device: str = "auto", executor: Executor | None = None
+) -> Iterator[Row]:
+    """The rows of `interference` as they are finished, in the sources' order; arguments and errors as there."""
     updates = [{delta.name: delta for delta in source} for source in sources]
     if len(updates) < 2:
         raise SelectionError(f"interference is between updates, and {len(updates)} was given: give two or more")
@@ -66,16 +73,37 @@ def interference_rows(sources: Sequence[Iterable[WeightDelta]], *, device: str =
         examples = ", ".join(repr(next(iter(update), "nothing")) for update in updates)
         raise SelectionError(f"no matrix is in two of the updates (they have {examples}): give updates of one base")
     where = resolve_device(device)
-    return (_row(name, updates, where) for name in names)
+    of_each = (
+        (name, {place: update[name] for place, update in enumerate(updates) if name in update}) for name in names
+    )
+    if executor is None:
+        return (_row(name, there, len(updates), where) for name, there in of_each)
+    return _ahead(executor, of_each, len(updates), where)
 
 
-def _row(name: str, updates: Sequence[Mapping[str, WeightDelta]], device: str) -> Row:
-    """One matrix over the updates that have it."""
-    there = {place: update[name] for place, update in enumerate(updates) if name in update}
-    missing = [str(place + 1) for place in range(len(updates)) if place not in there]
+def _ahead(
+    executor: Executor, of_each: Iterable[tuple[str, Mapping[int, WeightDelta]]], count: int, device: str
+) -> Iterator[Row]:
+    """The rows in order, as many matrices at work as the executor has workers."""
+    waiting: deque[Future[Row]] = deque()
+    try:
+        for name, there in of_each:
+            waiting.append(executor.submit(_row, name, there, count, device))
+            if len(waiting) > getattr(executor, "_max_workers", 1):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _row(name: str, there: Mapping[int, WeightDelta], count: int, device: str) -> Row:
+    """One matrix over the updates that have it, by their places among `count`."""
+    missing = [str(place + 1) for place in range(count) if place not in there]
     note = f"not in update {', '.join(missing)}" if missing else ""
     if len(there) == 1:
-        return _line(name, there, ALONE, f"only in update {next(iter(there)) + 1} of {len(updates)}")
+        return _line(name, there, ALONE, f"only in update {next(iter(there)) + 1} of {count}")
     shapes = {delta.shape for delta in there.values() if delta.recipe is not None}
     if len(shapes) > 1:
         return _line(name, there, "shape_mismatch", f"the updates have shapes {sorted(shapes)}", note)
@@ -92,7 +120,7 @@ def _row(name: str, updates: Sequence[Mapping[str, WeightDelta]], device: str) -
         return _line(name, there, total.status, f"the sum of the updates: {total.reason}", note)
     seen = Together(tuple(found.values()), _triplets(total, device))
     numbers = {column: metric(seen) for column, metric in INTERFERENCE.items()}
-    return _line(name, there, "ok", "", note) | _in_their_places(numbers, list(there), len(updates))
+    return _line(name, there, "ok", "", note) | _in_their_places(numbers, list(there), count)
 
 
 def _line(name: str, there: Iterable[int], status: str, reason: str, note: str = "") -> Row:
@@ -143,4 +171,4 @@ def _in_their_places(numbers: Row, places: Sequence[int], count: int) -> Row:
     nothing = [math.nan] * count
     square = numbers["cosines"]
     cosines = [spread(square[at[place]]) if place in at else nothing for place in range(count)]
-    return numbers | {"cosines": cosines, "norms": spread(numbers["norms"]), "sar": spread(numbers["sar"])}
+    return numbers | {"cosines": cosines} | {key: spread(numbers[key]) for key in ("norms", "sar", "shared_kept")}

@@ -6,7 +6,7 @@ import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from spectra.errors import SelectionError
 from spectra.files.memory import CONTAINER
 from spectra.metrics.similarity import Side, SubspaceSimilarity
 from spectra.results import fingerprint
-from spectra.results.comparison import compare_deltas
+from spectra.results.comparison import compare_links, one_sided, pair_links
+from spectra.results.partners import By, Link
 from spectra.results.similarities import Compared
 from spectra.results.store import Store
 from spectra.spectrum import Spectrum
@@ -54,7 +55,7 @@ def decompose_into(
         StoreError: the directory holds results of other inputs, or cannot be written to.
         SelectionError: a matrix comes from no file.
     """
-    _check_files(source)
+    check_files(source)
     store = Store(out)
     threads = None if executor else _threads(store, source, top, device, budget)
     store.begin(_inputs(source), _details(source, top, device, threads))
@@ -87,6 +88,7 @@ def compare_into(
     *,
     top: int,
     sides: Sequence[Side],
+    by: By = "name",
     **compute: Any,
 ) -> Iterator[Compared]:
     """The comparisons of two sources, stored ones first, new ones as they finish and are stored.
@@ -99,30 +101,67 @@ def compare_into(
         reused: gets the names of those that are stored already.
         top: as for `compare`.
         sides: as for `compare`.
+        by: as for `compare`.
         compute: device, executor and memory_budget, as for `compare`.
 
     Raises:
         StoreError: the directory holds results of other inputs, or cannot be written to.
         SelectionError: the two share no name, or a matrix comes from no file.
     """
-    _check_files(a)
-    _check_files(b)
+    check_files(a)
+    check_files(b)
     store = Store(out)
     files = fingerprint.of_files(a) | fingerprint.of_files(b)
     store.begin({**inputs, "top": top, "files": files}, {"command": sys.argv, "sides": sides})
-    partners = {delta.name: delta for delta in b}
-    keys = {d.name: fingerprint.of_pair(d, partners[d.name]) for d in a if d.name in partners}
-    done: set[str] = set()
-    for name, key in keys.items():
-        stored = [store.similarity_of(name, side, key) for side in sides]
-        if all(stored):
-            done.add(name)
-            reused.append(name)
-            yield from (item for item in stored if item)
-    rest = [tuple(delta for delta in source if delta.name not in done) for source in (a, b)]
-    if len(done) < len(keys) or not keys:
-        yield from _keep(store, compare_deltas(*rest, top=top, sides=sides, **compute), keys)
+    links = pair_links(a.names, b.names, by)
+    yield from one_sided(a.names, b.names, links)
+    updates = [{delta.name: delta for delta in source} for source in (a, b)]
+    kept = Kept({(0, 1): store}, [delta_keys(source) for source in (a, b)], sides)
+    missing = []
+    for link in links:
+        found = kept.stored(link)
+        reused += [link.a[1]] if found else []
+        missing += [] if found else [link]
+        yield from found
+    for link, item in compare_links(updates, missing, top=top, sides=sides, **compute):
+        kept.put(link, item)
+        yield item
     store.finish()
+
+
+def delta_keys(source: Source) -> dict[str, str]:
+    """Name → fingerprint of every matrix."""
+    return {delta.name: fingerprint.of_delta(delta) for delta in source}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where the comparisons of every two updates are kept, and what tells whether they are those of today's inputs.
+
+    Attributes:
+        stores: places of two updates → the results directory of their comparison.
+        keys: of each update, name → fingerprint.
+        sides: which sides are wanted.
+    """
+
+    stores: Mapping[tuple[int, int], Store]
+    keys: Sequence[Mapping[str, str]]
+    sides: Sequence[Side]
+
+    def stored(self, link: Link) -> list[SubspaceSimilarity]:
+        """Every side's stored comparison; [] if one is missing or was made from other inputs."""
+        (i, name), (j, other) = link.a, link.b
+        key, different = self._key(link), other if other != name else ""
+        found = [self.stores[i, j].similarity_of(name, side, key, different) for side in self.sides]
+        return [item for item in found if item] if all(found) else []
+
+    def put(self, link: Link, item: Compared) -> None:
+        """Store a comparison; why there is none is found out again each time."""
+        if isinstance(item, SubspaceSimilarity):
+            self.stores[link.a[0], link.b[0]].put_similarity(item, self._key(link))
+
+    def _key(self, link: Link) -> str:
+        return fingerprint.of_pair(*(self.keys[place][name] for place, name in (link.a, link.b)))
 
 
 def keep_comparisons(
@@ -142,16 +181,11 @@ def keep_comparisons(
     """
     store = Store(out)
     store.begin({**inputs, "top": top}, {"command": sys.argv, "sides": sides})
-    yield from _keep(store, comparisons, {})
-    store.finish()
-
-
-def _keep(store: Store, comparisons: Iterable[Compared], keys: Mapping[str, str]) -> Iterator[Compared]:
-    """Store every comparison before it is passed on."""
     for item in comparisons:
         if isinstance(item, SubspaceSimilarity):
-            store.put_similarity(item, keys.get(item.name, ""))
+            store.put_similarity(item)
         yield item
+    store.finish()
 
 
 def _threads(store: Store, source: Source, top: int | None, device: str, budget: int | str | None) -> int | None:
@@ -163,7 +197,7 @@ def _threads(store: Store, source: Source, top: int | None, device: str, budget:
     return int(stored) if stored else threads_for(source.deltas, top=top, device=device, budget=budget)
 
 
-def _check_files(source: Source) -> None:
+def check_files(source: Source) -> None:
     """Raise if a matrix is in memory only: nothing would tell the stored result from that of another matrix."""
     for delta in source:
         if isinstance(delta.recipe, InMemory) or any(ref.container == CONTAINER for ref in delta.refs):

@@ -27,6 +27,7 @@ from spectra.errors import StoreError
 from spectra.files.choice import WEIGHT_SUFFIXES
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.results import tables
+from spectra.results.partners import apart
 from spectra.spectrum import DONE, Spectrum
 
 ANOTHER_PLACE = "another directory (out=, --out)"
@@ -183,9 +184,9 @@ class Store:
         known: dict[str, Any] = {attribute: record[said] for attribute, said in _RECORDED.items() if said in record}
         return Spectrum(**known | arrays)
 
-    def similarity_of(self, name: str, side: str, key: str) -> SubspaceSimilarity | None:
-        """A stored comparison, if it was made from the same inputs."""
-        label = f"{name}.{side}"
+    def similarity_of(self, name: str, side: str, key: str, other: str = "") -> SubspaceSimilarity | None:
+        """A stored comparison, of another weight where `other` is its name, if it was made from the same inputs."""
+        label = _label(name, side, other)
         if not self.similarity.path(label).is_file():
             return None
         try:
@@ -198,7 +199,7 @@ class Store:
         """Store one comparison."""
         record = {name: getattr(similarity, name) for name in ("name", "side", "k_used", "note", "other", "gap")}
         arrays = {name: getattr(similarity, name) for name in _SIMILARITY_ARRAYS}
-        self.similarity.put(f"{similarity.name}.{similarity.side}", arrays, {**record, "key": key})
+        self.similarity.put(_label(similarity.name, similarity.side, similarity.other), arrays, {**record, "key": key})
 
     def similarities(self) -> list[SubspaceSimilarity]:
         """All stored comparisons."""
@@ -215,6 +216,15 @@ class Store:
             write(self.directory / "similarity.csv", tables.to_csv(compared).encode())
         run = self.run() | {"finished": _now(), "methods": {line["name"]: line["method"] for line in rows}}
         write(self.directory / RUN, _json(run, indent=1).encode())
+
+
+def _label(name: str, side: str, other: str) -> str:
+    """What a comparison's record is called; of the other weight's name, if it is another, what is its own.
+
+    >>> _label("layers.0.q_proj.weight", "left", "layers.0.k_proj.weight")
+    'layers.0.q_proj.weight~k_proj.weight.left'
+    """
+    return f"{name}~{apart(name, other)}.{side}" if other not in ("", name) else f"{name}.{side}"
 
 
 def nothing_stored(directory: str | Path) -> StoreError:

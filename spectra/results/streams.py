@@ -15,6 +15,7 @@ from spectra.errors import SelectionError
 from spectra.metrics.similarity import Side
 from spectra.results.collection import Spectra, holds_results, load
 from spectra.results.comparison import compare_deltas, compare_spectra
+from spectra.results.partners import By
 from spectra.results.resume import compare_into, decompose_into, keep_comparisons
 from spectra.results.similarities import Compared
 from spectra.sources import open_source
@@ -156,8 +157,14 @@ def compare(
     memory_budget: int | str | None = None,
     out: str | Path | None = None,
     labels: tuple[str, str] | None = None,
+    by: By = "name",
 ) -> Comparisons:
-    """Subspace similarity of the matrices that two updates share, by name, as they finish; the others as `NotCompared`.
+    """Subspace similarity of the matrices that two updates share, as they finish; the others as `NotCompared`.
+
+    Matrices of one name belong together, and each head of an adapter (`heads="each"`) with the same weight of an
+    update without heads. With by="layer" those of one layer do, whatever they are called:
+    `compare(source.select("q_proj"), source.select("k_proj"), by="layer", sides=("right",))` asks whether query and key
+    read the same inputs.
 
     Args:
         a: a source or deltas; or spectra that hold vectors, such as `load(…)` gives. A path is either: results that
@@ -170,9 +177,11 @@ def compare(
         memory_budget: as for `decompose`.
         out: a results directory, which resumes; `spectra similarity --out` makes the same one.
         labels: what the two are called in the directory's record and figures; None for where they come from.
+        by: "name", or "layer" for matrices of different roles.
 
     Raises:
-        SelectionError: the two share no name, are not of a kind, or out is given for deltas that are no source's.
+        SelectionError: the two share no matrix, are not of a kind, or out is given for deltas that are no source's; of
+            spectra, none of the matrices they share has vectors; by layer, one matrix has several partners.
         StoreError: out holds results of other inputs, or cannot be written to.
 
     Example:
@@ -181,27 +190,28 @@ def compare(
         >>> [(similarity.name, similarity.phi) for similarity in compare(one, one, top=1)]
         [('w', 1.0)]
     """
-    a, b = _either(a), _either(b)
+    a, b = opened(a), opened(b)
     if isinstance(a, Spectra) and isinstance(b, Spectra):
-        comparisons = compare_spectra(a, b, top=top, sides=sides)
+        comparisons = compare_spectra(a, b, top=top, sides=sides, by=by)
         if out is None:
             return Comparisons(comparisons)
         places = (str(a.directory or "") or None, str(b.directory or "") or None)
         options = a.run.get("inputs", {}).get("options", {})
-        inputs = _identity(labels or places, None, options)
+        inputs = _identity(labels or places, None, options, by)
         return Comparisons(keep_comparisons(out, comparisons, inputs, top=top, sides=sides))
     if isinstance(a, Spectra) or isinstance(b, Spectra):
         raise SelectionError("one of the two holds spectra and the other weights: give two of a kind")
     compute: dict[str, Any] = {"device": device, "executor": executor, "memory_budget": memory_budget}
     if out is None:
-        return Comparisons(compare_deltas(a, b, top=top, sides=sides, **compute))
+        return Comparisons(compare_deltas(a, b, top=top, sides=sides, by=by, **compute))
     first, second = _to_keep(a), _to_keep(b)
-    inputs = _identity(labels or (first.tuned, second.tuned), first.base or second.base, first.options)
+    inputs = _identity(labels or (first.tuned, second.tuned), first.base or second.base, first.options, by)
     reused: list[str] = []
-    return Comparisons(compare_into(out, first, second, inputs, reused, top=top, sides=sides, **compute), reused)
+    stream = compare_into(out, first, second, inputs, reused, top=top, sides=sides, by=by, **compute)
+    return Comparisons(stream, reused)
 
 
-def _either(given: Iterable[WeightDelta] | Spectra | str | Path) -> Iterable[WeightDelta] | Spectra:
+def opened(given: Iterable[WeightDelta] | Spectra | str | Path) -> Iterable[WeightDelta] | Spectra:
     """Stored results or a source, where a path is given."""
     if not isinstance(given, str | Path):
         return given
@@ -223,10 +233,13 @@ def _weights(given: Iterable[WeightDelta] | str | Path) -> Iterable[WeightDelta]
     return open_source(given)
 
 
-def _identity(labels: tuple[str | None, str | None], base: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(
+    labels: tuple[str | None, str | None], base: str | None, options: Mapping[str, Any], by: By
+) -> dict[str, Any]:
     """What identifies a comparison in `run.json`, beside its files."""
     a, b = labels
-    return {"kind": "similarity", "a": a, "b": b, "base": base, "options": dict(options)}
+    across = {} if by == "name" else {"by": by}
+    return {"kind": "similarity", "a": a, "b": b, "base": base, "options": dict(options), **across}
 
 
 def _to_keep(source: Iterable[WeightDelta]) -> Source:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 By = Literal["matrix", "role"]
+Whole = Literal["matrix", "role", "model"]
+MOVED = ("moved", "moved_1e-6", "moved_1e-5")  # the shares of entries with |ΔW| above `spectra.deltas.forms.MOVED`
 
 
 def row(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]] = METRICS) -> Row:
@@ -45,7 +47,9 @@ def row(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]] =
     }
     for name, metric in metrics.items():
         columns[name] = _value(metric, spectrum)
-    return columns | {"method": spectrum.method, "reason": spectrum.reason, "note": spectrum.note}
+    moved = dict(zip(MOVED, spectrum.moved or (None,) * len(MOVED), strict=True))
+    said = {"method": spectrum.method, "reason": spectrum.reason, "note": spectrum.note, "rounding": spectrum.rounding}
+    return columns | said | moved
 
 
 def role_rows(rows: Iterable[Row], metrics: Iterable[str] = tuple(METRICS)) -> list[Row]:
@@ -74,6 +78,39 @@ def role_rows(rows: Iterable[Row], metrics: Iterable[str] = tuple(METRICS)) -> l
         }
         for role, lines in ((role, roles[role]) for role in naming.in_model_order(roles))
     ]
+
+
+def model_row(rows: Iterable[Row]) -> Row:
+    """One row over everything: how much of the model moved, and how the output projection moved beside the query.
+
+    `moved` … are shares of the entries of all matrices whose ΔW is read entry by entry (`moved_entries` of them), and
+    `o_over_q` is the mean relative norm of o_proj over that of q_proj; None where nothing is known.
+
+    Example:
+        >>> two = [Spectrum("h.0.q_proj.weight", (1, 4), S=[2.0], base_norm=4.0, moved=(0.5, 0.5, 0.0)),
+        ...        Spectrum("h.0.o_proj.weight", (1, 12), S=[3.0], base_norm=4.0, moved=(0.0, 0.0, 0.0))]
+        >>> model_row(map(row, two))["moved"], model_row(map(row, two))["o_over_q"]
+        (0.125, 1.5)
+    """
+    done = [line for line in rows if line["status"] in DONE]
+    sized = [(line["out"] * line["in"], line) for line in done if line["moved"] is not None]
+    entries = sum(size for size, _ in sized)
+    moved = {key: math.fsum(size * line[key] for size, line in sized) / entries if entries else None for key in MOVED}
+    means = {role: _mean([line["relative_norm"] for line in done if line["role"] == role])
+             for role in ("o_proj", "q_proj")}  # fmt: skip
+    query, output = means["q_proj"], means["o_proj"]
+    return {
+        "matrices": len(done),
+        "unchanged_matrices": sum(line["status"] == "unchanged" for line in done),
+        "moved_entries": entries,
+        **moved,
+        "o_over_q": output / query if query and output is not None else None,
+    }
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    known = [value for value in values if not math.isnan(value)]
+    return math.fsum(known) / len(known) if known else None
 
 
 def _median(rows: Iterable[Row], name: str) -> float | None:
@@ -106,18 +143,20 @@ def similarity_row(similarity: SubspaceSimilarity) -> Row:
         "largest_angle": float(similarity.angles[-1]),
         "gap": similarity.gap,
         "note": similarity.note,
+        "other": similarity.other,
     }
 
 
-def summarize(spectra: Iterable[Spectrum], *, by: By = "matrix") -> pd.DataFrame:
+def summarize(spectra: Iterable[Spectrum], *, by: Whole = "matrix") -> pd.DataFrame:
     """A table of names, shapes, statuses, ranks and every metric of METRICS.
 
     Args:
         spectra: any spectra; a stored `Spectra` has `to_frame`, which leaves the vectors on the disk.
-        by: "matrix" for a row each; "role" for a row per role with counts and the medians over its changed matrices.
+        by: "matrix" for a row each; "role" for a row per role with counts and the medians over its changed matrices;
+            "model" for one row: which share of all entries moved, and the ratio of mean relative norms o_proj/q_proj.
 
     Raises:
-        SelectionError: `by` is neither, or what is given are no spectra.
+        SelectionError: `by` is none of these, or what is given are no spectra.
 
     Example:
         >>> table = summarize([Spectrum("layers.0.v_proj.weight", (2, 2), S=[4.0, 3.0])])
@@ -127,9 +166,9 @@ def summarize(spectra: Iterable[Spectrum], *, by: By = "matrix") -> pd.DataFrame
     """
     import pandas as pd
 
-    _check_by(by)
+    _check_by(by, Whole)
     rows = [row(spectrum) for spectrum in _only_spectra(spectra)]
-    return pd.DataFrame(rows if by == "matrix" else role_rows(rows))
+    return pd.DataFrame(rows if by == "matrix" else role_rows(rows) if by == "role" else [model_row(rows)])
 
 
 def _only_spectra(given: Iterable[Any]) -> Iterator[Spectrum]:
@@ -159,14 +198,14 @@ def summarize_similarity(similarities: Iterable[Compared], *, by: By = "matrix")
     """
     import pandas as pd
 
-    _check_by(by)
+    _check_by(by, By)
     compared = [item for item in similarities if isinstance(item, SubspaceSimilarity)]
     return pd.DataFrame([similarity_row(item) for item in (compared if by == "matrix" else pool_by_role(compared))])
 
 
-def _check_by(by: str) -> None:
-    if by not in get_args(By):
-        raise SelectionError(f"by={by!r} is not one of {', '.join(get_args(By))}")
+def _check_by(by: str, known: Any) -> None:
+    if by not in get_args(known):
+        raise SelectionError(f"by={by!r} is not one of {', '.join(get_args(known))}")
 
 
 def to_csv(rows: list[Row]) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 
 import numpy as np
-from support.checkpoints import llama_tensors, nudged, write_checkpoint
+import pytest
+import torch
+from support.checkpoints import llama_tensors, nudged, write_adapter, write_checkpoint
 from support.command_line import lora_folder, run, strict, table, titles
 
 import spectra
+from spectra.errors import SelectionError
 
 
 def test_the_missions_second_command(llama):
@@ -55,8 +58,89 @@ def test_similarity_of_stored_runs_equals_that_of_their_sources(llama):
     assert len(stored["matrices"]) == len(by_name) == 16
     for matrix in stored["matrices"]:
         assert np.allclose(matrix["grid"], by_name[matrix["name"]]["grid"], atol=1e-9)
-    _, err = run("similarity", "run-ckpt", "other", "--base", "llama-7b", status=2)
-    assert "two of a kind" in err
+    mixed = strict(run("similarity", "run-ckpt", "other", "--base", "llama-7b", "--top", 5, "--json")[0])
+    assert [matrix["phi"] for matrix in mixed["matrices"]] == [matrix["phi"] for matrix in fresh["matrices"]]
+
+
+def test_runs_without_vectors_are_computed_from_what_they_were_made_of(llama):
+    write_checkpoint(llama / "other", nudged(llama_tensors(), seed=9))
+    for tuned in ("ckpt", "other"):
+        run("svd", "--base", "llama-7b", "--tuned", tuned, "--layer", "v_proj", "--out", f"run-{tuned}", "--no-figures")
+    out, err = run("similarity", "run-ckpt", "run-other", "--top", 2)
+    assert len(out.splitlines()) == 3
+    assert [line.split(":")[0] for line in err.splitlines()] == [f"run-{name} holds no vectors" for name in
+                                                                 ("ckpt", "other")]  # fmt: skip
+    fresh, _ = run("similarity", "ckpt", "other", "--base", "llama-7b", "--layer", "v_proj", "--top", 2)
+    assert out == fresh
+    three, _ = run("similarity", "run-ckpt", "run-other", "ckpt", "--base", "llama-7b", "--layer", "v_proj", "--top", 2)
+    assert "1.000" in three
+
+
+def test_runs_whose_inputs_changed_are_one_line_with_the_command(llama):
+    run("svd", "--base", "llama-7b", "--tuned", "ckpt", "--layer", "v_proj", "--out", "run", "--no-figures")
+    write_checkpoint(llama / "ckpt", nudged(llama_tensors(), seed=9), shards=3)
+    _, err = run("similarity", "run", "run", status=1)
+    assert len(err.splitlines()) == 1
+    assert "is not what it was made of any more" in err
+    assert f"spectra svd --tuned {llama}/ckpt --base" in err
+    assert "--top 31 --out DIR" in err
+
+
+def test_stored_values_alone_are_one_sentence_in_python(llama):
+    run("svd", "--base", "llama-7b", "--tuned", "ckpt", "--layer", "v_proj", "--out", "run", "--no-figures")
+    values = spectra.load("run")
+    with pytest.raises(SelectionError, match=r"run holds no singular vectors to compare: .*--top 30"):
+        list(spectra.compare(values, values))
+
+
+def test_query_against_key_within_one_model(llama, drawn):
+    words = ["--base", "llama-7b", "--layer", "q_proj", "--against", "k_proj", "--top", 4]
+    _, err = run("similarity", "ckpt", *words, "--out", "qk")
+    assert "figure: qk/similarity.png" in err
+    assert titles(drawn[0]) == ["q_proj against k_proj, right"]
+    assert drawn[0].axes[0].get_ylabel() == "i: top directions of q_proj"
+    source = spectra.open_source("ckpt", "llama-7b")
+    found = spectra.decompose(source, top=5).collect()
+    rows = strict(run("similarity", "ckpt", "ckpt", *words, "--json")[0])["matrices"]
+    for row in rows:
+        query, key = found[row["name"]], found[row["name"].replace("q_proj", "k_proj")]
+        assert row["other"] == key.name
+        assert row["phi"] == pytest.approx(spectra.subspace_similarity(query, key, top=4, side="right").phi)
+    assert len(rows) == len(source.select("q_proj"))
+    run(
+        "similarity",
+        "ckpt",
+        "--base",
+        "llama-7b",
+        "--layer",
+        "q_proj",
+        "--against",
+        "v_proj",
+        "--top",
+        4,
+        "--out",
+        "qk",
+    )
+    assert titles(drawn[1]) == ["q_proj against v_proj, right"], "both are kept, and what was asked for is drawn"
+    assert len(table(llama / "qk/similarity.csv")) == 4
+
+
+def test_each_head_against_a_plain_lora(llama):
+    generator = torch.Generator().manual_seed(3)
+    prefix = "base_model.model.model.layers.0.self_attn.v_proj"
+    heads = {f"{prefix}.lora_B{i}.weight": torch.randn(8, 4, generator=generator) for i in range(3)}
+    down = torch.randn(4, 16, generator=generator)
+    write_adapter(llama / "heads", {f"{prefix}.lora_A.weight": down, **heads},
+                  {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_nums": 3})  # fmt: skip
+    up = heads[f"{prefix}.lora_B1.weight"]
+    write_adapter(llama / "plain", {f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up},
+                  {"peft_type": "LORA", "r": 4, "lora_alpha": 8})  # fmt: skip
+    for pair in (("heads", "plain"), ("plain", "heads")):
+        rows = strict(run("similarity", *pair, "--heads", "each", "--top", 4, "--out", "-".join(pair), "--json")[0])
+        phi = [row["phi"] for row in rows["matrices"]]
+        assert phi[1] == pytest.approx(1)
+        assert max(phi[0], phi[2]) < 0.99
+        assert len(table(llama / "-".join(pair) / "similarity.csv")) == 3
 
 
 def test_similarity_and_svd_keep_the_numbers_of_their_figures(llama, compared):

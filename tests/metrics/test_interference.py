@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -55,11 +56,41 @@ def slowly(updates):
         "sar": [np.linalg.norm(top @ update) / norm for update, norm in zip(updates, norms, strict=True)],
         "sar_k": k,
         "sar_chance": math.sqrt(k / m),
+        "mean_cosine": np.mean([(a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
+                                for a, b in combinations(updates, 2)]),
+        "mean_sar": np.mean([np.linalg.norm(top @ update) / norm for update, norm in zip(updates, norms, strict=True)]),
+        **shared_slowly(updates),
     }  # fmt: skip
 
 
+def needed(values):
+    """How many hold nine tenths of the energy, counted one by one."""
+    total = 0.0
+    for k, value in enumerate(values, start=1):
+        total += value**2
+        if total >= 0.9 * (values**2).sum() * (1 - 1e-12):
+            return k
+    return 0
+
+
+def shared_slowly(updates):
+    """The definitions on the joined matrix."""
+    k = max(needed(np.linalg.svd(update)[1]) for update in updates)
+    mean = sum(updates) / len(updates)
+    apart = [update - mean for update in updates]
+    left, values, _ = np.linalg.svd(np.hstack(apart), full_matrices=False)
+    energy = sum(np.linalg.norm(update) ** 2 for update in updates)
+    return {
+        "mean_share": len(updates) * np.linalg.norm(mean) ** 2 / energy,
+        "mean_share_chance": 1 / len(updates),
+        "shared_k": k,
+        "shared": (values[:k] ** 2).sum() / (values**2).sum(),
+        "shared_kept": [np.linalg.norm(left[:, :k].T @ one) ** 2 / np.linalg.norm(one) ** 2 for one in apart],
+    }
+
+
 def same(found, wanted):
-    for name in INTERFERENCE:
+    for name in INTERFERENCE.keys() & wanted.keys():
         assert np.allclose(found[name], wanted[name], rtol=1e-6, atol=1e-8, equal_nan=True), name
 
 
@@ -95,7 +126,7 @@ def test_a_negated_update_has_cosine_minus_one_and_the_sum_is_nothing(kind):
     rng = np.random.default_rng(0)
     B, A = rng.standard_normal((12, 3)), rng.standard_normal((3, 9))
     found = row(kind((B, A), (-B, A)) if kind is factored else kind(B @ A, -B @ A))
-    assert np.array(found["cosines"]) == pytest.approx(np.array([[1.0, -1.0], [-1.0, 1.0]]), abs=1e-12)
+    assert found["cosines"] == [[1.0, -1.0], [-1.0, 1.0]], "exactly"
     assert found["norm_ratio"] == 0
     assert np.isnan(found["sar"]).all()
     assert found["status"] == "ok"
@@ -119,6 +150,53 @@ def test_an_update_that_is_zero_has_no_cosine():
     assert math.isnan(found["sar"][1])
     assert found["cosines"][0][2] == pytest.approx(1)
     assert found["norm_ratio"] == pytest.approx(9 / 5)
+
+
+def test_a_space_of_all_updates_is_told_from_their_mean_and_from_chance():
+    rng = np.random.default_rng(4)
+    m, n, r, count = 60, 50, 3, 6
+    common, own = rng.standard_normal((m, r)), rng.standard_normal((m, n)) / 100
+    one_space = row(dense(*[common @ rng.standard_normal((r, n)) for _ in range(count)]))
+    assert one_space["shared"] > 0.85
+    assert min(one_space["shared_kept"]) > 0.7
+    assert one_space["shared_null"] < 0.4
+    assert one_space["mean_share"] == pytest.approx(1 / count, abs=0.1)
+    apart = row(factored(*[(rng.standard_normal((m, r)), rng.standard_normal((r, n))) for _ in range(count)]))
+    assert apart["shared"] == pytest.approx(apart["shared_null"], abs=0.05)
+    assert apart["shared_null"] < 0.45
+    mean = 20 * rng.standard_normal((m, 1)) @ rng.standard_normal((1, n))
+    shifted = row(dense(*[mean + own * sign for sign in (1, -1)]))
+    assert shifted["mean_share"] == pytest.approx(1, abs=1e-3)
+    equal = row(factored(*[(np.eye(m)[:, :r], np.eye(n)[:r])] * 3))
+    assert math.isnan(equal["shared"])
+    assert np.isnan(equal["shared_kept"]).all()
+    assert equal["mean_share"] == pytest.approx(1)
+
+
+def test_the_null_keeps_the_values_and_is_the_same_each_time():
+    rng = np.random.default_rng(5)
+    pairs = [(rng.standard_normal((30, 4)), rng.standard_normal((4, 20))) for _ in range(3)]
+    first, again = row(factored(*pairs)), row(factored(*pairs))
+    assert first["shared_null"] == again["shared_null"]
+    turned = np.linalg.qr(rng.standard_normal((30, 30)))[0]
+    moved = row(factored(*[(turned @ B, A) for B, A in pairs]))
+    assert moved["shared_null"] == pytest.approx(first["shared_null"]), "of the singular values alone"
+
+
+def test_the_null_is_that_of_what_differs_and_not_of_the_mean():
+    """Updates that are one strong mean and unrelated rests share no more than such rests do."""
+    rng = np.random.default_rng(6)
+    m, n, r, count = 120, 90, 4, 5
+    mean = 30 * rng.standard_normal((m, 1)), rng.standard_normal((1, n))
+    rests = [(rng.standard_normal((m, r)), rng.standard_normal((r, n))) for _ in range(count)]
+    found = row(factored(*[(np.hstack([mean[0], B]), np.vstack([mean[1], A])) for B, A in rests]))
+    assert found["mean_share"] > 0.6
+    assert found["shared"] == pytest.approx(found["shared_null"], abs=0.05)
+    k = found["shared_k"]
+    mean_kept = [np.linalg.svd(B @ A - sum(b @ a for b, a in rests) / count)[1][: r + 1] for B, A in rests]
+    draws = [np.linalg.qr(rng.standard_normal((m, r + 1)))[0] * values for values in mean_kept]
+    values = np.linalg.svd(np.hstack(draws))[1] ** 2
+    assert found["shared_null"] == pytest.approx(values[:k].sum() / values.sum(), abs=0.03)
 
 
 def test_factors_are_never_multiplied_out(monkeypatch):

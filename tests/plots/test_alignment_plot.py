@@ -34,7 +34,7 @@ def test_the_heatmap_holds_the_cosines_from_0_to_1():
 
 
 def test_a_panel_per_role_is_the_mean_as_far_as_all_reach():
-    figure = spectra.cosines_figure(table(), title="run")
+    figure = spectra.tops_figure(table(), title="run")
     panels = [ax for ax in figure.axes if ax.images]
     assert [ax.get_title().splitlines() for ax in panels] == [
         ["q_proj: 1 intruder in 2 matrices", "mean over them"],
@@ -64,6 +64,6 @@ def test_the_numbers_are_those_of_the_figures():
 
 def test_nothing_to_draw_is_said():
     with pytest.raises(SelectionError, match="no matrix has numbers"):
-        spectra.cosines_figure(table()[table()["status"] != "ok"])
+        spectra.tops_figure(table()[table()["status"] != "ok"])
     with pytest.raises(SelectionError, match="side='up'"):
         spectra.plot_deciles(table(), side="up")

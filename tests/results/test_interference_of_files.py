@@ -10,7 +10,9 @@ from support.command_line import lora_folder, run, strict, table
 
 import spectra
 from spectra.deltas.delta import WeightDelta
+from spectra.engine.executors.threads import thread_executor
 from spectra.errors import SelectionError
+from spectra.results.interference import interference_rows
 
 SECOND = "model.layers.1.self_attn.v_proj.weight"
 
@@ -81,9 +83,50 @@ def test_the_command_prints_means_and_keeps_strict_json(folders):
     assert strict((folders / "found/interference.json").read_text()) == document
     assert len(table(folders / "found/interference.csv")) == 2
     for found in document["matrices"]:
-        assert found["cosines"][0][1] == pytest.approx(-1)
+        assert found["cosines"] == [[1, -1], [-1, 1]], "exactly"
         assert found["norm_ratio"] == 0
         assert found["sar"] == [None, None]
+
+
+def test_workers_and_an_executor_give_the_same_rows_in_order(folders):
+    sources = [spectra.open_source(folders / name) for name in "abc"]
+    alone = spectra.interference(sources)
+    with thread_executor(2) as executor:
+        assert spectra.interference(sources, executor=executor).equals(alone)
+    one, several = (strict(run("interference", *"abc", *words, "--json")[0]) for words in ((), ("--workers", 2)))
+    assert one["matrices"] == several["matrices"]
+
+
+def test_what_is_left_waiting_when_the_rows_are_given_up_is_not_computed(folders, monkeypatch):
+    deltas = [[WeightDelta.from_tensor(f"layers.{i}.w", torch.eye(3) * scale) for i in range(20)] for scale in (1, 2)]
+    seen = []
+    read = WeightDelta.read
+    monkeypatch.setattr(WeightDelta, "read", lambda self, device="cpu": seen.append(self.name) or read(self, device))
+    with thread_executor(1) as executor:
+        rows = interference_rows(deltas, executor=executor)
+        assert next(rows)["name"] == "layers.0.w"
+        rows.close()
+    assert len(set(seen)) <= 3
+
+
+def test_the_figures_stand_beside_their_numbers(folders):
+    _, err = run("interference", *"abc", "--out", "found")
+    for name in ("cosines.png", "cosines.csv", "interference_depth.png"):
+        assert f"figure: found/{name}" in err
+    rows = spectra.interference([spectra.open_source(folders / name) for name in "abc"])
+    mean = np.mean(list(rows["cosines"]), axis=0)
+    figure = spectra.cosines_figure(rows, list("abc"))
+    assert figure.axes[0].images[0].get_array().filled() == pytest.approx(mean)
+    assert figure.axes[0].images[0].get_clim() == (-1, 1)
+    written = {(line["a"], line["b"]): float(line["cosine"]) for line in table(folders / "found/cosines.csv")}
+    assert written == pytest.approx({("a", "b"): mean[0, 1], ("a", "c"): mean[0, 2], ("b", "c"): mean[1, 2]})
+    (line,) = [
+        line for line in spectra.plot_roles_over_depth(rows, column="sti").get_lines() if line.get_marker() == "."
+    ]
+    assert line.get_ydata() == pytest.approx(rows["sti"])
+    assert "cosines.png" not in run("interference", *"abc", "--out", "other", "--no-figures")[1]
+    with pytest.raises(SelectionError, match="no matrix in a layer has a number in 'nothing'"):
+        spectra.plot_roles_over_depth(rows, column="nothing")
 
 
 def test_the_command_says_which_matrices_are_alone_and_wants_two(folders):

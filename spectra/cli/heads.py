@@ -1,0 +1,85 @@
+"""`spectra heads`: are the heads of a multi-head LoRA alike?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spectra.cli import report
+from spectra.cli.heavy import heavy_imports
+from spectra.cli.options import Opening, figures_option, json_option, layer_option, scale_option, table_option
+
+if TYPE_CHECKING:
+    from spectra.results.tables import Row
+
+_MOST_LINES = 12
+_SHOWN = {"heads": "heads", "cosine": "cosine", "chance": "chance ±", "norm": "‖B‖_F", "update_cosine": "of ΔW"}
+
+
+@click.command("heads", short_help="Are the heads of a multi-head LoRA alike?")
+@click.argument("adapter")
+@click.option("--base", metavar="BASE", help="The model it belongs to, where its names need one.")
+@layer_option
+@scale_option
+@table_option
+@figures_option
+@json_option
+def command(
+    adapter: str,
+    base: str | None,
+    layers: tuple[str, ...],
+    scale: float | None,
+    out: str | None,
+    figures: bool,
+    as_json: bool,
+) -> None:
+    """The mean pairwise cosine of an adapter's heads B₁, B₂, … by role and depth, and their norms.
+
+    ADAPTER is an R-LoRA, a HydraLoRA, a MultiLoRA or another with several heads per module. "of ΔW" is the cosine of
+    the heads' own updates B·A, which does not depend on the basis that A is given in.
+    """
+    source = Opening(layers, "each", scale, split=True).open(adapter, base)
+    with heavy_imports():
+        from spectra.results.heads import head_rows, heads_of
+
+    rows: list[Row] = []
+    with report.progress(len(heads_of(source)), "spectra heads") as bar:
+        for row in head_rows(source):
+            rows.append(row)
+            bar.update()
+    document = {**report.heading(source), "coverage": asdict(source.coverage), "matrices": rows}
+    if as_json:
+        report.print_json(document)
+    else:
+        _print(rows)
+    if out:
+        report.keep_table(out, "heads", document)
+    if out and figures and any(row["status"] == "ok" and row["layer"] is not None for row in rows):
+        from spectra.plots.heads import draw_heads
+
+        for path in draw_heads(rows, out):
+            report.note(f"figure: {path}")
+    report.close(rows)
+
+
+def _print(rows: list[Row]) -> None:
+    done = [row for row in rows if row["status"] == "ok"]
+    if len(done) <= _MOST_LINES:
+        report.print_table(["module", *_SHOWN.values()], [[row["name"], *map(row.get, _SHOWN)] for row in done])
+        return
+    roles: dict[str, list[Row]] = {}
+    for row in done:
+        roles.setdefault(row["role"], []).append(row)
+    lines = [[role, len(members), *(_mean(members, key) for key in _SHOWN)] for role, members in roles.items()]
+    report.print_table(["role", "modules", *_SHOWN.values()], lines)
+    report.note("means over the modules of a role, as the papers give them; every module is in --out and --json")
+
+
+def _mean(rows: list[Row], key: str) -> Any:
+    values = [row[key] for row in rows if row[key] == row[key]]  # NaN of heads that are zero
+    if not values:
+        return float("nan")
+    same = len(set(values)) == 1
+    return values[0] if same else sum(values) / len(values)

@@ -1,0 +1,40 @@
+"""How alike the heads of a multi-head adapter are, over the layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectra.plots.figures import save_figure
+from spectra.plots.interference import depth_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_OVER_DEPTH: dict[str, tuple[str, str | float]] = {
+    "cosine": ("mean cosine of heads B_k", 0.0),
+    "update_cosine": ("mean cosine of B_k·A", 0.0),
+    "norm": ("mean ‖B_k‖_F", math.nan),
+}
+
+
+def heads_figure(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> Figure:
+    """The mean pairwise cosine of heads, that of their updates, and the heads' norm over the layers, a line per role.
+
+    Args:
+        rows: what `head_similarity` gives.
+        title: above the panels.
+
+    Raises:
+        SelectionError: no module in a layer has numbers.
+
+    Reference: Liu et al. 2025 (R-LoRA), the figure of its heads' similarity.
+    """
+    return depth_figure(rows, title=title or "heads over the layers; dotted: by chance", columns=_OVER_DEPTH)
+
+
+def draw_heads(rows: Iterable[Mapping[str, Any]], out: str | Path) -> list[Path]:
+    """Draw `heads_figure` into a directory, where heads.csv has its numbers; gives the files."""
+    return save_figure(heads_figure(rows), Path(out) / "heads")

@@ -1,0 +1,178 @@
+"""Several updates of one base: cosines of every two by role, and what they do to each other over the layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spectra.errors import SelectionError
+from spectra.plots.figures import save_figure
+from spectra.plots.squares import DIVERGING, short_names, square_rows, squares_figure
+from spectra.plots.style import curves, look, new_axes
+from spectra.results.store import write
+from spectra.results.tables import to_csv
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLUMNS = 3
+Rows = Iterable[Mapping[str, Any]]
+# Column → what the axis says, and the column of its level by chance, or that level.
+OVER_DEPTH: dict[str, tuple[str, str | float]] = {
+    "mean_cosine": ("mean cosine of two updates", 0.0),
+    "norm_ratio": ("‖ΣΔ‖² / Σ‖Δ‖²", 1.0),
+    "sti": ("STI / Σσ", math.nan),
+    "mean_sar": ("mean SAR", "sar_chance"),
+    "shared": ("shared, mean apart", "shared_null"),
+}
+
+
+def plot_roles_over_depth(
+    rows: Rows, *, column: str, label: str = "", chance: str | float = math.nan, ax: Axes | None = None
+) -> Axes:
+    """A number over the layers, a line per role; where a layer has several matrices of a role, their mean.
+
+    Args:
+        rows: a table with the columns role, layer and `column`, as rows or as a DataFrame.
+        column: which number; rows without it are left out.
+        label: of the axis; "" for the column's name.
+        chance: the level by chance, or the column that holds it for each matrix; dotted.
+        ax: where to draw; None for a new figure.
+
+    Raises:
+        SelectionError: no matrix in a layer has the number.
+    """
+    lines = _by_role(records(rows), column)
+    if not lines:
+        raise SelectionError(f"no matrix in a layer has a number in {column!r}")
+    from matplotlib.ticker import MaxNLocator
+
+    ax = new_axes(ax)
+    levels = _by_role(records(rows), chance) if isinstance(chance, str) else {}
+    for (colour, dashes), (role, values) in zip(curves(), lines.items(), strict=False):
+        ax.plot(list(values), list(values.values()), color=colour, linestyle=dashes, marker=".", label=role)
+        if role in levels:
+            ax.plot(list(levels[role]), list(levels[role].values()), color=colour, linestyle=":", linewidth=0.9)
+    if not isinstance(chance, str) and not math.isnan(chance):
+        ax.axhline(chance, color="black", linestyle=":", linewidth=0.9)
+    ax.set_xlabel("layer")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_ylabel(label or column)
+    return ax
+
+
+def cosines_figure(rows: Rows, labels: Sequence[str], *, title: str = "") -> Figure:
+    """The cosine of every two updates, a square per role, each the mean over the role's matrices.
+
+    Args:
+        rows: what `interference` gives.
+        labels: what the updates are called.
+        title: above all panels.
+
+    Raises:
+        SelectionError: no matrix has cosines.
+    """
+    squares = mean_squares(records(rows))
+    return squares_figure(
+        squares, short_names(labels), title=title or "cosines of updates", label="cosine", limits=(-1.0, 1.0),
+        colours=DIVERGING,
+    )  # fmt: skip
+
+
+def depth_figure(rows: Rows, *, title: str = "", columns: Mapping[str, tuple[str, str | float]] = OVER_DEPTH) -> Figure:
+    """Numbers over the layers, a panel each with a line per role, and what chance would give, dotted.
+
+    Args:
+        rows: a table with role, layer and these columns.
+        title: above all panels.
+        columns: column → the axis' label, and the column or the number that is its level by chance.
+
+    Raises:
+        SelectionError: none of the columns has a number.
+    """
+    from spectra.plots.canvas import ShownFigure
+
+    table = records(rows)
+    drawn = {column: words for column, words in columns.items() if _by_role(table, column)}
+    if not drawn:
+        raise SelectionError("no matrix in a layer has a number to draw over the layers")
+    with look():
+        across = min(len(drawn), _COLUMNS)
+        down = math.ceil(len(drawn) / across)
+        figure = ShownFigure(figsize=(3.6 * across, 2.9 * down + 0.6), layout="constrained")
+        axes = list(figure.subplots(down, across, squeeze=False).flat)
+        for ax in axes[len(drawn) :]:
+            ax.set_visible(False)
+        for ax, (column, (label, chance)) in zip(axes, drawn.items(), strict=False):
+            plot_roles_over_depth(table, column=column, label=label, chance=chance, ax=ax)
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 8), fontsize=9)
+        figure.suptitle(title or "over the layers; dotted: by chance", fontsize=11, wrap=True)
+    return figure
+
+
+def mean_squares(table: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """ "all" and every role → the mean of the cosines' squares over its matrices, where they have them."""
+    groups: dict[str, list[np.ndarray]] = {"all": []}
+    for row in table:
+        if row.get("cosines") is not None:
+            square = np.array(row["cosines"], dtype=float)
+            groups["all"].append(square)
+            groups.setdefault(row["role"], []).append(square)
+    if len(groups) == 2:
+        del groups["all"]
+    return {role: _mean(squares) for role, squares in groups.items() if squares}
+
+
+def draw_interference(rows: Rows, out: str | Path, labels: Sequence[str]) -> list[Path]:
+    """Draw what `interference` gives into a directory: `cosines` and `interference_depth`, each with its csv.
+
+    Args:
+        rows: its rows.
+        out: the directory.
+        labels: what the updates are called.
+
+    Returns:
+        The files that were written.
+    """
+    table, target = records(rows), Path(out)
+    squares = mean_squares(table)
+    if not squares:
+        return []
+    write(target / "cosines.csv", to_csv(square_rows(squares, labels, "cosine")).encode())
+    files = [*save_figure(cosines_figure(table, labels), target / "cosines"), target / "cosines.csv"]
+    if any(_by_role(table, column) for column in OVER_DEPTH):  # its numbers are those of interference.csv
+        files += save_figure(depth_figure(table), target / "interference_depth")
+    return files
+
+
+def records(rows: Rows) -> list[Mapping[str, Any]]:
+    """The rows of a table, or of a DataFrame."""
+    return rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
+
+
+def _mean(squares: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean over those that have a number; NaN where none has."""
+    stacked = np.stack(squares)
+    known = ~np.isnan(stacked)
+    counts = known.sum(0)
+    return np.where(counts, np.where(known, stacked, 0.0).sum(0) / np.maximum(counts, 1), np.nan)
+
+
+def _by_role(table: Sequence[Mapping[str, Any]], column: str) -> dict[str, dict[int, float]]:
+    """Role → layer → the mean of a column; of matrices in layers that have a number there."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in table:
+        value, layer = row.get(column), row.get("layer")
+        if value is None or layer is None or math.isnan(value) or math.isnan(layer):
+            continue
+        found.setdefault(row["role"], {}).setdefault(int(layer), []).append(float(value))
+    return {
+        role: {layer: math.fsum(values) / len(values) for layer, values in sorted(layers.items())}
+        for role, layers in found.items()
+    }
