@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -30,8 +30,6 @@ _SHOWN = {
     "left_in_top": "left",
     "right_in_top": "right",
 }
-
-_BY_ROLE = "medians over the changed matrices of a role; --all lists every matrix, and so do --out and --json"
 
 
 @click.command("alignment", short_help="What an update does to the directions of W₀.")
@@ -77,19 +75,15 @@ def command(
     """
     source = opening.open(tuned, base)
     with heavy_imports():
-        from spectra.results import alignment, intruders
+        from spectra.results import intruders
+        from spectra.results.alignment import COLUMNS, alignment_rows
 
-    make, name, columns = (
-        (intruders.intruder_rows, "intruders", intruders.COLUMNS)
-        if intruders_only
-        else (alignment.alignment_rows, "alignment", alignment.COLUMNS)
-    )
-    view.check(columns, len(source))
+    view.check(intruders.COLUMNS if intruders_only else COLUMNS, len(source))
 
+    make, name = (intruders.intruder_rows, "intruders") if intruders_only else (alignment_rows, "alignment")
     rows: list[Row] = []
     kept = f"the vectors of W₀ are in {cache}" if cache else "nothing is stored: --cache DIR keeps W₀'s vectors"
-    bar = report.progress(len(source), "spectra alignment", otherwise=kept)
-    with bar, compute.keywords() as keywords:
+    with report.progress(len(source), "spectra alignment", otherwise=kept) as bar, compute.keywords() as keywords:
         for row in make(source, k=k, epsilon=epsilon, cache=cache, **keywords):
             rows.append(row)
             bar.update()
@@ -113,9 +107,9 @@ def command(
 
 
 def _print_counts(rows: list[Row], view: View) -> None:
-    """A line per matrix, or the medians of a role, and what the counts rest on."""
-    if print_rows(rows, {"k": "k", "intruders": "intruders"}, view, beside=("decided_by",)):
-        report.note(_BY_ROLE)
+    """A line per matrix, and what the counts rest on."""
+    shown = {"k": "k", "intruders": "intruders", "decided_by": "decided by"}
+    print_rows(rows, shown, replace(view, every=True))
     done = [row["intruders"] for row in rows if row["status"] == "ok"]
     report.note(f"{sum(done)} intruders in {len(done)} matrices")
 
@@ -123,7 +117,7 @@ def _print_counts(rows: list[Row], view: View) -> None:
 def _print(rows: list[Row], view: View) -> None:
     """A line per matrix, or the medians of a role where there are many; chance levels as a note."""
     if print_rows(rows, _SHOWN, view):
-        report.note(_BY_ROLE)
+        report.note("medians over the changed matrices of a role; --all lists every matrix, and so do --out and --json")
     done = [row for row in rows if row["status"] == "ok"]
     if done:
         report.note(f"left, right: shares of ‖ΔW‖² in W₀'s top directions; by chance {_chance(done)}")

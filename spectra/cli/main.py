@@ -21,8 +21,8 @@ _COMMANDS = {
     "alignment": "spectra.cli.alignment",
     "extract": "spectra.cli.extract",
     "interference": "spectra.cli.interference",
-    "heads": "spectra.cli.heads",
     "series": "spectra.cli.series",
+    "heads": "spectra.cli.heads",
     "inspect": "spectra.cli.inspect",
     "verify": "spectra.cli.verify",
     "plot": "spectra.cli.plot",
@@ -104,8 +104,8 @@ def main() -> None:
       spectra extract ckpt/ --base B --rank 16 --out lora/        the update as a LoRA
       spectra verify --base B --adapter A --merged M              is the adapter in the merged model?
       spectra interference a/ b/ c/                               what adding them up does to each
-      spectra heads my-rlora/                                     are an adapter's heads alike?
       spectra series --base b ckpt-*/                             the update along training
+      spectra heads my-rlora/                                     are an adapter's heads alike?
       spectra plot results/                                       redraw stored results
       spectra reproduce                                           the papers' experiment, end to end
     """

@@ -12,7 +12,6 @@ import click
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
 from spectra.cli.options import Compute, Opening, compute_options, result_options, source_options
-from spectra.cli.table import print_table
 
 if TYPE_CHECKING:
     from spectra.deltas.source import Coverage, Source
@@ -33,12 +32,14 @@ _MOST_NOTES = 4
 
 
 @click.command("series", short_help="The update along training, checkpoint by checkpoint.")
-@click.argument("checkpoints", metavar="CKPT…", nargs=-1)
-@click.option("--base", metavar="BASE", help="The model that training started from; most adapters need none.")
+@click.argument("checkpoints", metavar="CKPT…", nargs=-1, type=click.Path())
+@click.option(
+    "--base", type=click.Path(), metavar="BASE", help="The model that training started from; most adapters need none."
+)
 @click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, metavar="K",
               help="How many directions φ and the start's shares compare.")  # fmt: skip
 @click.option("--side", type=click.Choice(["left", "right"]), default="left", show_default=True, help="Vectors of φ.")
-@click.option("--start", metavar="ADAPTER",
+@click.option("--start", type=click.Path(), metavar="ADAPTER",
               help="The adapter as it was saved before training.  [default: the first checkpoint]")  # fmt: skip
 @click.option("--step", "steps", type=click.IntRange(min=0), multiple=True, metavar="N",
               help="The step of each CKPT, in order.  [default: trainer_state.json, or the names]")  # fmt: skip
@@ -72,14 +73,14 @@ def command(
 
     rows: list[Row] = []
     notes = _Notes()
-    bar = report.progress(len(checkpoints), "spectra series", kept=out or "", unit="checkpoint")
-    with bar, compute.keywords() as keywords:
+    with report.progress(len(checkpoints), "spectra series", kept=out or "") as bar, compute.keywords() as keywords:
         stream = series_rows(
             checkpoints, base, layers=opening.layers, top=top, side=side, steps=steps or None, start=start, out=out,
             opened=notes.see, **opening.settings, **keywords,
         )  # fmt: skip
         for row in stream:
-            bar.update(not rows or rows[-1]["step"] != row["step"])
+            if not rows or rows[-1]["step"] != row["step"]:
+                bar.update()
             rows.append(row)
     notes.print()
     written = report.draw(out, names=()) if out and figures else []
@@ -110,7 +111,7 @@ class _Notes:
         if self.first is not None:
             report.coverage_notes(self.first)
         for line in self.warnings:
-            report.note(f"warning: {line}")
+            report.warning(f"warning: {line}")
 
 
 def _document(rows: list[Row], base: str | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +136,7 @@ def _print(rows: list[Row]) -> None:
     from spectra.results.series import by_role
 
     table = by_role(rows)
-    print_table(
+    report.print_table(
         ["step", "role", "matrices", *_SHOWN.values()],
         [[str(line["step"]), line["role"], line["matrices"], *map(line.get, _SHOWN)] for line in table],
     )
@@ -173,8 +174,7 @@ def _close(rows: list[Row], checkpoints: tuple[str, ...], out: str | None, writt
             undone.setdefault((row["checkpoint"], row["status"], row["reason"]), []).append(row["name"])
     for (checkpoint, status, reason), names in undone.items():
         which = f"{names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        report.note(f"not done: {checkpoint}: {reason}" if not names[0] else
-                    f"not done: {checkpoint}: {which}: {status}: {reason}")  # fmt: skip
+        report.warning(f"not done: {checkpoint}: " + (f"{which}: {status}: {reason}" if names[0] else reason))
     if undone:
         sys.exit(1)
 
@@ -188,4 +188,4 @@ def _missing(rows: list[Row]) -> None:
     there = set().union(*names.values())
     for checkpoint, held in names.items():
         if held < there:
-            report.note(f"not in {checkpoint}: {len(there - held)} matrices of others, such as {min(there - held)}")
+            report.warning(f"not in {checkpoint}: {len(there - held)} matrices of others, such as {min(there - held)}")

@@ -13,7 +13,8 @@ from spectra.plots.series import plot_series, series_figure
 from spectra.plots.several import draw_pairs
 from spectra.plots.similarity import grid_rows, plot_similarity
 from spectra.plots.squares import pairs_figure, plot_square, squares_figure
-from spectra.plots.stored import Drawn, draw_results
+from spectra.plots.stored import draw_results
+from spectra.plots.tables import Drawn
 
 __all__ = [
     "Comparison",

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra import naming
 from spectra.errors import SelectionError
 from spectra.metrics.similarity import SIDES, SubspaceSimilarity
-from spectra.plots.alignment import alignment_numbers, deciles_figure, tops_figure, undrawn_roles
 from spectra.plots.figures import (
     CLOSE_UP,
     DEFAULT_FORMATS,
@@ -26,33 +25,18 @@ from spectra.plots.figures import (
 )
 from spectra.plots.grouping import MOST_CURVES, Comparison, curves_by_role, pages_by_layer, panels_by_role
 from spectra.plots.histogram import BINS, BinnedPanel
-from spectra.plots.series import left_out_roles, series_curves, series_figure
 from spectra.plots.several import draw_pairs
 from spectra.plots.similarity import grid_rows
+from spectra.plots.tables import Drawn, draw_tables, too_many
 from spectra.results import tables
 from spectra.results.all_pairs import load_pairs
 from spectra.results.collection import Spectra
-from spectra.results.series import TABLE, is_series
 from spectra.results.store import Store, nothing_stored, write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ALIGNMENT_TABLE = "alignment.json"
 _LONGEST_LABEL = 28
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What `draw_results` did.
-
-    Attributes:
-        files: figures and tables that were written.
-        notes: what was not drawn, and why, in sentences.
-    """
-
-    files: tuple[Path, ...]
-    notes: tuple[str, ...] = ()
 
 
 def draw_results(
@@ -72,9 +56,9 @@ def draw_results(
     """Draw whatever the directories hold; nothing is computed again.
 
     Of one directory of spectra: a histogram with a curve per role. Of several: a curve each, on shared bins.
-    Of comparisons: the heatmaps, a panel per directory, role and side; of one of several updates, every two of them.
-    Of a series: its curves along training. Of an alignment: cosines and deciles. The numbers behind each figure go
-    into a csv file beside it.
+    Of comparisons: the heatmaps, a panel per directory, role and side; of one of several updates, every two of them. Of
+    a series: its curves along training. Of an alignment: cosines and deciles. The numbers behind each figure go into a
+    csv file beside it.
 
     Args:
         directories: one or more, made by `decompose(…, out=…)`, `compare(…, out=…)`, `series(…, out=…)` or `save`.
@@ -102,16 +86,8 @@ def draw_results(
     wanted = None if names is None else list(dict.fromkeys(names))
     runs: dict[str, Spectra] = {}
     comparisons: list[Comparison] = []
-    files: list[Path] = []
-    notes: list[str] = []
-    for label, directory in zip(called, places, strict=True):
-        tables_there = [draw for there, draw in _OF_TABLES if there(Path(directory))]
-        for draw in tables_there:
-            called_here = label if len(places) > 1 else ""
-            drawn = draw(Path(directory), Path(directory if out is None else out), layers, called_here, title, formats)
-            files, notes = [*files, *drawn.files], [*notes, *drawn.notes]
-        if tables_there and not Store(directory).spectra.names() and not Store(directory).similarity.names():
-            continue
+    files, notes, rest = _of_tables(dict(zip(called, places, strict=True)), out, layers, title, formats)
+    for label, directory in rest.items():
         store = _results(directory)
         try:
             if store.spectra.names():
@@ -124,34 +100,41 @@ def draw_results(
     if comparisons:
         files += _draw_similarity(comparisons, target, title, bool(labels) or len(comparisons) > 1, formats)
     if runs:
-        drawn = _draw_runs(runs, target, title, per_layer, bins, close_up, formats)
-        files, notes = [*files, *drawn.files], [*notes, *drawn.notes]
+        try:
+            if per_layer and len(runs) == 1:
+                ((label, spectra),) = runs.items()
+                pages = pages_by_layer(spectra.without_vectors())
+                files += _draw_pages(pages, target, title or label, bins, close_up, formats)
+            else:
+                curves, title, more = _curves(runs, title)
+                notes += more
+                files += _draw_histogram(curves, target, title, bins, close_up, formats)
+        except SelectionError as problem:
+            notes.append(f"no histogram: {problem}")
     return Drawn(tuple(files), tuple(notes))
 
 
-def _draw_runs(
-    runs: Mapping[str, Spectra],
-    target: Path,
+def _of_tables(
+    places: Mapping[str, str | Path],
+    out: str | Path | None,
+    layers: str | Sequence[str],
     title: str,
-    per_layer: bool,
-    bins: int,
-    close_up: float,
     formats: Sequence[str],
-) -> Drawn:
-    """The histogram of one run or several, or its pages layer by layer."""
-    notes: list[str] = []
+) -> tuple[list[Path], list[str], dict[str, str | Path]]:
+    """The figures of tables that directories hold, notes on them, and the directories that hold something else."""
     files: list[Path] = []
-    try:
-        if per_layer and len(runs) == 1:
-            ((label, spectra),) = runs.items()
-            pages = pages_by_layer(spectra.without_vectors())
-            files += _draw_pages(pages, target, title or label, bins, close_up, formats)
-        else:
-            curves, title, notes = _curves(runs, title)
-            files += _draw_histogram(curves, target, title, bins, close_up, formats)
-    except SelectionError as problem:
-        notes.append(f"no histogram: {problem}")
-    return Drawn(tuple(files), tuple(notes))
+    notes: list[str] = []
+    rest: dict[str, str | Path] = {}
+    keep = functools.partial(_keep, formats=formats)
+    for label, directory in places.items():
+        target = directory if out is None else out
+        drawn = draw_tables(Path(directory), target, layers, label if len(places) > 1 else "", title, keep)
+        store = Store(directory)
+        if drawn is not None:
+            files, notes = [*files, *drawn.files], [*notes, *drawn.notes]
+        if drawn is None or store.spectra.names() or store.similarity.names():
+            rest[label] = directory
+    return files, notes, rest
 
 
 def run_labels(directories: Sequence[str | Path], labels: Sequence[str] = ()) -> list[str]:
@@ -218,7 +201,7 @@ def _curves(runs: Mapping[str, Spectra], title: str) -> tuple[Mapping[str, Itera
         return runs, title, []
     ((label, spectra),) = runs.items()
     curves, left_out = curves_by_role(spectra)
-    return curves, title or label, list(_too_many(left_out))
+    return curves, title or label, list(too_many(left_out))
 
 
 def _draw_histogram(
@@ -272,57 +255,6 @@ def _draw_similarity(
     # similarity.csv is the table of the comparison itself
     numbers = grid_rows(panels.similarities)
     return _keep(figure, target / "similarity", numbers, target / "similarity_grid.csv", formats)
-
-
-def _draw_series(
-    directory: Path, target: Path, layers: str | Sequence[str], label: str, title: str, formats: Sequence[str]
-) -> Drawn:
-    """The curves of a stored series, from its table; several of them into files of their own labels."""
-    import pandas as pd
-
-    table = pd.read_csv(directory / TABLE, keep_default_na=False, na_values=[""])
-    if layers:
-        chosen = naming.select(layers, dict.fromkeys(table["name"].dropna()))
-        table = table[table["name"].isin(chosen)]
-    name = f"series-{label}" if label else "series"
-    try:
-        figure = series_figure(table, title=title or label)
-    except SelectionError as problem:
-        return Drawn((), (f"no curves of {directory}: {problem}",))
-    files = _keep(figure, target / name, series_curves(table), target / f"{name}_curves.csv", formats)
-    return Drawn(tuple(files), _too_many(left_out_roles(table)))
-
-
-def _draw_alignment(
-    directory: Path, target: Path, layers: str | Sequence[str], label: str, title: str, formats: Sequence[str]
-) -> Drawn:
-    """The two figures of a stored alignment, from its table."""
-    import pandas as pd
-
-    table = pd.DataFrame(json.loads((directory / ALIGNMENT_TABLE).read_text(encoding="utf-8"))["matrices"])
-    if layers:
-        table = table[table["name"].isin(naming.select(layers, table["name"]))]
-    end = f"-{label}" if label else ""
-    try:
-        figures = tops_figure(table, title=title or label), deciles_figure(table, title=title or label)
-    except SelectionError as problem:
-        return Drawn((), (f"no figure of {directory}: {problem}",))
-    files: list[Path] = []
-    for name, figure, rows in zip(("cosines", "deciles"), figures, alignment_numbers(table), strict=True):
-        path = target / f"alignment_{name}{end}"
-        files += _keep(figure, path, rows, path.with_name(f"{path.name}.csv"), formats)
-    return Drawn(tuple(files), _too_many(undrawn_roles(table)))
-
-
-def _too_many(roles: Sequence[str]) -> tuple[str, ...]:
-    listed = f"not drawn, to keep the figure readable: {', '.join(roles)}; draw them with layers= (--layer)"
-    return (listed,) if roles else ()
-
-
-_OF_TABLES = (
-    (is_series, _draw_series),
-    (lambda directory: (directory / ALIGNMENT_TABLE).is_file(), _draw_alignment),
-)
 
 
 def _keep(figure: Figure, path: Path, rows: list[dict[str, Any]], table: Path, formats: Sequence[str]) -> list[Path]:

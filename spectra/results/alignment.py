@@ -151,11 +151,6 @@ def _bytes_for(delta: WeightDelta) -> int:
     return _COPIES * 8 * math.prod(delta.shape)
 
 
-IDENTITY = ("name", "role", "layer", "out", "in", "status")
-NUMBERS = ("k", "r", *ALIGNMENT)
-COLUMNS = (*IDENTITY, *NUMBERS, "reason", "note")
-
-
 class UndoneError(Exception):
     """A matrix that has no numbers; its spectrum says why."""
 
@@ -184,15 +179,15 @@ class Work:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What `numbers` gives."""
-        return NUMBERS
+        """What `numbers` gives, beside a note."""
+        return ("k", "r", *ALIGNMENT)
 
     def numbers(self, delta: WeightDelta) -> Row:
-        """The columns of a matrix that can be done, and a note where there is something to say."""
+        """The columns of a matrix that can be done."""
         seen = self._seen(delta)
         sizes = {"k": len(seen.tuned_top.S), "r": len(seen.update_top.S)}
-        unrelated = unrelated_note(seen.update.base_cosine, seen.update.unchanged)
-        return sizes | {name: metric(seen) for name, metric in ALIGNMENT.items()} | {"note": unrelated}
+        note = unrelated_note(seen.update.base_cosine, seen.update.unchanged)
+        return sizes | {name: metric(seen) for name, metric in ALIGNMENT.items()} | {"note": note}
 
     def __call__(self, delta: WeightDelta) -> Row:
         """The row of one matrix; what cannot be done has a status there."""
@@ -256,8 +251,6 @@ class Work:
     def _row(self, delta: WeightDelta, outcome: Spectrum, numbers: Row | None = None) -> Row:
         """One matrix as column → value; None for every number of a matrix that has none."""
         out, inside = delta.shape if len(delta.shape) == 2 else (None, None)
-        columns = dict(numbers or dict.fromkeys(self.columns))
-        noted = columns.pop("note", "")
         return {
             "name": delta.name,
             "role": delta.role,
@@ -265,10 +258,13 @@ class Work:
             "out": out,
             "in": inside,
             "status": outcome.status,
-            **columns,
+            **{name: None if numbers is None else numbers[name] for name in self.columns},
             "reason": outcome.reason,
-            "note": "; ".join(filter(None, (delta.note, noted))),
+            "note": "; ".join(filter(None, (delta.note, (numbers or {}).get("note")))),
         }
+
+
+COLUMNS = ("name", "role", "layer", "out", "in", "status", "k", "r", *ALIGNMENT, "reason", "note")
 
 
 def _outcome(delta: WeightDelta, status: Status, reason: str = "") -> Spectrum:

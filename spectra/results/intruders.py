@@ -13,7 +13,7 @@ from spectra.deltas.forms import Dense
 from spectra.metrics import alignment as metrics
 from spectra.metrics.alignment import AgainstBase, Triplets, largest_cosines
 from spectra.metrics.nearness import nearness
-from spectra.results.alignment import IDENTITY, UndoneError, Work, rows_of
+from spectra.results.alignment import UndoneError, Work, rows_of
 from spectra.results.base_cache import BaseCache, triplets_of_base
 from spectra.spectrum import Spectrum
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     from spectra.results.tables import Row
 
+_COLUMNS = ("k", "intruders", "decided_by", "least_cosines", "most_cosines")
+COLUMNS = ("name", "role", "layer", "out", "in", "status", *_COLUMNS, "reason", "note")
 BY_BOUNDS = "bounds"
 BY_VECTORS = "all vectors of W₀"
-NUMBERS = ("k", "intruders", "decided_by", "least_cosines", "most_cosines")
-COLUMNS = (*IDENTITY, *NUMBERS, "reason", "note")
 _TOP = 2  # times k: triplets of W₀ that are computed; W's top directions are mostly among these
 
 
@@ -92,7 +92,7 @@ class _Counting(Work):
     @property
     def columns(self) -> tuple[str, ...]:
         """What `numbers` gives."""
-        return NUMBERS
+        return _COLUMNS
 
     def numbers(self, delta: WeightDelta) -> Row:
         """The count, what it rests on, and the bounds."""

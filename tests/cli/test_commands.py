@@ -139,7 +139,7 @@ def test_a_shell_completes_commands_options_and_paths(monkeypatch):
     from click.shell_completion import BashComplete
 
     complete = BashComplete(main, {}, "spectra", "_SPECTRA_COMPLETE").get_completions
-    assert {item.value for item in complete([], "s")} == {"svd", "similarity"}
+    assert {item.value for item in complete([], "s")} == {"svd", "similarity", "series"}
     assert [item.value for item in complete(["svd"], "--ba")] == ["--base"]
     for words in (["svd"], ["svd", "--base"], ["verify", "--merged"], ["inspect"], ["plot"]):
         assert [item.type for item in complete(words, "mod")] == ["file"], words

@@ -149,7 +149,7 @@ def test_a_fault_while_training_goes_on_is_a_warning(tmp_path):
                 (tmp_path / "kept/checkpoints/step-4").write_text("a file is in the way")
 
     trainer.add_callback(Breaks())
-    with pytest.warns(UserWarning, match="no longer watched from step 4 on: .*cannot be written"):
+    with pytest.warns(UserWarning, match="no longer watched from step 4 on: .*step-4"):
         trainer.train()
     assert trainer.state.global_step == 8
     assert callback.watch is None
