@@ -44,3 +44,8 @@ class MissingExtraError(SpectraError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs an optional dependency: pip install 'weight-spectra[{extra}]'")
+        self._given = (what, extra)
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
+        """What to make it of again: an error of a worker process is told in the user's."""
+        return MissingExtraError, self._given

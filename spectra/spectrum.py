@@ -41,6 +41,9 @@ class Spectrum:
         norm: ‖ΔW‖_F of the whole update, also where S holds only its top.
         max_rank: the rank that the form of ΔW allows.
         noise_edge: values below it may be storage rounding and nothing else; None where unknown.
+        noise_energy: ‖·‖_F² of the rounding errors that are expected; None where unknown.
+        base_rounding: whether an error of the base's own rounding is in ΔW, and so in every other update of that base.
+        rounding: which grids the stored values were found on, and what was concluded from it; "" where unknown.
         method: the solver that gave the numbers, and the ones that failed before it.
         note: what the number stands for where that is not simply tuned − base.
         base_norm: ‖W₀‖_F, or None.
@@ -65,6 +68,9 @@ class Spectrum:
     norm: float | None = None
     max_rank: int | None = None
     noise_edge: float | None = None
+    noise_energy: float | None = None
+    rounding: str = ""
+    base_rounding: bool = False
     method: str = ""
     reason: str = ""
     note: str = ""
@@ -157,6 +163,8 @@ class Spectrum:
             facts |= {"‖ΔW‖_F": f"{self.norm:.4g}{share}", "rank": _rank_of(self)}
         if self.noise_edge:
             facts["above the rounding edge"] = f"{self.signal_rank} values over {self.noise_edge:.3g}"
+        if self.rounding:
+            facts["rounding"] = self.rounding
         if len(self.S):
             more = ["…"] * (len(self.S) > _VALUES)
             facts["σ"] = ", ".join([f"{value:.4g}" for value in self.S[:_VALUES]] + more)

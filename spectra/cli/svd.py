@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,16 @@ if TYPE_CHECKING:
     from spectra.deltas.source import Source
     from spectra.results.tables import Row
 
-_SHOWN = ("norm", "relative_norm", "stable_rank", "effective_rank", "rank_90", "top_8_share")
+# Ranks of the signal: a correct merge in bf16 is of full rank, and only a few values of that are the update.
+_SHOWN = (
+    "norm",
+    "relative_norm",
+    "signal_rank",
+    "stable_rank",
+    "signal_effective_rank",
+    "signal_rank_90",
+    "top_8_share",
+)
 
 
 @click.command("svd", short_help="Singular values of an update, and its vectors.")
@@ -145,9 +155,12 @@ def _print(rows: list[Row], view: View) -> None:
 def _close(rows: list[Row], out: str | None, written: list[Path]) -> None:
     """Notes on the result, where things are, and the exit status."""
     from spectra.spectrum import DONE
+    from spectra.text import matrices
 
     for text in sorted({line["note"] for line in rows if line["note"]}):
         report.note(f"note: {text}")
+    for text, count in Counter(line["rounding"] for line in rows if line["rounding"]).most_common():
+        report.note(f"rounding: {text} ({matrices(count)})")
     clamped = [line for line in rows if line["status"] == "ok" and line["reason"]]
     if clamped:
         report.note(f"note: {clamped[0]['name']}: {clamped[0]['reason']} ({len(clamped)} matrices)")

@@ -20,7 +20,7 @@ MOST_LINES = 12  # more matrices than this are shown by role
 _GAP = "  "
 _WORDS = ("name", "role", "shape", "status", "method", "reason", "note")
 _NARROWEST = 20  # characters of a name or note, before columns go
-_LONGEST_HEAD = 7
+_LONGEST_HEAD, _LONGEST_LINE = 7, 9  # characters of a heading that is not wrapped, and of a line of one that is
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class _Column:
         head: its heading.
         cells: a text for each row.
         words: whether they stand at the left.
-        wraps: whether a long heading is written in two lines.
+        wraps: whether a long heading is written in two or three lines.
     """
 
     head: str
@@ -142,12 +142,15 @@ class _Column:
     wraps: bool = False
 
     @property
-    def heads(self) -> tuple[str, str]:
-        """The heading in two lines, the last word in the second."""
+    def heads(self) -> tuple[str, str, str]:
+        """The heading in three lines, the last word in the third; what is not needed is empty."""
         if not self.wraps or len(self.head) <= _LONGEST_HEAD:
-            return "", self.head
+            return "", "", self.head
         first, _, last = self.head.rpartition("_")
-        return first, last
+        if len(first) <= _LONGEST_LINE:
+            return "", first, last
+        first, _, middle = first.rpartition("_")
+        return first, middle, last
 
     @property
     def width(self) -> int:

@@ -17,11 +17,16 @@ from spectra.deltas.thin import times
 from spectra.lazy import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
+
+    from spectra.deltas.rounding import Noise
 
 MOVED = (0.0, 1e-6, 1e-5)  # |ΔW| above which an entry counts as moved: at all, and by what papers take as a threshold
 _BLOCK = 512  # rows of a product that are there at once where its norm needs them
 _BLOCK_ENTRIES = 2**20  # of a matrix that are multiplied at once
+_SUM_ERROR = 1e-14  # of (‖L‖‖R‖)⁴: float64, with room for the length of the sums
 _CANCELLED = 1e-6  # below this share of (‖L‖‖R‖)², ⟨LᵀL, RRᵀ⟩ has lost more than six of its digits
 
 
@@ -34,7 +39,8 @@ class Form(ABC):
     Attributes:
         base_norm: ‖W₀‖_F where the base was read, else None.
         base_inner: ⟨W₀, ΔW⟩ where the base was read, else None.
-        noise_edge: the largest singular value that storage rounding alone would give, or None.
+        noise_edge: the largest singular value that storage rounding alone would give at most, or None.
+        noise: what it would give by every story of how the weights were stored; the spectrum tells which is true.
         unchanged: the fraction of entries that are equal in both files, or None.
 
     Example:
@@ -51,6 +57,7 @@ class Form(ABC):
     base_norm: float | None
     base_inner: float | None
     noise_edge: float | None = None
+    noise: tuple[Noise, ...] = ()
     unchanged: float | None = None
 
     @property
@@ -104,6 +111,11 @@ class Form(ABC):
         return 0.0
 
     @property
+    def fourth_moment(self) -> tuple[float, float] | None:
+        """Σσ⁴ = ‖ΔW·ΔWᵀ‖_F² without the singular values, and what it may be off by; None where that is dear."""
+        return None
+
+    @property
     def is_zero(self) -> bool:
         """Whether every entry is zero, where the norm is."""
         return self.norm == 0
@@ -138,8 +150,10 @@ class Dense(Form):
         matrix: ΔW, float64 (out, in).
         base_norm: ‖W₀‖_F where the base was read, else None.
         base_inner: ⟨W₀, ΔW⟩ where the base was read, else None.
-        noise_edge: the largest singular value that storage rounding alone would give, or None.
+        noise_edge: the largest singular value that storage rounding alone would give at most, or None.
         unchanged: the fraction of entries that are equal in both files, or None.
+        noise: what rounding would give by every story of how the weights were stored, the most noise first.
+        rounded: an update ↦ what would be left of it, had it been stored as a story tells; it reads W₀ again.
     """
 
     matrix: Tensor
@@ -147,6 +161,8 @@ class Dense(Form):
     noise_edge: float | None = None
     unchanged: float | None = None
     base_inner: float | None = None
+    noise: tuple[Noise, ...] = ()
+    rounded: Callable[[Noise, Tensor], Tensor] | None = None
 
     @property
     def tensors(self) -> tuple[Tensor]:
@@ -187,11 +203,11 @@ class Dense(Form):
     @property
     def T(self) -> Dense:  # noqa: N802
         """ΔWᵀ, a view."""
-        return replace(self, matrix=self.matrix.mT)
+        return replace(self, matrix=self.matrix.mT, rounded=None)
 
     def take(self, rows: slice | Tensor) -> Dense:
         """Some rows; a slice is a view."""
-        return replace(self, matrix=self.matrix[rows], base_inner=None)
+        return replace(self, matrix=self.matrix[rows], rounded=None, base_inner=None)
 
     def inner(self, matrix: Tensor) -> float:
         """Over the entries, some rows at a time: W₀ may be a transpose, which a product of all would copy."""
@@ -202,7 +218,8 @@ class Dense(Form):
     def scaled(self, factor: float) -> Dense:
         """factor · ΔW; storage rounding, if known, grows with it."""
         edge = None if self.noise_edge is None else abs(factor) * self.noise_edge
-        return replace(self, matrix=factor * self.matrix, noise_edge=edge, base_inner=None)
+        noise = tuple(story.scaled(factor) for story in self.noise)
+        return replace(self, matrix=factor * self.matrix, noise_edge=edge, noise=noise, rounded=None, base_inner=None)
 
     def to_dense(self) -> Tensor:
         """The matrix."""
@@ -266,6 +283,13 @@ class LowRank(Form):
     def magnitude(self) -> float:
         """‖L‖_F·‖R‖_F, to which rounding errors in L·R are relative."""
         return math.sqrt(self._largest_square)
+
+    @property
+    def fourth_moment(self) -> tuple[float, float]:
+        """Σσ⁴ = tr((LᵀL·RRᵀ)²), all of it r×r."""
+        gram_left, gram_right = self.grams
+        product = gram_left @ gram_right
+        return float((product * product.mT).sum()), _SUM_ERROR * self._largest_square * self._largest_square
 
     @property
     def _largest_square(self) -> float:
@@ -338,6 +362,12 @@ class Kronecker(Form):
     def norm(self) -> float:
         """‖A ⊗ B‖_F = ‖A‖_F·‖B‖_F."""
         return float(self.first.norm() * self.second.norm())
+
+    @property
+    def fourth_moment(self) -> tuple[float, float]:
+        """Σσ⁴ = ‖AAᵀ‖_F²·‖BBᵀ‖_F²."""
+        squares = [float((side @ side.mT).square().sum()) for side in (self.first, self.second)]
+        return squares[0] * squares[1], 0.0
 
     def times(self, block: Tensor) -> Tensor:
         """(A ⊗ B)·X: each column of X is a matrix M, and gives A·M·Bᵀ."""

@@ -15,6 +15,8 @@ from spectra.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from spectra.deltas.rounding import Noise
+
 _BLOCK_ENTRIES = 2**20  # of a block in which weights are subtracted: 8 MiB in float64, however wide a row is
 
 
@@ -90,25 +92,37 @@ class Difference(FromTensors):
 
     def read(self, device: str = "cpu") -> Dense:
         """Subtract, and note what the stored weights tell about the difference."""
-        from spectra.deltas.rounding import rounding_edge
+        from spectra.deltas.rounding import rounding_noise
 
         tuned, base = self.tuned.read_real(device), self.base.read_real(device)
         delta = tuned.to(torch.float64, copy=True)
         squares, inner, unmoved = 0.0, 0.0, 0
         height = max(1, _BLOCK_ENTRIES // max(1, delta.shape[1]))
         for start in range(0, delta.shape[0], height):  # never both weights in float64: half of the memory
-            before, rows = base[start : start + height].to(torch.float64), delta[start : start + height]
+            before, rows = base[start : start + height].to(torch.float64, copy=True), delta[start : start + height]
             squares += float(before.square().sum())
             unmoved += rows.numel() - int(rows.sub_(before).count_nonzero())
             inner += float(before.mul_(rows).sum())
+        noise = rounding_noise(tuned, self.tuned.dtype, base, self.base.dtype, delta)
         del base
         return Dense(
             matrix=delta,
             base_norm=math.sqrt(squares),
             base_inner=inner,
-            noise_edge=rounding_edge(tuned, self.tuned.dtype),
+            noise_edge=noise[0].edge if noise else None,
+            noise=noise,
+            rounded=self.rounded,
             unchanged=unmoved / delta.numel() if delta.numel() else None,
         )
+
+    def rounded(self, noise: Noise, update: Tensor) -> Tensor:
+        """What would be left of an update of this base, had it been stored as the noise tells; written over it."""
+        base = self.base.read_real(str(update.device))
+        height = max(1, _BLOCK_ENTRIES // max(1, update.shape[1]))
+        for start in range(0, update.shape[0], height):
+            rows = update[start : start + height]
+            rows.copy_(noise.rounded(base[start : start + height].to(torch.float64), rows))
+        return update
 
 
 @dataclass(frozen=True)

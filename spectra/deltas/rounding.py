@@ -5,22 +5,27 @@ Were all ulp equal, the largest singular value of the errors would be √(ulp²/
 weights are not: rows and columns differ in scale, and a few entries stand out. So the edge is that of
 independent errors whose variances have the weights' own row and column sums, or the value that one
 outstanding entry can make by itself, whichever is larger.
+
+The steps are those of the grid that the values lie on (`grids`), whatever the file's type. How often they were
+taken is not written anywhere: the base may be a rounded copy of what was tuned, or have been rounded before the
+update was added. Each such story is a `Noise`; the singular values tell which of them can be true (`engine.noise`).
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from spectra.deltas.grids import UNLIMITED, Grid, grid_of
 from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Bits after the leading one, and the exponent of the smallest normal number.
-_FORMATS = {"F64": (52, -1022), "F32": (23, -126), "F16": (10, -14), "BF16": (7, -126)}
 _BLOCK_ENTRIES = 2**16  # half a MiB, which stays in the cache
 _GRID = 400
 _MOST_TERMS = 4096  # rows or columns at once, 13 MB
@@ -31,17 +36,142 @@ _FLUCTUATION = 2.02 * 0.315
 # rounding errors came up to 2 % above the edge of the separable model.
 _MARGIN = 1.02
 _NORMAL_99 = 2.33
+_SPREAD = {1: 1 / 180, 2: 1.4 / 144}  # Var e² / step⁴ of one rounding and, at most, of two
+_SLACK = 1.1  # over the energy that a row or column has: chance lowers half of them
+_NEGLIGIBLE = 0.02  # share of the energy below which a second rounding is no story of its own: 1 % of the edge
+
+
+Part = slice | int | tuple[slice, int]  # rows, a row, or a column of a matrix
+Steps = Callable[[Part], "Tensor"]  # the sum of the squared steps of all roundings, at each entry of a part
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What rounding leaves in tuned − base by one story of how the two were stored.
+
+    Attributes:
+        edge: the largest singular value of the errors.
+        energy: their expected ‖·‖_F².
+        said: the story.
+        far_fetched: whether nothing in the files suggests it, so that it takes an exact fit to believe it.
+        grid: where the tuned values were rounded to after the update was added.
+        base_too: whether the base's own rounding adds to the errors.
+    """
+
+    edge: float
+    energy: float
+    said: str
+    far_fetched: bool = False
+    grid: Grid | None = None
+    base_too: bool = False
+
+    def scaled(self, factor: float) -> Noise:
+        """So many times as much."""
+        return replace(self, edge=abs(factor) * self.edge, energy=factor**2 * self.energy)
+
+    def rounded(self, base: Tensor, update: Tensor) -> Tensor:
+        """What would be stored of W₀ + update, less W₀, had it been rounded as this story tells; float64."""
+        grid = cast("Grid", self.grid)
+        return grid.round((grid.round(base) if self.base_too else base) + update).sub_(base)
+
+
+def rounding_noise(
+    tuned: Tensor, dtype: str, base: Tensor, base_dtype: str, delta: Tensor | None = None
+) -> tuple[Noise, ...]:
+    r"""What rounding alone would leave in tuned − base, by every story that the two grids allow.
+
+    With steps t on the tuned's grid and b on the base's, the last rounding has a variance of t²/12. Where the two
+    differ, |t² − b²|/12 comes on top: the base was rounded to the tuned's grid before the update was added (its values
+    do not fit that grid), or is itself a rounded copy of what was tuned (its grid is the coarser one).
+
+    Args:
+        tuned: the tuned weights, (out, in), in their storage type or upcast.
+        dtype: their storage type, in safetensors' words.
+        base: the base weights, likewise.
+        base_dtype: their storage type.
+        delta: tuned − base, which bounds the errors: what did not move has none but the update that it lacks.
+
+    Returns:
+        The stories, the one with the most noise first; none for a type without a known rounding, an empty matrix, or
+        weights that are not finite.
+
+    Example:
+        >>> import torch
+        >>> base = torch.linspace(0.5, 2, 1024).reshape(32, 32)
+        >>> [noise.said for noise in rounding_noise(base.bfloat16(), "BF16", base, "F32")]
+        ['tuned on the bf16 grid, base (f32) rounded to it first', 'tuned on the bf16 grid']
+
+    Reference: `separable_edge`; uniform errors of variance step²/12: Bennett 1948.
+    """
+    if tuned.numel() == 0 or not (_finite(tuned) and _finite(base)):
+        return ()
+    last = grid_of(tuned, dtype)
+    if last is None:
+        return ()
+    first = grid_of(base, base_dtype)
+
+    def once(part: Part) -> Tensor:
+        return last.squared_steps(tuned[part])
+
+    said = f"tuned on the {last.name} grid"
+    fewest = replace(_noise(once, tuned.shape, 1, said, delta), grid=last)
+    if first is None:
+        return (fewest,)
+    if _alike(first, last):
+        copied = replace(fewest.scaled(math.sqrt(2)), said=f"{said}, base a copy rounded to it", grid=None)
+        return (replace(copied, far_fetched=True, base_too=True), fewest)
+
+    def twice(part: Part) -> Tensor:
+        before = base[part]
+        more = last.squared_steps(before).sub_(first.squared_steps(before)).abs_()
+        return more.add_(last.squared_steps(tuned[part]))
+
+    copy = first.bits < last.bits
+    how = "taken for a rounded copy" if copy else "rounded to it first"
+    most = _noise(twice, tuned.shape, 1 if copy else 2, f"{said}, base ({first.name}) {how}", delta)
+    most = replace(most, grid=None if copy else last, base_too=True)
+    return (most, fewest) if most.energy > (1 + _NEGLIGIBLE) * fewest.energy else (fewest,)
+
+
+def _alike(first: Grid, second: Grid) -> bool:
+    return first.bits == second.bits and (first.floor == second.floor or max(first.floor, second.floor) <= UNLIMITED)
+
+
+def together(parts: Sequence[tuple[Noise, ...]]) -> tuple[Noise, ...]:
+    """An upper bound of what rounding leaves in a sum or stack of matrices, story by story: √Σ edge².
+
+    Parts with fewer stories than the others count with their first one, which has the most noise.
+
+    Example:
+        >>> one, two = Noise(3.0, 9.0, "tuned on the bf16 grid"), Noise(4.0, 16.0, "tuned on the bf16 grid")
+        >>> [(noise.edge, noise.energy) for noise in together([(one,), (two,)])]
+        [(5.0, 25.0)]
+    """
+    known = [stories for stories in parts if stories]
+    if not known:
+        return ()
+    most = max(len(stories) for stories in known)
+    padded = [(stories[:1] * (most - len(stories))) + stories for stories in known]
+    return tuple(
+        Noise(
+            math.hypot(*(noise.edge for noise in told)),
+            math.fsum(noise.energy for noise in told),
+            "; ".join(dict.fromkeys(noise.said for noise in told)),
+            all(noise.far_fetched for noise in told),
+        )
+        for told in zip(*padded, strict=True)
+    )
 
 
 def rounding_edge(stored: Tensor, dtype: str) -> float | None:
-    """The edge of the hump that rounding leaves in the singular values of stored − exact.
+    """The edge of the hump that one rounding leaves in the singular values of stored − exact.
 
     Values above it are not rounding alone, with a probability of about 99 %. Where most entries did
     not move at all, the errors follow the update and are no longer independent: look at `unmoved_share`.
 
     Args:
         stored: the tuned weights, (out, in), in their storage type or upcast.
-        dtype: their storage type, "BF16", "F16", "F32" or "F64".
+        dtype: their storage type, in safetensors' words.
 
     Returns:
         The edge in the units of σ, or None for a type without a known rounding, an empty matrix, or
@@ -52,18 +182,13 @@ def rounding_edge(stored: Tensor, dtype: str) -> float | None:
         >>> edge = rounding_edge(torch.ones(1000, 1000), "BF16")
         >>> round(edge / (2**-7 / 12**0.5 * 2 * 1000**0.5), 2)
         1.03
-
-    Reference: `separable_edge`; uniform rounding errors: Widrow & Kollár 2008, ch. 3.
     """
-    if dtype not in _FORMATS or stored.numel() == 0:
-        return None
-    if not all(math.isfinite(extreme) for extreme in torch.aminmax(stored)):  # a sum would make a float64 copy
-        return None
-    rows, columns, highest = _variance_sums(stored, dtype)
-    edge = separable_edge(rows, columns)
-    chance = max(_wobble(stored, dtype, rows, edge), _wobble(stored.T, dtype, columns, edge))
-    edge *= (_MARGIN + _FLUCTUATION * min(stored.shape) ** (-2 / 3)) * chance
-    return max(edge, _spike(stored, dtype, rows, columns, highest))
+    found = rounding_noise(stored, dtype, stored, dtype)
+    return found[-1].edge if found else None
+
+
+def _finite(matrix: Tensor) -> bool:
+    return all(math.isfinite(extreme) for extreme in torch.aminmax(matrix))  # a sum would make a float64 copy
 
 
 def separable_edge(rows: np.ndarray, columns: np.ndarray) -> float:
@@ -108,53 +233,82 @@ def _resolvent(a: np.ndarray, w: np.ndarray) -> np.ndarray:
     return found
 
 
-def _variance_sums(stored: Tensor, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row and column sums of ulp²/12 and each row's largest ulp², a block of rows at a time."""
-    rows, highest = np.empty(stored.shape[0]), np.empty(stored.shape[0])
-    columns = np.zeros(stored.shape[1])
-    height = max(1, _BLOCK_ENTRIES // stored.shape[1])
-    for start in range(0, stored.shape[0], height):
-        squared = _squared_ulp(stored[start : start + height], dtype)
-        rows[start : start + height] = squared.sum(1).div(12).cpu().numpy()
-        highest[start : start + height] = squared.amax(1).cpu().numpy()
-        columns += squared.sum(0).div(12).cpu().numpy()
+def _noise(steps: Steps, shape: torch.Size, roundings: int, said: str, delta: Tensor | None) -> Noise:
+    """The story's noise, from the squared steps at the entries; no row or column has more of it than energy."""
+    rows, columns, highest = _variance_sums(steps, shape)
+    if delta is not None:
+        row_energies, column_energies, largest = _energies(delta)
+        rows, columns = np.minimum(rows, _SLACK * row_energies), np.minimum(columns, _SLACK * column_energies)
+        highest = np.minimum(highest, 4 * largest)
+        total = min(rows.sum(), columns.sum())
+        if not total > 0:
+            return Noise(0.0, 0.0, said)
+        rows, columns = rows * (total / rows.sum()), columns * (total / columns.sum())
+    edge = separable_edge(rows, columns)
+    top_row, top_column = int(rows.argmax()), int(columns.argmax())
+    chance = max(
+        _wobble(steps(top_row), rows[top_row], edge, roundings),
+        _wobble(steps((slice(None), top_column)), columns[top_column], edge, roundings),
+    )
+    edge *= (_MARGIN + _FLUCTUATION * min(shape) ** (-2 / 3)) * chance
+    edge = max(edge, _spike(steps, rows, columns, highest, roundings, delta))
+    return Noise(edge, float(rows.sum()), said)
+
+
+def _variance_sums(steps: Steps, shape: torch.Size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row and column sums of step²/12 and each row's largest step²."""
+    rows, columns, highest = _sums(steps, shape)
+    return rows / 12, columns / 12, highest
+
+
+def _sums(entries: Steps, shape: torch.Size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row and column sums and each row's largest entry, a block of rows at a time."""
+    rows, highest = np.empty(shape[0]), np.empty(shape[0])
+    columns = np.zeros(shape[1])
+    height = max(1, _BLOCK_ENTRIES // shape[1])
+    for start in range(0, shape[0], height):
+        block = slice(start, start + height)
+        found = entries(block)
+        rows[block] = found.sum(1).cpu().numpy()
+        highest[block] = found.amax(1).cpu().numpy()
+        columns += found.sum(0).cpu().numpy()
     return rows, columns, highest
 
 
-def _wobble(stored: Tensor, dtype: str, rows: np.ndarray, edge: float) -> float:
-    """How far chance may lift the edge through the norm of the errors in the largest row.
+def _energies(delta: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Σ of the squares of every row and column, and each row's largest square, a block of rows at a time."""
+    return _sums(lambda block: delta[block].square(), delta.shape)
 
-    An error uniform in ±ulp/2 has E e² = ulp²/12 and Var e² = ulp⁴/180. The bulk averages this away;
-    it counts as far as the row alone makes the edge.
+
+def _wobble(squared: Tensor, variance: float, edge: float, roundings: int) -> float:
+    """How far chance may lift the edge through the norm of the errors in the largest row, or column.
+
+    An error uniform in ±step/2 has E e² = step²/12 and Var e² = step⁴/180; of a sum of two, with variance v, Var e²
+    is at most 1.4 v². The bulk averages this away; it counts as far as the row alone makes the edge.
     """
-    top = int(rows.argmax())
-    spread = math.sqrt(float(_squared_ulp(stored[top], dtype).square().sum()) / 180)
-    alone = (rows[top] / edge**2) ** 2
-    return math.sqrt(1 + _NORMAL_99 * alone * spread / rows[top])
+    assumed = float(squared.sum()) / 12  # more than the variance where most of the entries did not move
+    if not edge > 0 or not assumed > 0:
+        return 1.0
+    spread = math.sqrt(float(squared.square().sum()) * _SPREAD[roundings]) * min(variance / assumed, 1.0)
+    return math.sqrt(1 + _NORMAL_99 * (variance / edge**2) ** 2 * spread / variance)
 
 
-def _spike(stored: Tensor, dtype: str, rows: np.ndarray, columns: np.ndarray, highest: np.ndarray) -> float:
-    r"""The largest value that the error of one entry, at most θ = ulp/2, makes among the others of its row and column.
+def _spike(
+    steps: Steps, rows: np.ndarray, columns: np.ndarray, highest: np.ndarray, roundings: int, delta: Tensor | None
+) -> float:
+    r"""The largest value that the error of one entry, at most θ, makes among the others of its row and column.
 
-    It stands out if θ⁴ > rᵢcⱼ, then as √((θ² + rᵢ)(θ² + cⱼ))/θ (Benaych-Georges & Nadakuditi 2012, §3.1).
+    θ² is step²/4, and twice Σ step²/4 for two roundings. It stands out if θ⁴ > rᵢcⱼ, then as
+    √((θ² + rᵢ)(θ² + cⱼ))/θ (Benaych-Georges & Nadakuditi 2012, §3.1).
     """
-    largest = 0.0
-    for i in np.flatnonzero(np.square(highest / 4) > rows * columns.min()):
-        squared = _squared_ulp(stored[i], dtype).div(4).cpu().numpy()
+    largest, least = 0.0, columns[columns > 0].min(initial=math.inf)
+    for i in np.flatnonzero(np.square(highest * roundings / 4) > rows * least):
+        largest_errors = steps(int(i)).mul(roundings / 4)
+        if delta is not None:
+            largest_errors = torch.minimum(largest_errors, delta[int(i)].square())
+        squared = largest_errors.cpu().numpy()
         out = np.square(squared) > rows[i] * columns
         theta, c = squared[out], columns[out]
         if out.any():
             largest = max(largest, float(((theta + rows[i]) * (theta + c) / theta).max()))
     return math.sqrt(largest)
-
-
-def _squared_ulp(block: Tensor, dtype: str) -> Tensor:
-    """The squared distance between neighbouring numbers of the storage type at each entry, float64.
-
-    Read from and written into the exponent bits of float64: a tenth of the time of frexp and ldexp.
-    """
-    bits, lowest = _FORMATS[dtype]
-    exponent = block.to(torch.float64).contiguous().view(torch.int64) >> 52
-    exponent.bitwise_and_(0x7FF).clamp_(min=lowest + 1023)
-    exponent.sub_(1023 + bits).mul_(2).add_(1023).clamp_(min=0)
-    return exponent.bitwise_left_shift_(52).view(torch.float64)

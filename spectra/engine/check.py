@@ -11,19 +11,33 @@ from torch import Tensor
 from spectra.deltas.forms import Form
 from spectra.deltas.thin import times
 
-FROBENIUS_BOUND = 1e-9  # on |Σσ² − ‖ΔW‖²| / ‖ΔW‖²; float64 solvers stay below 1e-12
+FROBENIUS_BOUND = 1e-9  # on |Σσ² − ‖ΔW‖²| / ‖ΔW‖², and the same of σ⁴; float64 solvers stay below 1e-12
+_SMALLEST = 1e-280  # below it, fourth powers have lost digits
 VECTOR_BOUND = 1e-6  # on ‖ΔW v − σu‖ and ‖ΔWᵀu − σv‖ relative to σ₁, root mean square, where σ is resolved
 ORTHONORMAL_BOUND = 1e-9  # on the entries of UᵀU − I and VᵀV − I
 
 
-def value_fault(S: Float64[Tensor, " s"], norm: float, floor: float, complete: bool = True) -> str:
+def value_fault(
+    S: Float64[Tensor, " s"],
+    norm: float,
+    floor: float,
+    complete: bool = True,
+    *,
+    fourth: tuple[float, float] | None = None,
+    count: int | None = None,
+) -> str:
     """What is wrong with singular values; "" for nothing.
+
+    Σσ² = ‖ΔW‖² alone passes whatever keeps the sum, such as a σ₁ too large beside a σ₂ too small; Σσ⁴ = ‖ΔW·ΔWᵀ‖²
+    does not: where two values are wrong, both sums cannot be right.
 
     Args:
         S: the values.
         norm: ‖ΔW‖_F, computed from the form and not from the values.
         floor: rounding error of ΔW itself, absolute.
         complete: whether S should hold all values; if not, Σσ² may only fall short of ‖ΔW‖².
+        fourth: ‖ΔW·ΔWᵀ‖_F² and what it may be off by, computed without the values; None where it is not known.
+        count: how many values there have to be; None for any number.
 
     Example:
         >>> value_fault(torch.tensor([4.0, 3.0]).double(), 5.0, 0.0)
@@ -35,10 +49,18 @@ def value_fault(S: Float64[Tensor, " s"], norm: float, floor: float, complete: b
         return "values that are not finite"
     if bool((S < 0).any()) or bool((S[1:] > S[:-1]).any()):
         return "values that are negative or not descending"
+    if count is not None and len(S) != count:
+        return f"{len(S)} values where there are {count}"
     total = float(S.square().sum())
     excess = total - norm**2
     if (abs(excess) if complete else excess) > FROBENIUS_BOUND * norm**2 + 2 * floor * norm:
         return f"Σσ² = {total:.12e} is not ‖ΔW‖² = {norm**2:.12e}"
+    if fourth is None or not _SMALLEST < fourth[0] < math.inf:
+        return ""
+    total, (expected, uncertain) = float(S.square().square().sum()), fourth
+    excess = total - expected
+    if (abs(excess) if complete else excess) > FROBENIUS_BOUND * expected + uncertain + 4 * floor * norm**3:
+        return f"Σσ⁴ = {total:.12e} is not ‖ΔW·ΔWᵀ‖² = {expected:.12e}"
     return ""
 
 

@@ -51,13 +51,15 @@ def _solving(delta: WeightDelta, top: int | None) -> Cost | None:
 def _dense(delta: WeightDelta, top: int) -> Cost:
     """The Gram matrix and its eigenvalues or eigenvectors.
 
-    Bytes: the stored rows, ΔW in float64, and the Gram matrix with its eigensolver's copy or, for vectors, work space.
+    Bytes: the stored rows, ΔW in float64 and what rounding makes of its top once more, and the Gram matrix with its
+    eigensolver's copy or, for vectors, work space.
     """
     m, n = delta.shape
     short, long = sorted((m, n))
     k = min(top, short)
     blocks = 4 * max(64, 4 * k) * short + 3 * k * (m + n) if k else 0
-    size = 8 * (m * n + (5 * short**2 if k else 5 * short**2 // 2) + blocks) + _stored(delta)
+    again = m * n if hasattr(delta.recipe, "rounded") else 0
+    size = 8 * (m * n + again + (5 * short**2 if k else 5 * short**2 // 2) + blocks) + _stored(delta)
     return Cost(short**2 * long + (9.0 if top else 4 / 3) * short**3, size)
 
 

@@ -6,6 +6,7 @@ them; one alone is never stacked, for on a CPU a single matrix has faster ways.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +18,8 @@ from torch import Tensor
 from spectra.deltas.forms import Dense, Form, Kronecker, LowRank
 from spectra.engine.solvers import dense, factored, kronecker, topk
 
-Numbers = tuple[Tensor, Tensor | None, Tensor | None]  # S, U, Vh
+# S, U, Vh, and Σσ⁴ where the solver had it before it had S.
+Numbers = tuple[Tensor, Tensor | None, Tensor | None] | tuple[Tensor, Tensor | None, Tensor | None, dense.Moment]
 
 
 @dataclass(frozen=True)
@@ -28,21 +30,32 @@ class Rung:
         name: what the result's `method` says.
         resolution: values at or below it, relative to σ₁, are not resolved.
         complete: whether S holds every value.
+        grows: whether the resolution is to be taken times √min(m, n).
     """
 
     name: str
     resolution: float
     complete: bool = True
+    grows: bool = False
+
+    def resolution_of(self, shape: tuple[int, ...]) -> float:
+        """The resolution for a matrix of this shape.
+
+        Example:
+            >>> Rung("by hand", 1e-8, grows=True).resolution_of((100, 400))
+            1e-07
+        """
+        return self.resolution * math.sqrt(min(shape)) if self.grows else self.resolution
 
 
 CHOLESKY_CORE = Rung("cholesky-qr2-core-svd-f64", dense.SVD_RESOLUTION)
 QR_CORE = Rung("qr-core-svd-f64", dense.SVD_RESOLUTION)
 KRONECKER = Rung("kronecker-svd-f64", dense.SVD_RESOLUTION)
 PRODUCT = Rung("product-svd-f64", dense.SVD_RESOLUTION)
-GRAM_VALUES = Rung("gram-eigvals-f64", dense.GRAM_RESOLUTION)
-GRAM_LANCZOS = Rung("gram-lanczos-f64", dense.GRAM_RESOLUTION)
-GRAM_CERTIFIED = Rung("gram-lanczos-certified-f64", dense.GRAM_RESOLUTION, complete=False)
-GRAM_EIGH = Rung("gram-eigh-f64", dense.GRAM_RESOLUTION)
+GRAM_VALUES = Rung("gram-eigvals-f64", dense.GRAM_RESOLUTION, grows=True)
+GRAM_LANCZOS = Rung("gram-lanczos-f64", dense.GRAM_RESOLUTION, grows=True)
+GRAM_CERTIFIED = Rung("gram-lanczos-certified-f64", dense.GRAM_RESOLUTION, complete=False, grows=True)
+GRAM_EIGH = Rung("gram-eigh-f64", dense.GRAM_RESOLUTION, grows=True)
 SVD = Rung("svd-f64", dense.SVD_RESOLUTION)
 
 
@@ -80,24 +93,33 @@ def ladder_for(form: Form, top: int, only_top: bool, *, together: bool = False) 
 def _dense_ladder(form: Dense, top: int, only_top: bool) -> Ladder:
     if not top:
         return [
-            Solver(GRAM_VALUES, _at_once(lambda A: (dense.gram_values(A), None, None)), joint=True),
-            Solver(SVD, _each(lambda form: (dense.svd_values(form.matrix), None, None))),
+            Solver(GRAM_VALUES, _noting(lambda A: (dense.gram_values(A), None, None)), joint=True),
+            Solver(
+                SVD, _each(lambda form: (dense.svd_values(form.matrix), None, None, dense.fourth_moment(form.matrix)))
+            ),
         ]
-    full = Solver(SVD, _each(lambda form: dense.svd_top(form.matrix, top)))
+    full = Solver(SVD, _each(lambda form: (*dense.svd_top(form.matrix, top), dense.fourth_moment(form.matrix))))
     if not topk.worthwhile(min(form.shape), top):
-        return [Solver(GRAM_EIGH, _at_once(lambda A: dense.gram_top(A, top, None)), joint=True), full]
+        return [Solver(GRAM_EIGH, _noting(lambda A: dense.gram_top(A, top, None)), joint=True), full]
 
     @lru_cache(maxsize=1)  # one Gram matrix for all rungs: forms climb one after another
-    def gram(form: Dense) -> Tensor:
-        return dense.gram(form.matrix)
+    def gram(form: Dense) -> tuple[Tensor, dense.Moment]:
+        with dense.noted_moments() as moments:
+            product = dense.gram(form.matrix)
+        return product, (moments[0][0] if moments else dense.fourth_moment(form.matrix))
 
-    def eigh(forms: Sequence[Dense]) -> Iterator[Numbers]:
-        A = _stacked([form.matrix for form in forms])
-        return _apart(dense.gram_top(A, top, gram(forms[0]) if len(forms) == 1 else None), len(forms))
+    def eigh(forms: Sequence[Dense]) -> Iterable[Numbers]:
+        if len(forms) > 1:
+            return _noting(lambda A: dense.gram_top(A, top, None))(forms)
+        product, moment = gram(forms[0])
+        return [(*dense.gram_top(forms[0].matrix, top, product), moment)]
+
+    def krylov(form: Dense) -> Numbers:
+        product, moment = gram(form)
+        return (*run(form.matrix, top, product), moment)
 
     first, run = (GRAM_CERTIFIED, dense.lanczos_only_top) if only_top else (GRAM_LANCZOS, dense.lanczos_top)
-    lanczos = Solver(first, _each(lambda form: run(form.matrix, top, gram(form))))
-    return [lanczos, Solver(GRAM_EIGH, eigh, joint=True), full]
+    return [Solver(first, _each(krylov)), Solver(GRAM_EIGH, eigh, joint=True), full]
 
 
 def _low_rank_ladder(form: LowRank, top: int, only_top: bool) -> Ladder:
@@ -150,6 +172,19 @@ def _at_once(solve: Callable[..., Numbers]) -> Callable[[Sequence[Form]], Iterat
     return run
 
 
+def _noting(solve: Callable[[Tensor], Any]) -> Callable[[Sequence[Dense]], Iterator[Numbers]]:
+    """A solver of several forms from that of their matrices, stacked; with Σσ⁴ from the Gram matrices that it forms."""
+
+    def run(forms: Sequence[Dense]) -> Iterator[Numbers]:
+        with dense.noted_moments() as noted:
+            found = solve(_stacked([form.matrix for form in forms]))
+        moments = noted[0] if noted else [dense.fourth_moment(form.matrix) for form in forms]
+        for (S, U, Vh, *_), moment in zip(_apart(found, len(forms)), moments, strict=True):
+            yield S, U, Vh, moment
+
+    return run
+
+
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     """Several tensors as one (b, m, n); one as it is."""
     return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0]
@@ -160,6 +195,6 @@ def _apart(found: Numbers, count: int) -> Iterator[Numbers]:
     if count == 1:
         yield found
         return
-    S, U, Vh = found
+    S, U, Vh, *_ = found
     for i in range(count):
         yield S[i], None if U is None else U[i], None if Vh is None else Vh[i]

@@ -8,21 +8,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from spectra.deltas.delta import WeightDelta
-from spectra.deltas.forms import Form
+from spectra.deltas.forms import Dense, Form
 from spectra.deltas.relatedness import unrelated_note
+from spectra.deltas.rounding import Noise
 from spectra.engine import check
 from spectra.engine.devices import Device, device_named
 from spectra.engine.ladder import Ladder, Numbers, Rung, Solver, ladder_for
+from spectra.engine.noise import plausible_noise, with_artefacts
 from spectra.engine.solvers.topk import NotConvergedError
 from spectra.errors import SpectraError
 from spectra.spectrum import Spectrum
 
+ROUNDING_ONLY = (
+    "no singular value is above what storage rounding alone gives: this update may be rounding and nothing else"
+)
 _ROUNDING = 1e-14  # float64, with room for the length of the sums
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "Cannot allocate memory")
 
@@ -166,6 +172,7 @@ def _with_norms(blank: Spectrum, form: Form) -> Spectrum | Unsolved:
         moved=form.moved,
         note=_told(blank.note, form),
     )
+    known = replace(known, **_noise_of(form.noise[0] if form.noise else None))
     if norm == 0:
         zeros = np.zeros(blank.max_rank or 0)
         return replace(known, status="unchanged", reason="ΔW = 0", S=zeros, method="zero")
@@ -226,7 +233,7 @@ def _climb(case: Unsolved, ladder: Ladder, outcome: Numbers | GaveUp, tried: lis
             continue
         why = _fault(case, solver.rung, outcome)
         if not why:
-            return _accepted(case.known, solver.rung, outcome, tried, wanted)
+            return _accepted(case, solver.rung, outcome, tried, wanted)
         tried.append(f"{solver.rung.name} rejected ({why})")
     reason = f"no solver gave a result that passes the check: {'; '.join(tried)}"
     return replace(case.known, status="failed", reason=reason)
@@ -234,17 +241,24 @@ def _climb(case: Unsolved, ladder: Ladder, outcome: Numbers | GaveUp, tried: lis
 
 def _fault(case: Unsolved, rung: Rung, numbers: Numbers) -> str:
     """What is wrong with a solver's result; "" for nothing."""
-    S, U, Vh = numbers
-    why = check.value_fault(S, case.form.norm, case.known.resolution, rung.complete)
+    S, U, Vh, *known = numbers
+    fourth = known[0] if known else case.form.fourth_moment
+    count = case.form.max_rank if rung.complete else None
+    why = check.value_fault(S, case.form.norm, case.known.resolution, rung.complete, fourth=fourth, count=count)
     if why or U is None or Vh is None:
         return why
     return check.vector_fault(case.form, S, U, Vh, _resolution(case.known, rung, S))
 
 
-def _accepted(known: Spectrum, rung: Rung, numbers: Numbers, tried: list[str], wanted: Wanted) -> Spectrum:
+def _accepted(case: Unsolved, rung: Rung, numbers: Numbers, tried: list[str], wanted: Wanted) -> Spectrum:
     """The result, with the solver and the ones that failed before it."""
-    S, U, Vh = numbers
+    known = case.known
+    S, U, Vh, *_ = numbers
     rank = known.max_rank or 0
+    told = plausible_noise(case.form.noise, S.cpu().numpy(), case.form.norm, known.shape)
+    if told is not None and isinstance(case.form, Dense):
+        told = with_artefacts(told, case.form, S.cpu().numpy(), U, Vh)
+    known = replace(known, **_noise_of(told))
     return replace(
         known,
         S=(S[: wanted.top] if wanted.only_top and wanted.top else S).cpu().numpy(),
@@ -254,12 +268,31 @@ def _accepted(known: Spectrum, rung: Rung, numbers: Numbers, tried: list[str], w
         status="ok",
         reason=f"top {wanted.top} is more than the rank allows: {rank} kept" if wanted.top > rank else "",
         method="; then ".join([*tried, rung.name]),
+        note="; ".join(filter(None, (known.note, _nothing_but_rounding(known, S)))),
     )
+
+
+def _nothing_but_rounding(known: Spectrum, S: Tensor) -> str:
+    """Said of an update of which nothing is above the rounding edge."""
+    edge = known.noise_edge or 0.0
+    return ROUNDING_ONLY if edge >= float(S[0]) else ""
+
+
+def _noise_of(noise: Noise | None) -> dict[str, Any]:
+    """What a spectrum says of the rounding by one story; nothing where there is none."""
+    if noise is None:
+        return {}
+    return {
+        "noise_edge": noise.edge,
+        "noise_energy": noise.energy,
+        "rounding": noise.said,
+        "base_rounding": noise.base_too,
+    }
 
 
 def _resolution(known: Spectrum, rung: Rung, S: Tensor) -> float:
     """What the result cannot tell apart: by the solver, or by rounding in ΔW itself."""
-    return max(rung.resolution * float(S[0]), known.resolution)
+    return max(rung.resolution_of(known.shape) * float(S[0]), known.resolution)
 
 
 def _undone(blank: Spectrum, problem: GaveUp, device: str) -> Spectrum:

@@ -13,6 +13,7 @@ from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense, Form, LowRank
 from spectra.deltas.recipe import Recipe, form_of
 from spectra.deltas.recipes import Factors, Placed
+from spectra.deltas.rounding import together
 from spectra.files.tensors import TensorRef
 from spectra.lazy import torch
 
@@ -115,7 +116,7 @@ class Joined:
         whole = forms[0].tensors[0].new_zeros(self.shape)
         for form, places in zip(forms, rows, strict=True):
             whole[places] = form.to_dense()
-        return Dense(whole, noise_edge=_edge(forms))
+        return Dense(whole, noise_edge=_edge(forms), noise=together([form.noise for form in forms]))
 
 
 def join_factors(shape: tuple[int, int], forms: Sequence[Form], rows: Sequence[Tensor], *, shared: bool) -> LowRank:
@@ -193,7 +194,7 @@ class WeightedSum:
             form = recipe.read(device).scaled(weight)
             whole += form.to_dense()
             edges.append(replace(form, matrix=whole[:0]) if isinstance(form, Dense) else form)
-        return Dense(whole, noise_edge=_edge(edges))
+        return Dense(whole, noise_edge=_edge(edges), noise=together([form.noise for form in edges]))
 
 
 def _edge(forms: Sequence[Form]) -> float | None:

@@ -166,11 +166,11 @@ def _with_configs(read: Folder, homes: Sequence[Place], *, beside_model: bool) -
     read = _without_empty(read)
     # A config of an adapter beside a model's own files is a leftover; beside any other file it is that file's.
     is_adapter = not beside_model or any(map(_of_an_adapter, (*read.tensors, *read.broken)))
-    folder = replace(
-        read,
-        config=read.config or _first(homes, "config.json") or {},
-        adapter_config=_first(homes, "adapter_config.json") if is_adapter else None,
-    )
+    adapter_config = read.adapter_config
+    if adapter_config is None and is_adapter:
+        adapter_config = _first(homes, "adapter_config.json")
+    config = read.config or _first(homes, "config.json") or {}
+    folder = replace(read, config=config, adapter_config=adapter_config)
     return folder if folder.is_adapter else decoded(_with_settings(folder, homes[0]))
 
 

@@ -86,9 +86,7 @@ def read_torch(ref: Stored) -> Tensor:
     Raises:
         SourceError: the file is damaged.
     """
-    tensor = torch_archive.load(ref.file, ref.stamp)[ref.name].detach()
-    # Forms are worked on in place, and the file stays open: to float64 is a copy of every type but float64.
-    return tensor.clone() if tensor.dtype is torch.float64 else tensor
+    return _own(torch_archive.load(ref.file, ref.stamp)[ref.name].detach())
 
 
 def read_dcp(ref: Stored) -> Tensor:
@@ -110,7 +108,12 @@ def read_memory(ref: Stored) -> Tensor:
     Raises:
         SourceError: it was changed in place after it was listed.
     """
-    return cast(Memory, ref.file.storage).get(ref.name, str(ref.file))
+    return _own(cast(Memory, ref.file.storage).get(ref.name, str(ref.file)))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """What can be worked on in float64 in place though others hold it: to float64 is a copy of every other type."""
+    return tensor.clone() if tensor.dtype is torch.float64 else tensor
 
 
 READERS: dict[str, Callable[[Stored], Tensor]] = {

@@ -146,7 +146,7 @@ class Change:
                 errors are relative to it.
         """
         if self.replaces:
-            return self.base[rows].float().zero_()
+            return torch.zeros_like(self.base[rows], dtype=torch.float32)
         sides = self._keep("sizes of factors", self._sizes_of_factors)
         if sides is not None:
             return (sides[0][rows] + least) @ (sides[1] + least)

@@ -8,6 +8,7 @@ from functools import partial
 from spectra.metrics.dominance import (
     frobenius_norm,
     gini,
+    gini_all,
     relative_norm,
     spectral_norm,
     top_k_share,
@@ -21,6 +22,7 @@ from spectra.metrics.rank import (
     rank_at,
     stable_rank,
 )
+from spectra.metrics.signal import of_signal, signal
 from spectra.spectrum import Spectrum
 
 METRICS: dict[str, Callable[[Spectrum], float]] = {
@@ -38,9 +40,18 @@ METRICS: dict[str, Callable[[Spectrum], float]] = {
     "top_1_share": partial(top_k_share, k=1),
     "top_8_share": partial(top_k_share, k=8),
     "top_value_share": top_value_share,
-    "gini": gini,
+    "gini_max_rank": gini,
+    "gini_all": gini_all,
     "top_20_share": partial(top_k_share, k=20),
 }
+# The same of what is above the rounding edge; equal to the plain ones where no edge is known.
+METRICS |= {
+    f"signal_{name}": of_signal(METRICS[name])
+    for name in (
+        "norm", "stable_rank", "effective_rank", "energy_entropy_rank", "participation_ratio", "nuclear_rank",
+        "rank_90", "rank_95", "rank_99", "top_1_share", "top_8_share",
+    )
+}  # fmt: skip
 
 __all__ = [
     "METRICS",
@@ -48,10 +59,12 @@ __all__ = [
     "energy_entropy_rank",
     "frobenius_norm",
     "gini",
+    "gini_all",
     "nuclear_rank",
     "participation_ratio",
     "rank_at",
     "relative_norm",
+    "signal",
     "spectral_norm",
     "stable_rank",
     "top_k_share",

@@ -50,7 +50,7 @@ def gini(spectrum: Spectrum) -> float:
     r"""Gini coefficient of the max_rank values σ: 0 if all are equal, towards 1 if one holds everything.
 
     G = Σᵢ (2i − n − 1) σ₍ᵢ₎ / (n Σσ), σ₍ᵢ₎ ascending, n = max_rank; a LoRA of rank r is thus measured
-    among its r values, not among min(out, in).
+    among its r values. Between updates of different rank compare `gini_all`.
 
     Example:
         >>> gini(Spectrum("a", (2, 2), S=[1.0, 0.0]))
@@ -66,6 +66,25 @@ def gini(spectrum: Spectrum) -> float:
     if not S.any():
         return math.nan
     return float(((2 * np.arange(1, n + 1) - n - 1) * S).sum() / (n * S.sum()))
+
+
+def gini_all(spectrum: Spectrum) -> float:
+    r"""Gini coefficient of all min(out, in) values σ, those that the rank does not allow included as zeros.
+
+    1 − (max_rank/min(out, in))·(1 − G) with G of `gini`: one convention for a LoRA and a full update side by side.
+
+    Example:
+        >>> lora, full = Spectrum("a", (4, 4), S=[1.0, 1.0], max_rank=2), Spectrum("a", (4, 4), S=[1.0, 1.0, 0, 0])
+        >>> gini(lora), gini_all(lora), gini_all(full)
+        (0.0, 0.5, 0.5)
+
+    Raises:
+        TruncatedSpectrumError: some values are missing.
+
+    Reference: as for `gini`.
+    """
+    among = gini(spectrum)  # NaN where there is no value
+    return 1 - (spectrum.max_rank or 0) / min(spectrum.shape) * (1 - among) if spectrum.rank else math.nan
 
 
 def spectral_norm(spectrum: Spectrum) -> float:

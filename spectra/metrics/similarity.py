@@ -152,7 +152,9 @@ def subspace_similarity(a: Spectrum, b: Spectrum, *, top: int = 30, side: Side =
         grid=grid,
         chance=chance_level(k, basis_a.shape[0]),  # type: ignore[union-attr]
         angles=principal_angles(basis_a[:, :k], basis_b[:, :k]),  # type: ignore[index]
-        note="; ".join(filter(None, (_unrelated(a, b), note, _tied("first", a, k), _tied("second", b, k)))),
+        note="; ".join(
+            filter(None, (_unrelated(a, b), note, _tied("first", a, k), _tied("second", b, k), _shared_error(a, b)))
+        ),
         other=b.name if b.name != a.name else "",
         gap=float(np.min([a.gap(k), b.gap(k)])),
     )
@@ -166,6 +168,16 @@ def _unrelated(a: Spectrum, b: Spectrum) -> str:
         if unrelated_note(spectrum.base_cosine, spectrum.unmoved_share)
     ]
     return f"{' and '.join(which)} update unrelated to the base" if which else ""
+
+
+def _shared_error(a: Spectrum, b: Spectrum) -> str:
+    """Said where the rounding error of the base is in both updates: there it is the same, whatever was trained."""
+    if not (a.base_rounding and b.base_rounding):
+        return ""
+    return (
+        "both updates contain the rounding error of their base, whose values lie on another grid than theirs: if it is "
+        "one base, directions near the rounding edge agree for that alone; take the base as it was tuned"
+    )
 
 
 def _tied(which: str, spectrum: Spectrum, k: int) -> str:

@@ -44,7 +44,7 @@ def histogram_figure(
         spectra: updates to pool, or label → updates for one curve each.
         title: above both panels.
         bins: per panel.
-        close_up: share of the values in the right panel's window, see `plot_histogram`.
+        close_up: share of min(out, in) values per matrix in the right panel's window, see `plot_histogram`.
 
     Reference: Wang et al. 2023, Figs. 1 and 5.
     """

@@ -40,6 +40,7 @@ class PooledValues:
         missing: updates without a spectrum.
         edges: −ln of each update's storage-rounding edge, where it is known.
         truncated: whether some updates hold only the top of their spectrum.
+        possible: Σ min(out, in) over the updates, whatever their rank.
     """
 
     label: str
@@ -50,6 +51,7 @@ class PooledValues:
     missing: int
     edges: np.ndarray
     truncated: bool
+    possible: int = 0
 
     @property
     def legend(self) -> str:
@@ -129,13 +131,14 @@ def pool_values(spectra: Iterable[Spectrum], label: str = "") -> PooledValues:
     """
     kept: list[np.ndarray] = []
     edges: list[float] = []
-    matrices = zero = unresolved = missing = 0
+    matrices = zero = unresolved = missing = possible = 0
     truncated = False
     for spectrum in spectra.without_vectors() if isinstance(spectra, Spectra) else spectra:
         if spectrum.status not in DONE:
             missing += 1
             continue
         matrices += 1
+        possible += min(spectrum.shape)
         zero += int((spectrum.S == 0).sum())
         unresolved += len(spectrum.S) - spectrum.rank - int((spectrum.S == 0).sum())
         truncated |= not spectrum.complete
@@ -143,7 +146,7 @@ def pool_values(spectra: Iterable[Spectrum], label: str = "") -> PooledValues:
         if spectrum.noise_edge:
             edges.append(-float(np.log(spectrum.noise_edge)))
     x = np.sort(np.concatenate(kept)) if kept else np.zeros(0)
-    return PooledValues(label, x, matrices, zero, unresolved, missing, np.array(edges), truncated)
+    return PooledValues(label, x, matrices, zero, unresolved, missing, np.array(edges), truncated, possible)
 
 
 def pool_curves(spectra: Iterable[Spectrum] | Mapping[str, Iterable[Spectrum]]) -> list[PooledValues]:
@@ -166,8 +169,8 @@ def plot_histogram(
     Args:
         spectra: updates to pool, or label → updates for one curve each.
         bins: how many bins, over all curves together.
-        close_up: draw only the window that the largest values fill, up to the point where this
-            share of the values of one of the curves lies to the left; None for everything.
+        close_up: draw only the window that the largest values fill: of every curve, as far as this share of
+            min(out, in) values per matrix reaches, or all that it has if they are fewer; None for everything.
         stat: "percent" of each curve's values, "per_matrix" for their number divided by the number of
             matrices, which compares updates of unequal rank, or "count".
         legend: whether to say in the axes which curve is which, how many values it shows and how many not.
@@ -228,7 +231,8 @@ def _window(drawn: Sequence[PooledValues], close_up: float | None) -> tuple[floa
     if close_up is not None:
         if not 0 < close_up <= 1:
             raise SelectionError(f"close_up={close_up} is not a share between 0 and 1")
-        high = max(np.quantile(curve.x, close_up) for curve in drawn)
+        # Counted of min(out, in), not of a curve's own values: a LoRA has few, and its first percent is none of them.
+        high = max(curve.x[min(max(1, round(close_up * curve.possible)), len(curve.x)) - 1] for curve in drawn)
     margin = 0.02 * (high - low) or 0.5
     return float(low - margin), float(high + margin)
 

@@ -79,7 +79,7 @@ def draw_results(
         labels: what each directory is called in the figure; () for its folder's name.
         title: of the figure; "" for a single run's label.
         bins: of the histogram.
-        close_up: the share of the values, the largest, in the histogram's close-up.
+        close_up: the share of min(out, in) values per matrix, the largest, in the histogram's close-up.
         per_layer: a curve per layer and role instead of one per role; more than a figure holds are pages of it.
         formats: what to write each figure as: "png", "pdf" or "svg".
 

@@ -73,15 +73,21 @@ def _dequantise(file: Path, target: Path) -> None:
 
 def load_model(folder: Path, device: str) -> tuple[Any, Any]:
     """The model in float32 and its tokenizer."""
+    return load_causal(folder, device), _load(folder, "AutoTokenizer")
+
+
+def load_causal(folder: Path, device: str) -> Any:
+    """The model in float32."""
     import torch
 
-    transformers = import_transformers()
+    return _load(folder, "AutoModelForCausalLM", dtype=torch.float32).to(device)
+
+
+def _load(folder: Path, kind: str, **options: Any) -> Any:
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        return getattr(import_transformers(), kind).from_pretrained(folder, **options)
     except (OSError, ValueError) as problem:
         raise SourceError(f"{folder} is not a causal language model that transformers can load: {problem}") from None
-    return model.to(device), tokenizer
 
 
 def import_transformers() -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from spectra.plots import save_figure
 from spectra.plots.style import curves, look, new_axes
 from spectra.reproduce.analysis import ALL, ATTENTION, Commands, Look, pairs, similarity_of, spectra_of
-from spectra.reproduce.plan import CEILING, REFERENCE, Plan
+from spectra.reproduce.plan import REFERENCE, YARDSTICK, Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,12 +31,12 @@ def draw_spectra(directory: Path, plan: Plan, pictures: Path, commands: Commands
     Reference: Wang et al. 2023, Figs. 1, 4, 5.
     """
     last = {run.name: Look(run, plan.steps, ALL) for run in plan.main_runs()}
-    methods = [item for name, item in last.items() if name != CEILING]
+    methods = [item for name, item in last.items() if name != YARDSTICK]
     _histogram(directory, pictures / "figure-1", "v_proj", [last[REFERENCE], last["lora"]], commands)
     for role in ATTENTION:
         _histogram(directory, pictures / f"figure-5-{role}", role, methods, commands)
     compared = [(a, b) for a, b in pairs(plan) if a in last.values() and b.run.name == REFERENCE]
-    compared.sort(key=lambda pair: pair[0].run.name == CEILING)  # what one can expect at best comes last
+    compared.sort(key=lambda pair: pair[0].run.name == YARDSTICK)  # the yardstick comes last
     labels = [word for first, _ in compared for word in ("--label", _label(first))]
     folders = [similarity_of(directory, *pair) for pair in compared]
     for role in ATTENTION:

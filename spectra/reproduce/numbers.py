@@ -28,6 +28,7 @@ def spectra_table(directory: Path, plan: Plan) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for look in looks(plan):
         table = spectra.summarize(spectra.load(spectra_of(directory, look), vectors=False))
+        table = table.rename(columns={"gini_max_rank": "gini"})
         table["effective_share"] = table["effective_rank"] / table["max_rank"]
         for role, group in table[table["status"] == "ok"].groupby("role", sort=False):
             medians = group[[*_OF_A_MATRIX, "effective_share"]].median()

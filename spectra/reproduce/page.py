@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectra.reproduce.analysis import ATTENTION
+from spectra.reproduce.controls import controls
 from spectra.reproduce.plan import REFERENCE, SECOND_SEED
 
 if TYPE_CHECKING:
@@ -21,6 +23,14 @@ _SPECTRUM = {
     "effective_rank": ("effective rank", "{:.1f}"),
     "effective_share": ("effective / possible rank", "{:.2f}"),
     "gini": ("Gini", "{:.2f}"),
+}
+# The same of what `controls` gives.
+_CONTROLS = {
+    "start_share": ("‖start‖²/‖ΔW‖²", "{:.2f}"),
+    "gini_all": ("Gini of all values", "{:.2f}"),
+    "phi_1": ("φ(1, 1) left", "{:.3f}"),
+    "captured": ("energy in full's first 30, left", "{:.3f}"),
+    "phi_below": ("φ of directions 11 to 30, left", "{:.3f}"),
 }
 
 
@@ -38,6 +48,7 @@ def tables(pictures: Path) -> str:
     parts = []
     for role in ATTENTION:
         parts += [f"### {role}, step {last}", _spectra(spectra, similarity, role, last)]
+    parts += [f"### Controls, step {last}", _controls(pictures)]
     parts += [f"### Held-out loss (accuracy), step {last}", _families(tasks, last)]
     if early < last:
         for role in ATTENTION:
@@ -66,7 +77,22 @@ def _spectra(spectra: pd.DataFrame, similarity: pd.DataFrame, role: str, step: i
     chance = alike.groupby("side")["chance"].mean() if len(alike) else {"left": float("nan"), "right": float("nan")}
     header = ["run", "learning rate", *(title for title, _ in _SPECTRUM.values()),
               f"φ left (chance {chance['left']:.3f})", f"φ right (chance {chance['right']:.3f})"]  # fmt: skip
-    return _markdown(header, rows)
+    return markdown(header, rows)
+
+
+def _controls(pictures: Path) -> str:
+    rows = []
+    table = controls(pictures)
+    for _, line in table.iterrows():
+        cells = [_cell(line[column], form) for column, (_, form) in _CONTROLS.items()]
+        rows.append([f"{line['role']}, {line['label']}", f"{line['lr']:.2g}", *cells])
+    chance = table[[f"{name}_chance" for name in ("phi_1", "captured", "phi_below")]].mean()
+    rows.append(["chance", "", "–", "–", *(f"{value:.3f}" for value in chance)])
+    return markdown(["run", "learning rate", *(title for title, _ in _CONTROLS.values())], rows)
+
+
+def _cell(value: float, form: str) -> str:
+    return "–" if math.isnan(value) else form.format(value)
 
 
 def _families(tasks: pd.DataFrame, step: int) -> str:
@@ -78,7 +104,7 @@ def _families(tasks: pd.DataFrame, step: int) -> str:
         cells = [means.loc[(run, family)] for family in families]
         whole = chosen[chosen["run"] == run][["loss", "accuracy"]].mean()
         rows.append([run, *(f"{cell['loss']:.2f} ({cell['accuracy']:.0%})" for cell in [*cells, whole])])
-    return _markdown(["run", *families, "all"], rows)
+    return markdown(["run", *families, "all"], rows)
 
 
 def _costs(costs: pd.DataFrame) -> str:
@@ -86,13 +112,14 @@ def _costs(costs: pd.DataFrame) -> str:
         [line["label"], f"{line['parameters']:,}", f"{line['tokens_per_second']:.0f}", f"{line['peak_mib']:,.0f}"]
         for _, line in costs.iterrows()
     ]
-    return _markdown(["method", "trained parameters", "tokens/s", "peak MiB"], rows)
+    return markdown(["method", "trained parameters", "tokens/s", "peak MiB"], rows)
 
 
 def _name(label: str, run: str) -> str:
     return f"{label}, second seed" if run.endswith(SECOND_SEED) else label
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, the first column to the left and the others to the right."""
     rule = ["---", *["--:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rows])

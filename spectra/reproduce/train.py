@@ -26,8 +26,8 @@ from spectra.results.store import write
 
 WARM_UP = 10  # steps over which the learning rate rises; constant afterwards, so that an early look is a short run
 CLIP = 1.0
-_CHECKPOINT = "checkpoint.pt"
-_DONE = "result.json"
+CHECKPOINT = "checkpoint.pt"
+DONE = "result.json"
 _LOG = ("step", "loss", "tokens", "seconds")
 
 Progress = Callable[[int, float], None]
@@ -70,7 +70,7 @@ def train(
     """
     folder = directory / "runs" / run.name
     settings = {**asdict(run), "per_task": plan.per_task, "early": plan.early}
-    finished = _finished(folder, settings)
+    finished = read_finished(folder, settings)
     if finished:
         return finished
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def train(
     model = attach(model, run.method)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimiser = torch.optim.AdamW(trained.values(), lr=run.lr, weight_decay=0.0, fused=True)
-    state = _resume(folder, trained, optimiser)
+    state = resume(folder, trained, optimiser)
     batches = order(tokenise(data[0], tokenizer), plan.per_task, run.seed)
     held_out = tokenise(data[1], tokenizer)
     for step in range(state["step"], run.steps):
@@ -92,7 +92,7 @@ def train(
             state["scores"][str(step + 1)] = evaluate(causal(model), held_out, device)
             _save_snapshot(model, run, directory, step + 1)
         if (step + 1) % plan.checkpoint_every == 0 and step + 1 < run.steps:
-            _keep(folder, state, trained, optimiser)
+            keep(folder, state, trained, optimiser)
     return _finish(folder, settings, state, sum(parameter.numel() for parameter in trained.values()))
 
 
@@ -135,19 +135,24 @@ def _step(
     return loss.item(), batch.ids.numel(), time.perf_counter() - start
 
 
-def _finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+def read_finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of a finished run, or None.
+
+    Raises:
+        StoreError: the folder holds the same run with other settings.
+    """
     there = folder / "run.json"
     if not there.is_file():
         return None
     if json.loads(there.read_text()) != json.loads(json.dumps(settings)):
         raise StoreError(f"{folder} holds this run with other settings; choose another --out or remove the folder")
-    done = folder / _DONE
+    done = folder / DONE
     return json.loads(done.read_text()) if done.is_file() else None
 
 
-def _resume(folder: Path, trained: dict[str, torch.Tensor], optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+def resume(folder: Path, trained: dict[str, torch.Tensor], optimiser: torch.optim.Optimizer) -> dict[str, Any]:
     """The state to go on from; a checkpoint's weights are put into the model."""
-    path = folder / _CHECKPOINT
+    path = folder / CHECKPOINT
     if not path.is_file():
         return {"step": 0, "log": [], "scores": {}}
     kept = torch.load(path, weights_only=True, map_location="cpu")
@@ -158,13 +163,14 @@ def _resume(folder: Path, trained: dict[str, torch.Tensor], optimiser: torch.opt
     return kept["state"]
 
 
-def _keep(
+def keep(
     folder: Path, state: dict[str, Any], trained: dict[str, torch.Tensor], optimiser: torch.optim.Optimizer
 ) -> None:
+    """Put the state, the weights and the optimiser's numbers where `resume` finds them, in one step."""
     weights = {name: parameter.detach() for name, parameter in trained.items()}
-    partial = folder / f"{_CHECKPOINT}.partial"
+    partial = folder / f"{CHECKPOINT}.partial"
     torch.save({"state": state, "weights": weights, "optimiser": optimiser.state_dict()}, partial)
-    os.replace(partial, folder / _CHECKPOINT)
+    os.replace(partial, folder / CHECKPOINT)
 
 
 def _save_snapshot(model: Any, run: Run, directory: Path, step: int) -> None:
@@ -182,6 +188,6 @@ def _finish(folder: Path, settings: dict[str, Any], state: dict[str, Any], param
         "seconds": round(sum(line[3] for line in state["log"]), 1),
         "scores": state["scores"],
     }
-    write(folder / _DONE, json.dumps(result, indent=1).encode())
-    (folder / _CHECKPOINT).unlink(missing_ok=True)
+    write(folder / DONE, json.dumps(result, indent=1).encode())
+    (folder / CHECKPOINT).unlink(missing_ok=True)
     return result

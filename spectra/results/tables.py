@@ -48,7 +48,8 @@ def row(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]] =
     for name, metric in metrics.items():
         columns[name] = _value(metric, spectrum)
     moved = dict(zip(MOVED, spectrum.moved or (None,) * len(MOVED), strict=True))
-    return columns | {"method": spectrum.method, "reason": spectrum.reason, "note": spectrum.note} | moved
+    said = {"method": spectrum.method, "reason": spectrum.reason, "note": spectrum.note, "rounding": spectrum.rounding}
+    return columns | said | moved
 
 
 def role_rows(rows: Iterable[Row], metrics: Iterable[str] = tuple(METRICS)) -> list[Row]:

@@ -58,18 +58,24 @@ class MultiLoRAConfig:
 
 @dataclass(frozen=True)
 class RLoRAConfig:
-    """One shared A and N heads on each target: ΔW(x) = (α/r)·(Σ_k ω_k(x)·B_k·A − mean_k(B_k⁰)·A⁰).
+    """One shared A and N heads on each target: ΔW(x) = s·(Σ_k ω_k(x)·B_k·A − mean_k(B_k⁰)·A⁰), s = α/r.
+
+    The paper and its authors' code start differently. Followed is the paper; `init="released"` is what the code does:
+    s = α/√r, a router that starts random, and a start B̄⁰A⁰ that is smaller, 40 times for r = 64, N = 3 and width 768,
+    33,000 times for r = 4, N = 5 and width 896 (see `RLoRA`). The mean of the heads is subtracted all the same, so
+    that with a random router training starts near the base, not at it.
 
     Attributes:
         r: rank of A and of every head.
         num_heads: N.
-        alpha: α; the update is scaled by α/r.
+        alpha: α; the update is scaled by α/r, or α/√r with `init="released"`.
         head_dropout: probability with which entries of A·x are dropped in training, with a mask of its own per head.
         use_router: ω(x) = softmax(W_r·x); without a router every ω_k is 1/N.
         gamma: γ of the random initialisation; larger starts smaller.
         target_modules: names or patterns of the modules to adapt, see `select_targets`.
         dropout: probability with which entries of x are dropped in training, once for all heads.
         head_init: "random" as R-LoRA does, with the offset; "zero" as HydraLoRA does, which needs none.
+        init: "paper" or "released": whose random start, scale and router.
 
     Raises:
         AdapterError: a value is out of its range.
@@ -78,7 +84,8 @@ class RLoRAConfig:
         >>> RLoRAConfig.hydralora(r=4, num_heads=3, alpha=8, dropout=0.1).head_init
         'zero'
 
-    Reference: Liu et al. 2025 (R-LoRA), §3; Tian et al. 2024 (HydraLoRA), §3.
+    Reference: Liu et al. 2025 (R-LoRA), §3, and the authors' repository (`reinit.py`, `fine-tuning.sh`); Tian et al.
+    2024 (HydraLoRA), §3.
     """
 
     r: int
@@ -90,6 +97,7 @@ class RLoRAConfig:
     target_modules: str | Sequence[str] = ALL_LINEAR
     dropout: float = 0.0
     head_init: Literal["random", "zero"] = "random"
+    init: Literal["paper", "released"] = "paper"
 
     peft_type: ClassVar[str] = "RLORA"
 
@@ -103,6 +111,11 @@ class RLoRAConfig:
         )
         if self.head_init not in ("random", "zero"):
             raise AdapterError(f"head_init = {self.head_init!r} is neither 'random' nor 'zero'")
+        if self.init not in ("paper", "released"):
+            raise AdapterError(f"init = {self.init!r} is neither 'paper' nor 'released'")
+        if self.init == "released" and not (self.use_router and self.head_init == "random"):
+            lacking = "use_router=True" if not self.use_router else "head_init='random'"
+            raise AdapterError(f"init = 'released' is R-LoRA as its authors' code has it: it needs {lacking}")
 
     @classmethod
     def hydralora(
@@ -124,14 +137,15 @@ class RLoRAConfig:
 
     @property
     def scale(self) -> float:
-        """α/r."""
-        return self.alpha / self.r
+        """α/r, or α/√r of the released code."""
+        return self.alpha / (math.sqrt(self.r) if self.init == "released" else self.r)
 
 
 Config = MultiLoRAConfig | RLoRAConfig
 CONFIGS: tuple[type[MultiLoRAConfig] | type[RLoRAConfig], ...] = (MultiLoRAConfig, RLoRAConfig)
 
 _FILE_NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout"}  # where PEFT's name differs from ours
+_ROOT_SCALE = "use_rslora"  # PEFT's name for s = α/√r, by which any reader of the file comes to the right scale
 # What says nothing of the adapter itself; the tensors in the file say which modules were saved whole.
 _HARMLESS = {
     "base_model_name_or_path", "task_type", "inference_mode", "auto_mapping", "revision", "peft_version",
@@ -147,6 +161,8 @@ def to_json(config: Config) -> dict[str, Any]:
         8.0
     """
     values = {_FILE_NAMES.get(item.name, item.name): getattr(config, item.name) for item in fields(config)}
+    if isinstance(config, RLoRAConfig):
+        values[_ROOT_SCALE] = config.init == "released"
     return {"peft_type": config.peft_type, **values, "target_modules": list(config.target_modules)}
 
 
@@ -161,6 +177,13 @@ def from_json(values: Mapping[str, Any], where: str) -> Config:
     if not isinstance(peft_type, str) or peft_type not in classes:
         raise AdapterError(f"{where}: peft_type {peft_type!r} is none of {', '.join(classes)}; load others with PEFT")
     cls = classes[peft_type]
+    if "init_seed" in values:
+        raise AdapterError(
+            f"{where} is of a PEFT fork's R-LoRA, whose random start is in no file but drawn again from init_seed = "
+            f"{values['init_seed']!r}; load it with the library that saved it"
+        )
+    if cls is RLoRAConfig:
+        values = _without_root_scale(values, where)
     names = {_FILE_NAMES.get(item.name, item.name): item for item in fields(cls)}
     unknown = [name for name in values if name not in names and name not in _HARMLESS | {"peft_type"} and values[name]]
     if unknown:
@@ -172,6 +195,18 @@ def from_json(values: Mapping[str, Any], where: str) -> Config:
         return cls(**{item.name: values[name] for name, item in names.items() if name in values})
     except AdapterError as problem:
         raise AdapterError(f"{where}: {problem}") from None
+
+
+def _without_root_scale(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The values without PEFT's name for s = α/√r, which must say what `init` says."""
+    root = bool(values.get(_ROOT_SCALE))
+    init = values.get("init", "paper")
+    if root != (init == "released"):
+        raise AdapterError(
+            f"{where}: {_ROOT_SCALE} = {root} contradicts init = {init!r}; "
+            "put the config back that was saved with the weights"
+        )
+    return {name: value for name, value in values.items() if name != _ROOT_SCALE}
 
 
 def _check(

@@ -16,7 +16,7 @@ from spectra.training.config import AdapterError, RLoRAConfig
 
 
 class RLoRA(Adapter):
-    """ΔW(x) = (α/r)·(Σ_k ω_k(x)·B_k·A − B̄⁰·A⁰), with ω = softmax(W_r·x), or 1/N without a router.
+    """ΔW(x) = s·(Σ_k ω_k(x)·B_k·A − B̄⁰·A⁰), with ω = softmax(W_r·x), or 1/N without a router.
 
     Random heads: A ~ (out^¼/√γ)·N(0, 1/in) and every B_k ~ (out^¼/√γ)·N(0, 1/out), all different. A⁰ and
     B̄⁰ = mean_k(B_k⁰) are kept as they were at the start, and their product is subtracted: training starts
@@ -24,10 +24,14 @@ class RLoRA(Adapter):
     because a bf16 weight would round it, and then neither start nor ΔW were exact. In training every head
     sees A·x under a dropout mask of its own. Reference: Liu et al. 2025 (R-LoRA), §3 and table 1.
 
+    The authors' code (`init="released"`) draws A ~ N(0, 1/max(r, in)) and B_k ~ N(0, 1/max(out, r)) and scales by
+    t = r^¼/√γ instead, anew for every head that it draws: A ends with the factor tᴺ, B_k (k = 0 … N − 1) with tᴺ⁻ᵏ.
+    Its router starts random, and s = α/√r. Reference: `reinit.py` of the repository jinda-liu/R-LoRA.
+
     Zero heads (the baseline): A is Kaiming-uniform, B_k = 0, no offset. Reference: Tian et al. 2024, §3.
 
-    The router starts at zero for random heads, so that every ω_k is 1/N. For zero heads it starts random, as in
-    HydraLoRA: with equal weights the heads, equal at the start, would stay equal for ever.
+    The router starts at zero for random heads of the paper, so that every ω_k is 1/N. For zero heads it starts random,
+    as in HydraLoRA: with equal weights the heads, equal at the start, would stay equal for ever.
 
     Attributes:
         rlora_A: (r, in).
@@ -63,14 +67,25 @@ class RLoRA(Adapter):
             self._start_at_zero()
 
     def _start_random(self) -> None:
-        size = self.out_features**0.25 / math.sqrt(self.config.gamma)
-        nn.init.normal_(self.rlora_A, std=size / math.sqrt(self.in_features))
-        nn.init.normal_(self.rlora_B, std=size / math.sqrt(self.out_features))
+        out, into, r, heads = self.out_features, self.in_features, self.config.r, self.config.num_heads
+        if self.config.init == "released":
+            size = r**0.25 / math.sqrt(self.config.gamma)
+            nn.init.normal_(self.rlora_A, std=size**heads / math.sqrt(max(r, into)))
+            for k, head in enumerate(self.rlora_B):
+                nn.init.normal_(head, std=size ** (heads - k) / math.sqrt(max(out, r)))
+            self._start_router_random()
+        else:
+            size = out**0.25 / math.sqrt(self.config.gamma)
+            nn.init.normal_(self.rlora_A, std=size / math.sqrt(into))
+            nn.init.normal_(self.rlora_B, std=size / math.sqrt(out))
         self.rlora_offset_A = self.rlora_A.detach().clone()
         self.rlora_offset_B = self.rlora_B.detach().mean(0)
 
     def _start_at_zero(self) -> None:
         nn.init.kaiming_uniform_(self.rlora_A, a=math.sqrt(5))
+        self._start_router_random()
+
+    def _start_router_random(self) -> None:
         if self.rlora_router is not None:
             nn.init.kaiming_uniform_(self.rlora_router, a=math.sqrt(5))
 

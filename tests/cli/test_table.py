@@ -43,7 +43,7 @@ def test_what_is_the_same_in_every_row_is_said_once_and_the_last_columns_go_next
     found, said = fitted([*given, note], 32)
     assert [column.head for column in found] == ["matrix", "norm", "effective_rank"]
     assert said == ["in every row: status ok", "in every row: note k clamped from 30 to 8"]
-    assert found[2].heads == ("effective", "rank")
+    assert found[2].heads == ("", "effective", "rank")
     found, said = fitted(given, 17)
     assert [column.head for column in found] == ["matrix", "norm"]
     assert said[-1] == "not shown at this width: effective_rank; a wider terminal or a pipe has all"

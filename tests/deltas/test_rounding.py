@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from support.checkpoints import write_checkpoint
 
 import spectra
-from spectra.deltas.rounding import _squared_ulp, rounding_edge, separable_edge
+from spectra.deltas.grids import GRIDS, Grid, grid_of
+from spectra.deltas.rounding import rounding_edge, rounding_noise, separable_edge
 
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -25,7 +26,7 @@ def test_ulp_is_the_distance_to_the_next_number(name):
     integer = torch.int32 if name == "F32" else torch.int16
     following = (x.view(integer) + 1).view(TYPES[name])
     gap = following.double() - x.double()
-    assert torch.equal(_squared_ulp(x[None].double(), name)[0], gap.square())
+    assert torch.equal(GRIDS[name].squared_steps(x[None].double())[0], gap.square())
 
 
 @settings(max_examples=15)
@@ -35,7 +36,9 @@ def test_the_separable_edge_is_where_the_largest_singular_value_is(seed, spread)
     a, b = (np.exp(spread * rng.standard_normal(size)) for size in (200, 300))
     draws = rng.uniform(-1, 1, (7, 200, 300)) * np.sqrt(3 * a[:, None] * b)
     edge = separable_edge(a * b.sum(), b * a.sum())
-    assert np.median(np.linalg.norm(draws, 2, axis=(1, 2))) == pytest.approx(edge, rel=0.1)
+    # The edge is the upper end of where the largest value can lie. Where one row outweighs the others that is a
+    # bubble of its own and the median lies inside: over 200 draws of (a, b) it was .89 to 1.00 of the edge.
+    assert 0.85 * edge <= np.median(np.linalg.norm(draws, 2, axis=(1, 2))) <= 1.02 * edge
 
 
 def test_equal_variances_give_the_classical_edge():
@@ -96,7 +99,7 @@ def test_fp32_weights_have_an_edge_far_below_their_update(real_pair):
 
 
 def test_no_edge_where_none_is_known():
-    assert rounding_edge(torch.ones(3, 3), "F8_E4M3") is None
+    assert rounding_edge(torch.ones(3, 3), "U8") is None
     assert rounding_edge(torch.ones(0, 3), "BF16") is None
     assert rounding_edge(torch.tensor([[1.0, math.nan]]), "BF16") is None
     assert rounding_edge(torch.zeros(4, 4), "BF16") > 0  # subnormal spacing, not zero
@@ -108,3 +111,97 @@ def test_one_outstanding_entry_raises_the_edge():
     plain = rounding_edge(weights.double(), "BF16")
     weights[3, 5] = 100.0
     assert rounding_edge(weights.double(), "BF16") >= max(plain, 2.0 ** (6 - 7) / 2)
+
+
+E4M3 = torch.float8_e4m3fn
+STORED = {
+    "float32": (lambda w: w, "F32", GRIDS["F32"]),
+    "bf16": (lambda w: w.bfloat16().float(), "F32", Grid(7, -149)),
+    "fp16": (lambda w: w.half().float(), "F32", Grid(10, -149)),
+    "small fp16": (lambda w: (1e-3 * w).half().float(), "F32", Grid(10, -24)),
+    "bf16, then fp16": (lambda w: (1e-3 * w).bfloat16().half(), "F16", Grid(7, -24)),
+    "e4m3": (lambda w: w.to(E4M3).bfloat16(), "BF16", Grid(3, -9)),
+    "e4m3 times a power of two": (lambda w: (64 * w).to(E4M3).bfloat16() / 64, "BF16", Grid(3, -133)),
+    "e5m2": (lambda w: w.to(torch.float8_e5m2).float(), "F32", Grid(2, -149)),
+    "multiples of 1/256": (lambda w: (256 * w).round() / 256, "F32", Grid(5, -8)),
+    "a pattern": (torch.sign, "F32", GRIDS["F32"]),
+    "too few": (lambda w: w[:8, :8].bfloat16().float(), "F32", GRIDS["F32"]),
+    "float64 of float32": (lambda w: w.double(), "F64", Grid(23, -1074)),
+}
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_the_grid_is_the_one_that_the_values_lie_on_whatever_the_file_says(kind):
+    store, dtype, found = STORED[kind]
+    torch.manual_seed(0)
+    values = store(0.04 * torch.randn(384, 256))
+    assert grid_of(values, dtype) == found
+    assert torch.equal(found.round(values.double()), values.double())
+
+
+def test_a_few_values_off_the_grid_do_not_hide_it():
+    torch.manual_seed(0)
+    weights = torch.randn(384, 256)
+    stored = weights.bfloat16().float()
+    stored[0, :40] = weights[0, :40]
+    assert grid_of(stored, "F32").name == "bf16"
+    stored[::2] = weights[::2]
+    assert grid_of(stored, "F32").name == "f32"
+
+
+def test_rounding_is_that_of_torch():
+    torch.manual_seed(0)
+    weights = torch.cat([0.04 * torch.randn(200, 100), torch.randn(200, 100) * 1e-3, torch.zeros(1, 100)])
+    for name, dtype in (("BF16", torch.bfloat16), ("F16", torch.float16), ("F8_E4M3", E4M3)):
+        assert torch.equal(GRIDS[name].round(weights.double()), weights.to(dtype).double())
+
+
+# How W + U comes to be stored, and W: tuned, base, and whether that is more than one rounding on the tuned's grid.
+MERGED = {
+    "float32 base, merged in bf16": (lambda W, U: (W.bfloat16() + U).bfloat16(), lambda W: W, "rounded to it first"),
+    "float32 base, cast after the sum": (lambda W, U: (W + U).bfloat16(), lambda W: W, "tuned on the bf16 grid"),
+    "fp16 base, merged in bf16": (lambda W, U: (W.half().bfloat16() + U).bfloat16(), lambda W: W.half(),
+                                  "base (fp16) rounded to it first"),
+    "a bf16 merge saved as float32": (lambda W, U: (W.bfloat16() + U).bfloat16().float(), lambda W: W.bfloat16(),
+                                      "tuned on the bf16 grid"),
+    "the same beside a float32 base": (lambda W, U: (W.bfloat16() + U).bfloat16().float(), lambda W: W,
+                                       "base (f32) rounded to it first"),
+    "the base a bf16 copy": (lambda W, U: (W + U).float(), lambda W: W.bfloat16(),
+                             "base (bf16) taken for a rounded copy"),
+    "the base truly bf16": (lambda W, U: (W.bfloat16().double() + U).float(), lambda W: W.bfloat16(),
+                            "tuned on the f32 grid"),
+    "fp16 after bf16": (lambda W, U: (W.bfloat16() + U).bfloat16().half(), lambda W: W.half(),
+                        "base (fp16) rounded to it first"),
+    "both copies in bf16": (lambda W, U: (W + U).bfloat16(), lambda W: W.bfloat16(), "base a copy rounded to it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MERGED)
+def test_a_rank_eight_update_is_found_however_it_was_stored(kind, real_pair, tmp_path):
+    merge, store, said = MERGED[kind]
+    weights = load_file(real_pair[0] / "model.safetensors")
+    torch.manual_seed(0)
+    base, tuned = {}, {}
+    for key in [key for key in weights if key.startswith("encoder.layer.") and weights[key].ndim == 2][::9]:
+        W = weights[key]
+        update = (torch.randn(W.shape[0], 8) @ torch.randn(8, W.shape[1])).double()
+        base[key], tuned[key] = store(W), merge(W, 0.01 * update * W.double().norm() / update.norm())
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "tuned", tuned)
+    table = spectra.summarize(spectra.decompose(spectra.open_source(tmp_path / "tuned", tmp_path / "base"), top=10))
+    assert table["signal_rank"].tolist() == [8] * len(base)
+    assert all(text.endswith(said) for text in table["rounding"])
+    if "truly" not in kind:
+        assert (table["rank"] > 300).all()
+
+
+def test_the_energy_of_two_roundings_is_that_of_the_errors():
+    torch.manual_seed(0)
+    W = 0.04 * torch.randn(300, 200)
+    U = 4e-3 * torch.randn(300, 200)
+    tuned = (W.bfloat16().double() + U).bfloat16()
+    twice, once = rounding_noise(tuned, "BF16", W, "F32")
+    error = tuned.double() - W.double() - U
+    assert twice.energy == pytest.approx(float(error.square().sum()), rel=0.03)
+    assert once.energy == pytest.approx(twice.energy / 2, rel=0.03)
+    assert float(torch.linalg.matrix_norm(error, 2)) <= twice.edge <= 1.1 * float(torch.linalg.matrix_norm(error, 2))

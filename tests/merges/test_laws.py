@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectra.deltas.delta import WeightDelta
+from spectra.deltas.recipes import Difference
+from spectra.files.tensors import TensorRef
 from spectra.merges.change import Change
 from spectra.merges.fit import fit
 from spectra.merges.judge import verdict_on
@@ -157,3 +159,12 @@ def test_the_sums_of_float64_weights_leave_them_alone():
     assert fit(weights).residual == pytest.approx(0, abs=1e-14)
     assert torch.equal(merged, before)
     assert verdict(weights) == "exact"
+
+
+def test_the_base_is_as_it_was_after_the_errors_of_a_weight_saved_whole_are_bounded():
+    base = torch.randn(3, 4)
+    before = base.clone()
+    refs = (TensorRef("x", name, "F32", (3, 4), "safetensors", (0, 0)) for name in ("tuned", "base"))
+    change = Change([WeightDelta("w", (3, 4), Difference(*refs), 3)], base)
+    assert not change.magnitudes().any()
+    assert torch.equal(base, before)

@@ -123,6 +123,17 @@ def test_the_close_up_is_the_left_end():
         spectra.plot_histogram([spectrum(S)], close_up=3.0)
 
 
+def test_the_close_up_means_the_same_for_a_curve_of_few_values():
+    """Of 200 possible values per matrix the first 5 % are ten: a full update's ten largest, a LoRA's first ten."""
+    full = [spectrum(np.exp(-np.linspace(0, 10, 200)))] * 3
+    lora = [spectra.Spectrum("a.weight", (200, 300), S=np.exp(-np.linspace(1, 4, 16)), max_rank=16)]
+    few = [spectra.Spectrum("a.weight", (200, 300), S=np.exp(-np.linspace(1, 6, 4)), max_rank=4)]
+    for curve, last in ((full, 10 * 9 / 199), (lora, 1 + 3 * 9 / 15), (few, 6.0)):
+        panel = spectra.plots.histogram.bin_pooled([spectra.plots.histogram.pool_values(curve)], close_up=0.05)
+        low = -np.log(curve[0].S[0])
+        assert panel.edges[-1] == pytest.approx(last + 0.02 * (last - low))
+
+
 def test_nothing_to_draw_is_an_error():
     with pytest.raises(SelectionError, match="no nonzero singular value"):
         spectra.plot_histogram([spectrum([0.0], status="unchanged")])

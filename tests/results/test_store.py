@@ -123,6 +123,17 @@ def test_run_json_tells_where_the_numbers_came_from(tmp_path, source):
     assert record["coverage"]["skipped"]["model.norm.weight"]
 
 
+def test_what_was_found_of_the_rounding_comes_back_and_results_from_before_still_load(tmp_path, monkeypatch):
+    found = Spectrum("a.weight", (3, 3), S=[2.0, 1.0, 0.5], noise_edge=0.7, noise_energy=0.3, rounding="on bf16's grid")
+    Store(tmp_path / "new").put(found)
+    same_spectrum(Store(tmp_path / "new").get("a.weight"), found)
+    older = {name: said for name, said in store._RECORDED.items() if name not in ("noise_energy", "rounding")}
+    monkeypatch.setattr(store, "_RECORDED", older)
+    Store(tmp_path / "old").put(found)
+    monkeypatch.undo()
+    same_spectrum(Store(tmp_path / "old").get("a.weight"), replace(found, noise_energy=None, rounding=""))
+
+
 def test_similarities_come_back(tmp_path):
     torch.manual_seed(0)
     pair = [WeightDelta.from_tensor("w", torch.randn(5, 4)) for _ in range(2)]

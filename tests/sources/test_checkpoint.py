@@ -372,3 +372,12 @@ def test_weights_in_float64_in_a_torch_file_are_the_same_each_time_they_are_read
     for _ in range(2):
         assert torch.equal(delta.read().to_dense(), tuned["w.weight"] - base["w.weight"])
     assert torch.equal(delta.base.read(), base["w.weight"])
+
+
+def test_models_in_memory_are_as_they_were_after_they_are_read():
+    base, tuned = (torch.nn.Linear(4, 3, bias=False).double() for _ in range(2))
+    before, change = base.weight.detach().clone(), (tuned.weight - base.weight).detach()
+    (delta,) = spectra.open_source(tuned, base)
+    for _ in range(2):
+        assert torch.equal(delta.read().to_dense(), change)
+    assert torch.equal(base.weight, before)

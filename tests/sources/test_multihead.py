@@ -146,6 +146,25 @@ def test_the_configs_scale(options, s, tmp_path):
     close(source.deltas[0], delta(A, B, s, [1 / N] * N))
 
 
+FORK = {"peft_type": "RLORA", "r": R, "rlora_alpha": 5, "num_heads": N, "init_seed": 0, "init_gamma": 64.0}
+
+
+def test_a_forks_offset_that_is_drawn_again_is_refused_by_name(tmp_path):
+    tensors = {name.replace("router", "router.weight"): tensor for name, tensor in stacked(*heads_of()).items()}
+    (bad,) = spectra.open_source(write(tmp_path, tensors, FORK | {"init_weights": True}))
+    assert bad.status == "unsupported"
+    assert "drawn again from init_seed = 0" in bad.reason
+    assert "give the merged model as tuned" in bad.reason
+    (default,) = spectra.open_source(write(tmp_path, tensors, FORK))
+    assert default.reason == bad.reason
+
+
+def test_the_forks_heads_that_started_at_zero_are_read_by_its_own_alpha(tmp_path):
+    A, B = heads_of()
+    source = spectra.open_source(write(tmp_path, stacked(A, B), FORK | {"init_weights": False}))
+    close(source.deltas[0], delta(A, B, 5 / R, [1 / N] * N))
+
+
 def test_the_mean_of_a_fused_projection_comes_in_parts(tmp_path):
     name = "transformer.h.0.attn.c_attn"
     A, B = randn(R, 4), randn(N, 12, R)

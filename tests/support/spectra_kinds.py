@@ -86,5 +86,19 @@ def same_spectrum(a: Spectrum, b: Spectrum) -> None:
     """Hold two spectra to the same bits and the same words."""
     arrays = [(a.S, b.S), (a.U, b.U), (a.Vh, b.Vh)]
     assert all((x is None) == (y is None) and (x is None or np.array_equal(x, y)) for x, y in arrays)
-    fields = ("name", "shape", "status", "norm", "max_rank", "noise_edge", "method", "reason", "note", "base_norm", "k")
+    fields = (
+        "name",
+        "shape",
+        "status",
+        "norm",
+        "max_rank",
+        "noise_edge",
+        "noise_energy",
+        "rounding",
+        "method",
+        "reason",
+        "note",
+        "base_norm",
+        "k",
+    )
     assert all(getattr(a, field) == getattr(b, field) for field in fields)

@@ -19,6 +19,9 @@ CONFIGS: dict[str, Any] = {
     "multilora": MultiLoRAConfig(r=2, num_modules=3, alpha=3, target_modules="0"),
     "rlora": RLoRAConfig(r=2, num_heads=3, alpha=3, head_dropout=0.0, target_modules="0"),
     "rlora routed": RLoRAConfig(r=2, num_heads=3, alpha=3, head_dropout=0.0, use_router=True, target_modules="0"),
+    "rlora released": RLoRAConfig(
+        r=2, num_heads=3, alpha=3, head_dropout=0.0, use_router=True, init="released", target_modules="0"
+    ),
     "hydralora": RLoRAConfig.hydralora(r=2, num_heads=3, alpha=3, target_modules="0"),
 }
 

@@ -25,6 +25,9 @@ HOSTILE = [
     (RLoRAConfig, HEADS | {"head_dropout": 1.0}),
     (RLoRAConfig, HEADS | {"use_router": "yes"}),
     (RLoRAConfig, HEADS | {"head_init": "ones"}),
+    (RLoRAConfig, HEADS | {"init": "published"}),
+    (RLoRAConfig, HEADS | {"init": "released"}),  # without a router
+    (RLoRAConfig, HEADS | {"init": "released", "use_router": True, "head_init": "zero"}),
 ]
 
 
@@ -74,4 +77,31 @@ def test_fields_that_change_no_number_are_let_pass_and_missing_ones_are_named():
     assert from_json(values | {"task_type": "CAUSAL_LM", "use_rslora": False}, "here") == CONFIGS["rlora"]
     del values["num_heads"]
     with pytest.raises(AdapterError, match="num_heads is missing"):
+        from_json(values, "here")
+
+
+def test_whose_start_it_is_and_its_scale_are_in_the_file():
+    released = RLoRAConfig(4, 3, 8, use_router=True, init="released")
+    assert released.scale == 4  # α/√r
+    values = to_json(released)
+    assert (values["init"], values["use_rslora"]) == ("released", True)
+    assert from_json(values, "here") == released
+    paper = to_json(RLoRAConfig(4, 3, 8, use_router=True))
+    assert (paper["init"], paper["use_rslora"]) == ("paper", False)
+    del paper["init"], paper["use_rslora"]  # files that are older than the choice
+    assert from_json(paper, "here").scale == 2
+
+
+@pytest.mark.parametrize("change", [{"use_rslora": False}, {"init": "paper"}])
+def test_a_scale_that_contradicts_the_start_is_refused(change):
+    values = to_json(RLoRAConfig(4, 3, 8, use_router=True, init="released"))
+    with pytest.raises(AdapterError, match=r"here: use_rslora = \w+ contradicts init = "):
+        from_json(values | change, "here")
+
+
+def test_another_librarys_rlora_is_refused_by_name():
+    values = {"peft_type": "RLORA", "r": 4, "rlora_alpha": 8, "num_heads": 4, "init_seed": 0, "init_weights": True}
+    with pytest.raises(
+        AdapterError, match=r"PEFT fork's R-LoRA.*init_seed = 0; load it with the library that saved it"
+    ):
         from_json(values, "here")

@@ -25,7 +25,8 @@ def one_head_at_a_time(adapter: RLoRA, x: torch.Tensor) -> torch.Tensor:
         total += weights[..., k : k + 1] * (x @ adapter.rlora_A.T @ B.T)
     if adapter.rlora_offset_A is not None:
         total -= x @ adapter.rlora_offset_A.T @ adapter.rlora_offset_B.T
-    return adapter.config.alpha / adapter.config.r * total
+    root = adapter.config.init == "released"
+    return adapter.config.alpha / (adapter.config.r**0.5 if root else adapter.config.r) * total
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -99,6 +100,69 @@ def test_the_random_start_has_the_papers_distribution_and_heads_differ():
     assert float((flat @ flat.T - torch.eye(4)).abs().max()) < 0.1
     assert torch.equal(adapter.rlora_offset_A, adapter.rlora_A)
     assert torch.equal(adapter.rlora_offset_B, adapter.rlora_B.mean(0))
+
+
+def released_slowly(out, into, r, heads, gamma):
+    """`reinit.py` of the authors' repository, line by line: the loop scales everything anew for every head."""
+    t = r**0.25 / gamma**0.5
+    A = torch.randn(r, into) / max(r, into) ** 0.5
+    B = [torch.zeros(out, r) for _ in range(heads)]
+    for i in range(heads):
+        B[i] = torch.randn(out, r) / max(out, r) ** 0.5
+        A *= t
+        for k in range(heads):
+            B[k] *= t
+    return A, torch.stack(B)
+
+
+@pytest.mark.parametrize(("out", "into", "r", "heads", "gamma"), [(400, 300, 8, 4, 64), (40, 500, 64, 3, 16)])
+def test_the_released_start_is_the_authors_loop(out, into, r, heads, gamma):
+    config = RLoRAConfig(r, heads, 1, gamma=gamma, use_router=True, init="released")
+    adapter = layer(config, out=out, into=into, dtype=torch.float32)[0].adapter
+    A, B = released_slowly(out, into, r, heads, gamma)
+    assert float(adapter.rlora_A.detach().norm()) == pytest.approx(float(A.norm()), rel=0.1)
+    for mine, theirs in zip(adapter.rlora_B.detach(), B, strict=True):
+        assert float(mine.norm()) == pytest.approx(float(theirs.norm()), rel=0.25)
+    norms = adapter.rlora_B.detach().flatten(1).norm(dim=1)
+    t = r**0.25 / gamma**0.5
+    assert (norms[:-1] / norms[1:]).tolist() == pytest.approx([t] * (heads - 1), rel=0.35)
+    assert adapter.rlora_router.any()
+    assert torch.equal(adapter.rlora_offset_A, adapter.rlora_A)
+    assert torch.equal(adapter.rlora_offset_B, adapter.rlora_B.mean(0))
+
+
+@pytest.mark.parametrize(
+    ("out", "into", "r", "heads", "least", "most"),
+    [
+        (768, 768, 64, 3, 30, 60),
+        (896, 4864, 4, 5, 20_000, 45_000),  # fine-tuning.sh: the down projection of Qwen2.5-0.5B
+        (896, 896, 8, 3, 100, 1_000),
+    ],
+)
+def test_the_released_start_is_smaller_than_the_papers(out, into, r, heads, least, most):
+    norms = {}
+    for init in ("paper", "released"):
+        config = RLoRAConfig(r, heads, 1, use_router=True, init=init)
+        adapter = layer(config, out=out, into=into, dtype=torch.float32)[0].adapter
+        norms[init] = float((adapter.rlora_offset_B @ adapter.rlora_offset_A).norm())
+    size, t = out**0.25 / 8, r**0.25 / 8
+    mean = math.sqrt(sum(t ** (2 * (heads - k)) for k in range(heads))) / heads
+    assert norms["paper"] == pytest.approx(size**2 * math.sqrt(r / heads), rel=0.2)
+    assert norms["released"] == pytest.approx(t**heads * mean * math.sqrt(r), rel=0.2)
+    assert least < norms["paper"] / norms["released"] < most
+
+
+def test_the_released_start_with_its_random_router_is_near_the_base_and_no_farther_than_its_heads():
+    config = RLoRAConfig(2, 3, 4, head_dropout=0.0, use_router=True, init="released")
+    model = layer(config)
+    x = torch.randn(50, 8, dtype=torch.float64)
+    base = linear(x, model[0].weight, model[0].bias)
+    adapter = model[0].adapter
+    A = adapter.rlora_A.detach()
+    largest = max(float((config.scale * head @ A).norm()) for head in adapter.rlora_B.detach())
+    away = (model(x) - base).norm(dim=-1)
+    assert away.max() > 0
+    assert bool((away <= 2 * largest * x.norm(dim=-1)).all())
 
 
 def test_the_baseline_starts_with_zero_heads_and_no_offset():

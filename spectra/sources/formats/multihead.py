@@ -87,6 +87,13 @@ def _add(ledger: Ledger, target: Target, found: _Heads) -> None:
 
 def _heads(ledger: Ledger, module: str, slots: Slots) -> _Heads:
     """The tensors of one module, whose shapes must match each other and the config."""
+    seed = ledger.config.get("init_seed")
+    if seed is not None and ledger.config.get("init_weights", True):
+        raise Refusal(
+            "this R-LoRA of a PEFT fork takes a random product off the base that is in no file: it is drawn again from "
+            f"init_seed = {seed} at each load. Merge it with the library that saved it, and give the merged model as "
+            "tuned"
+        )
     down = slots.get("lora_A") or slots.get("rlora_A")
     if down is None or len(down.shape) != 2:
         raise Refusal(f"the shared A (r, in) is missing in {ledger.where}")
@@ -96,10 +103,15 @@ def _heads(ledger: Ledger, module: str, slots: Slots) -> _Heads:
         raise Refusal(f"the heads {shapes} do not fit A {list(down.shape)} in {ledger.where}")
     if not all(ref.is_float for ref in (down, *ups)):
         raise Refusal(f"the factors are not stored as real numbers in {ledger.where}")
-    s = ledger.scale if ledger.scale is not None else ledger.scale_of(module, down.shape[0])
+    s = ledger.scale if ledger.scale is not None else _scale(ledger, module, down.shape[0])
     routers = {slot: ref for slot, ref in slots.items() if "route" in slot}
     ledger.use(routers.values())  # zero router logits are what the mean stands for
     return _Heads(down, ups, s, bool(routers), _offset(ledger, slots, down, ups))
+
+
+def _scale(ledger: Ledger, module: str, rank: int) -> float:
+    fork = ledger.config.get("rlora_alpha") is not None  # as a PEFT fork calls α
+    return ledger.scale_of(module, rank, alpha_key="rlora_alpha" if fork else "lora_alpha")
 
 
 def _offset(

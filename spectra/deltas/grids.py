@@ -1,0 +1,132 @@
+r"""The numbers that a tensor's values are drawn from, as its bits show them, not as its file's header says.
+
+A merge in bf16 that was saved as float32 is a float32 file whose values all lie on bf16's grid; codes of eight bits
+that were decoded lie on a coarser one still. What rounding left in an update follows the grid, not the file.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from spectra.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SAMPLE = 2**18  # entries that are looked at, spread over the rows
+_FEWEST = 256  # entries without which nothing is concluded: of 2⁻²⁵⁶ that all of them lie on a coarser grid by chance
+_FEWEST_DISTINCT = 16  # values without which a matrix is a pattern, such as ones or signs, rather than rounded
+_STRAY = 1e-3  # share of the entries that may lie off the grid
+_BOUND = 1e-2  # share of the entries below which the smallest step is a tail and no limit
+_MANTISSA = 52
+_BIAS = 1023
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All s·2^floor and all numbers with so many bits after the leading one.
+
+    Attributes:
+        bits: of the significand after the leading one.
+        floor: the exponent of the smallest step; numbers near zero are its multiples.
+
+    Example:
+        >>> GRIDS["BF16"].name, Grid(3, -9).name, Grid(5, -133).name
+        ('bf16', 'e4m3', '6-bit')
+    """
+
+    bits: int
+    floor: int
+
+    @property
+    def name(self) -> str:
+        """What the grid is called: the type that it is all or nearly all of, or its number of significant bits."""
+        steps = _FLOORS.get(self.bits)
+        fits = steps is not None and (self.floor >= steps[0] or self.floor <= UNLIMITED)
+        return steps[1] if steps is not None and fits else f"{self.bits + 1}-bit"
+
+    def squared_steps(self, block: Tensor) -> Tensor:
+        """The squared distance between neighbouring numbers of the grid at each entry, float64.
+
+        Read from and written into the exponent bits of float64: a tenth of the time of frexp and ldexp.
+        """
+        exponent = block.to(torch.float64).contiguous().view(torch.int64) >> _MANTISSA
+        exponent.bitwise_and_(0x7FF).sub_(_BIAS + self.bits).clamp_(min=self.floor)
+        exponent.mul_(2).add_(_BIAS).clamp_(min=0)
+        return exponent.bitwise_left_shift_(_MANTISSA).view(torch.float64)
+
+    def round(self, matrix: Tensor) -> Tensor:
+        """The nearest number of the grid, ties to even, float64."""
+        step = self.squared_steps(matrix).sqrt_()
+        return torch.where(step > 0, (matrix / step).round_().mul_(step), matrix)
+
+
+# Storage types: bits after the leading one, and the exponent of the smallest subnormal number.
+GRIDS = {
+    "F64": Grid(52, -1074),
+    "F32": Grid(23, -149),
+    "F16": Grid(10, -24),
+    "BF16": Grid(7, -133),
+    "F8_E4M3": Grid(3, -9),
+    "F8_E5M2": Grid(2, -16),
+}
+_NAMES = {"F64": "f64", "F32": "f32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
+_FLOORS = {grid.bits: (grid.floor, _NAMES[dtype]) for dtype, grid in GRIDS.items()}
+UNLIMITED = -100  # a floor so low that it is the file's
+
+
+def grid_of(stored: Tensor, dtype: str) -> Grid | None:
+    r"""The coarsest grid that the values lie on, all but a thousandth of them.
+
+    Of values that are rounded to p bits after the leading one, half use all p of them, so the longest significand
+    among some hundreds shows p; that of numbers near zero shows the smallest step. Where the entries are too few, or
+    a pattern of few values, it is the storage type's own.
+
+    Args:
+        stored: the weights, in their storage type or upcast.
+        dtype: their storage type, in safetensors' words.
+
+    Returns:
+        The grid, never finer than the storage type's; None for a type whose rounding is not known.
+
+    Example:
+        >>> import torch
+        >>> values = torch.linspace(0.5, 2, 1000)
+        >>> grid_of(values[None], "F32").name, grid_of(values[None].bfloat16().float(), "F32").name
+        ('f32', 'bf16')
+    """
+    nominal = GRIDS.get(dtype)
+    if nominal is None or stored.numel() < _FEWEST:
+        return nominal
+    values = _sample(stored)
+    values = values[values.isfinite() & (values != 0)]
+    if values.numel() < _FEWEST or len(torch.unique(values[:4096].abs())) < _FEWEST_DISTINCT:
+        return nominal
+    pattern = values.view(torch.int64)
+    exponents = ((pattern >> _MANTISSA) & 0x7FF) - _BIAS
+    significand = (pattern & (2**_MANTISSA - 1)) | 2**_MANTISSA
+    lowest = (significand & -significand).to(torch.float64).view(torch.int64) >> _MANTISSA
+    lengths = _MANTISSA - (lowest - _BIAS)
+    bits = min(_quantile(lengths, 1 - _STRAY), nominal.bits)
+    floor = max(_quantile(exponents - lengths, _STRAY), nominal.floor)
+    if float((exponents < floor + bits).double().mean()) <= _BOUND:
+        return Grid(bits, nominal.floor)
+    # Of multiples of one step, the rare large ones have the long significands.
+    return Grid(min(int(lengths[exponents - lengths >= floor].max()), nominal.bits), floor)
+
+
+def _sample(stored: Tensor) -> Tensor:
+    """Entries from all over the matrix, float64."""
+    matrix = stored.reshape(stored.shape[0], -1)
+    every = max(1, math.ceil(matrix.numel() / _SAMPLE))
+    along_rows = min(every, max(1, matrix.shape[1] // 32))  # from every row, so that none of them goes unseen
+    down = max(1, math.ceil(every / along_rows))
+    return matrix[::down, ::along_rows].to(torch.float64).flatten()
+
+
+def _quantile(numbers: Tensor, share: float) -> int:
+    """The least number that at least such a share of them does not exceed."""
+    place = min(max(math.ceil(share * numbers.numel()), 1), numbers.numel())
+    return int(numbers.kthvalue(place).values)

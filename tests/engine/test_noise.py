@@ -1,0 +1,133 @@
+"""Which values are rounding: what was added to W₀ is counted, and nothing else, whatever W₀ and the update are like."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.checkpoints import write_checkpoint
+
+import spectra
+
+
+def product(W, rank, share, seed=0):
+    """A random update of a rank, with a share of W's norm."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = torch.randn(W.shape[0], rank, generator=generator), torch.randn(rank, W.shape[1], generator=generator)
+    update = (left @ right).double()
+    return update * (share * W.double().norm() / update.norm())
+
+
+def stored(folder, tuned, base):
+    for name, weights in (("tuned", tuned), ("base", base)):
+        write_checkpoint(folder / name, {"a.weight": weights})
+    (found,) = spectra.decompose(spectra.open_source(folder / "tuned", folder / "base"))
+    return found
+
+
+def gaussian():
+    return 0.04 * torch.randn(384, 384)
+
+
+def heavy():
+    return 0.02 * torch.distributions.StudentT(3.0).sample((384, 384))
+
+
+def faint_rows():
+    weights = gaussian()
+    weights[::2] *= 1e-2
+    return weights
+
+
+def outlier_columns():
+    weights = gaussian()
+    weights[:, 100:104] *= 50
+    return weights
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [1, 2, 8, 16])
+@pytest.mark.parametrize("weights", [gaussian, heavy, faint_rows])
+def test_the_rank_of_an_update_is_found_in_every_family(weights, rank, dtype, tmp_path):
+    torch.manual_seed(1)
+    base = weights().to(dtype)
+    found = stored(tmp_path, (base.double() + product(base, rank, 1e-2)).to(dtype), base)
+    assert found.rank > 300
+    assert found.signal_rank == rank
+
+
+@pytest.mark.parametrize("share", [1e-2, 3e-3])
+def test_few_directions_on_real_weights_are_not_counted_with_what_rounding_makes_of_them(share, real_pair, tmp_path):
+    weights = load_file(real_pair[0] / "model.safetensors")
+    for i, key in enumerate([k for k in weights if k.startswith("encoder.layer.") and weights[k].ndim == 2][::6]):
+        base = weights[key].bfloat16()
+        for rank in (1, 2):
+            tuned = (base.double() + product(base, rank, share, seed=i)).bfloat16()
+            found = stored(tmp_path / f"{i}-{rank}", tuned, base)
+            assert found.signal_rank == rank
+
+
+def test_columns_that_stand_out_and_do_not_move_hide_nothing(tmp_path):
+    torch.manual_seed(0)
+    base = outlier_columns().bfloat16()
+    found = stored(tmp_path, (base.double() + product(gaussian(), 16, 3e-3)).bfloat16(), base)
+    assert found.signal_rank == 16
+
+
+def test_a_random_update_as_small_as_the_rounding_has_no_signal(tmp_path):
+    torch.manual_seed(0)
+    base = gaussian().bfloat16()
+    found = stored(tmp_path, (base.double() + 3e-5 * torch.randn(384, 384)).bfloat16(), base)
+    assert found.signal_rank == 0
+    assert found.noise_energy == pytest.approx(found.norm**2, rel=0.05)
+    assert "rounding and nothing else" in found.note
+
+
+def test_a_full_update_far_above_the_rounding_is_all_signal(tmp_path):
+    torch.manual_seed(0)
+    base = gaussian().bfloat16()
+    found = stored(tmp_path, (base.double() + 0.04 * torch.randn(384, 300) @ torch.eye(300, 384)).bfloat16(), base)
+    assert 285 <= found.signal_rank <= 300
+    assert found.rounding == "tuned on the bf16 grid"
+    assert not found.note
+
+
+def test_the_top_alone_is_judged_as_the_whole(tmp_path):
+    torch.manual_seed(0)
+    base = gaussian()
+    tuned = (base.bfloat16().double() + product(base, 8, 1e-2)).bfloat16()
+    whole = stored(tmp_path, tuned, base)
+    source = spectra.open_source(tmp_path / "tuned", tmp_path / "base")
+    (top,) = spectra.decompose(source, top=12, only_top=True)
+    assert top.rounding == whole.rounding
+    assert top.noise_edge == pytest.approx(whole.noise_edge, rel=1e-6)
+    assert top.signal_rank == whole.signal_rank == 8
+
+
+def test_a_correct_merge_reads_as_the_update_that_was_merged(tmp_path):
+    torch.manual_seed(0)
+    base = gaussian().bfloat16()
+    update = product(base, 8, 1e-2)
+    found = stored(tmp_path, (base.double() + update).bfloat16(), base)
+    exact = spectra.Spectrum("a", (384, 384), S=torch.linalg.svdvals(update).numpy()[:8], max_rank=8)
+    (row,) = spectra.summarize([found]).to_dict("records")
+    assert row["effective_rank"] > 80
+    for name in ("effective_rank", "participation_ratio", "stable_rank", "rank_99", "norm"):
+        assert row[f"signal_{name}"] == pytest.approx(spectra.METRICS[name](exact), rel=0.01)
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_similarity_warns_where_the_base_s_own_error_is_in_both(copy, tmp_path):
+    torch.manual_seed(0)
+    weights = gaussian()
+    base = weights.bfloat16() if copy else weights.bfloat16().float()
+    found = []
+    for seed in (1, 2):
+        tuned = ((weights if copy else base) + product(weights, 8, 1e-2, seed)).float()
+        for name, saved in (("tuned", tuned), ("base", base)):
+            write_checkpoint(tmp_path / f"{seed}" / name, {"a.weight": saved})
+        source = spectra.open_source(tmp_path / f"{seed}" / "tuned", tmp_path / f"{seed}" / "base")
+        found += spectra.decompose(source, top=30)
+    similarity = spectra.subspace_similarity(*found, top=30)
+    assert similarity.k_used == 8
+    assert ("contain the rounding error of the base" in similarity.note) == copy

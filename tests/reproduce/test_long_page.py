@@ -1,0 +1,60 @@
+"""What the page about the long experiment says is what its stored numbers say, and the rule judges those."""
+
+from __future__ import annotations
+
+import re
+
+import pandas as pd
+import pytest
+from reproduce.tiny import ROOT
+
+from spectra.reproduce.long import LONG
+from spectra.reproduce.long.numbers import Numbers
+from spectra.reproduce.long.page import tables, verdicts
+from spectra.reproduce.long.rule import overall
+
+PICTURES = ROOT / "figures" / "long-training"
+PAGE = (ROOT / "docs" / "long-training.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def numbers():
+    return Numbers.load(PICTURES)
+
+
+def test_the_pages_tables_and_verdicts_are_made_of_the_numbers(numbers):
+    made = tables(numbers, LONG)
+    assert (PICTURES / "tables.md").read_text() == made
+    blocks = re.findall(r"(?:^[|*].*\n)+", made, re.M)
+    assert len(blocks) >= 4
+    for block in blocks:
+        assert block in PAGE
+
+
+def test_the_verdict_in_the_first_lines_is_the_rules(numbers):
+    word = overall(verdicts(numbers.summary, LONG))
+    assert f"**{word}**" in PAGE.partition("\n## ")[0]
+
+
+def test_every_link_of_the_page_leads_somewhere():
+    targets = re.findall(r"\]\((?!http)([^)#]+)", PAGE)
+    assert len(targets) >= 5
+    for target in targets:
+        assert (ROOT / "docs" / target).exists(), target
+
+
+def test_the_numbers_are_of_the_plan_in_the_code(numbers):
+    planned = {run.name: run for run in LONG.runs()}
+    rows = numbers.summary.drop_duplicates("run").set_index("run")
+    for name, row in rows.iterrows():
+        run = planned[name]
+        assert (row["label"], row["lr"]) == (run.label, pytest.approx(run.lr))
+        assert (row["init_seed"], row["data_seed"]) == (run.init_seed, run.data_seed)
+    assert set(numbers.summary["step"]) <= set(LONG.snapshots)
+
+
+def test_the_summary_is_the_mean_over_the_matrices(numbers):
+    means = numbers.matrices.groupby(["run", "step"])["rank_90"].agg(["mean", "size"])
+    stored = numbers.summary[numbers.summary["step"] > 0].set_index(["run", "step"])["rank_90"]
+    pd.testing.assert_series_equal(means["mean"].reindex(stored.index), stored, check_names=False, rtol=1e-4)
+    assert set(means["size"]) == {28}
