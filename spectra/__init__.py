@@ -34,7 +34,6 @@ _HOMES = {
     "spectra.plots": (
         "cosines_figure",
         "deciles_figure",
-        "depth_figure",
         "draw_interference",
         "draw_pairs",
         "draw_results",
@@ -49,6 +48,7 @@ _HOMES = {
         "plot_series",
         "plot_similarity",
         "plot_square",
+        "roles_over_depth_figure",
         "series_figure",
         "similarity_figure",
         "squares_figure",
@@ -94,7 +94,6 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.metrics.similarity import subspace_similarity as subspace_similarity
     from spectra.plots import cosines_figure as cosines_figure
     from spectra.plots import deciles_figure as deciles_figure
-    from spectra.plots import depth_figure as depth_figure
     from spectra.plots import draw_interference as draw_interference
     from spectra.plots import draw_pairs as draw_pairs
     from spectra.plots import draw_results as draw_results
@@ -109,6 +108,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.plots import plot_series as plot_series
     from spectra.plots import plot_similarity as plot_similarity
     from spectra.plots import plot_square as plot_square
+    from spectra.plots import roles_over_depth_figure as roles_over_depth_figure
     from spectra.plots import series_figure as series_figure
     from spectra.plots import similarity_figure as similarity_figure
     from spectra.plots import squares_figure as squares_figure

@@ -7,7 +7,7 @@ from spectra.plots.figures import draw_panels, histogram_figure, histogram_panel
 from spectra.plots.grouping import Comparison, curves_by_role, pages_by_layer, panels_by_role
 from spectra.plots.heads import heads_figure
 from spectra.plots.histogram import plot_histogram
-from spectra.plots.interference import cosines_figure, depth_figure, draw_interference, plot_roles_over_depth
+from spectra.plots.interference import cosines_figure, draw_interference, plot_roles_over_depth, roles_over_depth_figure
 from spectra.plots.ranks import plot_kept_energy
 from spectra.plots.series import plot_series, series_figure
 from spectra.plots.several import draw_pairs
@@ -22,7 +22,6 @@ __all__ = [
     "cosines_figure",
     "curves_by_role",
     "deciles_figure",
-    "depth_figure",
     "draw_interference",
     "draw_pairs",
     "draw_panels",
@@ -42,6 +41,7 @@ __all__ = [
     "plot_series",
     "plot_similarity",
     "plot_square",
+    "roles_over_depth_figure",
     "save_figure",
     "series_figure",
     "similarity_figure",
