@@ -97,12 +97,12 @@ def cell(pairs: list[tuple[int, int]]) -> str:
     return f"**{claimed}** ({true})"
 
 
-def by_family(size: int, draws: int, real: Callable[[int], Tensor] | None, folder: Path) -> Iterator[str]:
+def by_family(size: int, seeds: range, real: Callable[[int], Tensor] | None, folder: Path) -> Iterator[str]:
     """One row per kind of weights, type and relative size."""
     yield "| weights | type | ‖U‖/‖W‖ | " + " | ".join(f"rank {rank}" for rank in RANKS) + " |"
     yield "|---|---|---|" + "---|" * len(RANKS)
     drawn = []
-    for seed in range(draws):
+    for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         drawn.append((families(size, generator, real(seed) if real else None), generator))
     for family in drawn[0][0]:
@@ -119,14 +119,14 @@ def by_family(size: int, draws: int, real: Callable[[int], Tensor] | None, folde
                 yield f"| {family} | {name} | {share:g} | " + " | ".join(cells) + " |"
 
 
-def by_storage(size: int, draws: int, real: Callable[[int], Tensor] | None, folder: Path) -> Iterator[str]:
+def by_storage(size: int, seeds: range, real: Callable[[int], Tensor] | None, folder: Path) -> Iterator[str]:
     """One row per way of storing: rank 8."""
     shares = (1e-2, 3e-3)
     yield "| how it was stored | " + " | ".join(f"{100 * share:g} %" for share in shares) + " |"
     yield "|---|" + "---|" * len(shares)
     counts: dict[str, list[list[tuple[int, int]]]] = {}
     for place, share in enumerate(shares):
-        for seed in range(draws):
+        for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
             W = real(seed) if real else 0.04 * torch.randn(size, size, generator=generator)
             U = update(W, 8, share, generator)
@@ -136,12 +136,37 @@ def by_storage(size: int, draws: int, real: Callable[[int], Tensor] | None, fold
         yield f"| {way} | " + " | ".join(cell(pairs) for pairs in found) + " |"
 
 
+def by_decay(size: int, seeds: range, real: Callable[[int], Tensor] | None, folder: Path) -> Iterator[str]:
+    """One row per rate at which the values of an update of rank 16 fall, in bf16."""
+    shares = (1e-2, 3e-3)
+    yield "| σᵢ₊₁/σᵢ | " + " | ".join(f"{100 * share:g} %" for share in shares) + " |"
+    yield "|---|" + "---|" * len(shares)
+    for rate in (0.9, 0.7, 0.5, 0.3):
+        cells = []
+        for share in shares:
+            pairs = []
+            for seed in seeds:
+                generator = torch.Generator().manual_seed(seed)
+                W = real(seed) if real else 0.04 * torch.randn(size, size, generator=generator)
+                left, right = (torch.randn(side, 16, generator=generator).double() for side in W.shape)
+                falling = rate ** torch.arange(16).double()
+                U = (torch.linalg.qr(left).Q * falling) @ torch.linalg.qr(right).Q.T
+                U *= share * W.double().norm() / U.norm()
+                base = W.bfloat16()
+                pairs.append(claimed_and_true(((base + U).bfloat16(), base), U, 16, folder))
+            cells.append(cell(pairs))
+        yield f"| {rate} | " + " | ".join(cells) + " |"
+
+
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="a safetensors file of real weights, such as MiniLM's")
     parser.add_argument("--size", type=int, default=384)
     parser.add_argument("--draws", type=int, default=2)
+    parser.add_argument(
+        "--first", type=int, default=1000, help="seed of the first draw; thresholds were set on 0 and 1"
+    )
     options = parser.parse_args()
     real = None
     if options.weights:
@@ -150,9 +175,10 @@ def main() -> None:
         def real(seed: int) -> Tensor:
             return matrices[(7 * seed) % len(matrices)].float()
 
+    seeds = range(options.first, options.first + options.draws)
     with tempfile.TemporaryDirectory() as folder:
-        for table in (by_storage, by_family):
-            for line in table(options.size, options.draws, real, Path(folder)):
+        for table in (by_storage, by_decay, by_family):
+            for line in table(options.size, seeds, real, Path(folder)):
                 print(line, flush=True)
             print()
 

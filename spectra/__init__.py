@@ -33,23 +33,29 @@ _HOMES = {
     "spectra.metrics.similarity": ("SubspaceSimilarity", "chance_level", "principal_angles", "subspace_similarity"),
     "spectra.plots": (
         "cosines_figure",
+        "deciles_figure",
         "depth_figure",
         "draw_interference",
         "draw_pairs",
         "draw_results",
         "heads_figure",
         "histogram_figure",
-        "layers_figure",
         "pairs_figure",
+        "plot_cosines",
+        "plot_deciles",
         "plot_depth",
         "plot_histogram",
         "plot_kept_energy",
         "plot_roles_over_depth",
         "plot_scree",
+        "plot_series",
         "plot_similarity",
         "plot_square",
+        "roles_over_depth_figure",
+        "series_figure",
         "similarity_figure",
         "squares_figure",
+        "tops_figure",
     ),
     "spectra.report": ("write_report",),
     "spectra.results.alignment": ("alignment",),
@@ -58,7 +64,9 @@ _HOMES = {
     "spectra.results.heads": ("head_similarity",),
     "spectra.results.inspection": ("Inspection", "inspect"),
     "spectra.results.interference": ("interference",),
+    "spectra.results.intruders": ("intruders",),
     "spectra.results.pairs": ("Pair", "Pairs"),
+    "spectra.results.series": ("series",),
     "spectra.results.similarities": ("NotCompared", "pool_by_role"),
     "spectra.results.streams": ("Decomposition", "compare", "decompose"),
     "spectra.results.tables": ("summarize", "summarize_similarity"),
@@ -89,23 +97,29 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.metrics.similarity import principal_angles as principal_angles
     from spectra.metrics.similarity import subspace_similarity as subspace_similarity
     from spectra.plots import cosines_figure as cosines_figure
+    from spectra.plots import deciles_figure as deciles_figure
     from spectra.plots import depth_figure as depth_figure
     from spectra.plots import draw_interference as draw_interference
     from spectra.plots import draw_pairs as draw_pairs
     from spectra.plots import draw_results as draw_results
     from spectra.plots import heads_figure as heads_figure
     from spectra.plots import histogram_figure as histogram_figure
-    from spectra.plots import layers_figure as layers_figure
     from spectra.plots import pairs_figure as pairs_figure
+    from spectra.plots import plot_cosines as plot_cosines
+    from spectra.plots import plot_deciles as plot_deciles
     from spectra.plots import plot_depth as plot_depth
     from spectra.plots import plot_histogram as plot_histogram
     from spectra.plots import plot_kept_energy as plot_kept_energy
     from spectra.plots import plot_roles_over_depth as plot_roles_over_depth
     from spectra.plots import plot_scree as plot_scree
+    from spectra.plots import plot_series as plot_series
     from spectra.plots import plot_similarity as plot_similarity
     from spectra.plots import plot_square as plot_square
+    from spectra.plots import roles_over_depth_figure as roles_over_depth_figure
+    from spectra.plots import series_figure as series_figure
     from spectra.plots import similarity_figure as similarity_figure
     from spectra.plots import squares_figure as squares_figure
+    from spectra.plots import tops_figure as tops_figure
     from spectra.report import write_report as write_report
     from spectra.results.alignment import alignment as alignment
     from spectra.results.all_pairs import compare_all as compare_all
@@ -117,8 +131,10 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.results.inspection import Inspection as Inspection
     from spectra.results.inspection import inspect as inspect
     from spectra.results.interference import interference as interference
+    from spectra.results.intruders import intruders as intruders
     from spectra.results.pairs import Pair as Pair
     from spectra.results.pairs import Pairs as Pairs
+    from spectra.results.series import series as series
     from spectra.results.similarities import NotCompared as NotCompared
     from spectra.results.similarities import pool_by_role as pool_by_role
     from spectra.results.streams import Decomposition as Decomposition

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 
+def escaped(text: str) -> str:
+    r"""The text on one line: what does not print is written as Python writes it, since names come from files.
+
+    >>> escaped("layers.0\x1b[2J\nweight")
+    'layers.0\\x1b[2J\\nweight'
+    """
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
 class SpectraError(Exception):
     """Base of every error that a user can cause or mend; its text is the whole message."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(escaped(message))
 
 
 class SourceError(SpectraError):

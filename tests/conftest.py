@@ -7,6 +7,7 @@ import matplotlib as mpl
 import pytest
 from hypothesis import HealthCheck, settings
 from support.checkpoints import llama_tensors, nudged, write_checkpoint
+from support.slow import SLOW
 
 import spectra
 from spectra.deltas.source import Source
@@ -26,11 +27,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of one long experiment run first and in one process: it is made once, while the other does the rest."""
+    """The tests of one long experiment run first and in one process: it is made once, while the other does the rest.
+
+    Everything that is not listed as slow is marked quick.
+    """
     long = [item for item in items if "experiment" in getattr(item, "fixturenames", ())]
     for item in long:
         item.add_marker(pytest.mark.xdist_group("experiment"))
     items[:] = long + [item for item in items if item not in set(long)]
+    for item in items:
+        if not item.nodeid.removeprefix("tests/").startswith(SLOW):
+            item.add_marker("quick")
 
 
 @pytest.fixture(scope="session")

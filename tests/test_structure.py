@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support import readme
+from support.slow import SLOW
 
 import spectra
 
@@ -127,6 +128,21 @@ FORBIDDEN = {
 def test_what_must_not_exist(pattern):
     found = [path.name for path in MODULES if re.search(pattern, path.read_text())]
     assert not found, FORBIDDEN[pattern]
+
+
+def test_what_is_listed_as_slow_exists():
+    for entry in SLOW:
+        file, _, start = entry.partition("::")
+        text = (ROOT / "tests" / file).read_text()
+        assert f"def {start}" in text, entry
+
+
+def test_only_code_and_templates_are_packaged():
+    """The wheel is what lies in spectra/: no data of experiments, no figures."""
+    kinds = {
+        path.suffix for path in (ROOT / "spectra").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert kinds <= {".py", ".typed", ".html", ".css", ".js", ""}
 
 
 def test_the_arrows_point_one_way():

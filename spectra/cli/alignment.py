@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import Opening, json_option, source_options, table_option, tuned_argument
+from spectra.cli.options import (
+    Compute,
+    Opening,
+    compute_options,
+    figures_option,
+    json_option,
+    source_options,
+    table_option,
+    tuned_argument,
+)
 from spectra.cli.table import View, print_rows, table_view
 
 if TYPE_CHECKING:
@@ -35,12 +44,14 @@ _SHOWN = {
     "--cache", type=click.Path(file_okay=False), metavar="DIR",
     help="Keep W₀'s singular vectors here: most of the time, and the next run with this base reads them.",
 )  # fmt: skip
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]", help="Where to compute.")
 @click.option(
-    "--memory", metavar="SIZE", help="Budget for the matrix at work, such as 4GiB.  [default: half of what is free]"
-)
+    "--intruders-only", is_flag=True,
+    help="Count intruder dimensions and nothing else: as exact, and mostly without W₀'s decomposition.",
+)  # fmt: skip
 @source_options
+@compute_options
 @table_option
+@figures_option
 @json_option
 @table_view
 def command(
@@ -49,28 +60,31 @@ def command(
     k: int,
     epsilon: float,
     cache: str | None,
-    device: str,
-    memory: str | None,
+    intruders_only: bool,
     opening: Opening,
+    compute: Compute,
     out: str | None,
+    figures: bool,
     as_json: bool,
     view: View,
 ) -> None:
     """ΔW against W₀: intruder dimensions, amplification and shares of energy, matrix by matrix.
 
-    Prints the main columns; --json and --out hold all of them, each with its chance level or control.
+    Prints the main columns; --json and --out hold all of them, each with its chance level or control, and --out
+    draws how W's top directions stand to W₀'s, and where in W₀'s spectrum the energy of ΔW lies.
     """
     source = opening.open(tuned, base)
     with heavy_imports():
+        from spectra.results import intruders
         from spectra.results.alignment import COLUMNS, alignment_rows
 
-    view.check(COLUMNS, len(source))
+    view.check(intruders.COLUMNS if intruders_only else COLUMNS, len(source))
 
-    stream = alignment_rows(source, k=k, epsilon=epsilon, cache=cache, device=device, memory_budget=memory)
+    make, name = (intruders.intruder_rows, "intruders") if intruders_only else (alignment_rows, "alignment")
     rows: list[Row] = []
     kept = f"the vectors of W₀ are in {cache}" if cache else "nothing is stored: --cache DIR keeps W₀'s vectors"
-    with report.progress(len(source), "spectra alignment", otherwise=kept) as bar:
-        for row in stream:
+    with report.progress(len(source), "spectra alignment", otherwise=kept) as bar, compute.keywords() as keywords:
+        for row in make(source, k=k, epsilon=epsilon, cache=cache, **keywords):
             rows.append(row)
             bar.update()
     document = {
@@ -81,11 +95,23 @@ def command(
     }
     if as_json:
         report.print_json(document)
+    elif intruders_only:
+        _print_counts(rows, view)
     else:
         _print(rows, view)
     if out:
-        report.keep_table(out, "alignment", document)
+        report.keep_table(out, name, document)
+        for path in report.draw(out, names=source.names) if figures and not intruders_only else []:
+            report.note(f"figure: {path}")
     report.close(rows)
+
+
+def _print_counts(rows: list[Row], view: View) -> None:
+    """A line per matrix, and what the counts rest on."""
+    shown = {"k": "k", "intruders": "intruders", "decided_by": "decided by"}
+    print_rows(rows, shown, replace(view, every=True))
+    done = [row["intruders"] for row in rows if row["status"] == "ok"]
+    report.note(f"{sum(done)} intruders in {len(done)} matrices")
 
 
 def _print(rows: list[Row], view: View) -> None:

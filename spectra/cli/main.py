@@ -21,6 +21,7 @@ _COMMANDS = {
     "alignment": "spectra.cli.alignment",
     "extract": "spectra.cli.extract",
     "interference": "spectra.cli.interference",
+    "series": "spectra.cli.series",
     "heads": "spectra.cli.heads",
     "inspect": "spectra.cli.inspect",
     "verify": "spectra.cli.verify",
@@ -104,6 +105,7 @@ def main() -> None:
       spectra extract ckpt/ --base B --rank 16 --out lora/        the update as a LoRA
       spectra verify --base B --adapter A --merged M              is the adapter in the merged model?
       spectra interference a/ b/ c/                               what adding them up does to each
+      spectra series --base b ckpt-*/                             the update along training
       spectra heads my-rlora/                                     are an adapter's heads alike?
       spectra plot results/                                       redraw stored results
       spectra report results/ --out page.html                     one page about them, to look at and to send

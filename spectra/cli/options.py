@@ -12,6 +12,7 @@ A decorator adds a group of options to a command, and hands the command one obje
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -66,6 +67,14 @@ def tuned_argument(command: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
+def _no_models_folder(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Refuse to write tables among a model's files, before anything is computed."""
+    for config in ("config.json", "adapter_config.json", "model_index.json"):
+        if value and os.path.isfile(os.path.join(value, config)):
+            raise click.BadParameter(f"{value} is a model's folder (it holds {config}): choose another directory")
+    return value
+
+
 layer_option = click.option(
     "--layer", "layers", multiple=True, metavar="PATTERN",
     help="Only these matrices: roles or parts of names (q_proj,v_proj), attn or mlp, layers (0-3, 0-3.q_proj), a glob, "
@@ -73,7 +82,11 @@ layer_option = click.option(
 )  # fmt: skip
 scale_option = click.option("--scale", type=float, help="The scale s where the adapter does not carry α/r.")
 table_option = click.option(
-    "--out", type=click.Path(file_okay=False), metavar="DIR", help="Keep the table here, as csv and as json.",
+    "--out", type=click.Path(file_okay=False), metavar="DIR", callback=_no_models_folder,
+    help="Keep the table here, as csv and as json.",
+)  # fmt: skip
+figures_option = click.option(
+    "--figures/--no-figures", default=True, show_default=True, help="Draw figures into the --out directory.",
 )  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 _SOURCE = (

@@ -176,6 +176,9 @@ def _keep(wanted: Wanted, pairs: Pairs, document: dict[str, Any]) -> None:
 
 def _close(pairs: Pairs) -> None:
     failed, alone = pairs.failed, pairs.one_sided
+    report.by_reason(
+        "note", {f"{row['a']}, {row['b']}: {row['name']}": row["note"] for row in pairs.rows() if row["note"]}
+    )
     if alone:
         one = alone[0]
         report.note(

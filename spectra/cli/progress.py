@@ -17,21 +17,24 @@ class Progress:
     """A bar with ETA on a terminal's stderr, nothing in a pipe; Ctrl-C ends the command with a word on what is kept.
 
     Args:
-        total: how many matrices there are.
+        total: how many there are to do.
         what: the command.
         kept: where they are stored as they come, so that the same command goes on; "" for nowhere.
         otherwise: what to say where they are not.
+        unit: what the bar counts.
     """
 
-    def __init__(self, total: int, what: str, *, kept: str = "", otherwise: str = "nothing is stored") -> None:
+    def __init__(
+        self, total: int, what: str, *, kept: str = "", otherwise: str = "nothing is stored", unit: str = "matrix"
+    ) -> None:
         self._total, self._done = total, 0
         self._kept, self._otherwise = kept, otherwise
-        self._bar = _bar(total, what)
+        self._bar = _bar(total, what, unit)
 
-    def update(self) -> None:
-        """One matrix more."""
-        self._done += 1
-        self._bar.update()
+    def update(self, more: int = 1) -> None:
+        """So many more are done."""
+        self._done += more
+        self._bar.update(more)
 
     def __enter__(self) -> Self:
         return self
@@ -52,8 +55,8 @@ class Progress:
         return f"{self._done} of {self._total} were done, {self._otherwise}"
 
 
-def _bar(total: int, what: str) -> Any:
+def _bar(total: int, what: str, unit: str) -> Any:
     from tqdm import tqdm
 
     off = True if is_quiet() else None  # None: where stderr is no terminal
-    return tqdm(total=total, desc=what, unit="matrix", file=sys.stderr, disable=off, leave=False, dynamic_ncols=True)
+    return tqdm(total=total, desc=what, unit=unit, file=sys.stderr, disable=off, leave=False, dynamic_ncols=True)

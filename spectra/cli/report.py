@@ -81,9 +81,11 @@ def by_reason(title: str, listed: Mapping[str, str], shown: int = _MOST_NAMES) -
         note(f"{title}: {len(reasons) - shown} more reasons; -v lists them")
 
 
-def progress(total: int, what: str, *, kept: str = "", otherwise: str = "nothing is stored") -> Progress:
+def progress(
+    total: int, what: str, *, kept: str = "", otherwise: str = "nothing is stored", unit: str = "matrix"
+) -> Progress:
     """A bar with ETA on a terminal's stderr, nothing in a pipe; Ctrl-C is said with what is kept, see `Progress`."""
-    return Progress(total, what, kept=kept, otherwise=otherwise)
+    return Progress(total, what, kept=kept, otherwise=otherwise, unit=unit)
 
 
 def reused(count: int, total: int, out: str | None) -> None:

@@ -124,9 +124,11 @@ def _open(
             opened[path] = replace(openings[0], layers=()).open(path, base)
             continue
         opened[path] = recorded_source(stored[path], top + 1)
-        why = "holds no vectors" if stored[path].lacks_vectors else "is compared with weights"
-        report.note(f"{path} {why}: computed from {opened[path].tuned}, which it was made of; "
-                    f"spectra svd … --top {top + 1} --out DIR keeps them")  # fmt: skip
+        made_of = f"computed from {opened[path].tuned}, which it was made of"
+        if stored[path].lacks_vectors:
+            report.note(f"{path} holds no vectors: {made_of}; spectra svd … --top {top + 1} --out DIR keeps them")
+        else:
+            report.note(f"{path} is compared with weights: {made_of}")
     sources = ((opened[path], how.layers) for path, how in zip(updates, openings, strict=True))
     return [source.select(layers) if layers else source for source, layers in sources]
 

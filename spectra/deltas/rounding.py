@@ -101,7 +101,7 @@ def rounding_noise(
         >>> [noise.said for noise in rounding_noise(base.bfloat16(), "BF16", base, "F32")]
         ['tuned on the bf16 grid, base (f32) rounded to it first', 'tuned on the bf16 grid']
 
-    Reference: `separable_edge`; uniform errors of variance step²/12: Bennett 1948.
+    Reference: `separable_edge`; independent uniform errors, step²/12: Widrow, Kollár & Liu 1996.
     """
     if tuned.numel() == 0 or not (_finite(tuned) and _finite(base)):
         return ()
@@ -206,7 +206,7 @@ def separable_edge(rows: np.ndarray, columns: np.ndarray) -> float:
         >>> round(separable_edge(np.full(400, 900.0), np.full(900, 400.0)), 2)
         50.0
 
-    Reference: Paul & Silverstein 2009, §3 (separable covariance), in the large-size limit.
+    Reference: Paul & Silverstein 2009 (separable covariance, no eigenvalues outside the limiting support).
     """
     total = rows.sum()
     if not total > 0:
@@ -299,7 +299,7 @@ def _spike(
     r"""The largest value that the error of one entry, at most θ, makes among the others of its row and column.
 
     θ² is step²/4, and twice Σ step²/4 for two roundings. It stands out if θ⁴ > rᵢcⱼ, then as
-    √((θ² + rᵢ)(θ² + cⱼ))/θ (Benaych-Georges & Nadakuditi 2012, §3.1).
+    √((θ² + rᵢ)(θ² + cⱼ))/θ (Benaych-Georges & Nadakuditi 2012).
     """
     largest, least = 0.0, columns[columns > 0].min(initial=math.inf)
     for i in np.flatnonzero(np.square(highest * roundings / 4) > rows * least):

@@ -102,7 +102,7 @@ def with_artefacts(noise: Noise, form: Dense, S: np.ndarray, U: Tensor | None, V
     """
     if form.rounded is None or noise.grid is None or not len(S):
         return noise
-    count, energy = int((noise.edge < S).sum()), np.square(S)
+    count, energy, raised = int((noise.edge < S).sum()), np.square(S), noise
     k = int((max(_STANDS_OUT * S[0], noise.edge) < S).sum())
     for _ in range(_MOST_REPLAYS):
         if not (0 < k < count <= _MOST_ARTEFACTS and k <= _FEW and energy[k:count].sum() < _MINOR * energy[:k].sum()):
@@ -111,12 +111,16 @@ def with_artefacts(noise: Noise, form: Dense, S: np.ndarray, U: Tensor | None, V
             U, Vh = _top(form, k)
         found = (U[:, :k] * torch.as_tensor(S[:k]).to(U)) @ Vh[:k]
         again = dense.gram_values(form.rounded(noise, found)).cpu().numpy()
-        edge = max(noise.edge, _SLACK * float(again[k] * S[k - 1] / again[k - 1]))
+        if raised is not noise and again[k - 1] > S[k - 1]:
+            break  # rounding takes from a direction of the update, and makes one of its own a second time
+        edge = max(noise.edge, _SLACK * float(again[k] * S[0] / again[0]))
         above = int((edge < S).sum())
+        if edge > noise.edge:
+            raised = replace(noise, edge=edge, said=f"{noise.said}, whose errors follow an update of few directions")
         if above <= k:
-            return replace(noise, edge=edge, said=f"{noise.said}, whose errors follow an update of few directions")
+            break
         k = above
-    return noise
+    return raised
 
 
 def _top(form: Dense, k: int) -> tuple[Tensor, Tensor]:

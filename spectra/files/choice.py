@@ -138,6 +138,8 @@ def _check_shards(folder: Place, files: list[Place]) -> None:
 def _hint(folder: Place) -> str:
     """What a folder without weights is, and where weights may be; "" where nothing says."""
     names = [item.name for item in folder.items()]
+    if "run.json" in names and {"spectra", "similarity"} & set(names):
+        return "; it holds stored results: spectra plot and spectra similarity take them, load(…) in Python"
     name, what = training_state.among(names)
     if name:
         return f"; its {name} is {what}"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
 
-from spectra.errors import SourceError
+from spectra.errors import SourceError, escaped
 from spectra.files.dcp_list import Listed, Piece, listed
 from spectra.files.header import Header
 from spectra.files.storage import Place
@@ -36,7 +36,7 @@ def read_header(folder: Place) -> tuple[Header, list[str]]:
         entry = entries[key]
         why = entry if isinstance(entry, str) else _misfit(folder, key, entry, sizes)
         if why or isinstance(entry, str):
-            broken[name] = why
+            broken[name] = escaped(why)
         else:
             place = (file.path, key, entry.dtype, entry.shape, "dcp", stamp, file.storage)
             tensors[name] = TensorRef(*place, stored=entry.shape)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from spectra.errors import SourceError
@@ -38,9 +38,6 @@ class Inert:
         made.args, made.state = args, None
         return made
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        pass
-
     def __call__(self, *args: Any) -> Inert:
         """What a function that a pickle made would have returned: nothing that is known."""
         return Inert(*args)
@@ -58,7 +55,7 @@ class Inert:
         """An attribute that the object would have; None where it has none."""
         found = None
         for part in self.state if isinstance(self.state, tuple) else (self.state,):  # (attributes, slots)
-            if isinstance(part, Mapping):
+            if isinstance(part, dict):
                 found = part.get(name, found)
         return found
 

@@ -99,9 +99,8 @@ class _Archive:
     def __init__(self, file: Place) -> None:
         self.file = file
         self.stamp: Stamp = file.stamp()
-        self._stream = file.open()
         try:
-            self._zip = zipfile.ZipFile(self._stream)
+            self._zip = zipfile.ZipFile(file.open())
             self._records = {info.filename: info for info in self._zip.infolist()}
         except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as problem:
             raise SourceError(f"{file} is damaged or no torch archive ({problem}); download or save it again") from None
@@ -183,8 +182,7 @@ class _Archive:
         record = self._records.get(f"{self._home}data/{key}")
         if record is None or record.compress_type != zipfile.ZIP_STORED or record.file_size != size:
             raise SourceError(f"{where}: the archive does not hold its entries as they are; save it again")
-        self._stream.seek(record.header_offset)
-        head = self._stream.read(30)  # the local header: its name and extra field have lengths of their own
+        head = self.file.read(record.header_offset, 30)  # the local header: its name and extra field vary in length
         start = (
             record.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
         )

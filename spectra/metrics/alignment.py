@@ -78,14 +78,25 @@ class AgainstBase:
         return self.base.first(min(self.k, self.base.rank))
 
     @cached_property
+    def seen_from_left(self) -> Float64[Tensor, "n s"]:
+        """ΔWᵀx_i of every left vector x_i of W₀."""
+        return self.update.T.times(self.base.U)
+
+    @cached_property
     def left_energy(self) -> Float64[Tensor, " s"]:
         """‖x_iᵀΔW‖² / ‖ΔW‖² of every left vector x_i of W₀: what share of ΔW's energy it carries."""
-        return self.update.T.times(self.base.U).square().sum(0) / self.update.norm**2
+        return self.seen_from_left.square().sum(0) / self.update.norm**2
 
     @cached_property
     def right_energy(self) -> Float64[Tensor, " s"]:
         """‖ΔW z_i‖² / ‖ΔW‖² of every right vector z_i of W₀."""
         return self.update.times(self.base.Vh.mT).square().sum(0) / self.update.norm**2
+
+    @property
+    def tuned_norm(self) -> float:
+        """‖W₀ + ΔW‖_F, from ‖W₀‖² + 2⟨W₀, ΔW⟩ + ‖ΔW‖² with ⟨W₀, ΔW⟩ = Σ σ_i x_iᵀΔW z_i."""
+        inner = float(((self.seen_from_left * self.base.Vh.mT).sum(0) * self.base.S).sum())
+        return math.sqrt(max(float(self.base.S.square().sum()) + 2 * inner + self.update.norm**2, 0.0))
 
     def base_within(self, left: Tensor, right: Tensor) -> float:
         """‖LᵀW₀R‖_F for orthonormal L (m, k) and R (n, k); 0 where only rounding is left of it."""
@@ -94,14 +105,23 @@ class AgainstBase:
         return size if size > _ROUNDING * whole else 0.0
 
 
+def cosines(seen: AgainstBase) -> list[list[float]]:
+    """|cos(x_i, y_j)| of W₀'s top k left vectors (rows) and W's (columns): where the model's main directions went.
+
+    Reference: Shuttleworth et al. 2024, the heatmaps of LoRA against full fine-tuning.
+    """
+    found: list[list[float]] = (seen.base_top.U.mT @ seen.tuned_top.U).abs().clamp(max=1.0).tolist()
+    return found
+
+
 def largest_cosines(seen: AgainstBase) -> list[float]:
     """max_i |cos(y_j, x_i)| of each top left vector y_j of W, over all left vectors x_i of W₀ whose σ is not zero.
 
     Reference: Shuttleworth et al. 2024, Alg. 1; the absolute value is in the authors' code, not in the text.
     """
     known = seen.base.U[:, : seen.base.rank]
-    cosines = (known.mT @ seen.tuned_top.U).abs()
-    found: list[float] = cosines.amax(0).clamp(max=1.0).tolist() if known.shape[1] else [0.0] * cosines.shape[1]
+    near = (known.mT @ seen.tuned_top.U).abs()
+    found: list[float] = near.amax(0).clamp(max=1.0).tolist() if known.shape[1] else [0.0] * near.shape[1]
     return found
 
 
@@ -209,7 +229,22 @@ def sigma_1_ratio(seen: AgainstBase) -> float:
     return _ratio(float(seen.tuned_top.S[0]), float(seen.base.S[0])) if len(seen.tuned_top.S) else 0.0
 
 
-ALIGNMENT: dict[str, Callable[[AgainstBase], int | float | list[float]]] = {
+def sigma_ratios(seen: AgainstBase) -> list[float]:
+    """σ_j(W)/σ_j(W₀) of the top k: what became of the weight's own spectrum; infinite where σ_j(W₀) is zero."""
+    return [_ratio(float(now), float(before)) for now, before in zip(seen.tuned_top.S, seen.base.S, strict=False)]
+
+
+def stable_rank_base(seen: AgainstBase) -> float:
+    """‖W₀‖_F² / σ₁(W₀)²."""
+    return float((seen.base.S / seen.base.S[0]).square().sum()) if seen.base.rank else math.nan
+
+
+def stable_rank_tuned(seen: AgainstBase) -> float:
+    """‖W‖_F² / σ₁(W)² of W = W₀ + ΔW, to be read beside `stable_rank_base`."""
+    return (seen.tuned_norm / float(seen.tuned_top.S[0])) ** 2 if len(seen.tuned_top.S) else math.nan
+
+
+ALIGNMENT: dict[str, Callable[[AgainstBase], int | float | list[float] | list[list[float]]]] = {
     "intruders": intruders,
     "intruders_chance": intruders_chance,
     "largest_cosines": largest_cosines,
@@ -226,6 +261,10 @@ ALIGNMENT: dict[str, Callable[[AgainstBase], int | float | list[float]]] = {
     "principal_bottom": principal_bottom,
     "principal_random": principal_random,
     "sigma_1_ratio": sigma_1_ratio,
+    "sigma_ratios": sigma_ratios,
+    "stable_rank_base": stable_rank_base,
+    "stable_rank_tuned": stable_rank_tuned,
+    "cosines": cosines,
 }
 
 

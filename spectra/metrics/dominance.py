@@ -59,7 +59,7 @@ def gini(spectrum: Spectrum) -> float:
     Raises:
         TruncatedSpectrumError: some values are missing.
 
-    Reference: Dixon et al. 1987, eq. 2.
+    Reference: Dixon et al. 1987, without their factor n/(n − 1).
     """
     S = np.sort(values(spectrum, "gini")[: spectrum.max_rank])
     n = len(S)

@@ -31,7 +31,7 @@ def stable_rank(spectrum: Spectrum) -> float:
         >>> stable_rank(Spectrum("a", (2, 2), S=[4.0, 3.0]))
         1.5625
 
-    Reference: Rudelson & Vershynin 2007, §1.
+    Reference: Rudelson & Vershynin 2007, abstract; they call it "numerical rank".
     """
     return ((spectrum.norm or 0.0) / float(spectrum.S[0])) ** 2 if spectrum.rank else math.nan
 
@@ -46,7 +46,7 @@ def effective_rank(spectrum: Spectrum) -> float:
     Raises:
         TruncatedSpectrumError: some values are missing.
 
-    Reference: Roy & Vetterli 2007, §2.
+    Reference: Roy & Vetterli 2007.
     """
     return _entropy_rank(values(spectrum, "effective_rank"))
 
@@ -61,7 +61,7 @@ def energy_entropy_rank(spectrum: Spectrum) -> float:
     Raises:
         TruncatedSpectrumError: some values are missing.
 
-    Reference: Roy & Vetterli 2007, §2, applied to the energies.
+    Reference: Roy & Vetterli 2007, applied to the energies.
     """
     return _entropy_rank(np.square(values(spectrum, "energy_entropy_rank")))
 
@@ -76,7 +76,7 @@ def participation_ratio(spectrum: Spectrum) -> float:
     Raises:
         TruncatedSpectrumError: some values are missing.
 
-    Reference: Bell & Dean 1970, eq. 1.
+    Reference: Bell & Dean 1970, who divide it by the number of values.
     """
     energy = np.square(_relative(values(spectrum, "participation_ratio")))
     return float(energy.sum() ** 2 / np.square(energy).sum()) if energy.any() else math.nan

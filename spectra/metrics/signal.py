@@ -29,7 +29,7 @@ def signal(spectrum: Spectrum) -> Spectrum:
         >>> signal(stored).S.round(4).tolist()
         [4.5616]
 
-    Reference: Benaych-Georges & Nadakuditi 2012, §3.1; Gavish & Donoho 2017, eq. 4.
+    Reference: Benaych-Georges & Nadakuditi 2012; Gavish & Donoho 2017, "Optimal shrinkage of singular values".
     """
     edge = spectrum.noise_edge
     if edge is None or not len(spectrum.S):

@@ -234,7 +234,7 @@ def principal_angles(
         >>> principal_angles(np.eye(3)[:, :1], np.eye(3)[:, 1:2]).tolist() == [np.pi / 2]
         True
 
-    Reference: Björck & Golub 1973, §3; Knyazev & Argentati 2002, Alg. 3.1.
+    Reference: Björck & Golub 1973; Knyazev & Argentati 2002 (small angles by the sine).
     """
     if basis_a.shape[1] < basis_b.shape[1]:
         basis_a, basis_b = basis_b, basis_a

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from spectra.plots.alignment import deciles_figure, plot_cosines, plot_deciles, tops_figure
 from spectra.plots.depth import DepthGrid, depth_grid, plot_depth
 from spectra.plots.figures import (
+    depth_figure,
     draw_panels,
     histogram_figure,
     histogram_panels,
-    layers_figure,
     save_figure,
     similarity_figure,
 )
 from spectra.plots.grouping import Comparison, curves_by_role, pages_by_layer, panels_by_role
 from spectra.plots.heads import heads_figure
 from spectra.plots.histogram import plot_histogram
-from spectra.plots.interference import cosines_figure, depth_figure, draw_interference, plot_roles_over_depth
+from spectra.plots.interference import cosines_figure, draw_interference, plot_roles_over_depth, roles_over_depth_figure
 from spectra.plots.ranks import plot_kept_energy
 from spectra.plots.scree import plot_scree
+from spectra.plots.series import plot_series, series_figure
 from spectra.plots.several import draw_pairs
 from spectra.plots.similarity import grid_rows, plot_similarity
 from spectra.plots.squares import pairs_figure, plot_square, squares_figure
-from spectra.plots.stored import Drawn, draw_results
+from spectra.plots.stored import draw_results
+from spectra.plots.tables import Drawn
 
 __all__ = [
     "Comparison",
@@ -28,6 +31,7 @@ __all__ = [
     "Drawn",
     "cosines_figure",
     "curves_by_role",
+    "deciles_figure",
     "depth_figure",
     "depth_grid",
     "draw_interference",
@@ -38,18 +42,23 @@ __all__ = [
     "heads_figure",
     "histogram_figure",
     "histogram_panels",
-    "layers_figure",
     "pages_by_layer",
     "pairs_figure",
     "panels_by_role",
+    "plot_cosines",
+    "plot_deciles",
     "plot_depth",
     "plot_histogram",
     "plot_kept_energy",
     "plot_roles_over_depth",
     "plot_scree",
+    "plot_series",
     "plot_similarity",
     "plot_square",
+    "roles_over_depth_figure",
     "save_figure",
+    "series_figure",
     "similarity_figure",
     "squares_figure",
+    "tops_figure",
 ]

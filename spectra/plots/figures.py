@@ -127,7 +127,7 @@ def similarity_figure(
     return figure
 
 
-def layers_figure(runs: Any, metrics: Sequence[str] = (), *, kind: Kind = "heatmap", title: str = "") -> Figure:
+def depth_figure(runs: Any, metrics: Sequence[str] = (), *, kind: Kind = "heatmap", title: str = "") -> Figure:
     """Metrics over layer × role: for one run a panel each, for several a column per run and a row per metric.
 
     Runs whose layers are called alike share their rows and columns, and all runs share the scale of each metric.
@@ -173,7 +173,7 @@ def draw_depths(grids: Mapping[tuple[str, str], DepthGrid], *, kind: Kind = "hea
 
 
 def depth_grids(runs: Any, metrics: Sequence[str] = ()) -> dict[tuple[str, str], DepthGrid]:
-    """(run's label, metric) → the numbers of `layers_figure`: the same stacks have the same rows and columns."""
+    """(run's label, metric) → the numbers of `depth_figure`: the same stacks have the same rows and columns."""
     labelled: Mapping[str, Any] = runs if isinstance(runs, Mapping) else {"": runs}
     read = {label: depth_table(run, metrics) for label, run in labelled.items()}
     names = {label: [str(row.get("name")) for row in rows] for label, rows in read.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra.plots.figures import save_figure
-from spectra.plots.interference import depth_figure
+from spectra.plots.interference import roles_over_depth_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ def heads_figure(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> Figur
 
     Reference: Liu et al. 2025 (R-LoRA), the figure of its heads' similarity.
     """
-    return depth_figure(rows, title=title or "heads over the layers; dotted: by chance", columns=_OVER_DEPTH)
+    return roles_over_depth_figure(rows, title=title or "heads over the layers; dotted: by chance", columns=_OVER_DEPTH)
 
 
 def draw_heads(rows: Iterable[Mapping[str, Any]], out: str | Path) -> list[Path]:

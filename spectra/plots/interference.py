@@ -84,7 +84,9 @@ def cosines_figure(rows: Rows, labels: Sequence[str], *, title: str = "") -> Fig
     )  # fmt: skip
 
 
-def depth_figure(rows: Rows, *, title: str = "", columns: Mapping[str, tuple[str, str | float]] = OVER_DEPTH) -> Figure:
+def roles_over_depth_figure(
+    rows: Rows, *, title: str = "", columns: Mapping[str, tuple[str, str | float]] = OVER_DEPTH
+) -> Figure:
     """Numbers over the layers, a panel each with a line per role, and what chance would give, dotted.
 
     Args:
@@ -147,7 +149,7 @@ def draw_interference(rows: Rows, out: str | Path, labels: Sequence[str]) -> lis
     write(target / "cosines.csv", to_csv(square_rows(squares, labels, "cosine")).encode())
     files = [*save_figure(cosines_figure(table, labels), target / "cosines"), target / "cosines.csv"]
     if any(_by_role(table, column) for column in OVER_DEPTH):  # its numbers are those of interference.csv
-        files += save_figure(depth_figure(table), target / "interference_depth")
+        files += save_figure(roles_over_depth_figure(table), target / "interference_depth")
     return files
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from spectra.plots.grouping import MOST_CURVES, Comparison, curves_by_role, page
 from spectra.plots.histogram import BINS, BinnedPanel
 from spectra.plots.several import draw_pairs
 from spectra.plots.similarity import grid_rows
+from spectra.plots.tables import Drawn, draw_tables, too_many
 from spectra.results import tables
 from spectra.results.all_pairs import load_pairs
 from spectra.results.collection import Spectra
@@ -37,19 +39,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LONGEST_LABEL = 28
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What `draw_results` did.
-
-    Attributes:
-        files: figures and tables that were written.
-        notes: what was not drawn, and why, in sentences.
-    """
-
-    files: tuple[Path, ...]
-    notes: tuple[str, ...] = ()
 
 
 def draw_results(
@@ -70,11 +59,12 @@ def draw_results(
 
     Of one directory of spectra: a histogram with a curve per role. Of several: a curve each, on shared bins.
     Beside it the size and the stable rank of the update over layer × role, a column per directory.
-    Of comparisons: the heatmaps, a panel per directory, role and side; of one of several updates, every two of them.
-    The numbers behind each figure go into a csv file beside it.
+    Of comparisons: the heatmaps, a panel per directory, role and side; of one of several updates, every two of them. Of
+    a series: its curves along training. Of an alignment: cosines and deciles. The numbers behind each figure go into a
+    csv file beside it.
 
     Args:
-        directories: one or more, made by `decompose(…, out=…)`, `compare(…, out=…)` or `save`.
+        directories: one or more, made by `decompose(…, out=…)`, `compare(…, out=…)`, `series(…, out=…)` or `save`.
         out: where to put figures; None for the first directory.
         layers: only the matrices that these patterns mean; () for all.
         names: only the matrices of these names, curves in their order; None for all.
@@ -99,7 +89,8 @@ def draw_results(
     wanted = None if names is None else list(dict.fromkeys(names))
     runs: dict[str, Spectra] = {}
     comparisons: list[Comparison] = []
-    for label, directory in zip(called, places, strict=True):
+    files, notes, rest = _of_tables(dict(zip(called, places, strict=True)), out, layers, title, formats)
+    for label, directory in rest.items():
         store = _results(directory)
         try:
             if store.spectra.names():
@@ -109,8 +100,6 @@ def draw_results(
         except SelectionError as problem:
             raise SelectionError(f"{directory}: {problem}") from None
     target = Path(places[0] if out is None else out)
-    files: list[Path] = []
-    notes: list[str] = []
     if comparisons:
         files += _draw_similarity(comparisons, target, title, bool(labels) or len(comparisons) > 1, formats)
     if runs:
@@ -120,12 +109,36 @@ def draw_results(
                 pages = pages_by_layer(spectra.without_vectors())
                 files += _draw_pages(pages, target, title or label, bins, close_up, formats)
             else:
-                curves, title, notes = _curves(runs, title)
+                curves, title, more = _curves(runs, title)
+                notes += more
                 files += _draw_histogram(curves, target, title, bins, close_up, formats)
         except SelectionError as problem:
             notes.append(f"no histogram: {problem}")
         files += [] if per_layer else _draw_depth(runs, target, title, formats)
     return Drawn(tuple(files), tuple(notes))
+
+
+def _of_tables(
+    places: Mapping[str, str | Path],
+    out: str | Path | None,
+    layers: str | Sequence[str],
+    title: str,
+    formats: Sequence[str],
+) -> tuple[list[Path], list[str], dict[str, str | Path]]:
+    """The figures of tables that directories hold, notes on them, and the directories that hold something else."""
+    files: list[Path] = []
+    notes: list[str] = []
+    rest: dict[str, str | Path] = {}
+    keep = functools.partial(_keep, formats=formats)
+    for label, directory in places.items():
+        target = directory if out is None else out
+        drawn = draw_tables(Path(directory), target, layers, label if len(places) > 1 else "", title, keep)
+        store = Store(directory)
+        if drawn is not None:
+            files, notes = [*files, *drawn.files], [*notes, *drawn.notes]
+        if drawn is None or store.spectra.names() or store.similarity.names():
+            rest[label] = directory
+    return files, notes, rest
 
 
 def run_labels(directories: Sequence[str | Path], labels: Sequence[str] = ()) -> list[str]:
@@ -192,8 +205,7 @@ def _curves(runs: Mapping[str, Spectra], title: str) -> tuple[Mapping[str, Itera
         return runs, title, []
     ((label, spectra),) = runs.items()
     curves, left_out = curves_by_role(spectra)
-    listed = f"not drawn, to keep the figure readable: {', '.join(left_out)}; draw them with layers= (--layer)"
-    return curves, title or label, [listed] if left_out else []
+    return curves, title or label, list(too_many(left_out))
 
 
 def _draw_histogram(

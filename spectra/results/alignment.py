@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from spectra.deltas.base import BaseWeight
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense, Form
 from spectra.deltas.relatedness import unrelated_note
 from spectra.deltas.source import Source
 from spectra.engine.devices import device_named, resolve_device
-from spectra.engine.memory import memory_budget, readable_size
+from spectra.engine.memory import memory_budget as memory_budget_of
+from spectra.engine.memory import readable_size
 from spectra.engine.solve import Wanted, out_of_memory, read, solve_forms
 from spectra.errors import BaseRequiredError, SelectionError, SpectraError, StoreError
 from spectra.metrics.alignment import ALIGNMENT, AgainstBase, Triplets
@@ -37,6 +42,7 @@ def alignment(
     epsilon: float = 0.5,
     cache: str | Path | None = None,
     device: str = "auto",
+    executor: Executor | None = None,
     memory_budget: int | str | None = None,
 ) -> pd.DataFrame:
     """ΔW against W₀: intruder dimensions, amplification and shares of energy, one row per matrix.
@@ -57,6 +63,7 @@ def alignment(
         cache: a directory for W₀'s singular vectors, as large as W₀ in float64 twice over; the next run with the
             same base reads them there. None to keep nothing.
         device: as for `decompose`.
+        executor: as for `decompose`: matrices side by side, and as many at once as the budget holds.
         memory_budget: as for `decompose`.
 
     Raises:
@@ -66,7 +73,9 @@ def alignment(
     """
     import pandas as pd
 
-    rows = alignment_rows(source, k=k, epsilon=epsilon, cache=cache, device=device, memory_budget=memory_budget)
+    rows = alignment_rows(
+        source, k=k, epsilon=epsilon, cache=cache, device=device, executor=executor, memory_budget=memory_budget
+    )
     return pd.DataFrame(list(rows))
 
 
@@ -77,28 +86,72 @@ def alignment_rows(
     epsilon: float = 0.5,
     cache: str | Path | None = None,
     device: str = "auto",
+    executor: Executor | None = None,
     memory_budget: int | str | None = None,
 ) -> Iterator[Row]:
     """The rows of `alignment` as they are finished, in the source's order; arguments and errors as there."""
-    if k < 1:
-        raise SelectionError(f"k = {k} is not a positive number of directions")
-    if not 0 < epsilon <= 1:
-        raise SelectionError(f"epsilon = {epsilon} is not a cosine between 0 and 1")
+    return rows_of(source, Work(k, epsilon, device, cache=BaseCache.at(cache)), executor, memory_budget)
+
+
+def rows_of(
+    source: Iterable[WeightDelta], work: Work, executor: Executor | None, memory_budget: int | str | None
+) -> Iterator[Row]:
+    """The rows that the work makes of every delta, in their order.
+
+    Raises:
+        BaseRequiredError: no matrix knows its W₀.
+        SelectionError: k is not positive, or epsilon not in (0, 1].
+    """
+    if work.k < 1:
+        raise SelectionError(f"k = {work.k} is not a positive number of directions")
+    if not 0 < work.epsilon <= 1:
+        raise SelectionError(f"epsilon = {work.epsilon} is not a cosine between 0 and 1")
     deltas = source.deltas if isinstance(source, Source) else tuple(source)
     if deltas and all(delta.base is None for delta in deltas):
         raise BaseRequiredError(
             f"alignment compares an update with the weights it started from, and {deltas[0].name} has none: "
             "pass base= (--base) when the source is opened"
         )
-    work = _Work(k, epsilon, resolve_device(device), _budget(memory_budget, device), BaseCache.at(cache))
-    return (work(delta) for delta in deltas)
+    if executor is None:
+        work = replace(work, device=resolve_device(work.device), budget=_budget(memory_budget, work.device))
+        return (work(delta) for delta in deltas)
+    budget = memory_budget_of(memory_budget) if memory_budget is not None else _budget_of(executor)
+    return _side_by_side(executor, replace(work, budget=budget), deltas)
 
 
 def _budget(given: int | str | None, device: str) -> int:
-    return memory_budget(given) if given is not None else device_named(resolve_device(device)).budget()
+    return memory_budget_of(given) if given is not None else device_named(resolve_device(device)).budget()
 
 
-class _UndoneError(Exception):
+def _budget_of(executor: Executor) -> int:
+    elsewhere: int | None = getattr(executor, "memory_budget", None)
+    return elsewhere or device_named("cpu").budget()
+
+
+def _side_by_side(executor: Executor, work: Work, deltas: Sequence[WeightDelta]) -> Iterator[Row]:
+    """The rows in the deltas' order, computed as many at once as there are workers and the budget holds."""
+    most = getattr(executor, "_max_workers", None) or 1
+    waiting = deque(deltas)
+    running: deque[tuple[Future[Row], int]] = deque()
+    try:
+        while waiting or running:
+            while waiting and len(running) < most:
+                needed = _bytes_for(waiting[0])
+                if running and sum(size for _, size in running) + needed > work.budget:
+                    break
+                running.append((executor.submit(work, waiting.popleft()), needed))
+            yield running[0][0].result()
+            running.popleft()
+    finally:
+        for future, _ in running:
+            future.cancel()
+
+
+def _bytes_for(delta: WeightDelta) -> int:
+    return _COPIES * 8 * math.prod(delta.shape)
+
+
+class UndoneError(Exception):
     """A matrix that has no numbers; its spectrum says why."""
 
     def __init__(self, spectrum: Spectrum) -> None:
@@ -107,86 +160,112 @@ class _UndoneError(Exception):
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What to do with every delta."""
+class Work:
+    """What to do with every delta; travels to executors.
+
+    Attributes:
+        k: how many top directions.
+        epsilon: the cosine under which one is an intruder.
+        device: "auto" for the one of the machine where it runs.
+        budget: bytes that the matrices at work may take.
+        cache: where W₀'s vectors are kept.
+    """
 
     k: int
     epsilon: float
     device: str
-    budget: int
-    cache: BaseCache | None
+    budget: int = 0
+    cache: BaseCache | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What `numbers` gives, beside a note."""
+        return ("k", "r", *ALIGNMENT)
+
+    def numbers(self, delta: WeightDelta) -> Row:
+        """The columns of a matrix that can be done."""
+        seen = self._seen(delta)
+        sizes = {"k": len(seen.tuned_top.S), "r": len(seen.update_top.S)}
+        note = unrelated_note(seen.update.base_cosine, seen.update.unchanged)
+        return sizes | {name: metric(seen) for name, metric in ALIGNMENT.items()} | {"note": note}
 
     def __call__(self, delta: WeightDelta) -> Row:
         """The row of one matrix; what cannot be done has a status there."""
         try:
-            return _row(delta, _outcome(delta, "ok"), self._seen(delta))
-        except _UndoneError as problem:
-            return _row(delta, problem.spectrum)
+            return self._row(delta, _outcome(delta, "ok"), self.numbers(delta))
+        except UndoneError as problem:
+            return self._row(delta, problem.spectrum)
         except StoreError:  # of the cache, which concerns all of them
             raise
         except SpectraError as problem:
-            return _row(delta, _outcome(delta, "unreadable", str(problem)))
+            return self._row(delta, _outcome(delta, "unreadable", str(problem)))
         except (MemoryError, RuntimeError) as problem:
             said = (str(problem) or type(problem).__name__).splitlines()[0]
-            return _row(delta, _outcome(delta, "too_large" if out_of_memory(problem) else "failed", said))
+            return self._row(delta, _outcome(delta, "too_large" if out_of_memory(problem) else "failed", said))
+
+    def read(self, delta: WeightDelta) -> tuple[Form, Tensor, BaseWeight]:
+        """ΔW, W₀, and where W₀ is.
+
+        Raises:
+            UndoneError: there is nothing to read, or no room for it.
+        """
+        if delta.recipe is None:
+            raise UndoneError(_outcome(delta, delta.status, delta.reason))
+        if delta.base is None:
+            raise UndoneError(_outcome(delta, "unsupported", "the base has no such weight to compare it with"))
+        needed = _bytes_for(delta)
+        if needed > self.budget:
+            told = f"needs {readable_size(needed)}, the budget is {readable_size(self.budget)}"
+            raise UndoneError(_outcome(delta, "too_large", f"{told}; raise memory_budget= (--memory)"))
+        device = resolve_device(self.device)
+        form = read(delta, device)
+        if isinstance(form, Spectrum):
+            raise UndoneError(form)
+        return form, delta.base.read(device), delta.base
 
     def _seen(self, delta: WeightDelta) -> AgainstBase:
         """All that the metrics need of one matrix."""
-        if delta.recipe is None:
-            raise _UndoneError(_outcome(delta, delta.status, delta.reason))
-        if delta.base is None:
-            raise _UndoneError(_outcome(delta, "unsupported", "the base has no such weight to compare it with"))
-        needed = _COPIES * 8 * math.prod(delta.shape)
-        if needed > self.budget:
-            told = f"needs {readable_size(needed)}, the budget is {readable_size(self.budget)}"
-            raise _UndoneError(_outcome(delta, "too_large", f"{told}; raise memory_budget= (--memory)"))
-        form = read(delta, self.device)
-        if isinstance(form, Spectrum):
-            raise _UndoneError(form)
-        update_top = self._top(delta, form, form.max_rank if delta.factored else self.k)
+        form, weight, where = self.read(delta)
+        update_top = self.top(delta, form, form.max_rank if delta.factored else self.k)
         if not len(update_top.S):
-            raise _UndoneError(_outcome(delta, "unchanged", "ΔW = 0"))
-        weight = delta.base.read(self.device)
-        base = triplets_of_base(delta.base, weight, self.cache)
-        tuned_top = self._top(delta, Dense(weight + form.to_dense()), self.k)
+            raise UndoneError(_outcome(delta, "unchanged", "ΔW = 0"))
+        base = triplets_of_base(where, weight, self.cache)
+        tuned_top = self.top(delta, Dense(weight + form.to_dense()), self.k)
         return AgainstBase(base, form, update_top, tuned_top, self.k, self.epsilon)
 
-    def _top(self, delta: WeightDelta, form: Form, k: int) -> Triplets:
+    def top(self, delta: WeightDelta, form: Form, k: int) -> Triplets:
         """The top k triplets of a form that are more than rounding, by the engine with its checks; none of 0."""
-        wanted = Wanted(k, only_top=True, device=device_named(self.device))
+        device = resolve_device(self.device)
+        wanted = Wanted(k, only_top=True, device=device_named(device))
         (found,) = solve_forms([delta], [form], wanted)
         if found.status == "unchanged":
             return Triplets(
                 *(torch.zeros(size, dtype=torch.float64) for size in ((form.shape[0], 0), 0, (0, form.shape[1])))
             )
         if found.status != "ok" or found.U is None or found.Vh is None:
-            raise _UndoneError(found)
+            raise UndoneError(found)
         kept = min(found.rank, k, found.k)
         arrays = (found.U[:, :kept], found.S[:kept], found.Vh[:kept])
-        return Triplets(*(torch.as_tensor(array, device=self.device) for array in arrays))
+        return Triplets(*(torch.as_tensor(array, device=device) for array in arrays))
+
+    def _row(self, delta: WeightDelta, outcome: Spectrum, numbers: Row | None = None) -> Row:
+        """One matrix as column → value; None for every number of a matrix that has none."""
+        out, inside = delta.shape if len(delta.shape) == 2 else (None, None)
+        return {
+            "name": delta.name,
+            "role": delta.role,
+            "layer": delta.layer,
+            "out": out,
+            "in": inside,
+            "status": outcome.status,
+            **{name: None if numbers is None else numbers[name] for name in self.columns},
+            "reason": outcome.reason,
+            "note": "; ".join(filter(None, (delta.note, (numbers or {}).get("note")))),
+        }
 
 
-COLUMNS = ("name", "role", "layer", "status", "k", "r", *ALIGNMENT, "reason", "note")
+COLUMNS = ("name", "role", "layer", "out", "in", "status", "k", "r", *ALIGNMENT, "reason", "note")
 
 
 def _outcome(delta: WeightDelta, status: Status, reason: str = "") -> Spectrum:
     return Spectrum(delta.name, delta.shape, status, reason=reason, max_rank=delta.max_rank)
-
-
-def _row(delta: WeightDelta, outcome: Spectrum, seen: AgainstBase | None = None) -> Row:
-    """One matrix as column → value; None for every number of a matrix that has none."""
-    return {
-        "name": delta.name,
-        "role": delta.role,
-        "layer": delta.layer,
-        "status": outcome.status,
-        "k": None if seen is None else len(seen.tuned_top.S),
-        "r": None if seen is None else len(seen.update_top.S),
-        **{name: None if seen is None else metric(seen) for name, metric in ALIGNMENT.items()},
-        "reason": outcome.reason,
-        "note": "; ".join(filter(None, (delta.note, _unrelated(seen)))),
-    }
-
-
-def _unrelated(seen: AgainstBase | None) -> str:
-    return "" if seen is None else unrelated_note(seen.update.base_cosine, seen.update.unchanged)

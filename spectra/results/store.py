@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -130,13 +131,18 @@ class Store:
                 f"{self.directory} holds results of other inputs (different: {', '.join(changed)}); "
                 f"nothing was changed there: choose {ANOTHER_PLACE}"
             )
-        if before is None and (model := _model_in(self.directory)):
+        if before is None and self.directory.is_dir() and (model := _model_in(self.directory)):
             raise StoreError(f"{self.directory} is a model's folder (it holds {model}): choose {ANOTHER_PLACE}")
         if before is None and self.spectra.names():
             raise StoreError(f"{self.directory} holds results without a {RUN}; choose {ANOTHER_PLACE}")
         started = stored.get("started") or _now()
         wanted["files"] = {**(before or {}).get("files", {}), **wanted.get("files", {})}
         write(self.directory / RUN, _json({"inputs": wanted, "started": started, **details}, indent=1).encode())
+
+    def changed_file(self) -> str | None:
+        """A file that the results were computed from and that is another one now; one that is gone does not count."""
+        files = _files(self.run().get("inputs", {}))
+        return next((path for path, file in files if os.path.exists(path) and not _as_it_was(path, file)), None)
 
     def has(self, name: str, key: str, top: int | None, only_top: bool) -> bool:
         """Whether a final result for this key is stored that holds at least what is asked for."""
@@ -253,7 +259,7 @@ def write(path: Path, content: bytes) -> None:
     Raises:
         StoreError: it cannot be written; what was there before is as it was.
     """
-    partial = path.with_name(f".{path.name[-100:]}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name[-100:]}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

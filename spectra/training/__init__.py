@@ -13,12 +13,18 @@ Needs torch alone, and makes the files that the analysis reads.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from spectra.training.config import AdapterError, MultiLoRAConfig, RLoRAConfig
 from spectra.training.inject import inject_adapter
 from spectra.training.merge import merge_adapter, unmerge_adapter
 from spectra.training.multilora import MultiLoRA
 from spectra.training.rlora import RLoRA
 from spectra.training.save import load_adapter, save_adapter
+from spectra.training.watch import Watch
+
+if TYPE_CHECKING:
+    from spectra.training.trainer import WatchSpectra as WatchSpectra
 
 __all__ = [
     "AdapterError",
@@ -26,9 +32,18 @@ __all__ = [
     "MultiLoRAConfig",
     "RLoRA",
     "RLoRAConfig",
+    "Watch",
     "inject_adapter",
     "load_adapter",
     "merge_adapter",
     "save_adapter",
     "unmerge_adapter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "WatchSpectra":  # needs transformers, which nothing else here does
+        from spectra.training.trainer import WatchSpectra
+
+        return WatchSpectra
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

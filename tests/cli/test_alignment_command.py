@@ -43,3 +43,17 @@ def test_a_missing_base_is_one_message(llama):
     lora_folder(llama / "lora", seed=1)
     _, err = run("alignment", "--tuned", "lora", status=1)
     assert "pass base= (--base)" in err
+
+
+def test_workers_give_the_same_and_out_draws_what_plot_draws_again(llama):
+    arguments = ["alignment", "--base", "llama-7b", "--tuned", "ckpt", "--k", 3]
+    plain, _ = run(*arguments, "--json", "--out", "plain", "--no-figures")
+    out, err = run(*arguments, "--json", "--workers", 2, "--cache", "kept", "--out", "found")
+    assert strict(out)["matrices"] == strict(plain)["matrices"]
+    names = {f"alignment_{what}.{kind}" for what in ("cosines", "deciles") for kind in ("png", "pdf", "csv")}
+    assert names <= {path.name for path in (llama / "found").iterdir()}
+    assert "not drawn, to keep the figure readable" in err, "nine roles are there"
+    assert {path.name for path in (llama / "plain").iterdir()} == {"alignment.csv", "alignment.json"}
+    printed, _ = run("plot", "plain", "--layer", "q_proj")
+    assert {line.split("/")[-1] for line in printed.split()} == names
+    assert {row["role"] for row in table(llama / "plain/alignment_deciles.csv")} == {"q_proj"}

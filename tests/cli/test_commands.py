@@ -139,7 +139,7 @@ def test_a_shell_completes_commands_options_and_paths(monkeypatch):
     from click.shell_completion import BashComplete
 
     complete = BashComplete(main, {}, "spectra", "_SPECTRA_COMPLETE").get_completions
-    assert {item.value for item in complete([], "s")} == {"svd", "similarity"}
+    assert {item.value for item in complete([], "s")} == {"svd", "similarity", "series"}
     assert [item.value for item in complete(["svd"], "--ba")] == ["--base"]
     for words in (["svd"], ["svd", "--base"], ["verify", "--merged"], ["inspect"], ["plot"]):
         assert [item.type for item in complete(words, "mod")] == ["file"], words
@@ -150,3 +150,11 @@ def test_the_module_runs_and_says_its_version():
 
     result = subprocess.run([sys.executable, "-m", "spectra", "--version"], capture_output=True, text=True, check=True)
     assert result.stdout == f"spectra, version {spectra.__version__}\n"
+
+
+def test_stored_results_are_no_model(llama):
+    lora_folder(llama / "a", seed=1)
+    run("svd", "a", "--out", "results", "--no-figures")
+    assert (
+        "it holds stored results: spectra plot and spectra similarity take them" in run("svd", "results", status=1)[1]
+    )

@@ -129,22 +129,22 @@ def test_per_layer_at_many_layers_draws_pages_on_the_same_bins(tmp_path, drawn, 
     pages = []
     save = figures.save_figure
     monkeypatch.setattr(figures, "save_figure", lambda figure, *rest: [pages.append(figure), save(figure, *rest)][1])
-    names = [f"layers.{i}.{role}.weight" for i in range(10) for role in ("v_proj", "q_proj")]
+    names = [f"layers.{i}.{role}.weight" for i in range(8) for role in ("v_proj", "q_proj")]
     spectra.save(
         [spectra.Spectrum(name, (3, 3), S=[3.0 + i, 2.0, 1.0]) for i, name in enumerate(names)], tmp_path / "run"
     )
     out, notes = run("plot", tmp_path / "run", "--per-layer", "--format", "svg", "--format", "pdf")
     written = [line.rsplit("/", 1)[1] for line in out.split()]
     assert written == [
-        *("histogram-q_proj-layers-0-to-4.svg", "histogram-q_proj-layers-5-to-9.svg"),
-        *("histogram-v_proj-layers-0-to-4.svg", "histogram-v_proj-layers-5-to-9.svg"),
+        *("histogram-q_proj-layers-0-to-3.svg", "histogram-q_proj-layers-4-to-7.svg"),
+        *("histogram-v_proj-layers-0-to-3.svg", "histogram-v_proj-layers-4-to-7.svg"),
         *("histogram.pdf", "histogram.csv"),
     ]
     assert "not drawn" not in notes
     assert (tmp_path / "run/histogram.pdf").read_bytes().count(b"/Type /Page ") == 4
     assert len({figure.axes[0].get_xlim() for figure in pages}) == 1
-    assert pages[0].get_suptitle() == "run: q_proj, layers 0 to 4"
-    assert len({row["curve"] for row in table(tmp_path / "run/histogram.csv")}) == 20
+    assert pages[0].get_suptitle() == "run: q_proj, layers 0 to 3"
+    assert len({row["curve"] for row in table(tmp_path / "run/histogram.csv")}) == 16
     out, _ = run("plot", tmp_path / "run", "--per-layer", "--layer", "0-2.v_proj", "--format", "svg", "--out", tmp_path)
     assert [line.rsplit("/", 1)[1] for line in out.split()] == ["histogram.svg", "histogram.csv"]
 
@@ -158,4 +158,7 @@ def test_a_models_folder_is_never_proposed_for_results(llama):
     before = sorted(path.name for path in (llama / "ckpt").iterdir())
     _, err = run("svd", "--base", "llama-7b", "--tuned", "ckpt", "--out", "ckpt", status=1)
     assert "ckpt is a model's folder (it holds config.json): choose another directory (out=, --out)" in err
+    for command in (["alignment", "ckpt"], ["interference", "ckpt", "ckpt"]):
+        _, err = run(*command, "--base", "llama-7b", "--out", "ckpt", status=2)
+        assert "ckpt is a model's folder (it holds config.json)" in err
     assert sorted(path.name for path in (llama / "ckpt").iterdir()) == before

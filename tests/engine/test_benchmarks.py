@@ -50,7 +50,7 @@ def test_the_table_holds_what_was_measured(tmp_path):
 def test_the_rounding_table_counts_what_is_there(tmp_path):
     from benchmarks import rounding
 
-    lines = list(rounding.by_storage(96, 1, None, tmp_path))
+    lines = list(rounding.by_storage(96, range(1), None, tmp_path))
     assert lines[2] == "| bf16 base, merged in bf16 | 8 | 8 |"
     assert len(lines) == 2 + 11
     assert rounding.cell([(8, 8), (8, 8)]) == "8"

@@ -525,3 +525,14 @@ def test_the_state_of_an_optimizer_is_no_model(tmp_path):
     torch.save({"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []}, tmp_path / "model.pt")
     with pytest.raises(SourceError, match="holds no tensors"):
         open_folder(tmp_path)
+
+
+def test_control_characters_in_names_are_escaped_in_messages(tmp_path):
+    """A name from a file cannot clear the terminal or forge a line."""
+    name = "a\x1b[2J\nwarning: forged"
+    ref = open_folder(one(tmp_path, "model.safetensors", {name: torch.eye(2)})).tensors[name]
+    with pytest.raises(SourceError) as caught:
+        ref.rows(1, 9)
+    assert r"a\x1b[2J\nwarning: forged" in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from spectra.errors import TruncatedSpectrumError
-from spectra.metrics import METRICS, gini, rank_at, signal, top_k_share
+from spectra.metrics import METRICS
+from spectra.metrics.dominance import gini, top_k_share
+from spectra.metrics.rank import rank_at
+from spectra.metrics.signal import signal
 from spectra.spectrum import Spectrum
 
 values = arrays(np.float64, st.integers(1, 12), elements=st.floats(1e-3, 10.0)).map(lambda s: np.sort(s)[::-1])

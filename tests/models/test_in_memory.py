@@ -196,3 +196,21 @@ def test_a_state_dict_of_an_adapter_needs_its_scale(tmp_path):
     with pytest.raises(SourceError, match="scale"):
         spectra.open_source(tensors)
     assert_same(spectra.open_source(tensors, scale=3.0), spectra.open_source(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_model_in_memory_is_looked_at_and_not_touched(dtype):
+    base = {name: tensor.to(dtype) for name, tensor in llama_tensors(layers=1).items()}
+    model = adapted(CONFIGS["dora"]).to(dtype)
+    held = [nudged(base), base, dict(model.state_dict())]
+    before = [{name: tensor.clone() for name, tensor in tensors.items()} for tensors in held]
+    versions = [{name: tensor._version for name, tensor in tensors.items()} for tensors in held]
+    source = spectra.open_source(held[0], base)
+    for some in (source, spectra.open_source(model)):
+        assert all(spectrum.status in ("ok", "unchanged") for spectrum in spectra.decompose(some, top=2))
+        spectra.alignment(some, k=2)
+        spectra.interference([some, some])
+        assert len(list(spectra.compare(some, some, top=2))) == len(some)
+    for tensors, kept, numbers in zip(held, before, versions, strict=True):
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in tensors.items())
+        assert {name: tensor._version for name, tensor in tensors.items()} == numbers

@@ -69,7 +69,7 @@ def test_experts_of_a_layer_are_one_cell_with_their_median():
     assert grid.values.tolist() == [[2.0, 6.0]]
     assert grid.matrices.tolist() == [[3, 3]]
     assert finding(grid) == "norm: median 5.5, largest 9 in up_proj, experts of layer 0"
-    figure = spectra.layers_figure(experts, ["norm"])
+    figure = spectra.depth_figure(experts, ["norm"])
     assert "median of up to 3 matrices" in figure.axes[-1].get_ylabel()
 
 
@@ -98,7 +98,7 @@ def test_lines_are_the_rows_of_the_heatmap_and_stop_between_stacks(run):
 
 def test_several_runs_share_rows_columns_and_scale(run):
     other = [matrix(layer, "o_proj", (20.0, 0.0)) for layer in range(3)]
-    figure = spectra.layers_figure({"first": run, "second": other}, ["norm", "stable_rank"])
+    figure = spectra.depth_figure({"first": run, "second": other}, ["norm", "stable_rank"])
     panels = [ax for ax in figure.axes if ax.images]
     assert len(panels) == 4
     assert len({tuple(labels(ax.get_yticklabels())) for ax in panels}) == 1
@@ -109,7 +109,7 @@ def test_several_runs_share_rows_columns_and_scale(run):
 
 def test_runs_of_other_models_have_rows_and_columns_of_their_own(run):
     other = [Spectrum(f"h.{i}.attn.c_proj.weight", (1, 1), S=[1.0]) for i in range(5)]
-    figure = spectra.layers_figure({"first": run, "second": other}, ["norm"])
+    figure = spectra.depth_figure({"first": run, "second": other}, ["norm"])
     panels = [ax for ax in figure.axes if ax.images]
     assert [ax.images[0].get_array().shape for ax in panels] == [(3, 2), (1, 5)]
     assert len({ax.images[0].norm.vmax for ax in panels}) == 1
@@ -179,7 +179,7 @@ def test_no_text_of_a_panel_runs_into_anothers(kind):
     names = [f"{stack}.transformer_blocks.0.attn1.to_q.weight" for stack in stacks]
     run = [Spectrum(name, (1, 1), S=[1.0 + i]) for i, name in enumerate(names)]
     run += [Spectrum(f"an_embedding_with_a_long_name_{i}.weight", (1, 1), S=[1.0]) for i in range(6)]
-    figure = spectra.layers_figure({"one": run, "two": run}, ["norm"], kind=kind)
+    figure = spectra.depth_figure({"one": run, "two": run}, ["norm"], kind=kind)
     FigureCanvasAgg(figure).draw()
     panels = [ax for ax in figure.axes if ax.get_title()]
     texts = [text.get_window_extent() for ax in panels for text in (ax.title, ax.xaxis.label, *ax.texts)]

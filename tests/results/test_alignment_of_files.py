@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from support.checkpoints import llama_tensors, nudged, write_adapter, write_checkpoint
@@ -43,7 +46,7 @@ def test_an_adapter_and_its_merge_are_aligned_alike(tmp_path, base):
     (of_weights,) = spectra.alignment(full, k=2).to_dict("records")
     assert (of_factors["r"], of_factors["k"], of_factors["status"]) == (2, 2, "ok")
     for name in metrics.ALIGNMENT:
-        assert of_factors[name] == pytest.approx(of_weights[name], rel=1e-6, abs=1e-9), name
+        assert of_factors[name] == pytest.approx(np.asarray(of_weights[name], dtype=float), rel=1e-6, abs=1e-9), name
 
 
 def test_what_cannot_be_done_has_its_status_and_the_others_go_on(tmp_path, base):
@@ -102,3 +105,48 @@ def test_a_metric_is_one_function_and_one_line_as_contributing_says(tmp_path, ba
     monkeypatch.setitem(metrics.ALIGNMENT, line[0], room[line[1]])
     (row,) = spectra.alignment(spectra.open_source(adapter(tmp_path / "lora"), base)).to_dict("records")
     assert row[line[0]] == pytest.approx(sum(row["left_deciles"][5:]))
+
+
+def test_as_many_matrices_are_at_work_as_the_budget_holds_and_rows_come_in_order(tmp_path, base):
+    source = spectra.open_source(write_checkpoint(tmp_path / "tuned", nudged(llama_tensors())), base)
+    source = source.select("self_attn")
+    plain = spectra.alignment(source, k=3)
+    largest = 7 * 8 * 16 * 16
+    for budget, most in ((largest, 2), (100 * largest, 3)):  # k and v are half as large as q and o
+        with CountingPool(3) as pool:
+            found = spectra.alignment(source, k=3, executor=pool, memory_budget=budget)
+        assert pool.most == most
+        pd.testing.assert_frame_equal(found, plain)
+
+
+class CountingPool(ThreadPoolExecutor):
+    """Counts how many tasks are in flight."""
+
+    most = now = 0
+
+    def submit(self, *given):
+        self.now += 1
+        self.most = max(self.most, self.now)
+        future = super().submit(*given)
+        result = future.result
+        future.result = lambda: [result(), setattr(self, "now", self.now - 1)][0]
+        return future
+
+
+def test_a_planted_spike_is_one_intruder_and_an_update_in_the_top_none_through_the_files(tmp_path):
+    X, Z = (
+        torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(seed)).double())[0]
+        for seed in (0, 1)
+    )
+    weight = X @ torch.diag(torch.linspace(4, 1, 48).double()) @ Z.T
+    name = "model.layers.0.self_attn.q_proj.weight"
+    base = write_checkpoint(tmp_path / "base", {name: weight})
+    even = torch.full((48, 1), 48**-0.5, dtype=torch.float64)  # as far from every direction of W₀ as can be
+    for folder, update, count in (
+        ("spike", 50 * (X @ even) @ (Z @ even).T, 1),
+        ("inside", 0.5 * X[:, :4] @ torch.diag(torch.arange(4, 0, -1).double()) @ Z[:, :4].T, 0),
+    ):
+        tuned = write_checkpoint(tmp_path / folder, {name: weight + update})
+        (row,) = spectra.alignment(spectra.open_source(tuned, base), k=4).to_dict("records")
+        assert row["intruders"] == count, folder
+    assert row["cosines"][0][0] == pytest.approx(1.0)

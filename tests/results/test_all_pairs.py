@@ -222,6 +222,22 @@ def test_the_command_prints_stores_and_draws_every_pair(sources, tmp_path, monke
     assert square["phi"][0][2] == square["phi"][2][0] == pytest.approx(phi[square["name"]])
 
 
+def test_what_the_pairs_notes_say_is_said_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate("abc", start=1):
+        lora_folder(tmp_path / name, seed=seed)
+    _, err = run("similarity", *"abc")
+    (line,) = [line for line in err.splitlines() if line.startswith("note:")]
+    assert "k clamped from 30 to 4" in line
+    assert line.endswith("and 4 more")
+    write_checkpoint(tmp_path / "base", llama_tensors())
+    for seed, name in enumerate(("right", "wrong", "alien")):
+        tensors = nudged(llama_tensors(), seed=5) if name == "right" else llama_tensors(seed=seed)
+        write_checkpoint(tmp_path / name, tensors)
+    _, err = run("similarity", "right", "wrong", "alien", "--base", "base", "--layer", "v_proj", "--top", 2)
+    assert "note: first and second update unrelated to the base: wrong, alien: " in err
+
+
 def test_clustered_order_on_the_command_line_and_misuse(sources, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = llama_tensors()

@@ -136,7 +136,7 @@ def gram_values(matrix: Float64[Tensor, "*batch m n"]) -> Float64[Tensor, "*batc
         >>> gram_values(torch.diag(torch.tensor([3.0, 4.0])).double()).tolist()
         [4.0, 3.0]
 
-    Reference: Golub & Van Loan 2013, §8.6.2, on what the Gram matrix loses.
+    Reference: Golub & Van Loan 2013 (Weyl's bound on eigenvalues).
     """
     return eigenvalues(gram(matrix, mirrored=False)).sqrt()
 

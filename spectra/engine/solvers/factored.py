@@ -112,7 +112,7 @@ def factored_svd(
         >>> factored_svd(L, R)[0].tolist()
         [10.0]
 
-    Reference: Golub & Van Loan 2013, §5.2 and §8.6 (SVD after QR).
+    Reference: Golub & Van Loan 2013 (SVD after QR).
     """
     rotate_left, t_left = cholesky(left, grams[0]) if grams else householder(left)
     rotate_right, t_right = cholesky(right.mT, grams[1]) if grams else householder(right.mT)

@@ -1,4 +1,4 @@
-"""AdaLoRA: ΔW = s·B·diag(E)·A, of which training has pruned ranks (Zhang et al. 2023, eq. 3)."""
+"""AdaLoRA: ΔW = s·B·diag(E)·A, of which training has pruned ranks (Zhang et al. 2023)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeLoRA: a sum of r rank-one terms of equal, learned size (Bini et al. 2025, eq. 8)."""
+"""DeLoRA: a sum of r rank-one terms of equal, learned size (Bini et al. 2025)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DoRA: the direction of W + V with a trained magnitude per row or column (Liu et al. 2024, eq. 5)."""
+"""DoRA: the direction of W + V with a trained magnitude per row or column (Liu et al. 2024)."""
 
 from __future__ import annotations
 

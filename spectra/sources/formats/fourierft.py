@@ -1,6 +1,6 @@
 """FourierFT: ΔW = s·Re(F⁻¹ S), S sparse: n trained coefficients at positions that a seed gives.
 
-Reference: Gao et al. 2024, eq. 2–4.
+Reference: Gao et al. 2024.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""GLoRA: every weight is scaled and shifted, ΔW = W₀ ∘ A + B (Chavan et al. 2023, eq. 10)."""
+"""GLoRA: every weight is scaled and shifted, ΔW = W₀ ∘ A + B (Chavan et al. 2023)."""
 
 from __future__ import annotations
 

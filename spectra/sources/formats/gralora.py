@@ -1,4 +1,4 @@
-"""GraLoRA: the weight in k × k blocks, each with a low-rank update of its own (Jung et al. 2025, eq. 5)."""
+"""GraLoRA: the weight in k × k blocks, each with a low-rank update of its own (Jung et al. 2025)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HiRA: every weight is multiplied by an entry of a low-rank matrix, ΔW = W₀ ∘ (B·A) (Huang et al. 2025, eq. 3)."""
+"""HiRA: every weight is multiplied by an entry of a low-rank matrix, ΔW = W₀ ∘ (B·A) (Huang et al. 2025)."""
 
 from __future__ import annotations
 

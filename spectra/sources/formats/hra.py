@@ -1,4 +1,4 @@
-"""HRA: the inputs are reflected r times, ΔW = W₀(H − I) of rank r (Yuan et al. 2024, eq. 3)."""
+"""HRA: the inputs are reflected r times, ΔW = W₀(H − I) of rank r (Yuan et al. 2024)."""
 
 from __future__ import annotations
 

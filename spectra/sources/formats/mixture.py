@@ -2,10 +2,10 @@
 
 | names | format | ΔW |
 |---|---|---|
-| `lora_A0` …, `lora_B0` …, `lora_route` | LoRAMoE (Dou et al. 2024, eq. 5) | s·Σ ωᵢ(x)·Bᵢ·Aᵢ per token |
-| `experts.0.lora_A` …, `moe_gate` | MixLoRA (Li et al. 2024, eq. 6) | s·Bᵢ·Aᵢ in expert i of the MLP |
-| `lora_A.loraA.0` …, `lora_gate`, `lora_task_embedding` | MOELoRA (Liu et al. 2024, eq. 6) | s·Σ ωᵢ(t)·Bᵢ·Aᵢ per task |
-| `lora_lambdas`, `lora_B_w` | MTL-LoRA (Yang et al. 2024, eq. 5) | s·(Σ_b softmax(w_t/τ)_b·B_b)·Λ_t·A per task |
+| `lora_A0` …, `lora_B0` …, `lora_route` | LoRAMoE (Dou et al. 2024) | s·Σ ωᵢ(x)·Bᵢ·Aᵢ per token |
+| `experts.0.lora_A` …, `moe_gate` | MixLoRA (Li et al. 2024) | s·Bᵢ·Aᵢ in expert i of the MLP |
+| `lora_A.loraA.0` …, `lora_gate`, `lora_task_embedding` | MOELoRA (Liu et al. 2024) | s·Σ ωᵢ(t)·Bᵢ·Aᵢ per task |
+| `lora_lambdas`, `lora_B_w` | MTL-LoRA (Yang et al. 2024) | s·(Σ_b softmax(w_t/τ)_b·B_b)·Λ_t·A per task |
 | `lora_A` (n, r, in), `lora_B` (n, out, r) | particles, or modules that add up | s·Bᵢ·Aᵢ, or their sum |
 
 What is certain is given, and named in every result; what is not is refused unless `heads=` asks for a member.

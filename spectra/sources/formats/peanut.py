@@ -1,4 +1,4 @@
-"""PEANuT: a small network reads W₀ and writes ΔW, of rank r (Zhong et al. 2024, eq. 4)."""
+"""PEANuT: a small network reads W₀ and writes ΔW, of rank r (Zhong et al. 2024)."""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ class FromOriginal(OnBase):
 
     Attributes:
         update: V = s·B·A, relative to the residual base; factored.
-        method: which part of W is M: "pissa" the r leading singular triplets (Meng et al. 2024, eq. 2–4),
+        method: which part of W is M: "pissa" the r leading singular triplets (Meng et al. 2024),
             "olora" s times the first r columns and rows of W = QR (Büyükakyüz 2024, §3; the s is PEFT's),
-            "kasa" the r last singular triplets (Wang et al. 2024, eq. 3–5).
+            "kasa" the r last singular triplets (Wang et al. 2024).
         width: r.
         scale: s.
     """

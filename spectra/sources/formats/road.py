@@ -1,4 +1,4 @@
-"""RoAd: pairs of outputs are turned and scaled, ΔW = R·W₀ − W₀ (Liao et al. 2024, eq. 4)."""
+"""RoAd: pairs of outputs are turned and scaled, ΔW = R·W₀ − W₀ (Liao et al. 2024)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,191 @@
+"""`spectra series`: the update along training, checkpoint by checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spectra.cli import report
+from spectra.cli.heavy import heavy_imports
+from spectra.cli.options import Compute, Opening, compute_options, result_options, source_options
+
+if TYPE_CHECKING:
+    from spectra.deltas.source import Coverage, Source
+    from spectra.metrics.similarity import Side
+    from spectra.results.tables import Row
+
+_SHOWN = {
+    "norm": "norm",
+    "stable_rank": "stable rank",
+    "top_1_share": "top 1",
+    "effective_rank": "eff. rank",
+    "phi_to_last": "φ last",
+    "phi_to_previous": "φ before",
+    "start_left": "start L",
+    "start_right": "start R",
+}
+_MOST_NOTES = 4
+
+
+@click.command("series", short_help="The update along training, checkpoint by checkpoint.")
+@click.argument("checkpoints", metavar="CKPT…", nargs=-1, type=click.Path())
+@click.option(
+    "--base", type=click.Path(), metavar="BASE", help="The model that training started from; most adapters need none."
+)
+@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, metavar="K",
+              help="How many directions φ and the start's shares compare.")  # fmt: skip
+@click.option("--side", type=click.Choice(["left", "right"]), default="left", show_default=True, help="Vectors of φ.")
+@click.option("--start", type=click.Path(), metavar="ADAPTER",
+              help="The adapter as it was saved before training.  [default: the first checkpoint]")  # fmt: skip
+@click.option("--step", "steps", type=click.IntRange(min=0), multiple=True, metavar="N",
+              help="The step of each CKPT, in order.  [default: trainer_state.json, or the names]")  # fmt: skip
+@source_options
+@compute_options
+@result_options
+def command(
+    checkpoints: tuple[str, ...],
+    base: str | None,
+    top: int,
+    side: Side,
+    start: str | None,
+    steps: tuple[int, ...],
+    opening: Opening,
+    compute: Compute,
+    out: str | None,
+    figures: bool,
+    as_json: bool,
+) -> None:
+    """The update ΔW along training: norms, ranks and directions, from the first checkpoint to the last.
+
+    CKPT… are full models or adapters of one run, in any order. Prints medians by step and role: φ to the
+    last checkpoint and to the one before, and how much of the energy lies in the start's directions. With
+    --out everything is kept, and the same command with new checkpoints decomposes only those; without any
+    CKPT it shows what is there.
+    """
+    if not checkpoints and not out:
+        raise click.UsageError("give the checkpoints of one run, or --out with what is stored")
+    with heavy_imports():
+        from spectra.results.series import series_rows
+
+    rows: list[Row] = []
+    notes = _Notes()
+    with report.progress(len(checkpoints), "spectra series", kept=out or "") as bar, compute.keywords() as keywords:
+        stream = series_rows(
+            checkpoints, base, layers=opening.layers, top=top, side=side, steps=steps or None, start=start, out=out,
+            opened=notes.see, **opening.settings, **keywords,
+        )  # fmt: skip
+        for row in stream:
+            if not rows or rows[-1]["step"] != row["step"]:
+                bar.update()
+            rows.append(row)
+    notes.print()
+    written = report.draw(out, names=()) if out and figures else []
+    if as_json:
+        report.print_json(_document(rows, base, {"top": top, "side": side}))
+    else:
+        _print(rows)
+    _close(rows, checkpoints, out, written)
+
+
+class _Notes:
+    """What the checkpoints' coverage says: the last one's in full, of the others what it warns of besides."""
+
+    def __init__(self) -> None:
+        self.first: Coverage | None = None
+        self.warnings: list[str] = []
+
+    def see(self, source: Source) -> None:
+        """One more checkpoint was opened."""
+        if self.first is None:
+            self.first = source.coverage
+            return
+        said = {*self.first.warnings, *self.warnings}
+        self.warnings += [line for line in source.coverage.warnings if line not in said]
+
+    def print(self) -> None:
+        """Say it, when the bar is gone."""
+        if self.first is not None:
+            report.coverage_notes(self.first)
+        for line in self.warnings:
+            report.warning(f"warning: {line}")
+
+
+def _document(rows: list[Row], base: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    from spectra._version import __version__
+
+    checkpoints: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        said = {"step": row["step"], "checkpoint": row["checkpoint"]}
+        problem = {"status": "unreadable", "reason": row["reason"]}
+        checkpoints[row["step"]] = said | ({"status": "ok", "reason": ""} if row["name"] else problem)
+    return {
+        "spectra": __version__,
+        "kind": "series",
+        "base": base,
+        "options": options,
+        "checkpoints": list(checkpoints.values()),
+        "matrices": [row for row in rows if row["name"]],
+    }
+
+
+def _print(rows: list[Row]) -> None:
+    from spectra.results.series import by_role
+
+    table = by_role(rows)
+    report.print_table(
+        ["step", "role", "matrices", *_SHOWN.values()],
+        [[str(line["step"]), line["role"], line["matrices"], *map(line.get, _SHOWN)] for line in table],
+    )
+    if not table:
+        return
+    report.note("medians over the changed matrices of a role; every matrix is in --out and --json")
+    levels = [(name, [line[f"{name}_chance"] for line in table if line[f"{name}_chance"]]) for name in _SHOWN
+              if f"{name}_chance" in table[0]]  # fmt: skip
+    told = [f"{_SHOWN[name]} {min(found):.2g} – {max(found):.2g}" for name, found in levels if found]
+    if told:
+        report.note(f"by chance: {', '.join(told)}")
+
+
+def _close(rows: list[Row], checkpoints: tuple[str, ...], out: str | None, written: list[Path]) -> None:
+    """Where things are, what could not be done, and the exit status."""
+    from spectra.spectrum import DONE
+
+    if out:
+        report.note(f"results: {out}/series.csv, {out}/checkpoints/")
+    for path in written:
+        report.note(f"figure: {path}")
+    steps = {row["step"]: row["checkpoint"] for row in rows}
+    others = [step for step, path in steps.items() if path not in checkpoints]
+    if others and checkpoints:
+        report.note(f"stored before in {out}, and part of the series: steps {', '.join(map(str, others))}")
+    _missing(rows)
+    notes = Counter(note for row in rows for note in row["note"].split("; ") if note)
+    for text, count in notes.most_common(_MOST_NOTES):
+        report.note(f"note: {text} ({count} rows)")
+    if len(notes) > _MOST_NOTES:
+        report.note(f"note: {len(notes) - _MOST_NOTES} more, in the column note of --json and --out")
+    undone: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row["status"] not in DONE:
+            undone.setdefault((row["checkpoint"], row["status"], row["reason"]), []).append(row["name"])
+    for (checkpoint, status, reason), names in undone.items():
+        which = f"{names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        report.warning(f"not done: {checkpoint}: " + (f"{which}: {status}: {reason}" if names[0] else reason))
+    if undone:
+        sys.exit(1)
+
+
+def _missing(rows: list[Row]) -> None:
+    """Which checkpoints lack matrices that others have: there is no row of those."""
+    names: dict[str, set[str]] = {}
+    for row in rows:
+        if row["name"]:
+            names.setdefault(row["checkpoint"], set()).add(row["name"])
+    there = set().union(*names.values())
+    for checkpoint, held in names.items():
+        if held < there:
+            report.warning(f"not in {checkpoint}: {len(there - held)} matrices of others, such as {min(there - held)}")

@@ -1,0 +1,189 @@
+"""ΔW against W₀ in pictures: how W's top directions stand to W₀'s, and where in W₀'s spectrum ΔW's energy lies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spectra import text
+from spectra.errors import SelectionError
+from spectra.plots.similarity import tick_positions
+from spectra.plots.style import HEATMAP, curves, look, new_axes
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MOST_ROLES = 7
+_COLUMNS = 4
+
+
+def plot_cosines(
+    cosines: Sequence[Sequence[float]] | np.ndarray, *, title: str = "", colorbar: bool = True, ax: Axes | None = None
+) -> Axes:
+    """Heatmap of |cos(x_i, y_j)|, W₀'s top left vectors downwards, those of W = W₀ + ΔW to the right.
+
+    A fine-tune that keeps the model's main directions is a diagonal; a dark column is a direction that W₀'s top does
+    not know, an intruder if no other vector of W₀ is near it either.
+
+    Args:
+        cosines: the column `cosines` of a row of `alignment`.
+        title: above the heatmap.
+        colorbar: whether to add one.
+        ax: where to draw; None for a new figure.
+
+    Reference: Shuttleworth et al. 2024, the heatmaps of LoRA against full fine-tuning.
+    """
+    values = np.asarray(cosines, dtype=np.float64)
+    ax = new_axes(ax)
+    rows, columns = values.shape
+    extent = (0.5, columns + 0.5, rows + 0.5, 0.5)
+    image = ax.imshow(values, vmin=0, vmax=1, cmap=HEATMAP, extent=extent, interpolation="nearest")
+    ax.set_xticks(tick_positions(columns))
+    ax.set_yticks(tick_positions(rows))
+    ax.grid(visible=False)
+    ax.set_xlabel("j: top directions of W", fontsize=9)
+    ax.set_ylabel("i: top directions of W₀", fontsize=9)
+    ax.tick_params(labelsize=9)
+    ax.set_title(title, fontsize=9)
+    if colorbar and ax.figure is not None:
+        ax.figure.colorbar(image, ax=ax, label="|cos(x_i, y_j)|", shrink=0.9)
+    return ax
+
+
+def plot_deciles(table: pd.DataFrame, *, side: str = "left", ax: Axes | None = None) -> Axes:
+    """The share of ΔW's energy in each tenth of W₀'s spectrum, the largest σ first: a curve per role.
+
+    Curves are means over the matrices of a role. What an update would have that knows nothing of W₀ is dotted.
+
+    Args:
+        table: what `alignment` gives.
+        side: "left" or "right" vectors of W₀.
+        ax: where to draw; None for a new figure.
+
+    Raises:
+        SelectionError: there is nothing to draw, or the side is neither.
+    """
+    if side not in ("left", "right"):
+        raise SelectionError(f"side={side!r} is not left or right")
+    ax = new_axes(ax)
+    tenths = np.arange(1, 11)
+    for (role, rows), (colour, line) in zip(_by_role(table).items(), curves(), strict=False):
+        ax.plot(tenths, _mean(rows[f"{side}_deciles"]), color=colour, linestyle=line, marker="o", markersize=3,
+                label=role)  # fmt: skip
+        ax.plot(tenths, [_mean_chance(rows, side)] * 10, color=colour, linestyle=":", linewidth=0.9)
+    ax.set_xticks(tenths)
+    ax.set_ylim(0, None)
+    ax.set_xlabel(f"tenths of W₀'s spectrum, largest σ first ({side})")
+    ax.set_ylabel("share of ‖ΔW‖²")
+    return ax
+
+
+def tops_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
+    """A heatmap of cosines per role, the mean over its matrices, under one colour scale.
+
+    Args:
+        table: what `alignment` gives.
+        title: above all panels.
+
+    Raises:
+        SelectionError: there is nothing to draw.
+    """
+    from spectra.plots.canvas import ShownFigure
+
+    roles = _by_role(table)
+    columns = math.ceil(len(roles) / math.ceil(len(roles) / _COLUMNS))
+    rows = math.ceil(len(roles) / columns)
+    with look():
+        figure = ShownFigure(figsize=(2.9 * columns + 0.9, 3.1 * rows + (0.3 if title else 0)), layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for (role, group), ax in zip(roles.items(), axes, strict=False):
+            plot_cosines(mean_cosines(group), title=_heading(role, group), colorbar=False, ax=ax)
+        for ax in axes[len(roles) :]:
+            ax.set_visible(False)
+        image = axes[0].images[0]
+        figure.colorbar(image, ax=axes, label="|cos(x_i, y_j)|", shrink=0.9)
+        if title:
+            figure.suptitle(title, wrap=True)
+    return figure
+
+
+def deciles_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
+    """The energy over W₀'s spectrum on both sides, with one legend.
+
+    Args:
+        table: what `alignment` gives.
+        title: above the panels.
+
+    Raises:
+        SelectionError: there is nothing to draw.
+    """
+    from spectra.plots.canvas import ShownFigure
+
+    with look():
+        figure = ShownFigure(figsize=(9.0, 3.9), layout="constrained")
+        axes = figure.subplots(1, 2, sharey=True)
+        for side, ax in zip(("left", "right"), axes, strict=True):
+            plot_deciles(table, side=side, ax=ax)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
+        if title:
+            figure.suptitle(title, wrap=True)
+    return figure
+
+
+def mean_cosines(rows: pd.DataFrame) -> np.ndarray:
+    """The mean over matrices, as far as all of them reach."""
+    grids = [np.asarray(grid, dtype=np.float64) for grid in rows["cosines"]]
+    height, width = (min(grid.shape[axis] for grid in grids) for axis in (0, 1))
+    return np.mean([grid[:height, :width] for grid in grids], axis=0)
+
+
+def alignment_numbers(table: pd.DataFrame) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What the two figures show: a row per role, i and j, and a row per role, side and tenth."""
+    grids: list[dict[str, Any]] = []
+    tenths: list[dict[str, Any]] = []
+    for role, rows in _by_role(table).items():
+        grid = mean_cosines(rows)
+        grids += [
+            {"role": role, "i": i + 1, "j": j + 1, "cosine": float(value)} for (i, j), value in np.ndenumerate(grid)
+        ]
+        tenths += [
+            {"role": role, "side": side, "tenth": place, "share": float(share), "chance": _mean_chance(rows, side)}
+            for side in ("left", "right")
+            for place, share in enumerate(_mean(rows[f"{side}_deciles"]), start=1)
+        ]
+    return grids, tenths
+
+
+def undrawn_roles(table: pd.DataFrame) -> list[str]:
+    """The roles that a figure has no room for."""
+    return [role for role in dict.fromkeys(table["role"]) if role not in _by_role(table)]
+
+
+def _by_role(table: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
+    done = table[table["status"] == "ok"]
+    if not len(done):
+        raise SelectionError("no matrix has numbers to draw")
+    kept = set(done["role"].value_counts().index[:_MOST_ROLES])
+    return {role: rows for role, rows in done.groupby("role", sort=False) if role in kept}
+
+
+def _heading(role: str, rows: pd.DataFrame) -> str:
+    count = int(rows["intruders"].sum())
+    told = f"{count} {'intruder' if count == 1 else 'intruders'} in {text.matrices(len(rows))}"
+    return f"{role}: {told}" + ("\nmean over them" if len(rows) > 1 else "")
+
+
+def _mean(lists: Sequence[Sequence[float]]) -> np.ndarray:
+    return np.mean([np.asarray(values, dtype=np.float64) for values in lists], axis=0)
+
+
+def _mean_chance(rows: pd.DataFrame, side: str) -> float:
+    """(s/10)/m: what a tenth of W₀'s s directions has of an update that knows nothing of it, in the mean."""
+    tenth = np.array([min(out, inside) / 10 for out, inside in zip(rows["out"], rows["in"], strict=True)])
+    return float(np.mean(tenth / rows["out" if side == "left" else "in"].to_numpy(dtype=np.float64)))

@@ -1,0 +1,101 @@
+"""The figures of stored tables: a series' curves, and an alignment's cosines and deciles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectra import naming
+from spectra.errors import SelectionError
+from spectra.plots.alignment import alignment_numbers, deciles_figure, tops_figure, undrawn_roles
+from spectra.plots.series import left_out_roles, series_curves, series_figure
+from spectra.results.series import TABLE, is_series
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ALIGNMENT_TABLE = "alignment.json"
+Keep = Callable[["Figure", Path, list[dict[str, Any]], Path], list[Path]]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What `draw_results` did.
+
+    Attributes:
+        files: figures and tables that were written.
+        notes: what was not drawn, and why, in sentences.
+    """
+
+    files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+
+def draw_tables(
+    directory: Path, target: str | Path, layers: str | Sequence[str], label: str, title: str, keep: Keep
+) -> Drawn | None:
+    """Draw the tables that a directory holds; None where there is none.
+
+    Args:
+        directory: where they are.
+        target: where to put figures.
+        layers: only these matrices.
+        label: what tells the figures' files from those of other directories; "" for nothing.
+        title: of the figures.
+        keep: saves a figure at a path, and rows at another, and gives the files.
+    """
+    found = [_draw_series] if is_series(directory) else []
+    found += [_draw_alignment] if (directory / ALIGNMENT_TABLE).is_file() else []
+    if not found:
+        return None
+    drawn = [draw(directory, Path(target), layers, label, title, keep) for draw in found]
+    return Drawn(tuple(file for one in drawn for file in one.files), tuple(note for one in drawn for note in one.notes))
+
+
+def _draw_series(
+    directory: Path, target: Path, layers: str | Sequence[str], label: str, title: str, keep: Keep
+) -> Drawn:
+    """The curves of a stored series, from its table; several of them into files of their own labels."""
+    import pandas as pd
+
+    table = pd.read_csv(directory / TABLE, keep_default_na=False, na_values=[""])
+    if layers:
+        chosen = naming.select(layers, dict.fromkeys(table["name"].dropna()))
+        table = table[table["name"].isin(chosen)]
+    name = f"series-{label}" if label else "series"
+    try:
+        figure = series_figure(table, title=title or label)
+    except SelectionError as problem:
+        return Drawn((), (f"no curves of {directory}: {problem}",))
+    files = keep(figure, target / name, series_curves(table), target / f"{name}_curves.csv")
+    return Drawn(tuple(files), too_many(left_out_roles(table)))
+
+
+def _draw_alignment(
+    directory: Path, target: Path, layers: str | Sequence[str], label: str, title: str, keep: Keep
+) -> Drawn:
+    """The two figures of a stored alignment, from its table."""
+    import pandas as pd
+
+    table = pd.DataFrame(json.loads((directory / ALIGNMENT_TABLE).read_text(encoding="utf-8"))["matrices"])
+    if layers:
+        table = table[table["name"].isin(naming.select(layers, table["name"]))]
+    end = f"-{label}" if label else ""
+    try:
+        figures = tops_figure(table, title=title or label), deciles_figure(table, title=title or label)
+    except SelectionError as problem:
+        return Drawn((), (f"no figure of {directory}: {problem}",))
+    files: list[Path] = []
+    for name, figure, rows in zip(("cosines", "deciles"), figures, alignment_numbers(table), strict=True):
+        path = target / f"alignment_{name}{end}"
+        files += keep(figure, path, rows, path.with_name(f"{path.name}.csv"))
+    return Drawn(tuple(files), too_many(undrawn_roles(table)))
+
+
+def too_many(roles: Sequence[str]) -> tuple[str, ...]:
+    """What to say of roles that a figure has no room for."""
+    listed = f"not drawn, to keep the figure readable: {', '.join(roles)}; draw them with layers= (--layer)"
+    return (listed,) if roles else ()

@@ -1,0 +1,373 @@
+"""`series`: an update along training, checkpoint by checkpoint and matrix by matrix."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spectra.deltas.source import Source
+from spectra.errors import DeviceError, SelectionError, SourceError, SpectraError, StoreError
+from spectra.metrics import METRICS
+from spectra.metrics.similarity import SIDES, Side, SubspaceSimilarity, subspace_similarity
+from spectra.metrics.start import start_share
+from spectra.results import tables
+from spectra.results.collection import Spectra
+from spectra.results.start import Start
+from spectra.results.steps import Moment, in_order
+from spectra.results.store import ANOTHER_PLACE, Store, write
+from spectra.results.streams import decompose
+from spectra.results.tables import Row
+from spectra.sources import open_source
+from spectra.spectrum import Spectrum
+from spectra.text import matrices
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+KIND = "series"
+TABLE = "series.csv"
+MEASURED = ("norm", "relative_norm", "stable_rank", "top_1_share", "effective_rank")
+COMPARED = ("phi_to_last", "phi_to_previous", "start_left", "start_right")  # each with its chance level
+_STEPS = "checkpoints"
+_FOLDER = "step-"
+_PROBLEMS_OF_ALL = (StoreError, DeviceError)  # not one checkpoint's
+
+
+def series(
+    checkpoints: Sequence[str | Path] = (),
+    base: str | Path | None = None,
+    *,
+    layers: str | Sequence[str] = (),
+    top: int = 10,
+    side: Side = "left",
+    steps: Sequence[int] | None = None,
+    start: str | Path | None = None,
+    out: str | Path | None = None,
+    **others: Any,
+) -> pd.DataFrame:
+    """The update along training: one row per checkpoint and matrix, in the order of training.
+
+    Beside the step stand the metrics of the update; `phi_to_last` and `phi_to_previous`, the subspace similarity
+    φ(k, k) to the last checkpoint and to the one before; and `start_left`, `start_right`, the share of the energy of
+    the top k directions that lies in the start's (`spectra.metrics.start`); each with its chance level beside it. The
+    start is what the factors of `start=`, or of the first checkpoint, span; of a full fine-tune, the top k directions
+    of the first checkpoint.
+
+    A checkpoint that cannot be read is one row without a name whose `reason` says why, and the others go on.
+
+    The last checkpoint is decomposed first, and then at most three are in memory. With `out`, every result is kept
+    there, only what is new is decomposed when the call comes again with more checkpoints, and what is stored of
+    checkpoints that are not given, or no longer there, stays part of the series. The table is `series.csv` there.
+
+    Args:
+        checkpoints: full models or adapters of one run, in any order; none for what `out` holds.
+        base: the model it started from; adapters need it for relative norms only, most of them.
+        layers: only the matrices that these patterns mean; () for all.
+        top: k.
+        side: "left" or "right", for φ.
+        steps: the step of each checkpoint, instead of looking for it in `trainer_state.json` and the names.
+        start: the adapter as it was before training, saved at step 0.
+        out: a directory for the spectra, with the top vectors, and the table.
+        others: as for `open_source` (split, heads, scale) and `decompose` (device, executor, memory_budget).
+
+    Raises:
+        SelectionError: no step is known for a checkpoint, two are of one step, or there are no checkpoints.
+        StoreError: `out` holds results of other inputs, or cannot be written to.
+        SpectraError: no checkpoint can be read; the message is the first one's.
+    """
+    import pandas as pd
+
+    rows = series_rows(
+        checkpoints, base, layers=layers, top=top, side=side, steps=steps, start=start, out=out, **others
+    )
+    return pd.DataFrame(list(rows))
+
+
+def series_rows(
+    checkpoints: Sequence[str | Path] = (),
+    base: str | Path | None = None,
+    *,
+    layers: str | Sequence[str] = (),
+    top: int = 10,
+    side: Side = "left",
+    steps: Sequence[int] | None = None,
+    start: str | Path | None = None,
+    out: str | Path | None = None,
+    opened: Callable[[Source], None] = lambda source: None,
+    **others: Any,
+) -> Iterator[Row]:
+    """The rows of `series` in their order, a checkpoint at a time; `opened` is told of every source, the last first."""
+    if top < 1:
+        raise SelectionError(f"top = {top} is not a positive number of directions")
+    if side not in SIDES:
+        raise SelectionError(f"side={side!r} is not left or right")
+    options = {"split": True, "heads": "mean", "scale": None} | {
+        key: others.pop(key) for key in ("split", "heads", "scale") if key in others
+    }
+    home = Path(out).expanduser() if out is not None else None
+    given = in_order(checkpoints, steps)
+    stored = stored_steps(home) if home else {}
+    if home is not None and given:
+        inputs = {"kind": KIND, "base": _whole_path(base), "options": options}
+        _claim(home, inputs, stored, {moment.step for moment in given})
+    if not given and not stored:
+        raise SelectionError("a series needs checkpoints, and none was given" + (f" or is in {home}" if home else ""))
+    run = _Run(base, tuple([layers] if isinstance(layers, str) else layers), top, options, others, home, opened)
+    moments = {moment.step: moment for moment in given}
+    return _Series(run, [(step, moments.get(step)) for step in sorted({*stored, *moments})], side, start).rows()
+
+
+def stored_steps(directory: Path) -> dict[int, Path]:
+    """Step → the results directory of its checkpoint, for those that a series' directory holds."""
+    found = (folder for folder in directory.glob(f"{_STEPS}/{_FOLDER}*") if (folder / "spectra").is_dir())
+    numbered = {folder.name.removeprefix(_FOLDER): folder for folder in found}
+    return {int(number): numbered[number] for number in sorted(numbered, key=len) if number.isdigit()}
+
+
+def step_folder(directory: Path, step: int) -> Path:
+    """Where a series' directory keeps the spectra of a step."""
+    return directory / _STEPS / f"{_FOLDER}{step}"
+
+
+def is_series(directory: str | Path) -> bool:
+    """Whether a series was stored there, with its table."""
+    return Path(directory, TABLE).is_file() and Path(directory, _STEPS).is_dir()
+
+
+def by_role(rows: Sequence[Row]) -> list[Row]:
+    """One row per step and role: how many matrices, and the median of every column over those that have a value.
+
+    Example:
+        >>> rows = [{"step": 1, "role": "q_proj", "status": "ok", "norm": norm} for norm in (1.0, 2.0, 6.0)]
+        >>> found = by_role(rows)[0]
+        >>> found["step"], found["role"], found["matrices"], found["norm"], found["phi_to_last"]
+        (1, 'q_proj', 3, 2.0, None)
+    """
+    groups: dict[tuple[int, str], list[Row]] = {}
+    for line in rows:
+        if line["status"] == "ok":
+            groups.setdefault((line["step"], line["role"]), []).append(line)
+    columns = [*MEASURED, *COMPARED, *(f"{name}_chance" for name in COMPARED)]
+    return [
+        {"step": step, "role": role, "matrices": len(lines)}
+        | {name: _median(line.get(name) for line in lines) for name in columns}
+        for (step, role), lines in groups.items()
+    ]
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return float(np.median(known)) if known else None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How to get the spectra of a checkpoint."""
+
+    base: str | Path | None
+    layers: tuple[str, ...]
+    top: int
+    options: dict[str, Any]
+    compute: dict[str, Any]
+    home: Path | None
+    opened: Callable[[Source], None]
+
+    def source(self, path: str | Path) -> Source:
+        """What a checkpoint updates, of the layers that are wanted."""
+        source = open_source(path, self.base, **self.options)
+        return source.select(self.layers) if self.layers else source
+
+    def look(self, step: int, moment: Moment | None) -> _Look:
+        """The spectra of one checkpoint: stored, or computed now."""
+        if moment is None:
+            assert self.home is not None
+            folder = step_folder(self.home, step)
+            spectra = Spectra.stored(folder)
+            path = str(spectra.run.get("inputs", {}).get("tuned") or folder)
+            return _Look(step, path, spectra.select(self.layers) if self.layers else spectra)
+        source = self.source(moment.path)
+        _refuse_unreadable(source)
+        self.opened(source)
+        out = step_folder(self.home, step) if self.home else None
+        spectra = decompose(source, top=self.top, out=out, **self.compute).collect()
+        return _Look(step, moment.path, spectra, source)
+
+
+def _refuse_unreadable(source: Source) -> None:
+    """One message where a checkpoint has nothing that can be read, instead of one for each of its matrices."""
+    reasons = list(dict.fromkeys(delta.reason for delta in source))
+    if source.deltas and all(delta.recipe is None for delta in source):
+        more = f" (and {len(reasons) - 1} more reasons)" if len(reasons) > 1 else ""
+        raise SourceError(f"none of its {matrices(len(source))} can be read: {reasons[0]}{more}")
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One checkpoint that could be read."""
+
+    step: int
+    path: str
+    spectra: Spectra
+    source: Source | None = None
+
+
+class _Series:
+    """The walk from the first checkpoint to the last, with the last at hand."""
+
+    def __init__(
+        self, run: _Run, moments: Sequence[tuple[int, Moment | None]], side: Side, start: str | Path | None
+    ) -> None:
+        self.run = run
+        self.moments = moments
+        self.side = side
+        self.failed: dict[int, SpectraError] = {}
+        self.start = self._start(start)
+
+    def rows(self) -> Iterator[Row]:
+        """All rows; the table is written when they have gone."""
+        last, previous = self._last(), None
+        kept: list[Row] = []
+        for step, moment in self.moments:
+            look = last if step == last.step else self._look(step, moment)
+            new = [_failed(step, moment, self.failed[step])] if look is None else self._of(look, last, previous)
+            for line in new:
+                kept.append(line)
+                yield line
+            previous = look or previous
+        if self.run.home is not None:
+            write(self.run.home / TABLE, tables.to_csv(kept).encode())
+
+    def _last(self) -> _Look:
+        """The last checkpoint that can be read, and so the first that is decomposed."""
+        for step, moment in reversed(self.moments):
+            look = self._look(step, moment)
+            if look is not None:
+                return look
+        raise self.failed[self.moments[0][0]]
+
+    def _look(self, step: int, moment: Moment | None) -> _Look | None:
+        if step in self.failed:
+            return None
+        try:
+            return self.run.look(step, moment)
+        except _PROBLEMS_OF_ALL:
+            raise
+        except SpectraError as problem:
+            self.failed[step] = problem
+            return None
+
+    def _of(self, look: _Look, last: _Look, previous: _Look | None) -> Iterator[Row]:
+        """The rows of one checkpoint."""
+        deltas = {delta.name: delta for delta in look.source} if look.source else {}
+        others = {name: other for name, other in (("last", last), ("previous", previous)) if other is not None}
+        there = {name: set(other.spectra.names) for name, other in others.items()}
+        for spectrum in look.spectra:
+            name = spectrum.name
+            self.start.see(spectrum, deltas.get(name))
+            compared = {which: other.spectra[name] for which, other in others.items() if name in there[which]}
+            yield row(look.step, look.path, spectrum, self.start, compared, top=self.run.top, side=self.side)
+
+    def _start(self, given: str | Path | None) -> Start:
+        run = self.run
+        if given is None:
+            return Start(run.top, run.home, f"step {self.moments[0][0]}")
+        source = run.source(given)
+        if not any(delta.factored for delta in source):
+            raise SelectionError(f"{given} holds no factors: start= (--start) is an adapter as it was before training")
+        start = Start(run.top, run.home, _whole_path(given) or "", before_training=True)
+        start.take({delta.name: delta for delta in source})
+        return start
+
+
+def row(
+    step: int,
+    path: str,
+    spectrum: Spectrum,
+    start: Start | None = None,
+    others: Mapping[str, Spectrum] = MappingProxyType({}),
+    *,
+    top: int,
+    side: Side = "left",
+) -> Row:
+    """One matrix of one checkpoint as column → value; None where there is none.
+
+    Args:
+        step: of training.
+        path: the checkpoint's.
+        spectrum: the update, with vectors.
+        start: where training started.
+        others: "last" or "previous" → the same matrix of those checkpoints.
+        top: how many directions are compared.
+        side: of φ.
+    """
+    numbers = tables.row(spectrum, {name: METRICS[name] for name in MEASURED})
+    found = {
+        "step": step,
+        "checkpoint": path,
+        "name": spectrum.name,
+        "role": spectrum.role,
+        "layer": spectrum.layer,
+        "status": spectrum.status,
+        **{name: numbers[name] for name in MEASURED},
+        "k": min(top, spectrum.k, spectrum.rank),
+        **{column: None for name in COMPARED for column in (name, f"{name}_chance")},
+        "reason": spectrum.reason,
+        "note": spectrum.note,
+    }
+    for name, other in others.items():
+        similarity = _similarity(spectrum, other, top, side)
+        if similarity is not None:
+            found |= {f"phi_to_{name}": similarity.phi, f"phi_to_{name}_chance": float(similarity.chance[-1, -1])}
+            found["note"] = "; ".join(
+                filter(None, (found["note"], similarity.note and f"φ to {name}: {similarity.note}"))
+            )
+    for where in SIDES:
+        basis = start.basis(spectrum.name, where) if start is not None else None
+        if basis is not None and spectrum.U is not None:
+            found[f"start_{where}"] = start_share(spectrum, basis, top=top, side=where)
+            found[f"start_{where}_chance"] = basis.shape[1] / basis.shape[0]
+    return found
+
+
+def _failed(step: int, moment: Moment | None, problem: SpectraError) -> Row:
+    """The row of a checkpoint that cannot be read."""
+    nothing = Spectrum("", (), "unreadable", reason=str(problem))
+    found = row(step, moment.path if moment else "", nothing, top=1)
+    return found | {"role": "", "layer": None, "k": None}
+
+
+def _similarity(a: Spectrum, b: Spectrum, top: int, side: Side) -> SubspaceSimilarity | None:
+    """How similar the top directions are; None where one of the two has none, as its status and norm say."""
+    try:
+        return subspace_similarity(a, b, top=top, side=side)
+    except SelectionError:
+        return None
+
+
+def _whole_path(path: str | Path | None) -> str | None:
+    if path is None:
+        return None
+    place = Path(path).expanduser()
+    return str(place.resolve()) if place.exists() else str(path)
+
+
+def _claim(home: Path, inputs: dict[str, Any], stored: dict[int, Path], given: set[int]) -> None:
+    """Make the directory this series', or raise if it is another run's or its base has changed since."""
+    store = Store(home)
+    if store.run() and store.run().get("inputs", {}).get("kind") != KIND:
+        raise StoreError(f"{home} holds results of another command; choose {ANOTHER_PLACE}")
+    for step in sorted(set(stored) - given):
+        changed = Store(stored[step]).changed_file()
+        if changed:
+            raise StoreError(
+                f"{changed} is not as it was when step {step} was stored in {home}; "
+                f"nothing was changed there: choose {ANOTHER_PLACE}"
+            )
+    store.begin(inputs, {"command": sys.argv})
