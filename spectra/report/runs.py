@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spectra import naming
-from spectra.errors import SelectionError
+from spectra.errors import SelectionError, StoreError
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.results import tables
 from spectra.results.all_pairs import PAIRS
@@ -18,6 +18,7 @@ from spectra.results.collection import Spectra
 from spectra.results.store import Store, nothing_stored
 from spectra.spectrum import Spectrum
 
+_TABLES = ("series.csv", "alignment.json", "interference.json", "heads.json")  # results of other commands
 _NAMES = 12  # of one reason
 _SECTIONS = {
     "base_only": "only in the base",
@@ -152,6 +153,12 @@ def read_run(directory: str | Path, label: str, layers: str | Sequence[str] = ()
     spectra, similarities = Spectra.stored(directory, vectors=False), store.similarities()
     names = dict.fromkeys([*spectra.names, *(item.name for item in similarities)])
     if not names:
+        held = [table for table in _TABLES if (store.directory / table).is_file()]
+        if held:
+            raise StoreError(
+                f"{directory} holds {held[0]}, and neither spectra nor similarities, which a page is made of: "
+                "give it directories that decompose(…, out=) or compare(…, out=) made (spectra svd --out, similarity --out)"
+            )
         raise nothing_stored(directory)
     if layers:
         try:

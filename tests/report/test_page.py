@@ -260,6 +260,10 @@ def test_labels_layers_and_mistakes(runs, made, monkeypatch, tmp_path):
     ):
         with pytest.raises(error, match=words):
             made(**wrong)
+    (runs / "other").mkdir()
+    (runs / "other/alignment.json").write_text("{}")
+    with pytest.raises(StoreError, match=r"holds alignment.json, and neither spectra nor similarities.*svd --out"):
+        made(runs / "other")
     with pytest.raises(StoreError, match="cannot be written"):
         spectra.write_report(runs / "first", runs)
     monkeypatch.setitem(sys.modules, "jinja2", None)
