@@ -157,7 +157,7 @@ def read_run(directory: str | Path, label: str, layers: str | Sequence[str] = ()
         if held:
             raise StoreError(
                 f"{directory} holds {held[0]}, and neither spectra nor similarities, which a page is made of: "
-                "give it directories that decompose(…, out=) or compare(…, out=) made (spectra svd --out, similarity --out)"
+                "give those that decompose(…, out=) or compare(…, out=) made (spectra svd --out, similarity --out)"
             )
         raise nothing_stored(directory)
     if layers:
