@@ -125,15 +125,23 @@ class Spectra(Sequence[Spectrum]):
         """The DataFrame of `summarize`, which needs no vectors."""
         return tables.summarize(self.without_vectors(), by=by)
 
-    def report(self, path: str | Path) -> None:
-        """Write the HTML page of `write_report` about this run.
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write the HTML page of `write_report` about this run, and say where it is.
+
+        Args:
+            path: the file; None for report.html in the directory of the results.
 
         Raises:
+            SelectionError: there is no path, and the results are in no directory.
             StoreError: it cannot be written.
             MissingExtraError: Jinja2 is not installed.
         """
+        if path is None and self.directory is None:
+            raise SelectionError('these results are in no directory: say where the page goes, as .report("page.html")')
+        target = Path(path) if path is not None else Path(str(self.directory), "report.html")
         # By its public name, looked up when it is called: results themselves know nothing of pages.
-        importlib.import_module("spectra").write_report(self, path)
+        importlib.import_module("spectra").write_report(self, target)
+        return target
 
     @property
     def _place(self) -> str:

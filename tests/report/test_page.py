@@ -239,7 +239,11 @@ def test_a_collection_writes_its_page(tmp_path, runs):
     assert "1 matrix: 1 changed." in markup
     assert "No record of where these results come from" in markup
     stored = spectra.load(runs / "second").select("v_proj")
-    stored.report(str(tmp_path / "stored.html"))
+    assert stored.report(str(tmp_path / "stored.html")) == tmp_path / "stored.html"
+    assert stored.report() == runs / "second/report.html"
+    assert stored.report().is_file()
+    with pytest.raises(SelectionError, match=r"in no directory: .*\.report"):
+        spectra.Spectra([Spectrum("a", (1, 1), S=[1.0])]).report()
     markup = (tmp_path / "stored.html").read_text()
     assert "<h1>second</h1>" in markup
     assert len(numbers(markup)["tables"][0]["rows"]) == 3
