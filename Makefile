@@ -18,6 +18,7 @@ demo: $(VENV)/.installed $(DATA)/.fetched
 	$(BIN)/python examples/minilm.py $(DATA)/minilm
 	@echo
 	@echo "histogram: $(DATA)/minilm/histogram.png   singular values of the update, by role"
+	@echo "depth:     $(DATA)/minilm/depth.png       how large the update is, layer by layer and role by role"
 	@echo "heatmap:   $(DATA)/minilm/query-key.png   do query and key change along the same directions?"
 	@echo "table:     $(DATA)/minilm/summary.csv     one row per matrix"
 

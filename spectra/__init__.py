@@ -34,6 +34,7 @@ _HOMES = {
     "spectra.plots": (
         "cosines_figure",
         "deciles_figure",
+        "depth_figure",
         "draw_interference",
         "draw_pairs",
         "draw_results",
@@ -42,9 +43,11 @@ _HOMES = {
         "pairs_figure",
         "plot_cosines",
         "plot_deciles",
+        "plot_depth",
         "plot_histogram",
         "plot_kept_energy",
         "plot_roles_over_depth",
+        "plot_scree",
         "plot_series",
         "plot_similarity",
         "plot_square",
@@ -54,6 +57,7 @@ _HOMES = {
         "squares_figure",
         "tops_figure",
     ),
+    "spectra.report": ("write_report",),
     "spectra.results.alignment": ("alignment",),
     "spectra.results.all_pairs": ("compare_all", "load_pairs"),
     "spectra.results.collection": ("Spectra", "load", "save"),
@@ -94,6 +98,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.metrics.similarity import subspace_similarity as subspace_similarity
     from spectra.plots import cosines_figure as cosines_figure
     from spectra.plots import deciles_figure as deciles_figure
+    from spectra.plots import depth_figure as depth_figure
     from spectra.plots import draw_interference as draw_interference
     from spectra.plots import draw_pairs as draw_pairs
     from spectra.plots import draw_results as draw_results
@@ -102,9 +107,11 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.plots import pairs_figure as pairs_figure
     from spectra.plots import plot_cosines as plot_cosines
     from spectra.plots import plot_deciles as plot_deciles
+    from spectra.plots import plot_depth as plot_depth
     from spectra.plots import plot_histogram as plot_histogram
     from spectra.plots import plot_kept_energy as plot_kept_energy
     from spectra.plots import plot_roles_over_depth as plot_roles_over_depth
+    from spectra.plots import plot_scree as plot_scree
     from spectra.plots import plot_series as plot_series
     from spectra.plots import plot_similarity as plot_similarity
     from spectra.plots import plot_square as plot_square
@@ -113,6 +120,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.plots import similarity_figure as similarity_figure
     from spectra.plots import squares_figure as squares_figure
     from spectra.plots import tops_figure as tops_figure
+    from spectra.report import write_report as write_report
     from spectra.results.alignment import alignment as alignment
     from spectra.results.all_pairs import compare_all as compare_all
     from spectra.results.all_pairs import load_pairs as load_pairs

@@ -33,7 +33,10 @@ _ROLE_PATTERNS: tuple[tuple[str, str], ...] = (
         r"(?:^|\.)(?:attn\.c_proj|attention\.output\.dense|(?:self_)?attention\.dense|self_attn\.dense)$",
         "o_proj",
     ),
-    (r"(?:^|\.)(?:c_attn|query_key_value|Wqkv|h\.\d+\.attn\.qkv)$", "qkv_proj"),
+    (r"(?:^|\.)(?:c_attn|query_key_value|Wqkv|(?:\w+_)?attn\.qkv)$", "qkv_proj"),
+    (r"(?:^|\.)(?:\w+_)?attn\.proj$", "o_proj"),
+    (r"(?:^|\.)ff(?:_context)?\.net\.0\.proj$", "up_proj"),
+    (r"(?:^|\.)ff(?:_context)?\.net\.2$", "down_proj"),
     (
         r"(?:^|\.)(?:mlp\.c_fc|dense_h_to_4h|intermediate\.dense|fc1|lin1|DenseReluDense\.wi)$",
         "up_proj",

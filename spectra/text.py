@@ -6,6 +6,8 @@ Names and reasons come from files, so everything is escaped. There are no colour
 from __future__ import annotations
 
 import html
+import math
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -17,6 +19,8 @@ _LONGEST = 400  # characters of a cell; a name in a file can be as long as its a
 _ROWS = 24  # of a table that groups
 _ROLES = 8  # on one line
 _LINES = 5  # warnings and notes
+_WHOLE = 1e9  # below which whole numbers are written in full
+_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})  # controls, formats (bidi), surrogates, private, separators
 
 
 def size(shape: Sequence[int]) -> str:
@@ -68,6 +72,33 @@ def first_lines(lines: Sequence[str]) -> list[str]:
     """The first lines, and how many more there are."""
     more = len(lines) - _LINES
     return [*lines[:_LINES], *([f"… and {more:,} more"] if more > 0 else [])]
+
+
+def visible(name: str) -> str:
+    r"""Text from a file with what cannot be seen, or turns the reading direction, written out.
+
+    >>> visible("a\u202eb\x00.weight"), visible("ΔW é 層")
+    ('a\\u202eb\\x00.weight', 'ΔW é 層')
+    """
+    if name.isascii() and name.isprintable():
+        return name
+    return "".join(
+        character.encode("unicode_escape").decode() if unicodedata.category(character) in _UNSEEN else character
+        for character in name
+    )
+
+
+def figure(value: object) -> str:
+    """A number to four digits, a whole one in full; a dash where there is none.
+
+    >>> figure(0.0123456), figure(93.0), figure(90868376), figure(None), figure(float("nan"))
+    ('0.01235', '93', '90,868,376', '–', '–')
+    """
+    if not isinstance(value, int | float):
+        return "–" if value is None else str(value)
+    if not math.isfinite(value):
+        return "–"
+    return f"{int(value):,}" if value == int(value) and abs(value) < _WHOLE else f"{value:.4g}"
 
 
 def page(

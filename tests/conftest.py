@@ -12,7 +12,12 @@ from support.slow import SLOW
 import spectra
 from spectra.deltas.source import Source
 
-collect_ignore = ["conftest.py", "cli/conftest.py", "files/codecs/make_weights.py"]  # no tests there
+collect_ignore = [
+    "conftest.py",
+    "cli/conftest.py",
+    "report/conftest.py",
+    "files/codecs/make_weights.py",
+]  # no tests there
 mpl.use("Agg")
 settings.register_profile("spectra", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("spectra")

@@ -110,6 +110,13 @@ def test_a_collection_in_memory_shows_the_same_without_a_place():
     assert "Spectra: 1 matrix</b>" in found._repr_html_()
 
 
+def test_a_collection_says_what_its_numbers_say_and_how_to_see_all(tmp_path):
+    found = spectra.Spectra([Spectrum("layers.0.q_proj.weight", (3, 2), S=[4.0, 3.0], base_norm=50.0)])
+    assert "that is 10 % of ‖W₀‖_F" in found._repr_html_()
+    assert ".report(&quot;page.html&quot;)" in found._repr_html_()
+    assert "report" not in spectra.Spectra()._repr_html_()
+
+
 def test_a_damaged_result_is_shown_as_such_and_few_files_are_opened(tmp_path, monkeypatch):
     spectra.save([Spectrum(f"layers.{i}.v_proj.weight", (2, 2), S=[1.0, 0.5]) for i in range(40)], tmp_path)
     stored = spectra.load(tmp_path)

@@ -26,6 +26,7 @@ _COMMANDS = {
     "inspect": "spectra.cli.inspect",
     "verify": "spectra.cli.verify",
     "plot": "spectra.cli.plot",
+    "report": "spectra.cli.page",
     "reproduce": "spectra.cli.reproduce",
 }
 
@@ -107,5 +108,6 @@ def main() -> None:
       spectra series --base b ckpt-*/                             the update along training
       spectra heads my-rlora/                                     are an adapter's heads alike?
       spectra plot results/                                       redraw stored results
+      spectra report results/ --out page.html                     one page about them, to look at and to send
       spectra reproduce                                           the papers' experiment, end to end
     """

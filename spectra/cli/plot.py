@@ -51,6 +51,7 @@ def command(
     """Redraw the figures of stored results; nothing is computed again.
 
     One directory: a curve per role. Several directories, from svd: one curve each, on shared bins.
+    Beside the histogram: the size and the stable rank of the update over layers and roles.
     Directories made by similarity: the heatmaps, a panel per directory, role and side.
     The numbers behind each figure go into a csv file beside it.
     """

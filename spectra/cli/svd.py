@@ -57,7 +57,7 @@ def command(
     """Singular values of the update ΔW = tuned − base, matrix by matrix.
 
     Prints a table with one line per matrix, or per role where there are many. With --out it keeps
-    everything there: summary.csv, the arrays, run.json and the −ln σ histogram.
+    everything there: summary.csv, the arrays, run.json, the −ln σ histogram and the picture over layers and roles.
     """
     source = opening.open(tuned, base)
     _check(view, len(source))

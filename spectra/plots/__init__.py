@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from spectra.plots.alignment import deciles_figure, plot_cosines, plot_deciles, tops_figure
-from spectra.plots.figures import draw_panels, histogram_figure, histogram_panels, save_figure, similarity_figure
+from spectra.plots.depth import DepthGrid, depth_grid, plot_depth
+from spectra.plots.figures import (
+    depth_figure,
+    draw_panels,
+    histogram_figure,
+    histogram_panels,
+    save_figure,
+    similarity_figure,
+)
 from spectra.plots.grouping import Comparison, curves_by_role, pages_by_layer, panels_by_role
 from spectra.plots.heads import heads_figure
 from spectra.plots.histogram import plot_histogram
 from spectra.plots.interference import cosines_figure, draw_interference, plot_roles_over_depth, roles_over_depth_figure
 from spectra.plots.ranks import plot_kept_energy
+from spectra.plots.scree import plot_scree
 from spectra.plots.series import plot_series, series_figure
 from spectra.plots.several import draw_pairs
 from spectra.plots.similarity import grid_rows, plot_similarity
@@ -18,10 +27,13 @@ from spectra.plots.tables import Drawn
 
 __all__ = [
     "Comparison",
+    "DepthGrid",
     "Drawn",
     "cosines_figure",
     "curves_by_role",
     "deciles_figure",
+    "depth_figure",
+    "depth_grid",
     "draw_interference",
     "draw_pairs",
     "draw_panels",
@@ -35,9 +47,11 @@ __all__ = [
     "panels_by_role",
     "plot_cosines",
     "plot_deciles",
+    "plot_depth",
     "plot_histogram",
     "plot_kept_energy",
     "plot_roles_over_depth",
+    "plot_scree",
     "plot_series",
     "plot_similarity",
     "plot_square",

@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spectra.errors import SelectionError, StoreError
 from spectra.metrics.similarity import SubspaceSimilarity
+from spectra.plots.depth import DepthGrid, Kind, depth_grid, depth_table, draw_grid, finding, put_title, value_range
 from spectra.plots.histogram import BINS, BinnedPanel, bin_pooled, draw_binned, pool_curves
+from spectra.plots.places import place_of
 from spectra.plots.similarity import add_colorbar, heading, plot_similarity
 from spectra.plots.style import look
 from spectra.results.store import ANOTHER_PLACE
@@ -23,6 +25,7 @@ CLOSE_UP = 0.05
 FORMATS = ("png", "pdf", "svg")
 DEFAULT_FORMATS = ("png", "pdf")
 _COLUMNS = 3
+_ROW = 0.42  # inches of a curve's row
 _LEGEND_WIDTH = 72  # characters that fit twice beside each other
 _PANEL = 3.0  # inches: three in a row are legible across a printed page
 _WIDTH = 38  # characters over such a panel
@@ -37,8 +40,8 @@ def histogram_figure(
 ) -> Figure:
     """The −ln σ histogram, whole and close-up side by side, one legend below.
 
-    The left panel compares shapes (percent of each curve), the right one counts the largest values
-    per matrix, where updates of different rank compete for the same place.
+    The left panel compares shapes, a row per curve (percent of its values): a bell, or a spike. The right one says
+    how many values per matrix are at least as large as σ: the few strong directions of a spike come before the rest.
 
     Args:
         spectra: updates to pool, or label → updates for one curve each.
@@ -56,22 +59,23 @@ def histogram_panels(
 ) -> tuple[BinnedPanel, BinnedPanel]:
     """The numbers of `histogram_figure`: its whole panel and its close-up, ready for `draw_panels`."""
     pooled = pool_curves(spectra)
-    near = bin_pooled(pooled, bins=bins // 2, close_up=close_up, stat="per_matrix")
+    near = bin_pooled(pooled, bins=bins // 2, close_up=close_up, stat="at_least")
     return bin_pooled(pooled, bins=bins), near
 
 
 def draw_panels(panels: Sequence[BinnedPanel], *, title: str = "") -> Figure:
-    """Panels of histograms side by side, with the first one's legend below."""
+    """Panels of histograms side by side, with the last one's legend below."""
     from spectra.plots.canvas import ShownFigure
 
     with look():
-        figure = ShownFigure(figsize=(5.0 * len(panels), 4.4), layout="constrained")
+        height = 3.2 + _ROW * max(len(panels[0].curves), 2)
+        figure = ShownFigure(figsize=(5.4 * len(panels), height), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for panel, ax in zip(panels, axes, strict=True):
             draw_binned(panel, ax)
         if title:
             figure.suptitle(title, wrap=True)
-        handles, labels = axes[0].get_legend_handles_labels()
+        handles, labels = axes[-1].get_legend_handles_labels()
         one_column = len(panels[0].curves) <= _COLUMNS or max(map(len, labels)) > _LEGEND_WIDTH
         figure.legend(handles, labels, loc="outside lower center", ncols=1 if one_column else 2, fontsize=9)
     return figure
@@ -121,6 +125,71 @@ def similarity_figure(
         if title:
             figure.suptitle(title, wrap=True)
     return figure
+
+
+def depth_figure(runs: Any, metrics: Sequence[str] = (), *, kind: Kind = "heatmap", title: str = "") -> Figure:
+    """Metrics over layer × role: for one run a panel each, for several a column per run and a row per metric.
+
+    Runs whose layers are called alike share their rows and columns, and all runs share the scale of each metric.
+
+    Args:
+        runs: what `plot_depth` takes, or label → what it takes.
+        metrics: names of METRICS or columns; () for how large the update is (‖ΔW‖_F/‖W₀‖_F, or ‖ΔW‖_F where the base
+            was not read) and for its stable rank.
+        kind: as for `plot_depth`.
+        title: above all panels.
+
+    Raises:
+        SelectionError: as for `plot_depth`.
+    """
+    return draw_depths(depth_grids(runs, metrics), kind=kind, title=title)
+
+
+def draw_depths(grids: Mapping[tuple[str, str], DepthGrid], *, kind: Kind = "heatmap", title: str = "") -> Figure:
+    """Draw the grids of `depth_grids`."""
+    from spectra.plots.canvas import ShownFigure
+
+    labels, metrics = ([*dict.fromkeys(key[place] for key in grids)] for place in (0, 1))
+    one_run = len(labels) == 1
+    most_rows = max(len(grid.rows) for grid in grids.values())
+    most_places = max(len(grid.places) for grid in grids.values())
+    width = 2.4 + min(max(0.24 * most_places, 2.4), 9.0) + (1.2 if kind == "lines" else 0)
+    height = 1.3 + max(0.26 * most_rows, 1.2)
+    rows, columns = (1, len(metrics)) if one_run else (len(metrics), len(labels))
+    with look():
+        figure = ShownFigure(figsize=(width * columns, height * rows + (0.3 if title else 0)), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+        for place, metric in enumerate(metrics):
+            limits = value_range([grids[label, metric] for label in labels])
+            for column, label in enumerate(labels):
+                ax, grid = axes.T[place, 0] if one_run else axes[place, column], grids[label, metric]
+                last, characters = column == len(labels) - 1, int(9 * width)
+                draw_grid(grid, ax, kind=kind, limits=limits, colorbar=last or one_run, width=characters)
+                above = finding(grid) if one_run else f"{label}\n{finding(grid)}"
+                put_title(grid, ax, above, characters, fontsize=9)
+        if title:
+            figure.suptitle(title, wrap=True)
+    return figure
+
+
+def depth_grids(runs: Any, metrics: Sequence[str] = ()) -> dict[tuple[str, str], DepthGrid]:
+    """(run's label, metric) → the numbers of `depth_figure`: the same stacks have the same rows and columns."""
+    labelled: Mapping[str, Any] = runs if isinstance(runs, Mapping) else {"": runs}
+    read = {label: depth_table(run, metrics) for label, run in labelled.items()}
+    names = {label: [str(row.get("name")) for row in rows] for label, rows in read.items()}
+    stacks = {label: {place_of(name).stack for name in own} - {""} for label, own in names.items()}
+    like = {
+        label: [name for other, theirs in names.items() if not stacks[other].isdisjoint(own) for name in theirs]
+        for label, own in stacks.items()
+    }
+    chosen = metrics or ["relative_norm" if _has(read.values(), "relative_norm") else "norm", "stable_rank"]
+    return {
+        (label, metric): depth_grid(rows, metric, like=like[label]) for metric in chosen for label, rows in read.items()
+    }
+
+
+def _has(tables: Iterable[Sequence[Mapping[str, Any]]], metric: str) -> bool:
+    return any(row.get(metric, math.nan) == row.get(metric, math.nan) for rows in tables for row in rows)
 
 
 def _titled(

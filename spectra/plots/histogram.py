@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,12 +19,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BINS = 100
-_MOST_FILLED = 3  # more fills than this turn into mud
+_ROOM = 1.08  # height of a row, by that of the tallest bar
+_BELOW = 48 / 72  # inches: below the numbers and the label of the axis
+_TICKS = 6
+_LABEL = 22  # characters in a line beside a row
 # What the heights are → the label of the axis.
 STATS = {
-    "percent": "share of the curve's values, %",
+    "percent": "% of the curve's values",
     "per_matrix": "values per matrix",
     "count": "number of values",
+    "at_least": "values per matrix ≥ σ",
 }
 
 
@@ -164,7 +169,7 @@ def plot_histogram(
     legend: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
-    """Histogram of −ln σ, large σ at the left; several updates overlaid on shared bin edges.
+    """Histogram of −ln σ, large σ at the left; several updates in rows below one another, with shared bins and heights.
 
     Args:
         spectra: updates to pool, or label → updates for one curve each.
@@ -172,8 +177,9 @@ def plot_histogram(
         close_up: draw only the window that the largest values fill: of every curve, as far as this share of
             min(out, in) values per matrix reaches, or all that it has if they are fewer; None for everything.
         stat: "percent" of each curve's values, "per_matrix" for their number divided by the number of
-            matrices, which compares updates of unequal rank, or "count".
-        legend: whether to say in the axes which curve is which, how many values it shows and how many not.
+            matrices, which compares updates of unequal rank, "count", or "at_least" for how many values per matrix
+            are as large as the bin's smallest, or larger, on a logarithmic axis.
+        legend: whether to say below the axes which curve is which, how many values it shows and how many not.
         ax: where to draw; None for a new figure.
 
     Raises:
@@ -184,8 +190,18 @@ def plot_histogram(
     """
     ax = draw_binned(bin_pooled(pool_curves(spectra), bins=bins, close_up=close_up, stat=stat), ax)
     if legend:
-        ax.legend(fontsize=8)
+        _legend_below(ax)
     return ax
+
+
+def _legend_below(ax: Axes) -> None:
+    """The legend under the axes, where it covers no data."""
+    from matplotlib.transforms import ScaledTranslation
+
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    below = ax.transAxes + ScaledTranslation(0, -_BELOW, figure.dpi_scale_trans)
+    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below)
 
 
 def bin_pooled(
@@ -201,28 +217,94 @@ def bin_pooled(
     curves_of = []
     for curve in drawn:
         counts = np.histogram(curve.x, edges)[0]
-        unit = {"percent": 100 / len(curve.x), "per_matrix": 1 / curve.matrices, "count": 1.0}[stat]
-        curves_of.append(BinnedCurve(curve, counts, counts * unit))
+        unit = {"percent": 100 / len(curve.x), "count": 1.0}.get(stat, 1 / curve.matrices)
+        curves_of.append(BinnedCurve(curve, counts, (counts.cumsum() if stat == "at_least" else counts) * unit))
     return BinnedPanel(edges, tuple(curves_of), stat, close_up)
 
 
 def draw_binned(panel: BinnedPanel, ax: Axes | None = None) -> Axes:
-    """Draw what `bin_pooled` counted."""
+    """Draw what `bin_pooled` counted: a filled row per curve on a common scale, or lines that climb for "at_least"."""
+    from matplotlib.ticker import MaxNLocator
+
     ax = new_axes(ax)
     low, high = float(panel.edges[0]), float(panel.edges[-1])
-    for binned, (colour, line) in zip(panel.curves, curves(), strict=False):
-        if len(panel.curves) <= _MOST_FILLED:
-            ax.stairs(binned.heights, panel.edges, fill=True, color=colour, alpha=0.18, linewidth=0)
-        label = binned.values.legend
-        ax.stairs(binned.heights, panel.edges, color=colour, linestyle=line, linewidth=1.4, label=label)
+    if panel.stat == "at_least":
+        _draw_climbs(panel, ax)
+    else:
+        _draw_rows(panel, ax)
     _shade_rounding(ax, [binned.values for binned in panel.curves], low, high)
     ax.set_xlim(low, high)
-    ax.set_ylim(bottom=0)
-    ax.set_xlabel("−ln σ of ΔW   (large σ at the left)")
-    ax.set_ylabel(STATS[panel.stat])
-    first = "" if panel.close_up is None else f": the largest values (first {100 * panel.close_up:.3g}%)"
-    ax.set_title(panel.name + first)
+    ax.xaxis.set_major_locator(MaxNLocator(_TICKS))
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}\n{_sigma(x)}".replace("-", "−"))
+    ax.set_xlabel("−ln σ of ΔW, with σ below it   (large σ at the left)")
+    ax.set_title(finding(panel), fontsize=10)
     return ax
+
+
+def _sigma(x: float) -> str:
+    """σ of a −ln σ, short enough to stand under it."""
+    sigma = float(np.exp(-x))
+    return f"{sigma:.2g}" if sigma >= 1e-3 else f"{sigma:.0e}".replace("e-0", "e-")
+
+
+def _draw_rows(panel: BinnedPanel, ax: Axes) -> None:
+    """A row per curve, the first at the top: nothing covers anything, and one height means one number in all rows."""
+    from matplotlib.transforms import Affine2D
+
+    count = len(panel.curves)
+    tallest = max(float(curve.heights.max()) for curve in panel.curves) or 1.0
+    step = _ROOM * tallest
+    for place, (binned, (colour, _)) in enumerate(zip(panel.curves, curves(), strict=False)):
+        base = (count - 1 - place) * step
+        # The patch keeps the heights as they are; what lifts it is its transform.
+        lifted = Affine2D().translate(0, base) + ax.transData
+        ax.stairs(
+            binned.heights, panel.edges, fill=True, facecolor=(colour, 0.75), edgecolor=colour, linewidth=0.8,
+            label=binned.values.legend, transform=lifted,
+        )  # fmt: skip
+        if count > 1:
+            ax.axhline(base, color=colour, linewidth=0.8)
+    ax.set_ylim(0, count * step)
+    if count == 1:
+        ax.set_ylabel(STATS[panel.stat])
+        return
+    ax.set_yticks(
+        [(count - 1 - place) * step for place in range(count)],
+        ["\n".join(textwrap.wrap(curve.values.label, _LABEL)) for curve in panel.curves],
+    )
+    ax.tick_params(axis="y", length=0)
+    for label in ax.get_yticklabels():
+        label.set_verticalalignment("bottom")
+    ax.grid(visible=False, axis="y")
+    ax.set_ylabel(f"{STATS[panel.stat]}  (row: {step:.2g})")
+
+
+def _draw_climbs(panel: BinnedPanel, ax: Axes) -> None:
+    """A line per curve on a logarithmic axis, from the largest value on."""
+    for binned, (colour, line) in zip(panel.curves, curves(), strict=False):
+        ax.stairs(
+            binned.heights, panel.edges, baseline=None, edgecolor=colour, linestyle=line, linewidth=1.6,
+            label=binned.values.legend,
+        )  # fmt: skip
+    least = min(float(curve.heights[curve.heights > 0].min()) for curve in panel.curves if curve.heights.any())
+    ax.set_yscale("log")
+    ax.set_ylim(0.8 * least, 1.5 * max(float(curve.heights.max()) for curve in panel.curves))
+    ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    ax.set_ylabel(STATS[panel.stat])
+
+
+def finding(panel: BinnedPanel) -> str:
+    """What a panel says in a line: the largest value and the medians, or where the close-up ends."""
+    if panel.close_up is not None:
+        return f"{panel.name}: the largest values, σ ≥ {np.exp(-panel.edges[-1]):.2g}"
+    drawn = [curve.values for curve in panel.curves]
+    first = min(drawn, key=lambda values: values.x[0])
+    largest = f"largest σ {np.exp(-first.x[0]):.3g}"
+    medians = {values.label: float(np.exp(-np.median(values.x))) for values in drawn}
+    if len(drawn) == 1:
+        return f"{panel.name}: {largest}, median {medians[first.label]:.3g}"
+    low, high = (choose(medians, key=lambda label: medians[label]) for choose in (min, max))
+    return f"{largest} in {first.label};\nmedians from {medians[low]:.3g} ({low}) to {medians[high]:.3g} ({high})"
 
 
 def _window(drawn: Sequence[PooledValues], close_up: float | None) -> tuple[float, float]:

@@ -17,6 +17,8 @@ from spectra.plots.figures import (
     CLOSE_UP,
     DEFAULT_FORMATS,
     check_formats,
+    depth_grids,
+    draw_depths,
     draw_panels,
     histogram_panels,
     save_figure,
@@ -56,6 +58,7 @@ def draw_results(
     """Draw whatever the directories hold; nothing is computed again.
 
     Of one directory of spectra: a histogram with a curve per role. Of several: a curve each, on shared bins.
+    Beside it the size and the stable rank of the update over layer × role, a column per directory.
     Of comparisons: the heatmaps, a panel per directory, role and side; of one of several updates, every two of them. Of
     a series: its curves along training. Of an alignment: cosines and deciles. The numbers behind each figure go into a
     csv file beside it.
@@ -111,6 +114,7 @@ def draw_results(
                 files += _draw_histogram(curves, target, title, bins, close_up, formats)
         except SelectionError as problem:
             notes.append(f"no histogram: {problem}")
+        files += [] if per_layer else _draw_depth(runs, target, title, formats)
     return Drawn(tuple(files), tuple(notes))
 
 
@@ -216,6 +220,15 @@ def _draw_histogram(
     numbers = [row for panel in panels for row in panel.rows()]
     figure = draw_panels(panels, title=title)
     return _keep(figure, target / "histogram", numbers, target / "histogram.csv", formats)
+
+
+def _draw_depth(runs: Mapping[str, Spectra], target: Path, title: str, formats: Sequence[str]) -> list[Path]:
+    """The size and the stable rank over depth; nothing where all matrices lie in one layer."""
+    grids = depth_grids(runs)
+    if all(len(grid.places) < 2 or not grid.numbers.any() for grid in grids.values()):
+        return []
+    numbers = [{"run": label, **cell} for (label, _), grid in grids.items() for cell in grid.cells()]
+    return _keep(draw_depths(grids, title=title), target / "depth", numbers, target / "depth.csv", formats)
 
 
 def _draw_pages(

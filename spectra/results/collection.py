@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, overload
 from spectra import naming, text
 from spectra.errors import SelectionError, StoreError
 from spectra.results import tables
+from spectra.results.findings import findings
 from spectra.results.store import RUN, Store, loaded_vectors, nothing_stored
 from spectra.spectrum import Spectrum
 from spectra.text import Row
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _SHOWN = 12  # rows in a notebook; on disk each costs opening a file
+_READ = 300  # matrices of which a notebook shows what they say, too
 
 
 class Spectra(Sequence[Spectrum]):
@@ -122,6 +125,24 @@ class Spectra(Sequence[Spectrum]):
         """The DataFrame of `summarize`, which needs no vectors."""
         return tables.summarize(self.without_vectors(), by=by)
 
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write the HTML page of `write_report` about this run, and say where it is.
+
+        Args:
+            path: the file; None for report.html in the directory of the results.
+
+        Raises:
+            SelectionError: there is no path, and the results are in no directory.
+            StoreError: it cannot be written.
+            MissingExtraError: Jinja2 is not installed.
+        """
+        if path is None and self.directory is None:
+            raise SelectionError('these results are in no directory: say where the page goes, as .report("page.html")')
+        target = Path(path) if path is not None else Path(str(self.directory), "report.html")
+        # By its public name, looked up when it is called: results themselves know nothing of pages.
+        importlib.import_module("spectra").write_report(self, target)
+        return target
+
     @property
     def _place(self) -> str:
         return str(self.directory or "this collection")
@@ -137,7 +158,21 @@ class Spectra(Sequence[Spectrum]):
             rows.append((f"… and {len(self) - _SHOWN:,} more; to_frame() shows all", *[""] * 6))
         columns = ("name", "status", "shape", "‖ΔW‖_F", "rank ≤", "values", "vectors")
         where = f" in {self.directory}" if self.directory else ""
-        return text.page(f"Spectra: {text.matrices(len(self))}{where}", {}, columns, rows)
+        return text.page(f"Spectra: {text.matrices(len(self))}{where}", {}, columns, rows, self._findings())
+
+    def _findings(self) -> list[str]:
+        """What the numbers say, and how to see all of it; nothing where reading them takes too long, or fails."""
+        if not 0 < len(self) <= _READ:
+            return []
+        try:
+            held = list(self.without_vectors())
+        except StoreError:
+            return []  # the table says which
+        norms = {spectrum.name: spectrum.base_norm for spectrum in held if spectrum.base_norm}
+        return [
+            *findings([tables.row(spectrum) for spectrum in held], norms),
+            'Pictures and all numbers: .report("page.html")',
+        ]
 
 
 class _Holder(Protocol):

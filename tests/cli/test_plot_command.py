@@ -31,7 +31,7 @@ def test_plot_redraws_and_overlays_without_computing(llama, monkeypatch):
     out, _ = run("plot", "run-ckpt", "--per-layer")
     assert out.split() == [f"run-ckpt/histogram.{kind}" for kind in ("png", "pdf", "csv")]
     out, _ = run("plot", "run-ckpt", "run-llama-7b", "--label", "a", "--label", "b", "--out", "both")
-    assert out.split() == [f"both/histogram.{kind}" for kind in ("png", "pdf", "csv")]
+    assert out.split() == [f"both/{name}.{kind}" for name in ("histogram", "depth") for kind in ("png", "pdf", "csv")]
     _, err = run("plot", "run-ckpt", "run-llama-7b", "--label", "a", status=2)
     assert "1 labels for 2" in err
     _, err = run("plot", "nowhere", status=1)
@@ -83,9 +83,9 @@ def test_layer_filters_comparisons_and_says_what_there_is(compared, drawn):
 def test_the_kept_numbers_are_the_drawn_ones_and_options_reach_them(llama, drawn):
     run("svd", "--base", "llama-7b", "--tuned", "ckpt", "--out", "run", "--no-figures")
     run("plot", "run", "--bins", 20, "--close-up", 0.25, "--title", "mine", "--layer", "v_proj", "--layer", "q_proj")
-    (figure,) = drawn
-    assert figure.get_suptitle() == "mine"
-    assert "first 25%" in figure.axes[1].get_title()
+    figure, depth = drawn
+    assert figure.get_suptitle() == depth.get_suptitle() == "mine"
+    assert "close-up: the largest values, σ ≥ " in figure.axes[1].get_title()
     rows = table(llama / "run/histogram.csv")
     for panel, ax, bins in zip(("all values", "close-up"), figure.axes, (20, 10), strict=True):
         outlines = [patch for patch in ax.patches if patch.get_label().split(":")[0] in ("q_proj", "v_proj")]
@@ -102,7 +102,8 @@ def test_spectra_and_comparisons_in_one_command(compared, drawn):
     run("svd", "--base", "llama-7b", "--tuned", "ckpt", "--out", "run", "--no-figures")
     out, _ = run("plot", "run", "sim-a", "sim-c", "--layer", "v_proj", "--out", "out")
     assert [path.split("/")[1] for path in out.split()] == [
-        *("similarity.png", "similarity.pdf", "similarity_grid.csv", "histogram.png", "histogram.pdf", "histogram.csv")
+        *("similarity.png", "similarity.pdf", "similarity_grid.csv", "histogram.png", "histogram.pdf", "histogram.csv"),
+        *("depth.png", "depth.pdf", "depth.csv"),
     ]
     assert titles(drawn[0]) == ["sim-a: v_proj", "sim-c: v_proj"]
     assert drawn[1].get_suptitle() == "run"

@@ -66,14 +66,52 @@ def test_large_values_are_at_the_left_and_the_axis_says_natural_log():
     plt.close("all")
 
 
-def test_overlaid_curves_share_their_edges_and_differ_in_colour_and_line():
+def test_curves_are_rows_that_share_bins_and_heights_and_cover_nothing():
     ax = spectra.plot_histogram({"a": [spectrum([1.0, 0.5])], "b": [spectrum([0.1, 0.001])], "c": [spectrum([0.3])]})
     drawn = heights(ax)
     edges = [data.edges for data in drawn.values()]
     assert all(np.array_equal(edges[0], other) for other in edges)
     assert all(values.sum() == pytest.approx(100) for values, _, _ in drawn.values())
     assert len({str(patch.get_edgecolor()) for patch in lines(ax)}) == 3
-    assert len({str(patch.get_linestyle()) for patch in lines(ax)}) == 3
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["a", "b", "c"], "from the top"
+    boxes = [patch.get_window_extent() for patch in lines(ax)]
+    assert all(below.y1 < above.y0 + 1e-6 for above, below in pairwise(boxes))
+    per_unit = [box.height / values.max() for box, (values, _, _) in zip(boxes, drawn.values(), strict=True)]
+    assert per_unit == pytest.approx([per_unit[0]] * 3)
+    plt.close("all")
+
+
+def test_the_climb_counts_how_many_values_of_a_matrix_are_at_least_as_large():
+    S = np.exp(-rng.normal(5, 1, 60))
+    groups = {"a": [spectrum(S[:30]), spectrum(S[30:], "layers.1.v_proj.weight")], "b": [spectrum(S[:10])]}
+    ax = spectra.plot_histogram(groups, stat="at_least", close_up=0.5, bins=12)
+    (first, edges, _), (second, _, _) = heights(ax).values()
+    for right, of_a, of_b in zip(edges[1:], first, second, strict=True):
+        assert of_a == np.count_nonzero(np.exp(-right) <= S) / 2
+        assert of_b == np.count_nonzero(S[:10] >= np.exp(-right))
+    assert len({str(patch.get_linestyle()) for patch in lines(ax)}) == 2, "lines that cross differ without colour"
+    assert (ax.get_yscale(), ax.get_ylabel()) == ("log", "values per matrix ≥ σ")
+    plt.close("all")
+
+
+def test_the_title_says_what_the_numbers_say_and_the_axis_has_sigma_itself():
+    ax = spectra.plot_histogram({"a": [spectrum([2.0, 1.0, 0.5])], "b": [spectrum([0.25])]})
+    assert ax.get_title() == "largest σ 2 in a;\nmedians from 0.25 (b) to 1 (a)"
+    ax.figure.canvas.draw()
+    told = [text.get_text().replace("−", "-").split("\n") for text in ax.get_xticklabels()]
+    assert len(told) > 3
+    assert all(float(sigma) == pytest.approx(np.exp(-float(x)), rel=0.06) for x, sigma in told)
+    plt.close("all")
+
+
+@pytest.mark.parametrize("size", [(6, 4), (3.5, 3), (9, 2.5)])
+def test_the_legend_covers_no_data_and_no_words(size):
+    figure = plt.figure(figsize=size, layout="constrained")
+    ax = spectra.plot_histogram({"a": [spectrum([1.0, 0.5])], "b": [spectrum([0.1])]}, ax=figure.subplots())
+    FigureCanvasAgg(figure).draw()
+    legend = ax.get_legend().get_window_extent()
+    others = [ax.get_window_extent(), ax.xaxis.label.get_window_extent()]
+    assert not any(legend.overlaps(other) for other in others)
     plt.close("all")
 
 
@@ -118,7 +156,7 @@ def test_the_close_up_is_the_left_end():
     whole, near = figure.axes
     assert near.get_xlim()[1] == pytest.approx(0.5, abs=0.05)
     assert whole.get_xlim()[1] > 10
-    assert near.get_ylabel() == "values per matrix"
+    assert near.get_ylabel() == "values per matrix ≥ σ"
     with pytest.raises(SelectionError, match="not a share"):
         spectra.plot_histogram([spectrum(S)], close_up=3.0)
 
@@ -198,7 +236,9 @@ def test_the_rows_are_the_heights_that_are_drawn():
             assert [row["count"] for row in mine] == np.histogram(x, edges)[0].tolist()
     whole, near = (panel.rows() for panel in panels)
     assert all(row["height"] == pytest.approx(row["count"] * 100 / 60) for row in whole)
-    assert all(row["height"] == row["count"] for row in near), "one matrix each"
+    for name in "ab":
+        counts = [row["count"] for row in near if row["curve"] == name]
+        assert [row["height"] for row in near if row["curve"] == name] == np.cumsum(counts).tolist(), "one matrix each"
 
 
 def test_the_rows_are_the_cells_of_the_heatmaps(similarity):
@@ -287,7 +327,8 @@ AXES_LEVEL = [getattr(plots, name) for name in plots.__all__ if name.startswith(
 def test_every_plot_takes_data_first_the_rest_by_keyword_and_ax(plot):
     parameters = list(inspect.signature(plot).parameters.values())
     assert parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in parameters[1:])
+    data = 2 if parameters[1].name == "metric" else 1  # what of the data is drawn may be said beside it
+    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in parameters[data:])
     assert inspect.signature(plot).parameters["ax"].default is None
 
 

@@ -46,7 +46,9 @@ def column(path, key):
 
 def test_one_run_is_a_curve_per_role_beside_its_numbers(runs):
     drawn = spectra.draw_results(runs / "a")
-    assert [path.name for path in drawn.files] == ["histogram.png", "histogram.pdf", "histogram.csv"]
+    assert [path.name for path in drawn.files] == [
+        f"{name}.{kind}" for name in ("histogram", "depth") for kind in ("png", "pdf", "csv")
+    ]
     assert {path.parent for path in drawn.files} == {runs / "a"}
     assert all(path.stat().st_size for path in drawn.files)
     assert column(runs / "a/histogram.csv", "curve") == list(ROLES)

@@ -1,0 +1,197 @@
+"""The page in a real browser: it runs without an error, sorts, filters, opens, shows values; no name does anything."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from itertools import pairwise
+
+import pytest
+from support.hostile_names import HOSTILE
+from support.report_numbers import ordered
+
+import spectra
+from spectra import text
+from spectra.spectrum import Spectrum
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt install chromium)")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="playwright, which drives the browser, is not installed")
+    with api.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def show(browser, tmp_path):
+    """Writes a page, opens it without a network, and holds it to not complaining."""
+    complaints, opened = [], []
+
+    def open_page(directories, *, width=1280, scheme="light", **options):
+        path = tmp_path / "shown.html"
+        spectra.write_report(directories, path, **options)
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
+        page = context.new_page()
+        opened.append(context)
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda problem: complaints.append(str(problem)))
+        page.on("request", lambda request: None if request.url.startswith("file:") else complaints.append(request.url))
+        page.on("dialog", lambda dialog: complaints.append(dialog.message))
+        page.goto(path.as_uri())
+        return page
+
+    yield open_page
+    for context in opened:
+        context.close()
+    assert complaints == []
+
+
+def column(page, key):
+    """The shown texts of a column of the table of matrices."""
+    heads = page.locator("#matrices thead th").all_inner_texts()
+    texts = "place => [...document.querySelectorAll('#matrices tbody tr')].map(row => row.children[place].innerText)"
+    return page.evaluate(texts, [head.split()[0] for head in heads].index(key))
+
+
+def table(path):
+    return list(csv.DictReader(path.open(encoding="utf-8")))
+
+
+def test_every_shown_cell_is_the_csvs(runs, show):
+    page = show(runs / "first")
+    page.get_by_role("button", name="All columns").click()
+    rows = table(runs / "first/summary.csv")
+    for key in rows[0]:
+        numeric = key not in ("name", "role", "status", "method", "reason", "note", "rounding")
+        wanted = [text.figure(float(row[key])) if numeric and row[key] else row[key] or "–" for row in rows]
+        assert column(page, key) == wanted, key
+
+
+@pytest.mark.parametrize("key", ["norm", "layer", "name", "rank_90"])
+def test_the_table_sorts_both_ways_with_what_is_missing_last(runs, show, key):
+    page = show(runs / "first")
+    names = [row["name"] for row in table(runs / "first/summary.csv")]
+    assert column(page, "name") == names
+    head = page.locator(f"#matrices thead button:text-is('{key}')")
+    for direction in ("descending", "ascending") if key != "name" else ("ascending", "descending"):
+        head.click()
+        wanted = ordered(table(runs / "first/summary.csv"), key, direction == "descending")
+        assert column(page, "name") == [row["name"] for row in wanted]
+        assert page.locator(f"#matrices th[aria-sort={direction}]").inner_text().split()[0] == key
+        assert page.evaluate("document.activeElement.textContent") == key, "the focus stays on the heading"
+
+
+def test_the_table_filters_by_words_role_and_run(runs, show):
+    page = show([runs / "first", runs / "second"])
+    page.get_by_label("Filter the rows").fill("LAYERS.1 v_proj")
+    page.get_by_text("2 of 15 rows").wait_for()
+    assert set(column(page, "name")) == {"model.layers.1.self_attn.v_proj.weight"}
+    page.get_by_label("Filter the rows").fill("")
+    page.get_by_label("Only this run").select_option(label="second")
+    page.get_by_label("Only this role").select_option(label="q_proj")
+    page.get_by_text("3 of 15 rows").wait_for()
+    assert set(column(page, "run")) == {"second"}
+    page.get_by_label("Filter the rows").fill("nothing like it")
+    page.get_by_text("0 of 15 rows").wait_for()
+
+
+def test_a_matrix_opens_with_its_spectrum_and_all_its_numbers(runs, show):
+    page = show(runs / "first")
+    row = table(runs / "first/summary.csv")[1]
+    button = page.get_by_role("button", name=row["name"])
+    button.focus()
+    page.keyboard.press("Enter")
+    assert button.get_attribute("aria-expanded") == "true"
+    facts = page.locator(".detail dl div").all_text_contents()
+    assert f"gini_all{text.figure(float(row['gini_all']))}" in facts
+    assert f"method{row['method']}" in facts
+    assert page.locator(".scree .hit").count() > 5
+    page.locator(".scree .hit").first.hover()
+    assert page.locator("#tip").inner_text().startswith(f"σ of index 1 = {text.figure(float(row['sigma_1']))}")
+    page.keyboard.press("Enter")
+    assert page.locator(".detail").count() == 0
+
+
+def test_pointer_and_keys_show_the_values_of_the_pictures(runs, show):
+    page = show([runs / "first", runs / "same"])
+    tip = page.locator("#tip")
+    cell = page.locator("#depth-relative_norm tbody td").nth(1)
+    cell.hover()
+    layer_1 = next(
+        row for row in table(runs / "first/summary.csv") if row["name"] == "model.layers.1.self_attn.q_proj.weight"
+    )
+    said = f"q_proj, layer 1: {text.figure(float(layer_1['relative_norm']))}"
+    assert tip.inner_text() == said
+    page.locator("h1").hover()
+    assert tip.is_hidden()
+    page.locator("#depth-relative_norm tbody td").first.focus()
+    page.keyboard.press("ArrowRight")
+    assert tip.inner_text() == said
+    page.keyboard.press("ArrowDown")
+    assert tip.inner_text().startswith("v_proj, layer 1: ")
+    page.locator(".ridge .bar").first.hover()
+    assert " values, " in tip.inner_text()
+    page.locator(".phi svg.grid").first.focus()
+    page.keyboard.press("ArrowLeft")
+    assert tip.inner_text().startswith("φ(5, 4) = ")
+    page.keyboard.press("Escape")
+
+
+def test_one_metric_is_shown_at_a_time(runs, show):
+    page = show(runs / "second")
+    assert page.locator(".block:visible h3").all_inner_texts()[0].startswith("relative_norm")
+    page.get_by_role("button", name="stable_rank").first.click()
+    assert [said.split()[0] for said in page.locator(".block:visible h3").all_inner_texts()] == ["stable_rank"]
+    page.emulate_media(media="print")
+    assert page.locator(".block:visible").count() > 3, "printed, all of them are there"
+
+
+def test_a_strangers_names_do_nothing(hostile, show):
+    page = show(hostile, title=HOSTILE[0], labels=[HOSTILE[1]])
+    page.get_by_role("button", name="All columns").click()
+    assert set(column(page, "name")) == {*map(text.visible, HOSTILE), "bad.weight"}
+    for button in page.locator(".open").all():
+        button.click()
+        button.hover()
+    for choice in page.locator("[data-show]").all():
+        choice.click()
+        for cell in page.locator(".heat td:not(.none):visible").all():
+            cell.hover()
+    page.locator("#matrices thead button:text-is('note')").click()
+    page.get_by_label("Only this role").select_option(index=1)
+    assert page.evaluate("window.hit") is None
+    assert page.evaluate("document.querySelectorAll('main img, main script, main b[onclick], main i').length") == 0
+    assert page.evaluate("document.scripts.length") == 2
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 820, 1440])
+def test_no_width_needs_sideways_scrolling_of_the_page(runs, show, width, scheme):
+    deep = [Spectrum(f"h.{i}.attn.c_proj.weight", (2, 2), S=[1.0 + i, 0.5]) for i in range(48)]
+    spectra.save(deep, runs / "deep")
+    page = show([runs / "first", runs / "deep", runs / "same"], width=width, scheme=scheme)
+    page.locator(".open").first.click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    page.locator("#theme").click()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != background
+
+
+def test_every_control_and_picture_has_a_name_for_a_screen_reader(runs, show):
+    page = show([runs / "first", runs / "same"])
+    page.locator(".open").first.click()
+    nameless = page.evaluate(
+        """[...document.querySelectorAll('button, input, select, a, svg[role], [role=img], [role=group]')]
+        .filter(e => !(e.getAttribute('aria-label') || e.textContent || '').trim()).map(e => e.outerHTML)"""
+    )
+    assert nameless == []
+    assert page.evaluate("document.querySelectorAll('th:not([scope])').length") == 0
+    levels = [int(tag[1]) for tag in page.evaluate("[...document.querySelectorAll('h1, h2, h3')].map(e => e.tagName)")]
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
