@@ -42,5 +42,5 @@ def command(out: Path, pictures: Path | None, quick: bool, so_far: bool, process
     pictures = pictures or out / "figures"
     plan = QUICK_LONG if quick else LONG
     said = reproduce_long(out, plan, pictures=pictures, so_far=so_far, processes=processes, say=report.note)
-    report.note(said)
+    click.echo(said)
     click.echo(pictures)

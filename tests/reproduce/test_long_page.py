@@ -32,7 +32,7 @@ def test_the_pages_tables_and_verdicts_are_made_of_the_numbers(numbers):
 
 
 def test_the_verdict_in_the_first_lines_is_the_rules(numbers):
-    word = overall(verdicts(numbers.summary, LONG))
+    word = overall(verdicts(numbers.summary, LONG), LONG.steps)
     assert f"**{word}**" in PAGE.partition("\n## ")[0]
 
 

@@ -50,10 +50,16 @@ def test_one_run_of_lora_is_enough():
 def test_repetitions_that_disagree_lie_between_and_the_high_rate_does_not_decide():
     words = {"multilora": "transient", "multilora-2": "transient", "multilora-fast": "genuine"}
     made = [Verdict(run, 6400, word, "") for run, word in words.items()]
-    assert overall(made) == "transient"
+    assert overall(made, 6400) == "transient"
     made[1] = Verdict("multilora-2", 6400, "genuine", "")
-    assert overall(made) == "between"
-    assert overall([Verdict("multilora", 6400, "not to be judged", "")]) == "not to be judged"
+    assert overall(made, 6400) == "between"
+    assert overall([Verdict("multilora", 6400, "not to be judged", "")], 6400) == "not to be judged"
+
+
+def test_what_is_judged_before_the_last_step_decides_nothing():
+    early = Verdict("multilora-2", 400, "between", "")
+    assert overall([early], 6400) == "not to be judged"
+    assert overall([Verdict("multilora", 6400, "transient", ""), early], 6400) == "transient"
 
 
 def test_the_page_states_the_thresholds_of_the_code():

@@ -109,11 +109,16 @@ def draw_all(numbers: Numbers, pictures: Path) -> None:
 def _panels(table: pd.DataFrame, quantities: tuple[str, ...], target: Path, against: str) -> None:
     from matplotlib.figure import Figure
 
+    # Before the runs that a quantity needs have begun there is nothing to draw of it.
+    quantities = tuple(name for name in quantities if (table.loc[table["step"] > 0, name] > 0).any())
     columns = 3 if len(quantities) > 4 else 2
     lines = -(-len(quantities) // columns)
     with look():
         figure = Figure(figsize=(4.2 * columns, 3.3 * lines + 0.9), layout="constrained")
-        axes = figure.subplots(lines, columns, squeeze=False).flatten()
+        every = figure.subplots(lines, columns, squeeze=False).flatten()
+        axes = every[: len(quantities)]
+        for ax in every[len(quantities) :]:
+            ax.set_axis_off()
         for ax, quantity in zip(axes, quantities, strict=True):
             plot_along(table, quantity, against=against, ax=ax)
             if quantity in _CHANCE:

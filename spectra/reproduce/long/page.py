@@ -57,7 +57,7 @@ def tables(numbers: Numbers, plan: LongPlan) -> str:
     last = all(verdict.step == plan.steps for verdict in judged)
     parts = [
         "### What the rule says" + ("" if last else ", so far"),
-        f"**{overall(judged)}**" + ("" if last else f" (the rule decides at step {plan.steps:,})"),
+        f"**{overall(judged, plan.steps)}**" + ("" if last else f" (only step {plan.steps:,} counts)"),
         "\n".join(f"* {verdict}" for verdict in judged),
         "### Every run at its last snapshot",
         _rows(summary.groupby("run", sort=False).tail(1), _COLUMNS, steps=True),

@@ -75,9 +75,15 @@ def judge(summary: pd.DataFrame, run: str, step: int) -> Verdict:
     )  # fmt: skip
 
 
-def overall(verdicts: list[Verdict]) -> Word:
-    """One word for the repetitions of MultiLoRA at the common rate: theirs if they agree, else "between"."""
-    words = {verdict.word for verdict in verdicts if verdict.run in (MULTILORA, MULTILORA + SECOND)}
+def overall(verdicts: list[Verdict], last: int) -> Word:
+    """One word for the repetitions of MultiLoRA at the common rate: theirs if they agree, else "between".
+
+    Args:
+        verdicts: of any runs at any step.
+        last: the step that decides; what was judged before it says how things stood, and counts for nothing here.
+    """
+    names = (MULTILORA, MULTILORA + SECOND)
+    words = {verdict.word for verdict in verdicts if verdict.run in names and verdict.step == last}
     judged = words - {"not to be judged"}
     if not judged:
         return "not to be judged"
