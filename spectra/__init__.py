@@ -56,6 +56,7 @@ _HOMES = {
     "spectra.results.interference": ("interference",),
     "spectra.results.pairs": ("Pair", "Pairs"),
     "spectra.results.similarities": ("NotCompared", "pool_by_role"),
+    "spectra.results.soundness": ("check_results",),
     "spectra.results.streams": ("Decomposition", "compare", "decompose"),
     "spectra.results.tables": ("summarize", "summarize_similarity"),
     "spectra.sources": ("FORMATS", "open_source"),
@@ -113,6 +114,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.results.pairs import Pairs as Pairs
     from spectra.results.similarities import NotCompared as NotCompared
     from spectra.results.similarities import pool_by_role as pool_by_role
+    from spectra.results.soundness import check_results as check_results
     from spectra.results.streams import Decomposition as Decomposition
     from spectra.results.streams import compare as compare
     from spectra.results.streams import decompose as decompose

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -18,12 +19,17 @@ if TYPE_CHECKING:
 @click.option("--base", type=click.Path(), metavar="BASE", help="Pair it with this model and show what fits.")
 @click.option("--heads", type=HeadsType(), default="mean", help="What multi-head adapters stand for.", hidden=True)
 @scale_option
+@click.option("--verify", is_flag=True, help="PATH holds results: hold every stored file against its checksums.")
 @json_option
-def command(path: str, base: str | None, heads: str | int, scale: float | None, as_json: bool) -> None:
+def command(path: str, base: str | None, heads: str | int, scale: float | None, verify: bool, as_json: bool) -> None:
     """What is in a model or adapter: kind, matrices, ranks, dtype and size, and what will not be used.
 
-    Reads headers only. A full checkpoint is listed on its own, or paired where --base is given.
+    Reads headers only. A full checkpoint is listed on its own, or paired where --base is given. Of stored results,
+    --verify tells which files are sound; the same run again computes anew what is not.
     """
+    if verify:
+        _verify(path, as_json)
+        return
     from spectra.results.inspection import inspect
 
     inspection = inspect(path, base, heads=heads, scale=scale)
@@ -31,6 +37,30 @@ def command(path: str, base: str | None, heads: str | int, scale: float | None, 
         report.print_json(inspection.to_dict())
     else:
         _print(inspection)
+
+
+def _verify(path: str, as_json: bool) -> None:
+    """What of a results directory is sound; exit status 1 if something is damaged."""
+    from collections import Counter
+    from dataclasses import asdict
+
+    from spectra.results.soundness import check_results
+
+    findings = check_results(path)
+    counts = Counter(found.state for found in findings)
+    if as_json:
+        report.print_json({"path": path, "counts": dict(counts), "files": [asdict(found) for found in findings]})
+    else:
+        click.echo(
+            f"{path}: {len(findings)} files: " + ", ".join(f"{count} {state}" for state, count in counts.items())
+        )
+        for found in findings:
+            if found.state == "damaged":
+                click.echo(f"damaged: {found.file}: {found.reason}")
+    if counts["no checksum"]:
+        report.note("files without a checksum were written before there were any: they are read as they are")
+    if counts["damaged"]:
+        sys.exit(1)
 
 
 def _print(inspection: Inspection) -> None:

@@ -160,7 +160,7 @@ def _roles(pairs: Pairs, side: str) -> list[list[Any]]:
 
 def _keep(wanted: Wanted, pairs: Pairs, document: dict[str, Any]) -> None:
     """The tables of all pairs and the figures, beside what is stored of each."""
-    from spectra.results.store import write
+    from spectra.results.shelf import write
     from spectra.results.tables import to_csv
 
     out = Path(wanted.out or ".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,10 +86,12 @@ def progress(total: int, what: str, *, kept: str = "", otherwise: str = "nothing
     return Progress(total, what, kept=kept, otherwise=otherwise)
 
 
-def reused(count: int, total: int, out: str | None) -> None:
-    """How many results were stored before, where there are any."""
+def reused(count: int, total: int, out: str | None, notes: Collection[str] = ()) -> None:
+    """How many results were stored before, where there are any, and what was damaged."""
     if count:
         note(f"{count} of {total} reused from {out}")
+    for line in notes:
+        warning(f"warning: {line}")
 
 
 def heading(source: Source) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def keep_table(out: str, name: str, document: dict[str, Any]) -> None:
     Raises:
         StoreError: it cannot be written to.
     """
-    from spectra.results.store import write
+    from spectra.results.shelf import write
     from spectra.results.tables import strict, to_csv
 
     paths = Path(out, f"{name}.csv"), Path(out, f"{name}.json")

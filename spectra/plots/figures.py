@@ -13,7 +13,7 @@ from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.plots.histogram import BINS, BinnedPanel, bin_pooled, draw_binned, pool_curves
 from spectra.plots.similarity import add_colorbar, heading, plot_similarity
 from spectra.plots.style import look
-from spectra.results.store import ANOTHER_PLACE
+from spectra.results.shelf import ANOTHER_PLACE
 from spectra.spectrum import Spectrum
 
 if TYPE_CHECKING:

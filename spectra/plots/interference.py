@@ -13,7 +13,7 @@ from spectra.errors import SelectionError
 from spectra.plots.figures import save_figure
 from spectra.plots.squares import DIVERGING, short_names, square_rows, squares_figure
 from spectra.plots.style import curves, look, new_axes
-from spectra.results.store import write
+from spectra.results.shelf import write
 from spectra.results.tables import to_csv
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ from spectra.plots.similarity import grid_rows
 from spectra.results import tables
 from spectra.results.all_pairs import load_pairs
 from spectra.results.collection import Spectra
-from spectra.results.store import Store, nothing_stored, write
+from spectra.results.shelf import write
+from spectra.results.store import Store, nothing_stored
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
