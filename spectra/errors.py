@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from spectra.printing import printed
+
 
 class SpectraError(Exception):
-    """Base of every error that a user can cause or mend; its text is the whole message."""
+    """Base of every error that a user can cause or mend; its text is the whole message, safe to print."""
+
+    def __str__(self) -> str:
+        return printed(super().__str__())
 
 
 class SourceError(SpectraError):

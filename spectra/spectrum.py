@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from spectra import naming, text
+from spectra.printing import printed
 
 _VALUES = 5  # singular values that are shown
 
@@ -145,11 +146,11 @@ class Spectrum:
 
     def __repr__(self) -> str:
         if self.status != "ok":
-            return f"Spectrum({self.name}, {self.status}{': ' + self.reason if self.reason else ''})"
+            return f"Spectrum({printed(self.name)}, {printed(text.with_reason(self.status, self.reason))})"
         top = f"σ₁ = {self.S[0]:.4g}, " if len(self.S) else ""
         vectors = f", top {self.k} vectors" if self.k else ""
         return (
-            f"Spectrum({self.name}, {text.size(self.shape)}, {top}‖ΔW‖_F = {self.norm:.4g}, "
+            f"Spectrum({printed(self.name)}, {text.size(self.shape)}, {top}‖ΔW‖_F = {self.norm:.4g}, "
             f"rank {_rank_of(self)}{vectors})"
         )
 

@@ -9,6 +9,7 @@ import click
 
 from spectra.cli import report
 from spectra.cli.options import HeadsType, json_option, scale_option
+from spectra.cli.talk import say
 
 if TYPE_CHECKING:
     from spectra.results.inspection import Inspection
@@ -51,12 +52,10 @@ def _verify(path: str, as_json: bool) -> None:
     if as_json:
         report.print_json({"path": path, "counts": dict(counts), "files": [asdict(found) for found in findings]})
     else:
-        click.echo(
-            f"{path}: {len(findings)} files: " + ", ".join(f"{count} {state}" for state, count in counts.items())
-        )
+        say(f"{path}: {len(findings)} files: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
         for found in findings:
             if found.state == "damaged":
-                click.echo(f"damaged: {found.file}: {found.reason}")
+                say(f"damaged: {found.file}: {found.reason}")
     if counts["no checksum"]:
         report.note("files without a checksum were written before there were any: they are read as they are")
     if counts["damaged"]:
@@ -69,11 +68,9 @@ def _print(inspection: Inspection) -> None:
 
     said = inspection.to_dict()
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in said["dtypes"].items())
-    click.echo(f"{said['path']}: {said['kind']}" + (f" ({said['model_type']})" if said["model_type"] else ""))
-    click.echo(
-        f"{said['tensors']} tensors ({dtypes}), {said['parameters']:,} parameters, {readable_size(said['bytes'])}"
-    )
-    click.echo()
+    say(f"{said['path']}: {said['kind']}" + (f" ({said['model_type']})" if said["model_type"] else ""))
+    say(f"{said['tensors']} tensors ({dtypes}), {said['parameters']:,} parameters, {readable_size(said['bytes'])}")
+    say()
     report.print_table(
         ["role", "shape", "rank ≤", "status", "matrices"],
         [
@@ -82,13 +79,13 @@ def _print(inspection: Inspection) -> None:
         ],
     )
     for line in said.get("notes", ()):
-        click.echo(f"note: {line}")
+        say(f"note: {line}")
     for line in said.get("warnings", ()):
-        click.echo(f"warning: {line}")
+        say(f"warning: {line}")
     for name, reason in said["unreadable"].items():
-        click.echo(f"unreadable: {name}: {reason}")
-    click.echo()
+        say(f"unreadable: {name}: {reason}")
+    say()
     if inspection.source is not None:
-        click.echo(str(inspection.source.coverage))
+        say(str(inspection.source.coverage))
     else:
-        click.echo(inspection.needs)
+        say(inspection.needs)

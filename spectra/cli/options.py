@@ -12,6 +12,7 @@ A decorator adds a group of options to a command, and hands the command one obje
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ class HeadsType(click.ParamType):
         """The option's value from its text."""
         if isinstance(value, int) or value in ("mean", "sum", "each"):
             return value
-        if not str(value).isdigit():
+        if not re.fullmatch("[0-9]{1,9}", str(value)):
             self.fail(f"{value!r} is not mean, sum, each or the index of a head", param, ctx)
         return int(value)
 

@@ -13,6 +13,7 @@ from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.plots.histogram import BINS, BinnedPanel, bin_pooled, draw_binned, pool_curves
 from spectra.plots.similarity import add_colorbar, heading, plot_similarity
 from spectra.plots.style import look
+from spectra.printing import in_figure
 from spectra.results.shelf import ANOTHER_PLACE
 from spectra.spectrum import Spectrum
 
@@ -70,7 +71,7 @@ def draw_panels(panels: Sequence[BinnedPanel], *, title: str = "") -> Figure:
         for panel, ax in zip(panels, axes, strict=True):
             draw_binned(panel, ax)
         if title:
-            figure.suptitle(title, wrap=True)
+            figure.suptitle(in_figure(title), wrap=True)
         handles, labels = axes[0].get_legend_handles_labels()
         one_column = len(panels[0].curves) <= _COLUMNS or max(map(len, labels)) > _LEGEND_WIDTH
         figure.legend(handles, labels, loc="outside lower center", ncols=1 if one_column else 2, fontsize=9)
@@ -119,7 +120,7 @@ def similarity_figure(
             ax.set_visible(bool(ax.images))
         add_colorbar(next(image for ax in axes for image in ax.images), drawn, axes, shrink=1.8 / max(rows, 2))
         if title:
-            figure.suptitle(title, wrap=True)
+            figure.suptitle(in_figure(title), wrap=True)
     return figure
 
 

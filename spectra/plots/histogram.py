@@ -10,6 +10,7 @@ import numpy as np
 
 from spectra.errors import SelectionError
 from spectra.plots.style import curves, new_axes
+from spectra.printing import in_figure
 from spectra.results.collection import Spectra
 from spectra.spectrum import DONE, Spectrum
 from spectra.text import matrices
@@ -214,14 +215,14 @@ def draw_binned(panel: BinnedPanel, ax: Axes | None = None) -> Axes:
         if len(panel.curves) <= _MOST_FILLED:
             ax.stairs(binned.heights, panel.edges, fill=True, color=colour, alpha=0.18, linewidth=0)
         label = binned.values.legend
-        ax.stairs(binned.heights, panel.edges, color=colour, linestyle=line, linewidth=1.4, label=label)
+        ax.stairs(binned.heights, panel.edges, color=colour, linestyle=line, linewidth=1.4, label=in_figure(label))
     _shade_rounding(ax, [binned.values for binned in panel.curves], low, high)
     ax.set_xlim(low, high)
     ax.set_ylim(bottom=0)
     ax.set_xlabel("−ln σ of ΔW   (large σ at the left)")
     ax.set_ylabel(STATS[panel.stat])
     first = "" if panel.close_up is None else f": the largest values (first {100 * panel.close_up:.3g}%)"
-    ax.set_title(panel.name + first)
+    ax.set_title(in_figure(panel.name + first))
     return ax
 
 

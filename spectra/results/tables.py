@@ -15,6 +15,7 @@ from spectra import naming
 from spectra.errors import SelectionError, TruncatedSpectrumError
 from spectra.metrics import METRICS
 from spectra.metrics.similarity import SubspaceSimilarity
+from spectra.printing import printed
 from spectra.results.similarities import Compared, pool_by_role
 from spectra.spectrum import DONE, Spectrum
 
@@ -209,7 +210,7 @@ def _check_by(by: str, known: Any) -> None:
 
 
 def to_csv(rows: list[Row]) -> str:
-    """Rows as CSV text; empty cells for None and NaN."""
+    """Rows as CSV text, names as they are printed; empty cells for None and NaN."""
     buffer = io.StringIO()
     if rows:
         writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
@@ -219,6 +220,8 @@ def to_csv(rows: list[Row]) -> str:
 
 
 def _blank(value: Any) -> Any:
+    if isinstance(value, str):
+        return printed(value)
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value
 
 
