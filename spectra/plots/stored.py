@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LONGEST_LABEL = 28
+_LONGEST_FILE = 60  # characters of a page's name in a file's
 
 
 @dataclass(frozen=True)
@@ -223,10 +225,16 @@ def _draw_pages(
     table = target / "histogram.csv"
     write(table, tables.to_csv([row for panel in panels for row in panel.rows()]).encode())
     drawn = ((name, panels_of(panels, labels)) for name, labels in pages.items())
-    figures = (
-        (re.sub(r"[^\w.]+", "-", name), draw_panels(some, title=f"{title}: {name}")) for name, some in drawn if some
-    )
+    figures = ((_file_name(name), draw_panels(some, title=f"{title}: {name}")) for name, some in drawn if some)
     return [*save_pages(figures, target / "histogram", formats), table]
+
+
+def _file_name(page: str) -> str:
+    """What is called after a page; a long name is cut, with a few digits that tell it apart."""
+    plain = re.sub(r"[^\w.]+", "-", page)
+    if len(plain) <= _LONGEST_FILE:
+        return plain
+    return f"{plain[:_LONGEST_FILE]}~{hashlib.sha256(page.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
 
 
 def panels_of(panels: Sequence[BinnedPanel], labels: Iterable[str]) -> list[BinnedPanel]:

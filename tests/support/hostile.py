@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+TOO_LONG = "layers." + "9" * 5000 + ".q_proj.weight"
 PLAIN = "layers.6.ok_proj.weight"
 NAMES = (
     "layers.0.\x1b]0;owned\x07q_proj.weight",  # retitles the terminal, and rings
     "layers.1.\u202eq_proj.weight",  # reads backwards from here
     "layers.2." + "x" * 400 + ".weight",  # more than a file system takes
     "layers.3.\ud800.weight",  # half a surrogate pair
-    "layers." + "9" * 5000 + ".q_proj.weight",  # more digits than int() takes
+    TOO_LONG,  # more digits than int() takes, a longer name than is read
     "a1²3.weight",  # isdigit() says yes, int() no
     "layers.4.v$x$_proj.weight",  # mathematics to matplotlib
     "layers.4.v$\\bad{$_proj.weight",
