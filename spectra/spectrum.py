@@ -95,7 +95,9 @@ class Spectrum:
         if self.max_rank is None:
             put(self, "max_rank", min(self.shape) if self.shape else 0)
         if self.norm is None and self.status in DONE:
-            put(self, "norm", float(np.sqrt(np.square(self.S).sum())))
+            largest = float(np.abs(self.S).max(initial=0.0))
+            unit = 1.0 if largest == 0 or 1e-70 < largest < 1e70 else largest  # else squares leave float64's range
+            put(self, "norm", unit * float(np.sqrt(np.square(self.S / unit).sum())))
 
     @property
     def role(self) -> str:
