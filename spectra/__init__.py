@@ -68,6 +68,7 @@ _HOMES = {
     "spectra.results.pairs": ("Pair", "Pairs"),
     "spectra.results.series": ("series",),
     "spectra.results.similarities": ("NotCompared", "pool_by_role"),
+    "spectra.results.soundness": ("check_results",),
     "spectra.results.streams": ("Decomposition", "compare", "decompose"),
     "spectra.results.tables": ("summarize", "summarize_similarity"),
     "spectra.sources": ("FORMATS", "open_source"),
@@ -137,6 +138,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.results.series import series as series
     from spectra.results.similarities import NotCompared as NotCompared
     from spectra.results.similarities import pool_by_role as pool_by_role
+    from spectra.results.soundness import check_results as check_results
     from spectra.results.streams import Decomposition as Decomposition
     from spectra.results.streams import compare as compare
     from spectra.results.streams import decompose as decompose

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from spectra.printing import printed
+
 
 def escaped(text: str) -> str:
     r"""The text on one line: what does not print is written as Python writes it, since names come from files.
@@ -13,7 +15,10 @@ def escaped(text: str) -> str:
 
 
 class SpectraError(Exception):
-    """Base of every error that a user can cause or mend; its text is the whole message."""
+    """Base of every error that a user can cause or mend; its text is the whole message, safe to print."""
+
+    def __str__(self) -> str:
+        return printed(super().__str__())
 
     def __init__(self, message: str) -> None:
         super().__init__(escaped(message))

@@ -63,9 +63,9 @@ _GROUPS = {"attn": _ATTENTION, "attention": _ATTENTION, "mlp": _MLP, "ffn": _MLP
 # As data goes through a model; roles that are not here come between the last two.
 _ORDER = ("embed_tokens", *_ATTENTION, *_MLP, "", "lm_head")
 _PARTS = re.compile(r"\[([^\]]*)\]")
-_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|block|encoder|decoder|resblocks)\.(\d+)(?=\.|$)")
-_LAYERS = re.compile(r"(\d+)(?:-(\d+)(?:\.(.+))?)?")
-_ANY_NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|block|encoder|decoder|resblocks)\.([0-9]{1,9})(?=\.|$)")
+_LAYERS = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9})(?:\.(.+))?)?")
+_ANY_NUMBER = re.compile(r"(?:^|\.)([0-9]{1,9})(?=\.|$)")
 
 
 # What adapters call their factors, as a component of a tensor's name.

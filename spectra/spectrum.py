@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from spectra import naming, text
+from spectra.printing import printed
 
 _VALUES = 5  # singular values that are shown
 
@@ -94,7 +95,9 @@ class Spectrum:
         if self.max_rank is None:
             put(self, "max_rank", min(self.shape) if self.shape else 0)
         if self.norm is None and self.status in DONE:
-            put(self, "norm", float(np.sqrt(np.square(self.S).sum())))
+            largest = float(np.abs(self.S).max(initial=0.0))
+            unit = 1.0 if largest == 0 or 1e-70 < largest < 1e70 else largest  # else squares leave float64's range
+            put(self, "norm", unit * float(np.sqrt(np.square(self.S / unit).sum())))
 
     @property
     def role(self) -> str:
@@ -145,11 +148,11 @@ class Spectrum:
 
     def __repr__(self) -> str:
         if self.status != "ok":
-            return f"Spectrum({self.name}, {self.status}{': ' + self.reason if self.reason else ''})"
+            return f"Spectrum({printed(self.name)}, {printed(text.with_reason(self.status, self.reason))})"
         top = f"σ₁ = {self.S[0]:.4g}, " if len(self.S) else ""
         vectors = f", top {self.k} vectors" if self.k else ""
         return (
-            f"Spectrum({self.name}, {text.size(self.shape)}, {top}‖ΔW‖_F = {self.norm:.4g}, "
+            f"Spectrum({printed(self.name)}, {text.size(self.shape)}, {top}‖ΔW‖_F = {self.norm:.4g}, "
             f"rank {_rank_of(self)}{vectors})"
         )
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from spectra import naming
+from spectra.printing import printed
 
 Row = Sequence[object]
 
@@ -47,7 +48,7 @@ def contents(names: Sequence[str]) -> str:
     >>> contents(["layers.0.q_proj.weight", "layers.0.v_proj.weight", "layers.1.q_proj.weight"])
     '3 matrices: 2 q_proj, 1 v_proj'
     """
-    counts = Counter(map(naming.role_of, names))
+    counts = Counter(printed(naming.role_of(name)) for name in names)
     listed = [f"{count} {role}" for role, count in counts.most_common(_ROLES)]
     told = ", ".join(listed + ["…"] * (len(counts) > _ROLES))
     return f"{matrices(len(names))}{': ' if told else ''}{told}"
@@ -133,5 +134,5 @@ def _cell(value: object, tag: str = "td", *, like: object = None) -> str:
 
 
 def _text(value: object) -> str:
-    text = str(value)
+    text = printed(value)
     return html.escape(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")

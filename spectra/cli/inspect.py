@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import click
 
 from spectra.cli import report
 from spectra.cli.options import HeadsType, json_option, scale_option
+from spectra.cli.talk import say
 
 if TYPE_CHECKING:
     from spectra.results.inspection import Inspection
@@ -18,12 +20,17 @@ if TYPE_CHECKING:
 @click.option("--base", type=click.Path(), metavar="BASE", help="Pair it with this model and show what fits.")
 @click.option("--heads", type=HeadsType(), default="mean", help="What multi-head adapters stand for.", hidden=True)
 @scale_option
+@click.option("--verify", is_flag=True, help="PATH holds results: hold every stored file against its checksums.")
 @json_option
-def command(path: str, base: str | None, heads: str | int, scale: float | None, as_json: bool) -> None:
+def command(path: str, base: str | None, heads: str | int, scale: float | None, verify: bool, as_json: bool) -> None:
     """What is in a model or adapter: kind, matrices, ranks, dtype and size, and what will not be used.
 
-    Reads headers only. A full checkpoint is listed on its own, or paired where --base is given.
+    Reads headers only. A full checkpoint is listed on its own, or paired where --base is given. Of stored results,
+    --verify tells which files are sound; the same run again computes anew what is not.
     """
+    if verify:
+        _verify(path, as_json)
+        return
     from spectra.results.inspection import inspect
 
     inspection = inspect(path, base, heads=heads, scale=scale)
@@ -33,17 +40,37 @@ def command(path: str, base: str | None, heads: str | int, scale: float | None, 
         _print(inspection)
 
 
+def _verify(path: str, as_json: bool) -> None:
+    """What of a results directory is sound; exit status 1 if something is damaged."""
+    from collections import Counter
+    from dataclasses import asdict
+
+    from spectra.results.soundness import check_results
+
+    findings = check_results(path)
+    counts = Counter(found.state for found in findings)
+    if as_json:
+        report.print_json({"path": path, "counts": dict(counts), "files": [asdict(found) for found in findings]})
+    else:
+        say(f"{path}: {len(findings)} files: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
+        for found in findings:
+            if found.state == "damaged":
+                say(f"damaged: {found.file}: {found.reason}")
+    if counts["no checksum"]:
+        report.note("files without a checksum were written before there were any: they are read as they are")
+    if counts["damaged"]:
+        sys.exit(1)
+
+
 def _print(inspection: Inspection) -> None:
     from spectra import text
     from spectra.engine.memory import readable_size
 
     said = inspection.to_dict()
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in said["dtypes"].items())
-    click.echo(f"{said['path']}: {said['kind']}" + (f" ({said['model_type']})" if said["model_type"] else ""))
-    click.echo(
-        f"{said['tensors']} tensors ({dtypes}), {said['parameters']:,} parameters, {readable_size(said['bytes'])}"
-    )
-    click.echo()
+    say(f"{said['path']}: {said['kind']}" + (f" ({said['model_type']})" if said["model_type"] else ""))
+    say(f"{said['tensors']} tensors ({dtypes}), {said['parameters']:,} parameters, {readable_size(said['bytes'])}")
+    say()
     report.print_table(
         ["role", "shape", "rank ≤", "status", "matrices"],
         [
@@ -52,13 +79,13 @@ def _print(inspection: Inspection) -> None:
         ],
     )
     for line in said.get("notes", ()):
-        click.echo(f"note: {line}")
+        say(f"note: {line}")
     for line in said.get("warnings", ()):
-        click.echo(f"warning: {line}")
+        say(f"warning: {line}")
     for name, reason in said["unreadable"].items():
-        click.echo(f"unreadable: {name}: {reason}")
-    click.echo()
+        say(f"unreadable: {name}: {reason}")
+    say()
     if inspection.source is not None:
-        click.echo(str(inspection.source.coverage))
+        say(str(inspection.source.coverage))
     else:
-        click.echo(inspection.needs)
+        say(inspection.needs)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
+import sys
 import time
 from typing import Any
 
@@ -62,8 +64,17 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         start = time.monotonic()
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # σ on a latin-1 terminal is no reason to stop
         try:
             return super().invoke(ctx)
+        except OSError as problem:
+            if problem.errno != errno.ENOSPC:  # a pipe that is closed is click's affair
+                raise
+            raise click.ClickException(
+                f"stdout cannot be written: {problem.strerror}; make room or use a pipe"
+            ) from None
         except SpectraError as problem:
             raise click.ClickException(str(problem)) from None
         except KeyboardInterrupt:

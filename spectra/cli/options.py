@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ class HeadsType(click.ParamType):
         """The option's value from its text."""
         if isinstance(value, int) or value in ("mean", "sum", "each"):
             return value
-        if not str(value).isdigit():
+        if not re.fullmatch("[0-9]{1,9}", str(value)):
             self.fail(f"{value!r} is not mean, sum, each or the index of a head", param, ctx)
         return int(value)
 
@@ -98,7 +99,7 @@ _SOURCE = (
                  help="Report fused projections as their parts."),
 )  # fmt: skip
 workers_option = click.option(
-    "--workers", type=click.IntRange(min=1), metavar="N", help="Matrices at work side by side on the CPU.",
+    "--workers", type=click.IntRange(1, 1024), metavar="N", help="Matrices at work side by side on the CPU.",
 )  # fmt: skip
 figures_option = click.option(
     "--figures/--no-figures", default=True, show_default=True, help="Draw figures into the --out directory.",
@@ -138,6 +139,9 @@ class Opening:
         from spectra.cli import report
         from spectra.sources import open_source
 
+        for option, given in (("TUNED", tuned), ("--base", base)):
+            if given is not None and not given.strip():
+                raise click.UsageError(f"{option} is empty: give a path, hub id or alias")
         source = open_source(tuned, base, **self.settings)
         source = source.select(self.layers) if self.layers else source
         report.coverage_notes(source.coverage)
@@ -194,7 +198,9 @@ def _apply(command: _Command, options: tuple[_Option, ...]) -> _Command:
 @contextmanager
 def executor_of(workers: int | None, cluster: str | None) -> Iterator[Executor | None]:
     """The executor that the options ask for; None to run in this process."""
-    if cluster:
+    if cluster is not None:
+        if not cluster.strip():
+            raise click.UsageError("--cluster is empty: give the scheduler's address, or leave it out to run here")
         from spectra.engine.executors.dask_cluster import cluster_executor
 
         with cluster_executor(cluster) as there:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from spectra.cli import report
+from spectra.cli.talk import say
 
 if TYPE_CHECKING:
     from spectra.deltas.source import Source
@@ -115,7 +114,7 @@ def _print(pairs: Pairs, clustered: bool) -> None:
         np.fill_diagonal(square, np.nan)
         low, high = np.nanmin(chance), np.nanmax(chance)
         level = f"{low:.2g}" if f"{low:.2g}" == f"{high:.2g}" else f"{low:.2g} to {high:.2g}"
-        click.echo(f"φ(k,k), {side}, mean over matrices; chance {level}")
+        say(f"φ(k,k), {side}, mean over matrices; chance {level}")
         if len(order) <= _MOST_SQUARE:
             header = ["", "update", *(str(i + 1) for i in range(len(order)))]
             rows = [[str(i + 1), pairs.labels[a], *(_cell(square[a, b]) for b in order)] for i, a in enumerate(order)]
@@ -127,7 +126,7 @@ def _print(pairs: Pairs, clustered: bool) -> None:
                 if not np.isnan(square[a]).all()
             ]
         report.print_table(header, rows)
-        click.echo()
+        say()
         report.print_table(["role", "side", "pairs", "k", "mean φ", "least", "most", "chance"], _roles(pairs, side))
 
 
@@ -160,7 +159,7 @@ def _roles(pairs: Pairs, side: str) -> list[list[Any]]:
 
 def _keep(wanted: Wanted, pairs: Pairs, document: dict[str, Any]) -> None:
     """The tables of all pairs and the figures, beside what is stored of each."""
-    from spectra.results.store import write
+    from spectra.results.shelf import write
     from spectra.results.tables import to_csv
 
     out = Path(wanted.out or ".")

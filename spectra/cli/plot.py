@@ -6,6 +6,7 @@ import click
 
 from spectra.cli import report
 from spectra.cli.options import layer_option
+from spectra.cli.talk import say
 
 # As in spectra.plots, which is not imported to print a help; a test holds them together.
 BINS = 100
@@ -79,4 +80,4 @@ def command(
     for line in drawn.notes:
         report.note(line)
     for path in drawn.files:
-        click.echo(path)
+        say(path)

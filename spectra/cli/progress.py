@@ -6,9 +6,7 @@ import sys
 from types import TracebackType
 from typing import Any, Self
 
-import click
-
-from spectra.cli.talk import is_quiet
+from spectra.cli.talk import is_quiet, say
 
 STOPPED = 130  # what a shell reports of a command that Ctrl-C ended
 
@@ -44,7 +42,7 @@ class Progress:
     ) -> None:
         self._bar.close()
         if kind is not None and issubclass(kind, KeyboardInterrupt):
-            click.echo(f"stopped; {self.stopped}", err=True)
+            say(f"stopped; {self.stopped}", err=True)
             sys.exit(STOPPED)
 
     @property

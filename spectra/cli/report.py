@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,8 @@ import click
 
 from spectra.cli import table
 from spectra.cli.progress import Progress
-from spectra.cli.talk import is_quiet, is_verbose
+from spectra.cli.talk import is_quiet, is_verbose, say
+from spectra.printing import printed, printed_json
 
 if TYPE_CHECKING:
     from spectra.deltas.source import Source
@@ -24,7 +25,8 @@ def print_json(document: dict[str, Any]) -> None:
     """One strict JSON document on stdout: NaN and infinities become null."""
     from spectra.results.tables import strict
 
-    click.echo(json.dumps(strict(document), indent=1, allow_nan=False, ensure_ascii=False))
+    plain = str(getattr(sys.stdout, "encoding", "") or "").lower().replace("-", "") != "utf8"
+    click.echo(printed_json(json.dumps(strict(document), indent=1, allow_nan=False, ensure_ascii=plain)))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -35,12 +37,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 def note(text: str) -> None:
     """One line on stderr, which -q leaves away."""
     if not is_quiet():
-        click.echo(text, err=True)
+        say(printed(text), err=True)
 
 
 def warning(text: str) -> None:
     """One line on stderr that is always said: a result is missing, or does not mean what it seems to."""
-    click.echo(click.style(text, fg="yellow") if table.colours(sys.stderr) else text, err=True)
+    line = printed(text)
+    click.echo(click.style(line, fg="yellow") if table.colours(sys.stderr) else line, err=True)
 
 
 def draw(out: str, *, names: Sequence[str], sides: Sequence[str] = ()) -> list[Path]:
@@ -88,10 +91,12 @@ def progress(
     return Progress(total, what, kept=kept, otherwise=otherwise, unit=unit)
 
 
-def reused(count: int, total: int, out: str | None) -> None:
-    """How many results were stored before, where there are any."""
+def reused(count: int, total: int, out: str | None, notes: Collection[str] = ()) -> None:
+    """How many results were stored before, where there are any, and what was damaged."""
     if count:
         note(f"{count} of {total} reused from {out}")
+    for line in notes:
+        warning(f"warning: {line}")
 
 
 def heading(source: Source) -> dict[str, Any]:
@@ -107,12 +112,12 @@ def keep_table(out: str, name: str, document: dict[str, Any]) -> None:
     Raises:
         StoreError: it cannot be written to.
     """
-    from spectra.results.store import write
+    from spectra.results.shelf import write
     from spectra.results.tables import strict, to_csv
 
     paths = Path(out, f"{name}.csv"), Path(out, f"{name}.json")
     write(paths[0], to_csv(document["matrices"]).encode())
-    write(paths[1], json.dumps(strict(document), indent=1, allow_nan=False, ensure_ascii=False).encode())
+    write(paths[1], printed_json(json.dumps(strict(document), indent=1, allow_nan=False, ensure_ascii=False)).encode())
     note(f"results: {paths[0]}, {paths[1]}")
 
 

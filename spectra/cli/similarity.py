@@ -76,7 +76,7 @@ def command(
         by: Any = "layer" if against else "name"
         stream = compare(first, second, top=top, sides=sides, out=out, labels=(a, b), by=by, **keywords)
         done, undone = _gather(stream, first.names, second.names, len(sides), out, across=bool(against))
-    report.reused(len(stream.reused), len({item.title for item in done}), out)
+    report.reused(len(stream.reused), len({item.title for item in done}), out, stream.notes)
     written = report.draw(out, names=[item.title for item in done], sides=sides) if out and figures and done else []
     if as_json:
         inputs = {"kind": "similarity", "a": a, "b": b, "base": base, "options": opening.settings}

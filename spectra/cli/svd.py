@@ -123,7 +123,7 @@ def _run(
             if keep_values:
                 values[spectrum.name] = spectrum.S.tolist()
             bar.update()
-    report.reused(len(stream.reused), len(rows), out)
+    report.reused(len(stream.reused), len(rows), out, stream.notes)
     rows.sort(key=lambda line: order[line["name"]])
     return rows, values
 

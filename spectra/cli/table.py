@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from spectra.printing import printed
+
 if TYPE_CHECKING:
     from spectra.results.tables import Row
 
@@ -111,7 +113,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Aligned columns, text to the left and numbers to the right; on a terminal no wider than it is."""
     words = [all(value is None or isinstance(value, str) for value in column) for column in zip(*rows, strict=True)]
     columns = [
-        _Column(head, [_text(row[i]) for row in rows], words[i] if rows else True) for i, head in enumerate(header)
+        _Column(printed(head), [_text(row[i]) for row in rows], words[i] if rows else True)
+        for i, head in enumerate(header)
     ]
     said: list[str] = []
     if sys.stdout.isatty():
@@ -241,7 +244,7 @@ def _text(value: Any) -> str:
         return "–"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else printed(value)
 
 
 def _sorted(rows: list[Row], key: str, *, smallest_first: bool) -> list[Row]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from spectra.printing import printed_lines
+
 _KEY = "spectra.talk"
 
 
@@ -15,6 +17,11 @@ def is_quiet() -> bool:
 def is_verbose() -> bool:
     """Whether the command that runs was given -v."""
     return _given() == "verbose"
+
+
+def say(text: object = "", *, err: bool = False) -> None:
+    """Lines to stdout or stderr: the one way to the terminal for what may have names in it."""
+    click.echo(printed_lines(text), err=err)
 
 
 def add_options(command: click.Command) -> click.Command:

@@ -10,6 +10,7 @@ import click
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
 from spectra.cli.options import HeadsType, json_option, layer_option, scale_option
+from spectra.cli.talk import say
 
 if TYPE_CHECKING:
     from spectra.merges.report import MatrixCheck, MergeReport
@@ -104,9 +105,9 @@ def _print(found: MergeReport) -> None:
     for row in wrong[:_MOST_LINES]:
         _print_wrong(row)
     if len(wrong) > _MOST_LINES:
-        click.echo(f"… and {len(wrong) - _MOST_LINES:,} more; --json lists all")
+        say(f"… and {len(wrong) - _MOST_LINES:,} more; --json lists all")
     if wrong:
-        click.echo()
+        say()
     report.print_table(
         ["role", "verdict", "matrices", "scale", "residual", "rounding"],
         [
@@ -121,10 +122,10 @@ def _print_wrong(row: MatrixCheck) -> None:
     import textwrap
 
     numbers = "" if row.scale is None else f" (s = {row.scale:.4g})"
-    click.echo(f"{row.name}: {row.verdict}{numbers}")
+    say(f"{row.name}: {row.verdict}{numbers}")
     if row.cause:
         for line in textwrap.wrap(row.cause, _WIDTH - 4):
-            click.echo(f"    {line}")
+            say(f"    {line}")
 
 
 def _medians(found: MergeReport, role: str, verdict: str) -> list[float | None]:

@@ -16,6 +16,7 @@ from spectra.deltas.forms import Form
 from spectra.deltas.recipe import Recipe, form_of
 from spectra.errors import SelectionError
 from spectra.files.tensors import TensorRef
+from spectra.printing import printed
 from spectra.spectrum import Status
 
 if TYPE_CHECKING:
@@ -119,10 +120,10 @@ class WeightDelta:
 
     def __repr__(self) -> str:
         if self.recipe is None:
-            return f"WeightDelta({self.name}, {self.status}{': ' + self.reason if self.reason else ''})"
+            return f"WeightDelta({printed(self.name)}, {printed(text.with_reason(self.status, self.reason))})"
         return (
-            f"WeightDelta({self.name}, {text.size(self.shape)}, rank ≤ {self.max_rank}, {_made_of(self)}"
-            f"{', ' + self.note if self.note else ''})"
+            f"WeightDelta({printed(self.name)}, {text.size(self.shape)}, rank ≤ {self.max_rank}, {_made_of(self)}"
+            f"{', ' + printed(self.note) if self.note else ''})"
         )
 
     def _repr_html_(self) -> str:

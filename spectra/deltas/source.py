@@ -8,6 +8,7 @@ from typing import Any
 
 from spectra import naming, text
 from spectra.deltas.delta import WeightDelta
+from spectra.printing import printed
 from spectra.text import Row
 
 
@@ -35,7 +36,7 @@ class Coverage:
         for key in _COVERAGE_LISTS:
             listed: Mapping[str, str] = getattr(self, key)
             lines += [f"{key}: {name}: {reason}" for name, reason in listed.items()]
-        return "\n".join(lines) or "everything was paired and used"
+        return "\n".join(map(printed, lines)) or "everything was paired and used"
 
     def __repr__(self) -> str:
         warnings = f"; warnings: {len(self.warnings)}" if self.warnings else ""

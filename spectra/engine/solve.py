@@ -20,6 +20,7 @@ from spectra.deltas.relatedness import unrelated_note
 from spectra.deltas.rounding import Noise
 from spectra.engine import check
 from spectra.engine.devices import Device, device_named
+from spectra.engine.extremes import put_back, within_range
 from spectra.engine.ladder import Ladder, Numbers, Rung, Solver, ladder_for
 from spectra.engine.noise import plausible_noise, with_artefacts
 from spectra.engine.solvers.topk import NotConvergedError
@@ -58,11 +59,13 @@ class Unsolved:
         form: ΔW.
         blank: its result as it was before ΔW was read.
         known: its result so far: norms, rounding, what the files tell.
+        exponent: e of the power of two by which the form was divided to come into float64's range.
     """
 
     form: Form
     blank: Spectrum
     known: Spectrum
+    exponent: int = 0
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,8 @@ def _examined(blank: Spectrum, form: Form, device: str) -> Spectrum | Unsolved:
         return _undone(blank, GaveUp.over(problem), device)
 
 
-def _with_norms(blank: Spectrum, form: Form) -> Spectrum | Unsolved:
+def _with_norms(blank: Spectrum, given: Form) -> Spectrum | Unsolved:
+    form, exponent = within_range(given)
     norm = form.norm
     if not math.isfinite(norm):
         bad = sum(int((~tensor.isfinite()).sum()) for tensor in form.tensors)
@@ -169,14 +173,14 @@ def _with_norms(blank: Spectrum, form: Form) -> Spectrum | Unsolved:
         resolution=_ROUNDING * form.magnitude,
         noise_edge=form.noise_edge,
         unmoved_share=form.unchanged,
-        moved=form.moved,
+        moved=given.moved,
         note=_told(blank.note, form),
     )
     known = replace(known, **_noise_of(form.noise[0] if form.noise else None))
     if norm == 0:
         zeros = np.zeros(blank.max_rank or 0)
         return replace(known, status="unchanged", reason="ΔW = 0", S=zeros, method="zero")
-    return Unsolved(form, blank, known)
+    return Unsolved(form, blank, known, exponent)
 
 
 def _told(note: str, form: Form) -> str:
@@ -193,7 +197,7 @@ def _solved(cases: Sequence[Unsolved], wanted: Wanted) -> Iterator[Spectrum]:
             found = _climb(case, ladder, outcome, [remark] if remark else [], wanted)
         except (MemoryError, RuntimeError) as problem:  # of the check
             found = _undone(case.blank, GaveUp.over(problem), wanted.device.name)
-        yield found
+        yield put_back(found, case.exponent)
 
 
 def _attempt(solver: Solver, forms: Sequence[Form], device: Device) -> tuple[list[Numbers | GaveUp], str]:

@@ -9,7 +9,7 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from spectra.errors import NotFoundError, SourceError
-from spectra.files import snapshots, training_state
+from spectra.files import limits, snapshots, training_state
 from spectra.files.storage import Place
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".lora")
@@ -34,7 +34,6 @@ _NOT_WEIGHTS = (
 _OTHER_FRAMEWORKS = (".h5", ".msgpack", ".ot", ".onnx", ".tflite", ".mlmodel", ".npz")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)(?=\.)")
 _MAX_SHARDS = 100_000
-_MAX_JSON = 64 * 2**20
 
 
 @dataclass
@@ -201,8 +200,8 @@ def read_json(file: Place) -> dict[str, Any]:
         SourceError: it is not JSON, not an object, or absurdly large.
     """
     size, _ = file.stamp()
-    if size > _MAX_JSON:
-        raise SourceError(f"{file} is larger than {_MAX_JSON} bytes; that is no config")
+    if size > limits.JSON:
+        raise SourceError(f"{file} is larger than {limits.JSON} bytes; that is no config")
     try:
         content = json.loads(file.read(0, size).decode("utf-8"))
     except (ValueError, RecursionError) as problem:

@@ -13,11 +13,11 @@ from functools import lru_cache
 from typing import Any
 
 from spectra.errors import SourceError
+from spectra.files import limits
 from spectra.files.dtypes import DTYPE_OF_TORCH
 from spectra.files.inert_pickle import Inert, load, named, sizes_of
 from spectra.files.storage import Place, Stamp
 
-_MAX_METADATA = 2**30
 _CONVERT = "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt` makes one file of it"
 
 
@@ -45,8 +45,8 @@ class Listed:
 @lru_cache(maxsize=4)
 def listed(file: Place, stamp: Stamp) -> Mapping[str, Listed | str]:
     """Every tensor of a `.metadata` → what it says of it, or why that cannot be used."""
-    if stamp[0] > _MAX_METADATA:
-        raise SourceError(f"{file} is larger than {_MAX_METADATA} bytes; that is no list of tensors")
+    if stamp[0] > limits.PICKLE:
+        raise SourceError(f"{file} is larger than {limits.PICKLE} bytes; that is no list of tensors")
     content = load(file.read(0, stamp[0]), str(file))
     if not isinstance(content, Inert) or not isinstance(content.get("state_dict_metadata"), Mapping):
         raise SourceError(f"{file} is not the metadata of a distributed checkpoint ({named(content) or 'plain data'})")

@@ -15,6 +15,7 @@ from spectra.files import (
     ggml,
     gguf_file,
     gguf_names,
+    limits,
     quantised,
     rank_files,
     safetensors_file,
@@ -112,16 +113,22 @@ def open_folder(path: Place | str | Path) -> Folder:
         SourceError: an index, a config or the only weights file is broken.
         MissingExtraError: a GGUF file is quantised and the `gguf` package is not installed.
     """
-    place = Place.of(path)
+    return _opened(Place.of(path), 0)
+
+
+def _opened(place: Place, depth: int) -> Folder:
+    """As `open_folder`, so many folders within the one that was named."""
+    if depth > limits.FOLDERS:
+        raise SourceError(f"{place} lies in folders that contain one another; remove the links, or name one component")
     is_folder = place.is_folder()
     if is_folder and (place / PIPELINE).is_file():
-        return _pipeline(place, _indexed(place))
+        return _pipeline(place, _indexed(place), depth)
     in_parts = _in_parts(place)
     if in_parts is not None:
         return _with_configs(in_parts, _homes_of_parts(place if is_folder else place.parent), beside_model=True)
     components = _side_by_side(place) if is_folder else []
     if components:
-        return _pipeline(place, components)
+        return _pipeline(place, components, depth)
     choice, home = (choose(place), place) if is_folder else (Choice([place]), place.parent)
     read = _read_all(choice)
     read = replace(read, path=str(place), warnings=(*choice.warnings, *read.warnings))
@@ -158,7 +165,8 @@ def _homes_of_parts(home: Place) -> list[Place]:
 
 
 def _of_header(place: Place, header: Header, warnings: Sequence[str] = ()) -> Folder:
-    return Folder(str(place), header.tensors, header.broken, warnings=tuple(warnings))
+    whole = Header.merged([header])
+    return Folder(str(place), whole.tensors, whole.broken, warnings=tuple(warnings))
 
 
 def _with_configs(read: Folder, homes: Sequence[Place], *, beside_model: bool) -> Folder:
@@ -329,7 +337,7 @@ def _gguf(files: list[Place]) -> Folder:
     return Folder(str(files[0]), named.tensors, named.broken, named.config, warnings=warnings)
 
 
-def _pipeline(place: Place, components: Sequence[str]) -> Folder:
+def _pipeline(place: Place, components: Sequence[str], depth: int) -> Folder:
     """The components of an image or video model: every one's tensors under its name."""
     whole, adapters = Folder(str(place), {}), []
     for component in components:
@@ -337,7 +345,7 @@ def _pipeline(place: Place, components: Sequence[str]) -> Folder:
         if not part.is_folder():
             continue
         try:
-            found = open_folder(inside(place, part))
+            found = _opened(inside(place, part), depth + 1)
         except SourceError as problem:
             # Tokenizers, schedulers and feature extractors have no weights, and a denoiser has.
             if not isinstance(problem, NotFoundError) or _COMPONENT.fullmatch(component):

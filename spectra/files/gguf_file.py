@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from spectra.errors import SourceError
-from spectra.files import ggml
+from spectra.files import ggml, limits
 from spectra.files.header import Header
 from spectra.files.storage import Place, Stamp
 from spectra.files.tensors import TensorRef
@@ -20,6 +20,7 @@ MAGIC = b"GGUF"
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_AXES, _MAX_DEPTH = 8, 4
+_MAX_KEY = 2**16  # bytes; the specification's own limit
 _DOWNLOAD_AGAIN = "download it again"
 
 
@@ -42,9 +43,11 @@ def read_header(place: Place) -> Header:
         if version not in (2, 3):
             raise SourceError(f"{place} is GGUF version {version}; versions 2 and 3 are read; convert it again")
         tensor_count, value_count = cursor.number("Q"), cursor.number("Q")
+        cursor.bound(tensor_count, limits.TENSORS, "tensors")
+        cursor.bound(value_count, limits.METADATA, "metadata values")
         values: dict[str, Any] = {}
         for _ in range(value_count):
-            key = cursor.text()
+            key = cursor.text(_MAX_KEY)
             values[key] = cursor.value(cursor.number("I"))
         table = [_Entry.read(cursor) for _ in range(tensor_count)]
         alignment = values.get("general.alignment", 32)
@@ -65,7 +68,7 @@ class _Entry:
 
     @classmethod
     def read(cls, cursor: _Cursor) -> _Entry:
-        name, axes = cursor.text(), cursor.number("I")
+        name, axes = cursor.text(_MAX_KEY), cursor.number("I")
         if not 1 <= axes <= _MAX_AXES:
             raise SourceError(f"{cursor.place}: {name!r} has {axes} axes; {_DOWNLOAD_AGAIN}")
         shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]
@@ -99,6 +102,12 @@ class _Cursor:
     file: BinaryIO
     place: Place
     size: int
+    items: int = 0
+
+    def bound(self, count: int, limit: int, what: str) -> None:
+        """Refuse a count that is absurd, before anything is made of it."""
+        if count > limit:
+            raise SourceError(f"{self.place}: its header {limits.too_many(count, limit, what)}; {_DOWNLOAD_AGAIN}")
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.file.tell():
@@ -108,8 +117,10 @@ class _Cursor:
     def number(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
-    def text(self) -> str:
-        return self.take(self.number("Q")).decode("utf-8", "replace")
+    def text(self, limit: int = limits.TEXT) -> str:
+        length = self.number("Q")
+        self.bound(length, limit, "bytes of one string")
+        return self.take(length).decode("utf-8", "replace")
 
     def value(self, kind: int, depth: int = 0) -> Any:
         """A metadata value; None for an array, which is skipped."""
@@ -123,6 +134,8 @@ class _Cursor:
         if inner in _SCALARS:
             self.take_nothing(count * struct.calcsize("<" + _SCALARS[inner]))
             return None
+        self.items += count
+        self.bound(self.items, limits.ITEMS, "entries of lists")
         for _ in range(count):
             if inner == _STRING:
                 self.take_nothing(self.number("Q"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spectra.errors import SourceError
+from spectra.files import limits
 from spectra.files.tensors import TensorRef
 
 
@@ -39,7 +40,12 @@ class Header:
                 raise SourceError(
                     f"{name} is in both {first} and {second}; save the model again, or name one of the files"
                 )
-            whole.tensors.update(header.tensors)
+            for name, ref in header.tensors.items():
+                if len(name) > limits.NAME:  # what reads numbers in names never sees it
+                    said = f"its name in {ref.path} has {len(name):,} characters, and at most {limits.NAME:,} are read"
+                    whole.broken[name] = said
+                else:
+                    whole.tensors[name] = ref
             whole.broken.update(header.broken)
             for key, value in header.metadata.items():
                 whole.metadata.setdefault(key, value)

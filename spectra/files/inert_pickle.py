@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -71,6 +73,8 @@ def load(content: bytes | bytearray, where: str, persistent: Callable[[Any], Any
     Raises:
         SourceError: it is damaged.
     """
+    if _remembers_too_much(content):
+        raise SourceError(f"{where} is damaged (it numbers more objects than it has bytes); download or save it again")
     reader = _Reader(io.BytesIO(content))
     if persistent is not None:
         reader.persistent_load = persistent  # type: ignore[method-assign]
@@ -99,6 +103,20 @@ def sizes_of(found: Any) -> tuple[int, ...] | None:
     """
     good = isinstance(found, tuple | list) and all(type(size) is int and 0 <= size < 2**62 for size in found)
     return tuple(found) if good else None
+
+
+def _remembers_too_much(content: bytes | bytearray) -> bool:
+    """Whether a pickle gives an object a number beyond its own length: the unpickler makes room for all below it."""
+    for found in re.finditer(rb"r(....)", content, re.DOTALL):  # LONG_BINPUT, or those bytes within a string
+        if int.from_bytes(found[1], "little") > len(content):
+            break
+    else:
+        return False
+    try:
+        numbers = (given for code, given, _ in pickletools.genops(bytes(content)) if code.name == "LONG_BINPUT")
+        return any(number is not None and number > len(content) for number in numbers)
+    except _DAMAGED:
+        return True
 
 
 class _Reader(pickle.Unpickler):

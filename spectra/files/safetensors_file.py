@@ -13,12 +13,12 @@ import struct
 from typing import Any
 
 from spectra.errors import SourceError
+from spectra.files import limits
 from spectra.files.dtypes import plain_bytes
 from spectra.files.header import Header
 from spectra.files.storage import Place
 from spectra.files.tensors import TensorRef
 
-MAX_HEADER = 100_000_000  # the format's own limit
 _DOWNLOAD_AGAIN = "download or save it again"
 _Span = tuple[int, int, str]  # where a tensor's bytes begin and end among the data, and its name
 
@@ -58,7 +58,7 @@ def _parse(file: Place, size: int) -> tuple[dict[str, Any], int]:
     if len(head) < 8:
         raise SourceError(f"{file} is truncated: {size} bytes; {_DOWNLOAD_AGAIN}")
     (length,) = struct.unpack("<Q", head)
-    if length > min(size - 8, MAX_HEADER):
+    if length > min(size - 8, limits.HEADER):
         if head.startswith((b"PK", b"\x80\x02", b"\x80\x04")):  # in a shorter header these bytes are a length
             raise SourceError(f"{file} is a pickle renamed to .safetensors and was not opened; name it .bin to read it")
         raise SourceError(
@@ -66,6 +66,7 @@ def _parse(file: Place, size: int) -> tuple[dict[str, Any], int]:
             f"the file has {size}; {_DOWNLOAD_AGAIN}"
         )
     text = file.read(8, length)
+    _check_counts(file, text)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as problem:
@@ -73,6 +74,18 @@ def _parse(file: Place, size: int) -> tuple[dict[str, Any], int]:
     if not isinstance(header, dict):
         raise SourceError(f"{file}: the header is not an object; {_DOWNLOAD_AGAIN}")
     return header, 8 + length
+
+
+def _check_counts(file: Place, text: bytearray) -> None:
+    """Refuse a header of absurdly many tensors or keys before it is parsed, which costs ten times its size."""
+    tensors, quotes = text.count(b"data_offsets"), text.count(b'"') - text.count(b'\\"')
+    keys = (quotes - 10 * tensors) // 4  # a tensor has five strings, a key of the metadata two
+    for count, limit, what in ((tensors, limits.TENSORS, "tensors"), (keys, limits.METADATA, "metadata keys")):
+        if count > limit:
+            raise SourceError(f"{file}: the header {limits.too_many(count, limit, what)}; {_DOWNLOAD_AGAIN}")
+    lists = text.count(b"[") + text.count(b"{")
+    if lists > 3 * limits.TENSORS + 2 or text.count(b",") > limits.METADATA + (limits.AXES + 4) * (tensors + 1):
+        raise SourceError(f"{file}: the header holds more than tensors and strings; {_DOWNLOAD_AGAIN}")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -86,7 +99,12 @@ def _entry(file: Place, name: str, entry: Any) -> tuple[str, tuple[int, ...], in
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = [*shape, begin, end]
-        valid = isinstance(dtype, str) and all(type(n) is int and 0 <= n < 2**63 for n in numbers) and begin <= end
+        valid = (
+            isinstance(dtype, str)
+            and len(numbers) <= limits.AXES + 2
+            and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+            and begin <= end
+        )
     except (TypeError, KeyError, ValueError):
         valid = False
     if not valid:

@@ -106,7 +106,10 @@ class Disk:
 
     def leads_outside(self, path: str, folder: str) -> str | None:
         """As `Storage.leads_outside`; a hub cache's snapshots may link to the blobs of their repository."""
-        home, target = Path(folder).resolve(), Path(path).resolve()
+        try:
+            home, target = Path(folder).resolve(), Path(path).resolve()
+        except (OSError, RuntimeError) as problem:  # too long, or links in a circle
+            raise SourceError(f"{path} cannot be followed: {problem}") from None
         allowed = [home]
         for parent in (home, *home.parents):
             if parent.parent.name == "snapshots":  # …/models--org--name/snapshots/<commit>[/<component>]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import re
+import struct
 import zipfile
 from collections.abc import Mapping
 from functools import lru_cache
@@ -18,6 +20,7 @@ SMALL_FILE = 256 * 2**20  # adapters: kept open between tensors; larger files ar
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _DAMAGED = (
     RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, zipfile.BadZipFile,
+    struct.error, AssertionError, MemoryError, OverflowError, NotImplementedError, ImportError,
 )  # fmt: skip
 _DISTRIBUTED = (
     "holds distributed tensors (DTensor or ShardedTensor), each of which is one rank's part of a weight, and was not "
@@ -46,14 +49,23 @@ def load_anew(file: Place, stamp: Stamp) -> dict[str, Tensor]:
         first = str(problem).strip().splitlines()[0]
         if "torch.distributed" in first:
             raise SourceError(f"{file} {_DISTRIBUTED}") from None
-        raise SourceError(
-            f"{file} holds more than tensors or is damaged, and was not opened (torch.load with weights_only=True: "
-            f"{first}); convert it to safetensors where you trust it"
-        ) from None
+        raise SourceError(f"{file} {_not_opened(str(problem))}") from None
     except _DAMAGED as problem:
         first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise SourceError(f"{file} is damaged or not a torch file ({first}); download or save it again") from None
     return _state_dict(file, content)
+
+
+def _not_opened(said: str) -> str:
+    """What to say where `weights_only=True` refuses a file; never torch's own advice, which is to do without it."""
+    found = re.search(r"GLOBAL ([\w.]+)|Unsupported class ([\w.]+)|instantiate type <class '([\w.]+)'>", said)
+    what = next(filter(None, found.groups())) if found else ""
+    if not what:
+        return "is damaged or holds more than tensors, and was not opened; download it again, or save its state dict"
+    return (
+        f"holds more than tensors ({what}) and was not opened, since code of a file is never run; where you trust "
+        "it, save its state dict as safetensors"
+    )
 
 
 @lru_cache(maxsize=2)

@@ -11,18 +11,24 @@ Reference: PyTorch's documentation of the serialised file format (Serialization 
 from __future__ import annotations
 
 import math
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from spectra.errors import SourceError
+from spectra.files import limits
 from spectra.files.dtypes import DTYPES
 from spectra.files.inert_pickle import Inert, load, named, sizes_of
 from spectra.files.storage import Place, Stamp
 from spectra.files.tensors import TensorRef
 
-_MAX_PICKLE = 512 * 2**20
+_DAMAGED_ZIP = (
+    zipfile.BadZipFile, zlib.error, struct.error, ValueError, EOFError, NotImplementedError, RuntimeError, OSError,
+    AssertionError, MemoryError, OverflowError, IndexError,
+)  # fmt: skip
 _OF_STORAGE = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
@@ -102,7 +108,7 @@ class _Archive:
         try:
             self._zip = zipfile.ZipFile(file.open())
             self._records = {info.filename: info for info in self._zip.infolist()}
-        except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as problem:
+        except _DAMAGED_ZIP as problem:
             raise SourceError(f"{file} is damaged or no torch archive ({problem}); download or save it again") from None
         pickles = [name for name in self._records if name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -117,11 +123,11 @@ class _Archive:
 
     def _read(self, name: str) -> bytes:
         record = self._records[self._home + name]
-        if record.file_size > _MAX_PICKLE or record.compress_type != zipfile.ZIP_STORED:
+        if record.file_size > limits.PICKLE or record.compress_type != zipfile.ZIP_STORED:
             raise SourceError(f"{self.file}: its {name} is too large or compressed; save it again with torch.save")
         try:
             return self._zip.read(record)
-        except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError, OSError) as problem:
+        except _DAMAGED_ZIP as problem:
             raise SourceError(f"{self.file} is damaged ({problem}); download or save it again") from None
 
     def enter(self, found: Listing, name: str, value: Inert) -> None:

@@ -12,6 +12,7 @@ from jaxtyping import Float64
 from spectra import naming, text
 from spectra.deltas.relatedness import unrelated_note
 from spectra.errors import SelectionError
+from spectra.printing import printed
 from spectra.spectrum import Spectrum
 
 Side = Literal["left", "right"]
@@ -68,7 +69,7 @@ class SubspaceSimilarity:
 
     def __repr__(self) -> str:
         note = f", {self.note}" if self.note else ""
-        return f"SubspaceSimilarity({self.title}, {self.side}, {_corner(self)}{note})"
+        return f"SubspaceSimilarity({printed(self.title)}, {self.side}, {_corner(self)}{printed(note)})"
 
     def _repr_html_(self) -> str:
         axis = {"left": "left singular vectors (out)", "right": "right singular vectors (in)"}

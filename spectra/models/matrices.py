@@ -19,6 +19,7 @@ _BIAS = re.compile(r"(?:^|[._])bias$")
 _CONVOLUTION = re.compile(r"conv[^.]*(?:\.[^.]+)?\.weight$")
 _POSITIONS = re.compile(r"(?:^|\.)(?:pos_embed|pos_embedding|position_embeddings?|positional_embedding)$")
 _WEIGHT_NORM = re.compile(r"\.(?:weight_[gv]|parametrizations\.weight\.original[01])$")
+_COMPLEX = ("C64", "C128", "complex64", "complex128", "complex32")
 _BUFFERS = ("I64", "BOOL")
 
 
@@ -119,6 +120,8 @@ def _not_a_matrix(name: str, ref: TensorRef) -> str:
 
 def _unknown(name: str, ref: TensorRef) -> str:
     """Why a tensor of numbers cannot be read as a matrix, "" if it can."""
+    if ref.dtype in _COMPLEX:
+        return f"stored as {ref.dtype} in {ref.path}: complex numbers, of which no real ΔW is known"
     if not ref.is_float:
         return f"stored as {ref.dtype} in {ref.path}: quantised weights are not decoded"
     if _WEIGHT_NORM.search(name) and len(ref.shape) > 1:

@@ -12,6 +12,7 @@ from spectra import text
 from spectra.errors import SelectionError
 from spectra.plots.similarity import tick_positions
 from spectra.plots.style import HEATMAP, curves, look, new_axes
+from spectra.printing import in_figure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +50,7 @@ def plot_cosines(
     ax.set_xlabel("j: top directions of W", fontsize=9)
     ax.set_ylabel("i: top directions of W₀", fontsize=9)
     ax.tick_params(labelsize=9)
-    ax.set_title(title, fontsize=9)
+    ax.set_title(in_figure(title), fontsize=9)
     if colorbar and ax.figure is not None:
         ax.figure.colorbar(image, ax=ax, label="|cos(x_i, y_j)|", shrink=0.9)
     return ax
@@ -74,7 +75,7 @@ def plot_deciles(table: pd.DataFrame, *, side: str = "left", ax: Axes | None = N
     tenths = np.arange(1, 11)
     for (role, rows), (colour, line) in zip(_by_role(table).items(), curves(), strict=False):
         ax.plot(tenths, _mean(rows[f"{side}_deciles"]), color=colour, linestyle=line, marker="o", markersize=3,
-                label=role)  # fmt: skip
+                label=in_figure(role))  # fmt: skip
         ax.plot(tenths, [_mean_chance(rows, side)] * 10, color=colour, linestyle=":", linewidth=0.9)
     ax.set_xticks(tenths)
     ax.set_ylim(0, None)
@@ -108,7 +109,7 @@ def tops_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
         image = axes[0].images[0]
         figure.colorbar(image, ax=axes, label="|cos(x_i, y_j)|", shrink=0.9)
         if title:
-            figure.suptitle(title, wrap=True)
+            figure.suptitle(in_figure(title), wrap=True)
     return figure
 
 
@@ -132,7 +133,7 @@ def deciles_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
         if title:
-            figure.suptitle(title, wrap=True)
+            figure.suptitle(in_figure(title), wrap=True)
     return figure
 
 

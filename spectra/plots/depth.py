@@ -14,6 +14,7 @@ from spectra.errors import SelectionError
 from spectra.metrics import METRICS
 from spectra.plots.places import Place, ordered_places, ordered_rows, place_of, row_of, stack_labels
 from spectra.plots.style import HEATMAP, curves, new_axes
+from spectra.printing import in_figure
 from spectra.results import tables
 from spectra.results.collection import Spectra
 from spectra.spectrum import Spectrum
@@ -219,7 +220,7 @@ def put_title(grid: DepthGrid, ax: Axes, title: str, width: int = _WIDTH, **opti
     above = _LETTER * max(map(len, words)) if words else 8 if _stacks(grid.places) else 0
     pad = (9 if above else 6) + above
     lines = [textwrap.fill(line, width, break_on_hyphens=False) for line in title.splitlines()]
-    ax.set_title("\n".join(lines), pad=pad, **options)
+    ax.set_title(in_figure("\n".join(lines)), pad=pad, **options)
 
 
 def draw_grid(
@@ -303,7 +304,7 @@ def _draw_heatmap(grid: DepthGrid, ax: Axes, limits: tuple[float, float], colorb
     ax.imshow(grid.values, cmap=HEATMAP, norm=scale(limits), aspect="auto", interpolation="nearest")
     for i, j in np.argwhere(grid.unnumbered):
         ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="////", edgecolor="0.6", linewidth=0))
-    ax.set_yticks(range(len(grid.rows)), grid.rows)
+    ax.set_yticks(range(len(grid.rows)), list(map(in_figure, grid.rows)))
     ax.grid(visible=False)
     if colorbar and ax.figure is not None:
         add_scale(grid, ax)
@@ -327,7 +328,7 @@ def _draw_lines(grid: DepthGrid, ax: Axes, limits: tuple[float, float], colorbar
         for stack in dict.fromkeys(stacks):
             x = np.array([j for j, other in enumerate(stacks) if other == stack and np.isfinite(values[j])], dtype=int)
             if len(x):
-                ax.plot(x, values[x], color=colour, linestyle=line, marker="o", markersize=3, label=label)
+                ax.plot(x, values[x], color=colour, linestyle=line, marker="o", markersize=3, label=in_figure(label))
                 label = None
     if is_wide(limits):
         ax.set_yscale("log")

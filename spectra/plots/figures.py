@@ -15,7 +15,8 @@ from spectra.plots.histogram import BINS, BinnedPanel, bin_pooled, draw_binned, 
 from spectra.plots.places import place_of
 from spectra.plots.similarity import add_colorbar, heading, plot_similarity
 from spectra.plots.style import look
-from spectra.results.store import ANOTHER_PLACE
+from spectra.printing import in_figure
+from spectra.results.shelf import ANOTHER_PLACE
 from spectra.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def draw_panels(panels: Sequence[BinnedPanel], *, title: str = "") -> Figure:
         for panel, ax in zip(panels, axes, strict=True):
             draw_binned(panel, ax)
         if title:
-            figure.suptitle(title, wrap=True)
+            figure.suptitle(in_figure(title), wrap=True)
         handles, labels = axes[-1].get_legend_handles_labels()
         one_column = len(panels[0].curves) <= _COLUMNS or max(map(len, labels)) > _LEGEND_WIDTH
         figure.legend(handles, labels, loc="outside lower center", ncols=1 if one_column else 2, fontsize=9)
@@ -123,7 +124,7 @@ def similarity_figure(
             ax.set_visible(bool(ax.images))
         add_colorbar(next(image for ax in axes for image in ax.images), drawn, axes, shrink=1.8 / max(rows, 2))
         if title:
-            figure.suptitle(title, wrap=True)
+            figure.suptitle(in_figure(title), wrap=True)
     return figure
 
 
@@ -168,7 +169,7 @@ def draw_depths(grids: Mapping[tuple[str, str], DepthGrid], *, kind: Kind = "hea
                 above = finding(grid) if one_run else f"{label}\n{finding(grid)}"
                 put_title(grid, ax, above, characters, fontsize=9)
         if title:
-            figure.suptitle(title, wrap=True)
+            figure.suptitle(in_figure(title), wrap=True)
     return figure
 
 

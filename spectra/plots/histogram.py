@@ -11,6 +11,7 @@ import numpy as np
 
 from spectra.errors import SelectionError
 from spectra.plots.style import curves, new_axes
+from spectra.printing import in_figure
 from spectra.results.collection import Spectra
 from spectra.spectrum import DONE, Spectrum
 from spectra.text import matrices
@@ -237,7 +238,7 @@ def draw_binned(panel: BinnedPanel, ax: Axes | None = None) -> Axes:
     ax.xaxis.set_major_locator(MaxNLocator(_TICKS))
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}\n{_sigma(x)}".replace("-", "−"))
     ax.set_xlabel("−ln σ of ΔW, with σ below it   (large σ at the left)")
-    ax.set_title(finding(panel), fontsize=10)
+    ax.set_title(in_figure(finding(panel)), fontsize=10)
     return ax
 
 
@@ -260,7 +261,7 @@ def _draw_rows(panel: BinnedPanel, ax: Axes) -> None:
         lifted = Affine2D().translate(0, base) + ax.transData
         ax.stairs(
             binned.heights, panel.edges, fill=True, facecolor=(colour, 0.75), edgecolor=colour, linewidth=0.8,
-            label=binned.values.legend, transform=lifted,
+            label=in_figure(binned.values.legend), transform=lifted,
         )  # fmt: skip
         if count > 1:
             ax.axhline(base, color=colour, linewidth=0.8)
@@ -270,7 +271,7 @@ def _draw_rows(panel: BinnedPanel, ax: Axes) -> None:
         return
     ax.set_yticks(
         [(count - 1 - place) * step for place in range(count)],
-        ["\n".join(textwrap.wrap(curve.values.label, _LABEL)) for curve in panel.curves],
+        [in_figure("\n".join(textwrap.wrap(curve.values.label, _LABEL))) for curve in panel.curves],
     )
     ax.tick_params(axis="y", length=0)
     for label in ax.get_yticklabels():
@@ -284,7 +285,7 @@ def _draw_climbs(panel: BinnedPanel, ax: Axes) -> None:
     for binned, (colour, line) in zip(panel.curves, curves(), strict=False):
         ax.stairs(
             binned.heights, panel.edges, baseline=None, edgecolor=colour, linestyle=line, linewidth=1.6,
-            label=binned.values.legend,
+            label=in_figure(binned.values.legend),
         )  # fmt: skip
     least = min(float(curve.heights[curve.heights > 0].min()) for curve in panel.curves if curve.heights.any())
     ax.set_yscale("log")

@@ -13,7 +13,8 @@ from spectra.errors import SelectionError
 from spectra.plots.figures import save_figure
 from spectra.plots.squares import DIVERGING, short_names, square_rows, squares_figure
 from spectra.plots.style import curves, look, new_axes
-from spectra.results.store import write
+from spectra.printing import in_figure
+from spectra.results.shelf import write
 from spectra.results.tables import to_csv
 
 if TYPE_CHECKING:
@@ -55,14 +56,14 @@ def plot_roles_over_depth(
     ax = new_axes(ax)
     levels = _by_role(records(rows), chance) if isinstance(chance, str) else {}
     for (colour, dashes), (role, values) in zip(curves(), lines.items(), strict=False):
-        ax.plot(list(values), list(values.values()), color=colour, linestyle=dashes, marker=".", label=role)
+        ax.plot(list(values), list(values.values()), color=colour, linestyle=dashes, marker=".", label=in_figure(role))
         if role in levels:
             ax.plot(list(levels[role]), list(levels[role].values()), color=colour, linestyle=":", linewidth=0.9)
     if not isinstance(chance, str) and not math.isnan(chance):
         ax.axhline(chance, color="black", linestyle=":", linewidth=0.9)
     ax.set_xlabel("layer")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_ylabel(label or column)
+    ax.set_ylabel(in_figure(label or column))
     return ax
 
 
@@ -114,7 +115,7 @@ def roles_over_depth_figure(
             plot_roles_over_depth(table, column=column, label=label, chance=chance, ax=ax)
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 8), fontsize=9)
-        figure.suptitle(title or "over the layers; dotted: by chance", fontsize=11, wrap=True)
+        figure.suptitle(in_figure(title or "over the layers; dotted: by chance"), fontsize=11, wrap=True)
     return figure
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from spectra.extraction.ranks import kept_by_budget, kept_by_uniform_rank
 from spectra.plots.style import curves, new_axes
+from spectra.printing import in_figure
 from spectra.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -35,12 +36,12 @@ def plot_kept_energy(spectra: Iterable[Spectrum], *, label: str = "", ax: Axes |
     for _ in ax.get_lines():
         next(styles)  # another update is there already
     colour, line = next(styles)
-    ax.plot(best.parameters, best.kept, color=colour, linestyle=line, label=f"{before}ranks that lose least")
+    ax.plot(best.parameters, best.kept, color=colour, linestyle=line, label=in_figure(f"{before}ranks that lose least"))
     colour, line = next(styles)
     powers = [2**place - 1 for place in range(len(uniform.kept).bit_length())]
     ax.plot(
         uniform.parameters, uniform.kept, color=colour, linestyle=line, marker="o", markersize=4, markevery=powers,
-        label=f"{before}one rank for all",
+        label=in_figure(f"{before}one rank for all"),
     )  # fmt: skip
     for place in powers:
         at = (uniform.parameters[place], uniform.kept[place])

@@ -10,6 +10,7 @@ import numpy as np
 from spectra.errors import SelectionError, TruncatedSpectrumError
 from spectra.metrics.rank import rank_at
 from spectra.plots.style import curves, new_axes
+from spectra.printing import in_figure
 from spectra.results.collection import Spectra
 from spectra.spectrum import Spectrum
 from spectra.text import figure, matrices
@@ -66,7 +67,7 @@ def plot_scree(
             else "top of the spectra only"
         )
         name = f"{label}: {matrices(len(members))}, {said}" if label else f"{matrices(len(members))}, {said}"
-        ax.plot(index, middle, color=colour, linestyle=line, linewidth=1.6, label=name)
+        ax.plot(index, middle, color=colour, linestyle=line, linewidth=1.6, label=in_figure(name))
         if len(members) > 1:
             ax.fill_between(index, low, high, color=colour, alpha=0.15, linewidth=0)
         if ranks:

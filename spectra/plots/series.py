@@ -9,6 +9,7 @@ import numpy as np
 
 from spectra.errors import SelectionError
 from spectra.plots.style import curves, look, new_axes
+from spectra.printing import in_figure
 from spectra.results.series import by_role
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def plot_series(table: pd.DataFrame, *, metric: str = "norm", ax: Axes | None = 
             continue
         middle, low, high = groups.median(), groups.quantile(0.25), groups.quantile(0.75)
         ax.fill_between(middle.index, low, high, color=colour, alpha=0.15, linewidth=0)
-        ax.plot(middle.index, middle, color=colour, linestyle=line, marker="o", markersize=3, label=role)
+        ax.plot(middle.index, middle, color=colour, linestyle=line, marker="o", markersize=3, label=in_figure(role))
         if f"{metric}_chance" in done:
             chance = done[done["role"] == role].groupby("step")[f"{metric}_chance"].median()
             ax.plot(chance.index, chance, color=colour, linestyle=":", linewidth=0.9)
@@ -105,7 +106,7 @@ def series_figure(table: pd.DataFrame, *, title: str = "", metrics: Sequence[str
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 7), fontsize=9)
         if title:
-            figure.suptitle(title, wrap=True)
+            figure.suptitle(in_figure(title), wrap=True)
     return figure
 
 

@@ -12,7 +12,8 @@ from spectra.plots.similarity import grid_rows
 from spectra.plots.squares import pairs_figure, short_names, square_rows
 from spectra.results.all_pairs import PAIRS, pair_folder
 from spectra.results.pairs import Pairs
-from spectra.results.store import Store, write
+from spectra.results.shelf import write
+from spectra.results.store import Store
 from spectra.results.tables import to_csv
 
 _MOST_ROWS = 3  # roles and sides below each other

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.plots.style import HEATMAP, new_axes
+from spectra.printing import in_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,10 +52,10 @@ def plot_similarity(
     ax.set_xticks(ticks)
     ax.set_yticks(ticks)
     ax.grid(visible=False)
-    ax.set_xlabel(_wrapped(f"j: top directions of {labels[1]}", width - 8), fontsize=9)
-    ax.set_ylabel(_wrapped(f"i: top directions of {labels[0]}", width - 8), fontsize=9)
+    ax.set_xlabel(in_figure(_wrapped(f"j: top directions of {labels[1]}", width - 8)), fontsize=9)
+    ax.set_ylabel(in_figure(_wrapped(f"i: top directions of {labels[0]}", width - 8)), fontsize=9)
     ax.tick_params(labelsize=9)
-    ax.set_title(heading(similarity, title, width), fontsize=9)
+    ax.set_title(in_figure(heading(similarity, title, width)), fontsize=9)
     if colorbar and ax.figure is not None:
         add_colorbar(image, [similarity], ax)
     return ax

@@ -12,6 +12,7 @@ import numpy as np
 from spectra.errors import SelectionError
 from spectra.metrics.similarity import Side
 from spectra.plots.style import HEATMAP, look, new_axes
+from spectra.printing import in_figure
 from spectra.results.pairs import Pairs, Pooling
 from spectra.results.partners import alike
 
@@ -63,9 +64,11 @@ def plot_square(
     numbers = [str(i + 1) for i in range(count)]
     size = 8 if count <= 12 else 6
     ax.set_xticks(range(count), numbers, fontsize=size)
-    named = [f"{name} {i}" for i, name in zip(numbers, labels, strict=True)] if labels is not None else numbers
+    named = (
+        [in_figure(f"{name} {i}") for i, name in zip(numbers, labels, strict=True)] if labels is not None else numbers
+    )
     ax.set_yticks(range(count), named, fontsize=size)
-    ax.set_title(title, fontsize=9)
+    ax.set_title(in_figure(title), fontsize=9)
     if count <= _MOST_WRITTEN:
         for (i, j), value in np.ndenumerate(square):
             if not math.isnan(value):
@@ -119,7 +122,7 @@ def squares_figure(
             ax.set_visible(False)
         figure.colorbar(axes[0].images[0], ax=axes, label=label, shrink=1.8 / max(rows, 2))
         if title:
-            figure.suptitle(title, wrap=True)
+            figure.suptitle(in_figure(title), wrap=True)
     return figure
 
 

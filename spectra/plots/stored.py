@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,12 +34,14 @@ from spectra.plots.tables import Drawn, draw_tables, too_many
 from spectra.results import tables
 from spectra.results.all_pairs import load_pairs
 from spectra.results.collection import Spectra
-from spectra.results.store import Store, nothing_stored, write
+from spectra.results.shelf import write
+from spectra.results.store import Store, nothing_stored
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LONGEST_LABEL = 28
+_LONGEST_FILE = 60  # characters of a page's name in a file's
 
 
 def draw_results(
@@ -247,10 +250,16 @@ def _draw_pages(
     table = target / "histogram.csv"
     write(table, tables.to_csv([row for panel in panels for row in panel.rows()]).encode())
     drawn = ((name, panels_of(panels, labels)) for name, labels in pages.items())
-    figures = (
-        (re.sub(r"[^\w.]+", "-", name), draw_panels(some, title=f"{title}: {name}")) for name, some in drawn if some
-    )
+    figures = ((_file_name(name), draw_panels(some, title=f"{title}: {name}")) for name, some in drawn if some)
     return [*save_pages(figures, target / "histogram", formats), table]
+
+
+def _file_name(page: str) -> str:
+    """What is called after a page; a long name is cut, with a few digits that tell it apart."""
+    plain = re.sub(r"[^\w.]+", "-", page)
+    if len(plain) <= _LONGEST_FILE:
+        return plain
+    return f"{plain[:_LONGEST_FILE]}~{hashlib.sha256(page.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
 
 
 def panels_of(panels: Sequence[BinnedPanel], labels: Iterable[str]) -> list[BinnedPanel]:

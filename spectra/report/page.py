@@ -24,7 +24,7 @@ from spectra.report import pictures
 from spectra.report.runs import Run, read_runs, run_of
 from spectra.results.collection import Spectra
 from spectra.results.findings import compared_findings, findings, similarity_findings
-from spectra.results.store import write
+from spectra.results.shelf import write
 from spectra.results.tables import Row, role_rows, similarity_row, strict
 
 if TYPE_CHECKING:

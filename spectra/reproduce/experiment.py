@@ -22,7 +22,7 @@ from spectra.reproduce.plan import Plan, Run
 from spectra.reproduce.tasks import Example, mix
 from spectra.reproduce.train import train
 from spectra.reproduce.wordnet import read_wordnet
-from spectra.results.store import write
+from spectra.results.shelf import write
 
 Say = Callable[[str], None]
 _BASE_SCORES = "base-scores.json"

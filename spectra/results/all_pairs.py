@@ -191,7 +191,7 @@ def _begin(
     base = next((source.base for source in kept if source.base), None)
     inputs = {"base": base, "options": dict(kept[0].options), "top": top}
     files = [fingerprint.of_files(source) for source in kept]
-    return Kept(_stores(out, labels, inputs, files, sides), [delta_keys(source) for source in kept], sides)
+    return Kept(_stores(out, labels, inputs, files, sides), [delta_keys(source) for source in kept], sides, top)
 
 
 def _stores(

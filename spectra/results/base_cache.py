@@ -16,7 +16,7 @@ from spectra.engine import check
 from spectra.engine.solvers.dense import svd_top
 from spectra.errors import SpectraError
 from spectra.metrics.alignment import Triplets
-from spectra.results.store import write
+from spectra.results.shelf import write
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from spectra import naming, text
 from spectra.errors import SelectionError, StoreError
 from spectra.results import tables
 from spectra.results.findings import findings
-from spectra.results.store import RUN, Store, loaded_vectors, nothing_stored
+from spectra.results.records import Header, loaded_vectors
+from spectra.results.store import RUN, Store, nothing_stored
 from spectra.spectrum import Spectrum
 from spectra.text import Row
 
@@ -50,15 +51,18 @@ class Spectra(Sequence[Spectrum]):
         self._names = tuple(held)
 
     @classmethod
-    def stored(cls, directory: str | Path, names: Sequence[str] | None = None, *, vectors: bool = True) -> Spectra:
+    def stored(
+        cls, directory: str | Path, names: Sequence[str] | None = None, *, vectors: bool = True, verify: bool = True
+    ) -> Spectra:
         """What a results directory holds, or these of it; `load` with a check that there is something.
 
         Args:
             directory: where it is.
             names: which spectra, in this order; None for all, numbers in names in numerical order.
             vectors: False leaves singular vectors on the disk.
+            verify: False takes arrays without their checksums.
         """
-        holder = _OnDisk(Store(directory), vectors)
+        holder = _OnDisk(Store(directory, verify=verify), vectors)
         return cls._of(holder, holder.store.spectra.names() if names is None else names)
 
     @classmethod
@@ -118,8 +122,8 @@ class Spectra(Sequence[Spectrum]):
     def lacks_vectors(self) -> bool:
         """Whether there are updates with singular values, and singular vectors of none of them."""
         headers = [self._holder.header(name) for name in self.names]
-        solved = [header for header in headers if header is not None and header.get("status") == "ok"]
-        return bool(solved) and not any(header["k"] for header in solved)
+        solved = [header for header in headers if header is not None and header.blank.status == "ok"]
+        return bool(solved) and not any(header.k for header in solved)
 
     def to_frame(self, *, by: tables.Whole = "matrix") -> pd.DataFrame:
         """The DataFrame of `summarize`, which needs no vectors."""
@@ -182,8 +186,8 @@ class _Holder(Protocol):
         """The spectrum of this name."""
         ...
 
-    def header(self, name: str) -> Mapping[str, Any] | None:
-        """Its status, shape, norm, max_rank and numbers of values and vectors k; None if it cannot be read."""
+    def header(self, name: str) -> Header | None:
+        """What is known of it without its arrays; None if it cannot be read."""
         ...
 
     def without_vectors(self) -> _Holder:
@@ -200,10 +204,9 @@ class _InMemory:
     def get(self, name: str) -> Spectrum:
         return self._spectra[name]
 
-    def header(self, name: str) -> Mapping[str, Any]:
+    def header(self, name: str) -> Header:
         spectrum = self._spectra[name]
-        keys = ("status", "shape", "norm", "max_rank", "k")
-        return {key: getattr(spectrum, key) for key in keys} | {"values": len(spectrum.S)}
+        return Header(spectrum, len(spectrum.S), spectrum.k, key="")
 
     def without_vectors(self) -> _InMemory:
         return self  # they are here already; a copy without them would save nothing
@@ -219,9 +222,9 @@ class _OnDisk:
     def get(self, name: str) -> Spectrum:
         return self.store.get(name, self._vectors)
 
-    def header(self, name: str) -> Mapping[str, Any] | None:
+    def header(self, name: str) -> Header | None:
         try:
-            return self.store.spectra.record(name)
+            return self.store.header(name)
         except StoreError:
             return None  # shown as damaged; asking for it raises
 
@@ -229,38 +232,30 @@ class _OnDisk:
         return _OnDisk(self.store, vectors=False)
 
 
-def _header_row(name: str, header: Mapping[str, Any] | None) -> Row:
+def _header_row(name: str, header: Header | None) -> Row:
     if header is None:
         return (name, "missing or damaged", *["–"] * 5)
-    norm = header.get("norm")
-    return (
-        name,
-        header.get("status", "?"),
-        text.size(header.get("shape") or ()),
-        "–" if norm is None else f"{norm:.4g}",
-        header.get("max_rank", "–"),
-        header.get("values", "–"),
-        header.get("k", "–"),
-    )
+    known = header.blank
+    norm = "–" if known.norm is None else f"{known.norm:.4g}"
+    return name, known.status, text.size(known.shape), norm, known.max_rank, header.values, header.k
 
 
 def save(spectra: Iterable[Spectrum], directory: str | Path) -> None:
     """Store spectra as one run, each as soon as it comes, and write the table.
 
-    A stored result is replaced only by one that holds at least as much.
+    A stored result is replaced only by one that holds at least as much; a damaged one is replaced.
 
     Raises:
         StoreError: the directory cannot be written to, or holds more for one of the matrices.
     """
     store = Store(directory)
     for spectrum in spectra:
-        if store.spectra.path(spectrum.name).is_file():
-            old = store.spectra.record(spectrum.name)
-            if old["k"] > loaded_vectors(spectrum) or old["values"] > len(spectrum.S):
-                raise StoreError(
-                    f"{store.directory} holds {old['values']} values and {old['k']} vectors of {spectrum.name}, more "
-                    f"than the new {len(spectrum.S)} and {loaded_vectors(spectrum)}; save to another directory"
-                )
+        values, k = store.kept(spectrum.name)
+        if k > loaded_vectors(spectrum) or values > len(spectrum.S):
+            raise StoreError(
+                f"{store.directory} holds {values} values and {k} vectors of {spectrum.name}, more "
+                f"than the new {len(spectrum.S)} and {loaded_vectors(spectrum)}; save to another directory"
+            )
         store.put(spectrum)
     store.finish()
 
@@ -270,17 +265,19 @@ def holds_results(path: str | Path) -> bool:
     return os.path.isfile(os.path.join(os.path.expanduser(path), RUN))
 
 
-def load(directory: str | Path, *, vectors: bool = True) -> Spectra:
+def load(directory: str | Path, *, vectors: bool = True, verify: bool = True) -> Spectra:
     """The spectra of a results directory, each read when it is asked for.
 
     Args:
         directory: what `save`, `decompose(…, out=…)` or `spectra svd --out` made.
         vectors: False leaves singular vectors on the disk, where most of the bytes are.
+        verify: each array is held against its checksum when it is read, and a damaged one is an error; False takes it
+            as it is, for the hurried.
 
     Raises:
         StoreError: there are no results.
     """
-    spectra = Spectra.stored(directory, vectors=vectors)
+    spectra = Spectra.stored(directory, vectors=vectors, verify=verify)
     if not spectra.names:
         raise nothing_stored(directory)
     return spectra

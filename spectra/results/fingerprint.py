@@ -16,12 +16,12 @@ _HEAD = 2**20
 def of_delta(delta: WeightDelta) -> str:
     """A key that changes with the delta's files, its recipe or the code's version."""
     text = f"{__version__}|{delta.name}|{delta.status}|{delta.note}|{delta.recipe!r}|{delta.base!r}"
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def of_pair(a: str, b: str) -> str:
-    """A key for the comparison of two deltas, of theirs."""
-    return hashlib.sha256(f"{a}|{b}".encode()).hexdigest()
+def of_pair(a: str, b: str, top: int) -> str:
+    """A key for the comparison of two deltas in so many directions, of theirs."""
+    return hashlib.sha256(f"{a}|{b}|{top}".encode()).hexdigest()
 
 
 def of_files(source: Source) -> dict[str, dict[str, Any]]:

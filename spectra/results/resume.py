@@ -14,7 +14,7 @@ from spectra._version import __version__
 from spectra.deltas.recipes import InMemory
 from spectra.deltas.source import Source
 from spectra.engine.decompose import decompose_indexed, threads_for
-from spectra.errors import SelectionError
+from spectra.errors import SelectionError, StoreError
 from spectra.files.memory import CONTAINER
 from spectra.metrics.similarity import Side, SubspaceSimilarity
 from spectra.results import fingerprint
@@ -29,6 +29,7 @@ def decompose_into(
     out: str | Path,
     source: Source,
     reused: list[str],
+    notes: list[str],
     *,
     top: int | None = None,
     only_top: bool = False,
@@ -45,6 +46,7 @@ def decompose_into(
         out: the results directory.
         source: what to decompose; the options that it was opened with are part of the run's identity.
         reused: gets the names of those that are stored already.
+        notes: gets what was found damaged.
         top: as for `decompose`.
         only_top: as for `decompose`.
         device: as for `decompose`.
@@ -57,14 +59,16 @@ def decompose_into(
     """
     check_files(source)
     store = Store(out)
+    store.notes = notes
     threads = None if executor else _threads(store, source, top, device, budget)
-    store.begin(_inputs(source), _details(source, top, device, threads))
-    missing: dict[tuple[int, bool], list[int]] = {}
     keys = [fingerprint.of_delta(delta) for delta in source]
+    store.begin(_inputs(source), _details(source, top, device, threads), keys)
+    missing: dict[tuple[int, bool], list[int]] = {}
     for place, delta in enumerate(source):
-        if store.has(delta.name, keys[place], top, only_top):
+        stored = store.stored(delta.name, keys[place], top, only_top)
+        if stored is not None:
             reused.append(delta.name)
-            yield store.get(delta.name)
+            yield stored
         else:
             values, k = store.kept(delta.name)
             missing.setdefault((max(top or 0, k), only_top and not values), []).append(place)
@@ -85,6 +89,7 @@ def compare_into(
     b: Source,
     inputs: Mapping[str, Any],
     reused: list[str],
+    notes: list[str],
     *,
     top: int,
     sides: Sequence[Side],
@@ -99,6 +104,7 @@ def compare_into(
         b: the other.
         inputs: what identifies the run beside the files.
         reused: gets the names of those that are stored already.
+        notes: gets what was found damaged.
         top: as for `compare`.
         sides: as for `compare`.
         by: as for `compare`.
@@ -111,12 +117,14 @@ def compare_into(
     check_files(a)
     check_files(b)
     store = Store(out)
-    files = fingerprint.of_files(a) | fingerprint.of_files(b)
-    store.begin({**inputs, "top": top, "files": files}, {"command": sys.argv, "sides": sides})
+    store.notes = notes
     links = pair_links(a.names, b.names, by)
+    kept = Kept({(0, 1): store}, [delta_keys(source) for source in (a, b)], sides, top)
+    files = fingerprint.of_files(a) | fingerprint.of_files(b)
+    details = {"command": sys.argv, "sides": sides}
+    store.begin({**inputs, "top": top, "files": files}, details, [kept.key(link) for link in links])
     yield from one_sided(a.names, b.names, links)
     updates = [{delta.name: delta for delta in source} for source in (a, b)]
-    kept = Kept({(0, 1): store}, [delta_keys(source) for source in (a, b)], sides)
     missing = []
     for link in links:
         found = kept.stored(link)
@@ -142,26 +150,30 @@ class Kept:
         stores: places of two updates → the results directory of their comparison.
         keys: of each update, name → fingerprint.
         sides: which sides are wanted.
+        top: how many directions.
     """
 
     stores: Mapping[tuple[int, int], Store]
     keys: Sequence[Mapping[str, str]]
     sides: Sequence[Side]
+    top: int
 
     def stored(self, link: Link) -> list[SubspaceSimilarity]:
         """Every side's stored comparison; [] if one is missing or was made from other inputs."""
         (i, name), (j, other) = link.a, link.b
-        key, different = self._key(link), other if other != name else ""
+        key, different = self.key(link), other if other != name else ""
         found = [self.stores[i, j].similarity_of(name, side, key, different) for side in self.sides]
         return [item for item in found if item] if all(found) else []
 
     def put(self, link: Link, item: Compared) -> None:
         """Store a comparison; why there is none is found out again each time."""
         if isinstance(item, SubspaceSimilarity):
-            self.stores[link.a[0], link.b[0]].put_similarity(item, self._key(link))
+            self.stores[link.a[0], link.b[0]].put_similarity(item, self.key(link))
 
-    def _key(self, link: Link) -> str:
-        return fingerprint.of_pair(*(self.keys[place][name] for place, name in (link.a, link.b)))
+    def key(self, link: Link) -> str:
+        """The fingerprint of a comparison."""
+        (i, name), (j, other) = link.a, link.b
+        return fingerprint.of_pair(self.keys[i][name], self.keys[j][other], self.top)
 
 
 def keep_comparisons(
@@ -193,8 +205,15 @@ def _threads(store: Store, source: Source, top: int | None, device: str, budget:
 
     The last bits of a result depend on it, and a resumed run has to equal an undisturbed one.
     """
-    stored = store.run().get("threads_per_matrix")
-    return int(stored) if stored else threads_for(source.deltas, top=top, device=device, budget=budget)
+    try:
+        stored = store.run().get("threads_per_matrix")
+    except StoreError:
+        stored = None
+    return (
+        stored
+        if type(stored) is int and stored > 0
+        else threads_for(source.deltas, top=top, device=device, budget=budget)
+    )
 
 
 def check_files(source: Source) -> None:

@@ -17,11 +17,12 @@ from spectra.errors import DeviceError, SelectionError, SourceError, SpectraErro
 from spectra.metrics import METRICS
 from spectra.metrics.similarity import SIDES, Side, SubspaceSimilarity, subspace_similarity
 from spectra.metrics.start import start_share
-from spectra.results import tables
+from spectra.results import run_file, tables
 from spectra.results.collection import Spectra
+from spectra.results.shelf import ANOTHER_PLACE, write
 from spectra.results.start import Start
 from spectra.results.steps import Moment, in_order
-from spectra.results.store import ANOTHER_PLACE, Store, write
+from spectra.results.store import Store
 from spectra.results.streams import decompose
 from spectra.results.tables import Row
 from spectra.sources import open_source
@@ -364,7 +365,7 @@ def _claim(home: Path, inputs: dict[str, Any], stored: dict[int, Path], given: s
     if store.run() and store.run().get("inputs", {}).get("kind") != KIND:
         raise StoreError(f"{home} holds results of another command; choose {ANOTHER_PLACE}")
     for step in sorted(set(stored) - given):
-        changed = Store(stored[step]).changed_file()
+        changed = run_file.changed_file(Store(stored[step]).run().get("inputs", {}))
         if changed:
             raise StoreError(
                 f"{changed} is not as it was when step {step} was stored in {home}; "

@@ -13,7 +13,7 @@ from spectra.deltas.forms import LowRank
 from spectra.errors import SpectraError, StoreError
 from spectra.metrics.similarity import SIDES, Side
 from spectra.metrics.start import span
-from spectra.results.store import Shelf
+from spectra.results.shelf import Shelf
 from spectra.spectrum import Spectrum
 
 Spans = dict[Side, np.ndarray]  # orthonormal columns; a side without directions is not there

@@ -27,10 +27,12 @@ class Comparisons(Iterator[Compared]):
 
     Attributes:
         reused: the names of the matrices that came from `out`, as far as the stream has come.
+        notes: what was found damaged there, likewise.
     """
 
-    def __init__(self, stream: Iterator[Compared], reused: Collection[str] = ()) -> None:
+    def __init__(self, stream: Iterator[Compared], reused: Collection[str] = (), notes: Collection[str] = ()) -> None:
         self.reused = reused
+        self.notes = notes
         self._stream = stream
 
     def __next__(self) -> Compared:
@@ -43,6 +45,7 @@ class Decomposition(Iterator[Spectrum]):
     Attributes:
         names: the weights' names in the source's order.
         reused: the names of those that came from `out`, where they were stored before, as far as the stream has come.
+        notes: what was found damaged there, likewise.
     """
 
     def __init__(
@@ -51,9 +54,11 @@ class Decomposition(Iterator[Spectrum]):
         names: Iterable[str],
         out: str | Path | None = None,
         reused: Collection[str] = (),
+        notes: Collection[str] = (),
     ) -> None:
         self.names = tuple(names)
         self.reused = reused
+        self.notes = notes
         self._stream = stream
         self._out = out
         self._begun = False
@@ -133,17 +138,19 @@ def decompose(
         )
         return Decomposition((spectrum for _, spectrum in indexed), names)
     reused: list[str] = []
+    notes: list[str] = []
     stream = decompose_into(
         out,
         _to_keep(source),
         reused,
+        notes,
         top=top,
         only_top=only_top,
         device=device,
         executor=executor,
         budget=memory_budget,
     )
-    return Decomposition(stream, names, out, reused)
+    return Decomposition(stream, names, out, reused, notes)
 
 
 def compare(
@@ -207,8 +214,9 @@ def compare(
     first, second = _to_keep(a), _to_keep(b)
     inputs = _identity(labels or (first.tuned, second.tuned), first.base or second.base, first.options, by)
     reused: list[str] = []
-    stream = compare_into(out, first, second, inputs, reused, top=top, sides=sides, by=by, **compute)
-    return Comparisons(stream, reused)
+    notes: list[str] = []
+    stream = compare_into(out, first, second, inputs, reused, notes, top=top, sides=sides, by=by, **compute)
+    return Comparisons(stream, reused, notes)
 
 
 def opened(given: Iterable[WeightDelta] | Spectra | str | Path) -> Iterable[WeightDelta] | Spectra:

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -15,6 +16,7 @@ from spectra import naming
 from spectra.errors import SelectionError, TruncatedSpectrumError
 from spectra.metrics import METRICS
 from spectra.metrics.similarity import SubspaceSimilarity
+from spectra.printing import printed
 from spectra.results.similarities import Compared, pool_by_role
 from spectra.spectrum import DONE, Spectrum
 
@@ -24,12 +26,14 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 By = Literal["matrix", "role"]
 Whole = Literal["matrix", "role", "model"]
+_SIZES = ("norm", "sigma_1", "relative_norm", "signal_norm")  # what grows with ΔW; the other metrics are ratios
 MOVED = ("moved", "moved_1e-6", "moved_1e-5")  # the shares of entries with |ΔW| above `spectra.deltas.forms.MOVED`
 
 
 def row(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]] = METRICS) -> Row:
     """One matrix as column → value; NaN where a metric has no value or would need values that are not there."""
     out, inside = spectrum.shape if len(spectrum.shape) == 2 else (None, None)
+    usual, exponent = _of_usual_size(spectrum)
     columns: Row = {
         "name": spectrum.name,
         "role": spectrum.role,
@@ -46,10 +50,28 @@ def row(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]] =
         "k": spectrum.k,
     }
     for name, metric in metrics.items():
-        columns[name] = _value(metric, spectrum)
+        value = _value(metric, usual)
+        columns[name] = math.ldexp(value, exponent) if exponent and name in _SIZES else value
     moved = dict(zip(MOVED, spectrum.moved or (None,) * len(MOVED), strict=True))
     said = {"method": spectrum.method, "reason": spectrum.reason, "note": spectrum.note, "rounding": spectrum.rounding}
     return columns | said | moved
+
+
+def _of_usual_size(spectrum: Spectrum) -> tuple[Spectrum, int]:
+    """The spectrum as 2^e · another whose squares are in float64's range, and e; itself and 0 where they are already.
+
+    >>> _of_usual_size(Spectrum("a", (1, 1), S=[2.0**600]))[1], _of_usual_size(Spectrum("a", (1, 1), S=[2.0]))[1]
+    (601, 0)
+    """
+    largest = float(spectrum.S[0]) if len(spectrum.S) else 0.0
+    if not math.isfinite(largest) or largest == 0 or 1e-70 < largest < 1e70:
+        return spectrum, 0
+    exponent = math.frexp(largest)[1]
+    norm = None if spectrum.norm is None else math.ldexp(spectrum.norm, -exponent)
+    edge = None if spectrum.noise_edge is None else math.ldexp(spectrum.noise_edge, -exponent)
+    resolution = math.ldexp(spectrum.resolution, -exponent)
+    S = np.ldexp(spectrum.S, -exponent)
+    return replace(spectrum, S=S, norm=norm, noise_edge=edge, noise_energy=None, resolution=resolution), exponent
 
 
 def role_rows(rows: Iterable[Row], metrics: Iterable[str] = tuple(METRICS)) -> list[Row]:
@@ -209,7 +231,7 @@ def _check_by(by: str, known: Any) -> None:
 
 
 def to_csv(rows: list[Row]) -> str:
-    """Rows as CSV text; empty cells for None and NaN."""
+    """Rows as CSV text, names as they are printed; empty cells for None and NaN."""
     buffer = io.StringIO()
     if rows:
         writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
@@ -219,6 +241,8 @@ def to_csv(rows: list[Row]) -> str:
 
 
 def _blank(value: Any) -> Any:
+    if isinstance(value, str):
+        return printed(value)
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value
 
 

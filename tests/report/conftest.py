@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from support.hostile_names import ATTACK, HOSTILE
 from support.spectra_runs import matrices
 
 import spectra
+from spectra.results import run_file
 from spectra.spectrum import Spectrum
 
 
@@ -37,10 +36,10 @@ def hostile(tmp_path):
     found += [Spectrum("bad.weight", (2, 2), "unsupported", reason=f"</li><script>{ATTACK}</script>")]
     folder = tmp_path / "hostile"
     spectra.save(found, folder)
-    run = json.loads((folder / "run.json").read_text())
+    run = run_file.read(folder / "run.json")
     attack = f"</dd></script><script>{ATTACK}</script>\u202e"
     run["inputs"] = {"tuned": attack, "kind": attack, "options": {attack: attack}, "files": {attack: {"size": attack}}}
     run |= {"command": [attack], "versions": {attack: attack}, "coverage": {"skipped": {attack: attack}}}
     run["coverage"]["warnings"] = [attack]
-    (folder / "run.json").write_text(json.dumps(run))
+    run_file.write(folder / "run.json", run)
     return folder

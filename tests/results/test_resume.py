@@ -16,7 +16,7 @@ from support.spectra_kinds import slow_deltas
 import spectra
 from spectra.deltas.source import Source
 from spectra.errors import StoreError
-from spectra.results import store
+from spectra.results import shelf
 
 TESTS = Path(__file__).resolve().parents[1]
 COUNT = 12
@@ -94,7 +94,7 @@ def test_a_disk_that_fills_up_ends_in_one_message_and_loses_nothing(tmp_path, mo
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
 
-    monkeypatch.setattr(store.os, "fsync", full)
+    monkeypatch.setattr(shelf.os, "fsync", full)
     with pytest.raises(StoreError, match="No space left on device") as raised:
         list(spectra.decompose(_source(), device="cpu", out=tmp_path / "run"))
     assert "run the same again" in str(raised.value)

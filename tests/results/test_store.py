@@ -14,7 +14,7 @@ from support.spectra_kinds import same_spectrum
 import spectra
 from spectra.deltas.delta import WeightDelta
 from spectra.errors import StoreError
-from spectra.results import store
+from spectra.results import records, shelf
 from spectra.results.store import Store
 from spectra.spectrum import Spectrum
 
@@ -127,8 +127,8 @@ def test_what_was_found_of_the_rounding_comes_back_and_results_from_before_still
     found = Spectrum("a.weight", (3, 3), S=[2.0, 1.0, 0.5], noise_edge=0.7, noise_energy=0.3, rounding="on bf16's grid")
     Store(tmp_path / "new").put(found)
     same_spectrum(Store(tmp_path / "new").get("a.weight"), found)
-    older = {name: said for name, said in store._RECORDED.items() if name not in ("noise_energy", "rounding")}
-    monkeypatch.setattr(store, "_RECORDED", older)
+    older = {name: said for name, said in records.RECORDED.items() if name not in ("noise_energy", "rounding")}
+    monkeypatch.setattr(records, "RECORDED", older)
     Store(tmp_path / "old").put(found)
     monkeypatch.undo()
     same_spectrum(Store(tmp_path / "old").get("a.weight"), replace(found, noise_energy=None, rounding=""))
@@ -156,7 +156,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.os, "replace", full)
+    monkeypatch.setattr(shelf.os, "replace", full)
     with pytest.raises(StoreError, match=r"cannot be written \(No space left on device\)"):
         spectra.save([Spectrum("w", (1, 1), S=[2.0])], tmp_path / "run")
     monkeypatch.undo()

@@ -165,6 +165,10 @@ def _pair(pairs: _Pairs, key: str, base: Weight, tuned: Weight) -> None:
         ledger.skipped[base.name] = base.skip
         return
     if base.skip or tuned.skip:
+        side, odd = ("base", base) if base.skip else ("tuned", tuned)
+        if base.shape == tuned.shape:
+            ledger.refuse(base.name, base.shape, "unsupported", f"only the {side} model's is left out: {odd.skip}")
+            return
         why = f"tuned is {list(tuned.shape)}, base is {list(base.shape)}"
         ledger.refuse(base.name, base.shape, "shape_mismatch", why)
         return

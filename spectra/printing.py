@@ -1,0 +1,60 @@
+"""How text that comes from files is printed: names are their author's, and what they do to a terminal is not.
+
+Escape sequences recolour, retitle and overwrite; bidirectional controls reorder what people read; half a surrogate pair
+cannot be written at all.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+_ESCAPED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # controls, format and bidi, surrogates, line and paragraph ends
+
+
+def printed(text: object) -> str:
+    """A text as it is shown: control, bidirectional and surrogate characters as escapes, everything else as it is.
+
+    Example:
+        >>> printed("q_proj.weight"), printed("\\x1b[31mred\\x07"), printed(chr(0x202E) + chr(0xD800))
+        ('q_proj.weight', '\\\\x1b[31mred\\\\x07', '\\\\u202e\\\\ud800')
+    """
+    whole = str(text)
+    if whole.isascii() and whole.isprintable():
+        return whole
+    return "".join(_escape(sign) if unicodedata.category(sign) in _ESCAPED else sign for sign in whole)
+
+
+def printed_lines(text: object) -> str:
+    """As `printed`, of a text of several lines, which stay lines."""
+    return "\n".join(map(printed, str(text).split("\n")))
+
+
+def printed_json(text: str) -> str:
+    """A JSON document with the same characters as JSON's own escapes: it says the same and does nothing to a terminal.
+
+    >>> printed_json('{"name": "' + chr(0x9B) + chr(0x202E) + '"}')
+    '{"name": "\\\\u009b\\\\u202e"}'
+    """
+    if text.isascii():  # json escapes what is below a space itself, all but the line ends between its entries
+        return text.replace("\x7f", "\\u007f")
+    return "".join(_in_json(sign) if unicodedata.category(sign) in _ESCAPED else sign for sign in text)
+
+
+def in_figure(text: object) -> str:
+    """As `printed`, for matplotlib, which takes what stands between two dollar signs for mathematics.
+
+    >>> in_figure("a$b$")
+    'a\\\\$b\\\\$'
+    """
+    return printed_lines(text).replace("\\$", "$").replace("$", "\\$")
+
+
+def _escape(sign: str) -> str:
+    return sign.encode("unicode_escape").decode("ascii")
+
+
+def _in_json(sign: str) -> str:
+    if sign == "\n":  # never within a string
+        return sign
+    units = sign.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))

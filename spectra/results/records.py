@@ -1,0 +1,173 @@
+"""What is stored beside the arrays, parsed once: a record is a typed value, or it says what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from spectra.metrics.similarity import SIDES, SubspaceSimilarity
+from spectra.spectrum import DONE, STATUSES, Spectrum
+
+ARRAYS = ("S", "U", "Vh")
+SIMILARITY_ARRAYS = ("grid", "chance", "angles")
+RECORDED = {item.name: item.name for item in fields(Spectrum) if item.name not in ARRAYS}
+RECORDED["unmoved_share"] = "unchanged"  # attribute → key in the record and column of the table
+_FINAL = (*DONE, "nonfinite", "shape_mismatch", "unsupported")  # not worth trying again on the same input
+_COMPARED = ("name", "side", "k_used", "note", "other", "gap")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a stored spectrum's file says without its arrays.
+
+    Attributes:
+        blank: the spectrum without values and vectors.
+        values: how many values are stored.
+        k: how many vectors of each side are.
+        key: the fingerprint of what it was made from.
+    """
+
+    blank: Spectrum
+    values: int
+    k: int
+    key: str
+
+    def holds(self, key: str, top: int | None, only_top: bool) -> bool:
+        """Whether this is a final result for this key that holds at least what is asked for."""
+        status, largest = self.blank.status, self.blank.max_rank or 0
+        if self.key != key or status not in _FINAL:
+            return False
+        return status != "ok" or (self.k >= min(top or 0, largest) and (self.values >= largest or only_top))
+
+    def with_arrays(self, arrays: Mapping[str, np.ndarray]) -> Spectrum:
+        """The spectrum with the arrays that were read.
+
+        Raises:
+            ValueError: they do not fit what is said of them.
+        """
+        shape = self.blank.shape
+        wanted = {"S": (self.values,), "U": (*shape[:1], self.k), "Vh": (self.k, *shape[1:])}
+        for name, array in arrays.items():
+            if name not in wanted or array.shape != wanted[name] or array.dtype.kind not in "fiu":
+                raise ValueError(f"{name} {list(array.shape)} of {array.dtype} does not fit the record")
+        said = {item.name: getattr(self.blank, item.name) for item in fields(Spectrum) if item.name not in ARRAYS}
+        return Spectrum(**said | dict(arrays))
+
+
+def record_of(spectrum: Spectrum, key: str) -> dict[str, Any]:
+    """What is stored of a spectrum beside its arrays."""
+    record = {said: getattr(spectrum, attribute) for attribute, said in RECORDED.items()}
+    return record | {"k": loaded_vectors(spectrum), "values": len(spectrum.S), "key": key}
+
+
+def loaded_vectors(spectrum: Spectrum) -> int:
+    """How many vectors of each side are here, not only on a disk."""
+    return 0 if spectrum.U is None else spectrum.k
+
+
+def parse(record: Mapping[str, Any], name: str) -> Header:
+    """The typed value of a record; what an older version did not store has its default.
+
+    Raises:
+        ValueError: a field is missing or is not of its kind.
+    """
+    missing = [key for key in _NEEDED if key not in record]
+    if missing:
+        raise ValueError(f"its record lacks {', '.join(missing)}")
+    for key, fits in _KINDS.items():
+        if key in record and not fits(record[key]):
+            raise ValueError(f"its record's {key} is {str(record[key])[:40]!r}")
+    if record["k"] > min(record["shape"], default=0):
+        raise ValueError(f"its record says {record['k']} vectors, more than the matrix has")
+    if record["name"] != name:
+        raise ValueError("it is the record of another matrix")
+    if record["status"] in DONE and not _real(record.get("norm", 0.0)):
+        raise ValueError("its record has no norm")
+    known = {attribute: record[said] for attribute, said in RECORDED.items() if said in record}
+    if known.get("resolution", 0.0) is None:  # strict JSON has no infinity
+        known["resolution"] = math.inf
+    return Header(Spectrum(**known), record["values"], record["k"], record["key"])
+
+
+def similarity_record(similarity: SubspaceSimilarity, key: str) -> dict[str, Any]:
+    """What is stored of a comparison beside its arrays."""
+    return {**{name: getattr(similarity, name) for name in _COMPARED}, "key": key}
+
+
+def parse_similarity(arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> SubspaceSimilarity:
+    """The comparison that a record and its arrays are.
+
+    Raises:
+        ValueError: a field or an array is missing or is not of its kind.
+    """
+    for key, fits in _COMPARED_KINDS.items():
+        if key in record and not fits(record[key]):
+            raise ValueError(f"its record's {key} is {str(record[key])[:40]!r}")
+    missing = [key for key in _COMPARED[:3] if key not in record]
+    if missing:
+        raise ValueError(f"its record lacks {', '.join(missing)}")
+    k = record["k_used"]
+    wanted = {"grid": (k, k), "chance": (k, k), "angles": (k,)}
+    found = {key: array.shape for key, array in arrays.items()}
+    if found != wanted:
+        raise ValueError(f"its arrays {found} do not fit its record")
+    given: dict[str, Any] = {key: record[key] for key in _COMPARED if record.get(key) is not None}
+    return SubspaceSimilarity(**given | dict(arrays))
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _maybe_real(value: Any) -> bool:
+    return value is None or _real(value)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) < 64 and all(map(_count, value))
+
+
+_NEEDED = ("name", "shape", "status", "values", "k", "key")
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "name": _text,
+    "shape": _shape,
+    "status": lambda value: value in STATUSES,
+    "values": _count,
+    "k": _count,
+    "key": _text,
+    "norm": _maybe_real,
+    "max_rank": lambda value: value is None or _count(value),
+    "noise_edge": _maybe_real,
+    "noise_energy": _maybe_real,
+    "rounding": _text,
+    "base_rounding": lambda value: isinstance(value, bool),
+    "method": _text,
+    "reason": _text,
+    "note": _text,
+    "base_norm": _maybe_real,
+    "base_cosine": _maybe_real,
+    "unchanged": _maybe_real,
+    "resolution": _maybe_real,
+    "moved": lambda value: value is None or (isinstance(value, list) and len(value) == 3 and all(map(_real, value))),
+}
+_COMPARED_KINDS: dict[str, Callable[[Any], bool]] = {
+    "name": _text,
+    "side": lambda value: value in SIDES,
+    "k_used": _count,
+    "note": _text,
+    "other": _text,
+    "gap": _maybe_real,
+    "key": _text,
+}

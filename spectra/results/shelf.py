@@ -1,0 +1,305 @@
+"""Named records on a disk, one safetensors file each, with checksums over all that they say.
+
+    NAME.safetensors    arrays; in the metadata: the name, a JSON object, a checksum per array, and one over these three
+
+A file is written beside its place and then renamed, so a reader never sees half of one. What does not fit its checksums
+counts as not stored. Files from before there were checksums have the JSON object alone and are read as they are.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import socket
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import numpy as np
+
+from spectra.errors import StoreError
+from spectra.results import tables
+
+ANOTHER_PLACE = "another directory (out=, --out)"
+_SUFFIX = ".safetensors"
+_LONGEST = 255 - len(_SUFFIX)  # bytes of a file's name, as common file systems have it
+_SHORTENED = "%~"  # before the digest of a name that is too long; percent-encoding never writes it
+_KEPT = 150  # characters of a shortened name that people can read
+_SIGNED = ("name", "record", "sums")
+_ABANDONED = 3600  # seconds after which a partial file of another machine is nobody's
+_HOST = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:32]
+_PARTIAL = re.compile(r"\..*\.([A-Za-z0-9]*)-(\d+)\.partial", re.DOTALL)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DAMAGE = (OSError, KeyError, ValueError, TypeError, OverflowError, RecursionError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one file holds.
+
+    Attributes:
+        name: the record's name.
+        arrays: those that were asked for.
+        record: the JSON object.
+        signed: whether it has checksums; False of what an older version stored.
+    """
+
+    name: str
+    arrays: dict[str, np.ndarray]
+    record: dict[str, Any]
+    signed: bool
+
+
+class Shelf:
+    """Named records of arrays and a small JSON object, one safetensors file each.
+
+    Args:
+        directory: where they lie.
+        verify: False takes arrays as they are; what is said of them is always checked.
+    """
+
+    def __init__(self, directory: Path, verify: bool = True) -> None:
+        self.directory = directory
+        self.verify = verify
+
+    def path(self, name: str) -> Path:
+        """Where the record lies."""
+        return self.directory / f"{_file_name(name)}{_SUFFIX}"
+
+    def files(self) -> list[Path]:
+        """Every file that is named as a record is, sound or not."""
+        try:
+            names = os.listdir(self.directory)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as problem:
+            raise StoreError(f"{self.directory} cannot be listed: {problem.strerror}") from None
+        return [self.directory / name for name in names if name.endswith(_SUFFIX) and not name.startswith(".")]
+
+    def names(self) -> list[str]:
+        """The records that are there, numbers in names in numerical order; a shortened name is read from its file."""
+        return sorted(filter(None, map(self.name_of, self.files())), key=_natural)
+
+    def name_of(self, file: Path) -> str | None:
+        """The name of the record in a file; None where the file alone knows it and is damaged."""
+        stem = file.name.removesuffix(_SUFFIX)
+        if _SHORTENED not in stem:
+            return unquote(stem, errors="surrogatepass")
+        try:
+            return read_piece(file, (), verify=False).name
+        except StoreError:
+            return None
+
+    def put(self, name: str, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
+        """Write one record.
+
+        Raises:
+            StoreError: the directory cannot be written to.
+        """
+        from safetensors.numpy import save
+
+        contiguous = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+        sums = {key: _sum(array) for key, array in contiguous.items()}
+        said = {"name": json_text(name), "record": json_text(record), "sums": json_text(sums)}
+        write(self.path(name), save(contiguous, {**said, "checksum": _signature(said)}))
+
+    def record(self, name: str) -> dict[str, Any]:
+        """The JSON object of a record, without its arrays.
+
+        Raises:
+            StoreError: the record is missing or damaged.
+        """
+        return self._piece(name, ()).record
+
+    def get(self, name: str, only: Sequence[str] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The arrays, or these of them, and the JSON object of a record.
+
+        Raises:
+            StoreError: the record is missing or damaged.
+        """
+        piece = self._piece(name, only)
+        return piece.arrays, piece.record
+
+    def _piece(self, name: str, only: Sequence[str] | None) -> Piece:
+        piece = read_piece(self.path(name), only, verify=self.verify)
+        if piece.signed and piece.name != name:
+            raise damaged(self.path(name), "it is another record, renamed")
+        return piece
+
+
+def read_piece(path: Path, only: Sequence[str] | None = None, *, verify: bool = True) -> Piece:
+    """What a file holds, if it fits its checksums.
+
+    Args:
+        path: the file.
+        only: which arrays; None for all. Those that are not read are not checked.
+        verify: False takes arrays as they are.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise FileNotFoundError("no such file")
+        with safe_open(path, framework="np") as file:
+            said = dict(file.metadata() or {})
+            signed = set(said) != {"record"}
+            if signed and said.pop("checksum", None) != _signature(said):
+                raise ValueError("its checksum does not fit what it says")
+            sums = json.loads(said["sums"]) if signed else {}
+            there = list(file.keys())
+            if signed and set(there) != set(sums):
+                raise ValueError("it does not hold the arrays that it lists")
+            arrays = {key: file.get_tensor(key) for key in there if only is None or key in only}
+            record = json.loads(said["record"])
+        for key, array in arrays.items():
+            if verify and signed and _sum(array) != sums[key]:
+                raise ValueError(f"the checksum of {key} does not fit its numbers")
+        if not isinstance(record, dict):
+            raise ValueError("it holds no record")
+        name = json.loads(said["name"]) if signed else ""
+        return Piece(name, arrays, record, signed)
+    except (*_DAMAGE, SafetensorError) as problem:
+        raise damaged(path, str(problem) or type(problem).__name__) from None
+
+
+def damaged(path: Path, why: str) -> StoreError:
+    """What to say of a file that is not what was stored."""
+    return StoreError(
+        f"{path} is missing or damaged ({why}); the same run again computes it anew, and nothing else has to be"
+    )
+
+
+def sum_of(content: bytes) -> str:
+    """BLAKE2b of a file's bytes."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _sum(array: np.ndarray) -> str:
+    """CRC-32 of an array's bytes, with its type and shape."""
+    data = np.ascontiguousarray(array)
+    shape = ",".join(map(str, array.shape))
+    return f"{data.dtype.str}({shape}):{zlib.crc32(data.reshape(-1).view(np.uint8).data):08x}"
+
+
+def _signature(said: Mapping[str, str]) -> str:
+    """BLAKE2b of what the metadata say; the lengths keep the end of one from being the start of the next."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key in _SIGNED:
+        content = said[key].encode()
+        digest.update(f"{key}:{len(content)}:".encode() + content)
+    return digest.hexdigest()
+
+
+def _file_name(name: str) -> str:
+    """A name as a file's; one that is too long is cut, with its digest.
+
+    >>> _file_name("a/b[q].weight"), len(_file_name("x" * 1000))
+    ('a%2Fb[q].weight', 184)
+    """
+    quoted = quote(name, safe="[]", errors="surrogatepass")
+    if quoted.startswith("."):
+        quoted = "%2E" + quoted[1:]
+    if len(quoted) <= _LONGEST:
+        return quoted
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return f"{quoted[:_KEPT]}{_SHORTENED}{digest}"
+
+
+def write(path: Path, content: bytes) -> None:
+    """Put a file in its place in one step.
+
+    Raises:
+        StoreError: it cannot be written; what was there before is as it was.
+    """
+    partial = path.with_name(f".{path.name[-100:]}.{_HOST}-{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, ValueError) as problem:  # ValueError: a NUL in the path
+        full = isinstance(problem, OSError) and problem.errno in _FULL
+        why = problem.strerror if isinstance(problem, OSError) else str(problem)
+        raise StoreError(
+            f"{path} cannot be written ({why}); what was stored before is unharmed: "
+            f"{'make room' if full else 'let this user write there'} or choose {ANOTHER_PLACE}, "
+            "and run the same again to go on"
+        ) from None
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Hold a directory against other processes while what is in it is looked at and claimed; made where it is not.
+
+    Where the system has no such lock, or the file system none, nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = None
+    with suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def sweep(directory: Path) -> None:
+    """Remove the partial files that killed processes left: of this machine at once, of others when they are old."""
+    for folder in (directory, directory / "spectra", directory / "similarity"):
+        with suppress(OSError):
+            for file in [folder / name for name in os.listdir(folder) if name.endswith(".partial")]:
+                if _is_abandoned(file):
+                    file.unlink(missing_ok=True)
+
+
+def _is_abandoned(partial: Path) -> bool:
+    found = _PARTIAL.fullmatch(partial.name)
+    if found and found[1] == _HOST:
+        try:
+            os.kill(int(found[2]), 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, OverflowError):
+            return False  # another user's
+        return False
+    return time.time() - partial.stat().st_mtime > _ABANDONED
+
+
+def json_text(content: Any, indent: int | None = None) -> str:
+    """Strict JSON, readable; half a surrogate pair is escaped, since no UTF-8 holds it.
+
+    >>> json_text({"σ": float("nan"), "name": chr(0xD800)})
+    '{"σ": null, "name": "\\\\ud800"}'
+    """
+    text = json.dumps(tables.strict(content), indent=indent, allow_nan=False, ensure_ascii=False)
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Numbers in names in numerical order, however many digits they have."""
+    pieces = re.split(r"([0-9]+)", name)
+    numbers = [piece.lstrip("0") for piece in pieces]
+    return [(len(numbers[i]), numbers[i]) if i % 2 else (-1, piece) for i, piece in enumerate(pieces)]

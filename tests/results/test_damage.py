@@ -1,0 +1,202 @@
+"""Stored numbers are what was stored, or they are not given: flips, hand-made records, renamed files, older stores."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from support.spectra_kinds import same_spectrum
+
+import spectra
+from spectra.cli.main import main
+from spectra.errors import StoreError
+from spectra.results import shelf
+from spectra.results.store import Store
+from spectra.spectrum import Spectrum
+
+VECTORS = "layers.10.v_proj.weight"
+
+
+def made():
+    rng = np.random.default_rng(0)
+    return [
+        Spectrum(VECTORS, (3, 2), S=[2.0, 0.1], U=rng.standard_normal((3, 2)), Vh=np.eye(2), method="x"),
+        Spectrum("layers.9.v_proj.weight", (3, 2), "unchanged", S=np.zeros(2), unmoved_share=1.0),
+        Spectrum("b.weight", (3, 2), "nonfinite", reason="2 entries are NaN"),
+    ]
+
+
+@pytest.fixture
+def stored(tmp_path):
+    spectra.save(made(), tmp_path / "run")
+    loaded = spectra.load(tmp_path / "run")
+    store = Store(tmp_path / "run")
+    store.put_similarity(spectra.subspace_similarity(loaded[VECTORS], loaded[VECTORS], top=2))
+    store.finish()
+    return tmp_path / "run"
+
+
+def test_every_flipped_bit_is_found_or_harmless(stored):
+    right = {spectrum.name: spectrum for spectrum in made()}
+    (compared,) = Store(stored).similarities()
+    rng = random.Random(1)
+    files = sorted(path for path in stored.rglob("*") if path.is_file())
+    assert len(files) == 7
+    found = 0
+    for file in files:
+        content = file.read_bytes()
+        for _ in range(60):
+            place = rng.randrange(8 * len(content))
+            flipped = bytearray(content)
+            flipped[place // 8] ^= 1 << place % 8
+            file.write_bytes(flipped)
+            states = {item.file: item.state for item in spectra.check_results(stored)}
+            noticed = "damaged" in states.values()
+            found += noticed
+            if file.suffix == ".safetensors":
+                assert noticed
+            for name, spectrum in right.items():
+                try:
+                    same_spectrum(spectra.load(stored)[name], spectrum)
+                except StoreError:
+                    assert noticed
+            try:
+                assert (Store(stored).similarities()[0].grid == compared.grid).all()
+            except StoreError:
+                assert noticed
+        file.write_bytes(content)
+    assert found > 300
+    assert {item.state for item in spectra.check_results(stored)} == {"sound"}
+
+
+def _resigned(path, **changed):
+    """The file with another record, rightly signed: what a hand-made file would be."""
+    with safe_open(path, framework="np") as file:
+        arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        said = dict(file.metadata())
+    said["record"] = json.dumps(json.loads(said["record"]) | changed)
+    said.pop("checksum")
+    save_file(arrays, path, {**said, "checksum": shelf._signature(said)})
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"status": "fine"}, {"status": []}, {"k": 7}, {"values": -1}, {"values": 1}, {"shape": [3, 3]}, {"shape": "32"},
+        {"shape": [10**30, 2]}, {"max_rank": "x"}, {"key": None}, {"name": "other"}, {"norm": None}, {"norm": True},
+        {"moved": [1]}, {"method": 3}, {"k": 1.0}, {"base_rounding": 0},
+    ],
+)  # fmt: skip
+def test_a_record_that_does_not_fit_counts_as_not_stored(stored, changed):
+    path = Store(stored).spectra.path(VECTORS)
+    _resigned(path)
+    same_spectrum(spectra.load(stored)[VECTORS], made()[0])
+    _resigned(path, **changed)
+    with pytest.raises(StoreError, match=r"v_proj.weight.safetensors is missing or damaged .*computes it anew"):
+        spectra.load(stored)[VECTORS]
+    spectra.save(made(), stored)  # a damaged one does not stand in the way of a sound one
+    same_spectrum(spectra.load(stored)[VECTORS], made()[0])
+
+
+@pytest.mark.parametrize("deep", ['{"a":' * 100_000 + "1" + "}" * 100_000, "[" * 100_000, "3", "NaN", '"x"'])
+def test_a_run_file_that_says_nothing_is_damaged_and_the_rest_loads(stored, deep):
+    (stored / "run.json").write_text(deep)
+    with pytest.raises(StoreError, match=r"run.json is damaged .*writes it anew"):
+        Store(stored).run()
+    assert len(spectra.load(stored)) == 3
+
+
+def test_vectors_are_checked_when_they_are_read_and_the_hurried_may_not_care(stored):
+    path = Store(stored).spectra.path(VECTORS)
+    content = bytearray(path.read_bytes())
+    with safe_open(path, framework="np") as file:
+        size = file.get_tensor("Vh").nbytes
+    content[-size] ^= 1  # arrays lie in the order of their names
+    path.write_bytes(content)
+    assert spectra.load(stored, vectors=False)[VECTORS].S[0] == 2.0
+    with pytest.raises(StoreError, match="checksum of Vh"):
+        spectra.load(stored)[VECTORS]
+    assert spectra.load(stored, verify=False)[VECTORS].Vh.shape == (2, 2)
+
+
+def test_a_renamed_file_is_not_another_matrix(stored):
+    store = Store(stored).spectra
+    shutil.copy(store.path(VECTORS), store.path("layers.11.v_proj.weight"))
+    with pytest.raises(StoreError, match="another record, renamed"):
+        spectra.load(stored)["layers.11.v_proj.weight"]
+    assert [item.file for item in spectra.check_results(stored) if item.state == "damaged"] == [
+        "spectra/layers.11.v_proj.weight.safetensors"
+    ]
+
+
+def test_what_was_stored_before_there_were_checksums_is_read_and_said(stored):
+    for path in stored.rglob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            save_file(arrays, path, {"record": file.metadata()["record"]})
+    run = json.loads((stored / "run.json").read_text())
+    (stored / "run.json").write_text(json.dumps({key: run[key] for key in ("finished", "methods")}))
+    for spectrum in made():
+        same_spectrum(spectra.load(stored)[spectrum.name], spectrum)
+    assert {item.state for item in spectra.check_results(stored)} == {"no checksum"}
+    shown = CliRunner().invoke(main, ["inspect", str(stored), "--verify"])
+    assert shown.exit_code == 0
+    assert "5 files: 5 no checksum" in shown.output
+    assert "before there were any" in shown.output
+
+
+def test_a_pipe_in_a_store_is_no_result_and_nobody_waits_for_it(stored):
+    path = Store(stored).spectra.path(VECTORS)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(StoreError, match="missing or damaged"):
+        spectra.load(stored)[VECTORS]
+
+
+def test_the_next_run_says_what_is_damaged_and_computes_it_again(tmp_path, source):
+    out = tmp_path / "run"
+    list(spectra.decompose(source, out=out))
+    right = (out / "summary.csv").read_bytes()
+    path = Store(out).spectra.path(source.deltas[3].name)
+    path.write_bytes(path.read_bytes()[:-1])
+    (out / "run.json").write_text("{")
+    (out / "summary.csv").write_text("name\n")
+    shown = CliRunner().invoke(main, ["inspect", str(out), "--verify"])
+    assert shown.exit_code == 1
+    assert "damaged: run.json" in shown.output
+    stream = spectra.decompose(source, out=out)
+    assert len(list(stream)) == len(source)
+    assert len(stream.reused) == len(source) - 1
+    assert ["run.json was damaged" in line for line in stream.notes].count(True) == 1
+    assert any(path.name in line and "computed again" in line for line in stream.notes)
+    assert (out / "summary.csv").read_bytes() == right
+    assert {item.state for item in spectra.check_results(out)} == {"sound"}
+
+
+def test_a_damaged_run_file_does_not_let_other_results_join(tmp_path, source):
+    out = tmp_path / "run"
+    list(spectra.decompose(source, out=out))
+    (out / "run.json").write_text("{")
+    with pytest.raises(StoreError, match="not all that is stored there is of these inputs"):
+        list(spectra.decompose(source.select("q_proj"), out=out))
+
+
+def test_comparisons_are_made_again_where_they_are_damaged(tmp_path, source):
+    out = tmp_path / "run"
+    first = [item.phi for item in spectra.compare(source, source, top=2, out=out)]
+    path = sorted((out / "similarity").iterdir())[0]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 64
+    path.write_bytes(content)
+    (out / "run.json").write_text("[]")
+    again = spectra.compare(source, source, top=2, out=out)
+    assert sorted(item.phi for item in again) == sorted(first)
+    assert len(again.reused) == len(first) - 1
+    assert any("compared again" in line for line in again.notes)
