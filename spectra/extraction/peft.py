@@ -44,6 +44,7 @@ class Peft:
         self.all_modules = [self.in_model(path) for path in all_modules]
         self._ranks: dict[str, int] = {}
         self._modules: dict[str, Module] = {}
+        self._has_biases = False
 
     def why_not(self, module: Module) -> str:
         """Why PEFT has no LoRA for a module; "" if it has."""
@@ -76,6 +77,16 @@ class Peft:
     def whole(self, module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stored name → tensor, for a module that is kept whole."""
         return {f"{_PREFIX}{self.in_model(module)}.{name}": tensor for name, tensor in tensors.items()}
+
+    def holds_bias(self, module: str) -> bool:
+        """Whether a module's bias is stored beside its LoRA: those of linear layers and convolutions that have one."""
+        own = self._modules.get(self.in_model(module))
+        return own is not None and own.kind in ("linear", "convolution")
+
+    def bias(self, module: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Stored name → tensor, for the bias of a module that has a LoRA: it takes the place of the base's."""
+        self._has_biases = True
+        return {f"{_PREFIX}{self.in_model(module)}.base_layer.bias": tensor}
 
     def finish(self, file: TensorFile, whole: Collection[str]) -> None:
         """Write the weights under their final names, and the config.
@@ -121,7 +132,7 @@ class Peft:
             "target_modules": self._targets(),
             "modules_to_save": sorted(map(self.in_model, whole)) or None,
             "fan_in_fan_out": any(module.transposed and module.kind == "linear" for module in self._modules.values()),
-            "bias": "none",
+            "bias": "lora_only" if self._has_biases else "none",
             "lora_dropout": 0.0,
             "use_rslora": False,
             "use_dora": False,
