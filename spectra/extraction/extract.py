@@ -232,7 +232,7 @@ class _Work:
         self.found.undone.append(spectrum.name)
 
     def whole_modules(self) -> Iterator[dict[str, Tensor]]:
-        """The tensors of each module that is kept whole, and the biases of those that have a LoRA."""
+        """The tensors of each module that is kept whole, and the biases that are all that others lose."""
         if not self.options.save_modules or not isinstance(self.writer, Peft):
             return
         for left in self.inputs.left:
@@ -241,16 +241,16 @@ class _Work:
 
     def _biases(self, left: LeftOut, writer: Peft) -> Iterator[dict[str, Tensor]]:
         for module, (name, ref) in left.biases.items():
-            if writer.holds_bias(module):
+            tensors = writer.bias(module, ref.read())
+            if tensors:
                 del self.found.not_carried[name]
-                yield writer.bias(module, ref.read())
+                yield tensors
 
     def _whole(self, left: LeftOut, writer: Peft) -> Iterator[dict[str, Tensor]]:
         adapted = {weight.module.path for weight in self.weights.values()}
         for module, tensors in left.kept.items():
             why = why_not_whole(module, adapted, self.inputs.all_modules)
-            lost = [name for name in left.names[module] if name in self.found.not_carried]  # less what `_biases` kept
-            for name in lost:
+            for name in left.names[module]:
                 if why:
                     self.found.not_carried[name] += f"; not kept whole: {why}"
                 else:
@@ -310,8 +310,8 @@ def extract(
         format: "peft", or "kohya" for image tools.
         dtype: what the factors are stored in: float64, float32, bfloat16 or float16.
         weights: what each of several updates is multiplied by; None for 1.
-        save_modules: keep modules whole whose vectors changed, such as norms (PEFT's `modules_to_save`), and changed
-            biases of modules that get a LoRA beside it (PEFT's `bias="lora_only"`).
+        save_modules: keep modules whole whose vectors changed, such as norms (PEFT's `modules_to_save`), and the
+            changed biases of linear layers and convolutions (PEFT's `bias`).
         dry_run: write nothing; `directory` may be None.
         device: as for `decompose`.
         executor: as for `decompose`.

@@ -25,7 +25,8 @@ class LeftOut:
         reasons: name → why, of what is lost.
         kept: module in memory → its tensors by their names in it, for modules that could be kept whole.
         names: module in memory → the names among `reasons` that keeping it would save.
-        biases: module in memory → its bias, and the name of that among `reasons`.
+        biases: module in memory → its bias, and before it the name of that among `reasons`; of modules that lose
+            nothing else.
     """
 
     reasons: Mapping[str, str]
@@ -84,15 +85,18 @@ def _moved(after: Weight, before: Weight) -> float:
 
 
 def _with_modules(lost: Mapping[str, str], in_memory: Mapping[str, str], tensors: Mapping[str, TensorRef]) -> LeftOut:
-    """Group what is lost by modules whose weight is there, so that all of the module can be kept."""
+    """Group what is lost by modules whose weight is there, so that all of the module can be kept.
+
+    Where the bias alone is lost, the weight is none to keep: it has a LoRA, or none was asked for.
+    """
     kept: dict[str, dict[str, TensorRef]] = {}
     names: dict[str, tuple[str, ...]] = {}
     biases: dict[str, tuple[str, TensorRef]] = {}
     for name, own in in_memory.items():
         module, _, last = name.rpartition(".")
-        if name in tensors and last == "bias":
+        if name in tensors and last == "bias" and f"{module}.weight" not in in_memory:
             biases[module] = own, tensors[name]
-        if name in tensors and f"{module}.weight" in tensors:
+        elif name in tensors and f"{module}.weight" in tensors:
             inside = {key.rpartition(".")[2]: ref for key, ref in tensors.items() if key.rpartition(".")[0] == module}
             kept[module] = inside
             names[module] = (*names.get(module, ()), own)

@@ -44,7 +44,7 @@ class Peft:
         self.all_modules = [self.in_model(path) for path in all_modules]
         self._ranks: dict[str, int] = {}
         self._modules: dict[str, Module] = {}
-        self._has_biases = False
+        self._biases: set[str] = set()
 
     def why_not(self, module: Module) -> str:
         """Why PEFT has no LoRA for a module; "" if it has."""
@@ -78,15 +78,14 @@ class Peft:
         """Stored name → tensor, for a module that is kept whole."""
         return {f"{_PREFIX}{self.in_model(module)}.{name}": tensor for name, tensor in tensors.items()}
 
-    def holds_bias(self, module: str) -> bool:
-        """Whether a module's bias is stored beside its LoRA: those of linear layers and convolutions that have one."""
-        own = self._modules.get(self.in_model(module))
-        return own is not None and own.kind in ("linear", "convolution")
-
     def bias(self, module: str, tensor: Tensor) -> dict[str, Tensor]:
-        """Stored name → tensor, for the bias of a module that has a LoRA: it takes the place of the base's."""
-        self._has_biases = True
-        return {f"{_PREFIX}{self.in_model(module)}.base_layer.bias": tensor}
+        """Stored name → tensor, for a bias, which takes the place of the base's; {} where PEFT has no place for it."""
+        path = self.in_model(module)
+        beside = [own for own in self._modules.values() if self.in_model(own.path) == path]
+        if any(own.parameter for own in beside):
+            return {}
+        self._biases.add("lora_only" if beside else "all")
+        return {f"{_PREFIX}{path}.{'base_layer.' if beside else ''}bias": tensor}
 
     def finish(self, file: TensorFile, whole: Collection[str]) -> None:
         """Write the weights under their final names, and the config.
@@ -132,7 +131,7 @@ class Peft:
             "target_modules": self._targets(),
             "modules_to_save": sorted(map(self.in_model, whole)) or None,
             "fan_in_fan_out": any(module.transposed and module.kind == "linear" for module in self._modules.values()),
-            "bias": "lora_only" if self._has_biases else "none",
+            "bias": min(self._biases, default="none"),  # "all" if there is any beside no LoRA
             "lora_dropout": 0.0,
             "use_rslora": False,
             "use_dora": False,

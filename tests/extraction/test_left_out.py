@@ -126,12 +126,18 @@ def test_biases_that_an_adapter_trained_stay_beside_the_smaller_lora(tmp_path):
         assert torch.allclose(loaded[name], expected, atol=1e-6), name
 
 
-def test_biases_of_modules_without_a_lora_are_listed(tmp_path):
-    merge = peft_merge(tmp_path, peft.LoraConfig(r=2, target_modules=["query"], bias="all"), kind="bert")
-    source = spectra.open_source(merge.adapter, merge.base)
+def test_biases_of_modules_without_a_lora_are_kept_without_their_weights(tmp_path):
+    pair = make_pair(tmp_path, lambda: plain("bert").float())
+    source = spectra.open_source(pair.tuned, pair.base).select("layer.0.attention.self.query")
     left = spectra.extract(source, tmp_path / "out", rank=2, save_modules=True).attrs["not_carried"]
-    assert any(name.endswith("layer.0.attention.self.key.bias") for name in left)
-    assert not [name for name in left if "query" in name]
+    assert not left
+    merged = pair.merged(tmp_path / "out")
+    assert_close(
+        merged["bert.encoder.layer.1.output.dense.bias"], pair.update("bert.encoder.layer.1.output.dense.bias")
+    )
+    matrices = [name for name, delta in merged.items() if delta.ndim > 1]
+    assert matrices == ["bert.encoder.layer.0.attention.self.query.weight"]
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["bias"] == "all"
 
 
 @pytest.mark.parametrize(("count", "weights"), [(2, None), (2, [0.5, 0.5]), (1, [0.5])])
