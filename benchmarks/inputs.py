@@ -15,6 +15,10 @@ LLAMA_7B = {
     "mlp.down_proj": (4096, 11008),
 }  # fmt: skip
 LAYERS = 32
+_LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008,
+    "num_attention_heads": 32, "vocab_size": 32000,
+}  # fmt: skip
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -70,10 +74,30 @@ def write_pair(folder: Path, layers: int) -> tuple[Path, Path]:
         before = 0.02 * gaussian(4096, 4096, layer)
         after = before + 5e-4 * gaussian(4096, 4096, 1000 + layer)
         for side, weight in zip(sides, (before, after), strict=True):
-            _write(side, shard, {name: weight.bfloat16()}, "config.json", {"model_type": "llama"})
+            _write(side, shard, {name: weight.bfloat16()}, "config.json", _LLAMA | {"num_hidden_layers": layers})
     for side in sides:
         (side / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return sides
+
+
+def write_merge(folder: Path, layers: int, rank: int = 64) -> tuple[Path, Path, Path]:
+    """v_proj of a LLaMA-7B-shaped base in bf16, a LoRA of it, and the two merged in float32 and cast, as PEFT does."""
+    base, adapter, merged = folder / "base", folder / "adapter", folder / "merged"
+    weights, tensors, sums = {}, {}, {}
+    for layer in range(layers):
+        name = f"model.layers.{layer}.self_attn.v_proj"
+        left, right = factors(4096, rank, 4096, layer)
+        left *= 0.001
+        stem = f"base_model.model.{name}"
+        tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = right, left
+        weights[f"{name}.weight"] = (0.02 * gaussian(4096, 4096, layer)).bfloat16()
+        update = (left.float() @ right.float()) * 2
+        sums[f"{name}.weight"] = (weights[f"{name}.weight"].float() + update).bfloat16()
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["v_proj"]}
+    _write(adapter, "adapter_model.safetensors", tensors, "adapter_config.json", config)
+    for side, held in ((base, weights), (merged, sums)):
+        _write(side, "model.safetensors", held, "config.json", _LLAMA | {"num_hidden_layers": layers})
+    return base, adapter, merged
 
 
 def _write(folder: Path, file: str, tensors: dict[str, Tensor], config_file: str, config: dict) -> Path:

@@ -60,8 +60,8 @@ def timed(work: Callable[[], object]) -> Way:
     return run
 
 
-def process(*arguments: str) -> Way:
-    """A way that runs `python arguments…`; its peak memory is measured by a parent of its own."""
+def process(*arguments: str, program: str = sys.executable) -> Way:
+    """A way that runs a program, python if not named; its peak memory is measured by a parent of its own."""
     code = (
         "import resource, subprocess, sys, time; start = time.perf_counter();"
         "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL);"
@@ -69,7 +69,7 @@ def process(*arguments: str) -> Way:
     )
 
     def run() -> Sample:
-        command = [sys.executable, "-c", code, sys.executable, *arguments]
+        command = [sys.executable, "-c", code, program, *arguments]
         # else every run would compile our sources anew, which no user's second run does
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout

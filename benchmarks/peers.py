@@ -26,6 +26,15 @@ def product_svd(left: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.svd(left.float() @ right.float(), full_matrices=False)[1]
 
 
+def read_both(base: str, merged: str) -> None:
+    """Every weight of two models, brought from their files into memory."""
+    from safetensors.torch import load
+
+    for file in sorted(Path(base).glob("*.safetensors")):
+        for folder in (base, merged):
+            load((Path(folder) / file.name).read_bytes())
+
+
 def lora_script(folder: str, top: int) -> None:
     """QR of the factors and the SVD of the core: the honest peer for adapters."""
     from safetensors import safe_open

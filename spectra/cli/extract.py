@@ -83,7 +83,9 @@ def _is_number(word: str) -> bool:
 @click.option(
     "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="What the factors are stored in."
 )
-@click.option("--save-modules", is_flag=True, help="Keep modules whole whose vectors changed, such as norms.")
+@click.option(
+    "--save-modules", is_flag=True, help="Keep modules whole whose vectors changed, such as norms, and changed biases."
+)
 @click.option("--dry-run", is_flag=True, help="Print ranks and errors, and write nothing.")
 @layer_option
 @click.option(

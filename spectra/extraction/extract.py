@@ -15,7 +15,7 @@ from spectra.extraction.factors import balanced, one_thread
 from spectra.extraction.gather import Weight
 from spectra.extraction.inputs import Given, Inputs, inputs_of
 from spectra.extraction.kohya import Kohya
-from spectra.extraction.left_out import why_not_whole
+from spectra.extraction.left_out import LeftOut, why_not_whole
 from spectra.extraction.options import DType, Format, Options
 from spectra.extraction.output import TensorFile, check_free, new_folder
 from spectra.extraction.peft import Peft, component_of
@@ -132,7 +132,16 @@ class _Work:
 
     @classmethod
     def begin(cls, inputs: Inputs, rule: Rule, options: Options) -> _Work:
-        """Sort out what the format cannot hold."""
+        """Sort out what the format cannot hold.
+
+        Raises:
+            SelectionError: modules of a sum would have to be kept whole.
+        """
+        if options.save_modules and not inputs.as_is:
+            raise SelectionError(
+                "--save-modules keeps the modules of one update as they are, and this is a weighted sum: leave it out "
+                "(what is not carried is listed), or extract each update on its own"
+            )
         gathered = inputs.gathered
         components = inputs.base.components if inputs.base else ()
         writer: Peft | Kohya = Kohya(components)
@@ -223,21 +232,32 @@ class _Work:
         self.found.undone.append(spectrum.name)
 
     def whole_modules(self) -> Iterator[dict[str, Tensor]]:
-        """The tensors of each module that is kept whole."""
+        """The tensors of each module that is kept whole, and the biases that are all that others lose."""
         if not self.options.save_modules or not isinstance(self.writer, Peft):
             return
-        adapted = {weight.module.path for weight in self.weights.values()}
         for left in self.inputs.left:
-            for module, tensors in left.kept.items():
-                why = why_not_whole(module, adapted, self.inputs.all_modules)
-                for name in left.names[module]:
-                    if why:
-                        self.found.not_carried[name] += f"; not kept whole: {why}"
-                    else:
-                        del self.found.not_carried[name]
-                if not why:
-                    self.found.whole.append(module)
-                    yield self.writer.whole(module, {own: ref.read() for own, ref in tensors.items()})
+            yield from self._biases(left, self.writer)
+            yield from self._whole(left, self.writer)
+
+    def _biases(self, left: LeftOut, writer: Peft) -> Iterator[dict[str, Tensor]]:
+        for module, (name, ref) in left.biases.items():
+            tensors = writer.bias(module, ref.read())
+            if tensors:
+                del self.found.not_carried[name]
+                yield tensors
+
+    def _whole(self, left: LeftOut, writer: Peft) -> Iterator[dict[str, Tensor]]:
+        adapted = {weight.module.path for weight in self.weights.values()}
+        for module, tensors in left.kept.items():
+            why = why_not_whole(module, adapted, self.inputs.all_modules)
+            for name in left.names[module]:
+                if why:
+                    self.found.not_carried[name] += f"; not kept whole: {why}"
+                else:
+                    del self.found.not_carried[name]
+            if not why:
+                self.found.whole.append(module)
+                yield writer.whole(module, {own: ref.read() for own, ref in tensors.items()})
 
     def why_nothing(self) -> str:
         """What to say where there is no tensor to write."""
@@ -290,7 +310,8 @@ def extract(
         format: "peft", or "kohya" for image tools.
         dtype: what the factors are stored in: float64, float32, bfloat16 or float16.
         weights: what each of several updates is multiplied by; None for 1.
-        save_modules: keep modules whole whose vectors changed, such as norms (PEFT's `modules_to_save`).
+        save_modules: keep modules whole whose vectors changed, such as norms (PEFT's `modules_to_save`), and the
+            changed biases of linear layers and convolutions (PEFT's `bias`).
         dry_run: write nothing; `directory` may be None.
         device: as for `decompose`.
         executor: as for `decompose`.
@@ -302,7 +323,8 @@ def extract(
         `attrs["not_carried"]` says what no LoRA holds, name → reason.
 
     Raises:
-        SelectionError: none or several rules for the ranks, a budget that is too small, or nothing to write.
+        SelectionError: none or several rules for the ranks, a budget that is too small, modules of a weighted sum to
+            keep whole, or nothing to write.
         StoreError: the directory holds something, or cannot be written to.
         SourceError: a file cannot be read.
 

@@ -40,6 +40,7 @@ class Inputs:
         base: the base, opened, or None.
         base_model: what an adapter's config calls the base; "" where it is not known.
         all_modules: paths in memory of the base's modules, and of those that hold them.
+        as_is: whether the update is that of one source, times 1.
     """
 
     gathered: Gathered
@@ -48,6 +49,7 @@ class Inputs:
     base: Folder | None = None
     base_model: str = ""
     all_modules: frozenset[str] = field(default_factory=frozenset)
+    as_is: bool = True
 
 
 def inputs_of(given: Given, factors: Sequence[float] | None, **compute: Any) -> Inputs:
@@ -83,9 +85,8 @@ def inputs_of(given: Given, factors: Sequence[float] | None, **compute: Any) -> 
         for source, folder in zip(sources, tuned, strict=True)
         if folder is not None
     ]
-    return Inputs(
-        gathered, triplets, tuple(left), base, _base_model(path, tuned), frozenset(_modules(architecture, base))
-    )
+    names, modules = _base_model(path, tuned), frozenset(_modules(architecture, base))
+    return Inputs(gathered, triplets, tuple(left), base, names, modules, as_is=factors == [1.0])
 
 
 def _refuse_in_memory(sources: Iterable[Source]) -> None:

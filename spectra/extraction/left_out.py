@@ -25,11 +25,14 @@ class LeftOut:
         reasons: name → why, of what is lost.
         kept: module in memory → its tensors by their names in it, for modules that could be kept whole.
         names: module in memory → the names among `reasons` that keeping it would save.
+        biases: module in memory → its bias, and before it the name of that among `reasons`; of modules that lose
+            nothing else.
     """
 
     reasons: Mapping[str, str]
     kept: Mapping[str, Mapping[str, TensorRef]] = field(default_factory=dict)
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    biases: Mapping[str, tuple[str, TensorRef]] = field(default_factory=dict)
 
 
 def left_out(source: Source, tuned: Folder, base: Folder | None, architecture: Architecture) -> LeftOut:
@@ -57,8 +60,10 @@ def left_out(source: Source, tuned: Folder, base: Folder | None, architecture: A
         inside = {architecture.in_memory(name): ref for name, ref in refs.items()}
         return _with_modules(lost, {architecture.in_memory(name): name for name in lost}, inside)
     # PEFT saves the base's weight beside an embedding's factors: a copy, which the source has compared.
-    lost |= {name: why for name, why in coverage.skipped.items() if ".base_layer." not in name}
-    return _with_modules(lost, {name: name for name in lost}, {saved_name(n): ref for n, ref in tuned.tensors.items()})
+    lost |= {name: why for name, why in coverage.skipped.items() if not name.endswith(".base_layer.weight")}
+    return _with_modules(
+        lost, {saved_name(name): name for name in lost}, {saved_name(n): ref for n, ref in tuned.tensors.items()}
+    )
 
 
 def _pairs(tuned: Folder, base: Folder) -> dict[str, tuple[Weight, Weight]]:
@@ -80,16 +85,22 @@ def _moved(after: Weight, before: Weight) -> float:
 
 
 def _with_modules(lost: Mapping[str, str], in_memory: Mapping[str, str], tensors: Mapping[str, TensorRef]) -> LeftOut:
-    """Group what is lost by modules whose weight is there, so that all of the module can be kept."""
+    """Group what is lost by modules whose weight is there, so that all of the module can be kept.
+
+    Where the bias alone is lost, the weight is none to keep: it has a LoRA, or none was asked for.
+    """
     kept: dict[str, dict[str, TensorRef]] = {}
     names: dict[str, tuple[str, ...]] = {}
+    biases: dict[str, tuple[str, TensorRef]] = {}
     for name, own in in_memory.items():
-        module = name.rpartition(".")[0]
-        if name in tensors and f"{module}.weight" in tensors:
+        module, _, last = name.rpartition(".")
+        if name in tensors and last == "bias" and f"{module}.weight" not in in_memory:
+            biases[module] = own, tensors[name]
+        elif name in tensors and f"{module}.weight" in tensors:
             inside = {key.rpartition(".")[2]: ref for key, ref in tensors.items() if key.rpartition(".")[0] == module}
             kept[module] = inside
             names[module] = (*names.get(module, ()), own)
-    return LeftOut(lost, kept, names)
+    return LeftOut(lost, kept, names, biases)
 
 
 def why_not_whole(module: str, adapted: Collection[str], all_modules: Collection[str]) -> str:

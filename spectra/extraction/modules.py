@@ -21,7 +21,8 @@ Kind = Literal["linear", "convolution", "embedding", "parameter", "experts"]
 # The last words of modules that look their rows up instead of multiplying: `nn.Embedding`.
 _EMBEDDING = re.compile(
     r"(?:embed|embeds|embedding|embeddings|embed_tokens|embed_positions|embed_in|tok_embeddings|tokens_embed"
-    r"|positions_embed|wte|wpe|shared|relative_attention_bias|\w+_embeddings?)"
+    r"|positions_embed|wte|wpe|shared|relative_attention_bias|\w+_embeddings?"
+    r"|emb|(?:tok|token|word|char|pos|position|rel_pos|type|segment)_emb(?:s|ed|eds)?)"
 )
 # In a mixture of experts: routers, which are modules of their own, and the linear layers beside the experts, which
 # PEFT (0.19 to 0.21) takes for experts by their names. Both are adapted as parameters, which it does as told.
@@ -114,8 +115,10 @@ class Architecture:
 def is_embedding(name: str) -> bool:
     """Whether a weight is that of an `nn.Embedding`, by its module's name: nothing else in a checkpoint tells.
 
-    >>> [is_embedding(f"{module}.weight") for module in ("model.embed_tokens", "wpe", "x_embedder", "lm_head")]
-    [True, True, False, False]
+    >>> [is_embedding(f"{module}.weight") for module in ("model.embed_tokens", "wpe", "token_emb", "emb")]
+    [True, True, True, True]
+    >>> [is_embedding(f"{module}.weight") for module in ("x_embedder", "class_embed", "time_emb", "lm_head")]
+    [False, False, False, False]
     """
     last = name.removesuffix(".weight").rpartition(".")[2]
     return _EMBEDDING.fullmatch(last) is not None and not tied.is_head(name)

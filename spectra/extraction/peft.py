@@ -44,6 +44,7 @@ class Peft:
         self.all_modules = [self.in_model(path) for path in all_modules]
         self._ranks: dict[str, int] = {}
         self._modules: dict[str, Module] = {}
+        self._biases: set[str] = set()
 
     def why_not(self, module: Module) -> str:
         """Why PEFT has no LoRA for a module; "" if it has."""
@@ -76,6 +77,15 @@ class Peft:
     def whole(self, module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stored name → tensor, for a module that is kept whole."""
         return {f"{_PREFIX}{self.in_model(module)}.{name}": tensor for name, tensor in tensors.items()}
+
+    def bias(self, module: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Stored name → tensor, for a bias, which takes the place of the base's; {} where PEFT has no place for it."""
+        path = self.in_model(module)
+        beside = [own for own in self._modules.values() if self.in_model(own.path) == path]
+        if any(own.parameter for own in beside):
+            return {}
+        self._biases.add("lora_only" if beside else "all")
+        return {f"{_PREFIX}{path}.{'base_layer.' if beside else ''}bias": tensor}
 
     def finish(self, file: TensorFile, whole: Collection[str]) -> None:
         """Write the weights under their final names, and the config.
@@ -121,7 +131,7 @@ class Peft:
             "target_modules": self._targets(),
             "modules_to_save": sorted(map(self.in_model, whole)) or None,
             "fan_in_fan_out": any(module.transposed and module.kind == "linear" for module in self._modules.values()),
-            "bias": "none",
+            "bias": min(self._biases, default="none"),  # "all" if there is any beside no LoRA
             "lora_dropout": 0.0,
             "use_rslora": False,
             "use_dora": False,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import llama_tensors, nudged, write_checkpoint
 from support.extracted import assert_close, make_pair, truncated
+from support.merges import peft_merge
 from support.peft_oracle import tiny_model as plain
 
 import spectra
@@ -103,13 +105,48 @@ def test_modules_that_are_kept_whole_come_back_with_the_lora(kind, tmp_path):
     assert whole
     for name in pair.before:
         module = name.rpartition(".")[0]
-        if module in whole:
+        if module in whole or name.endswith(".bias"):
             assert_close(merged[name], pair.update(name))
-        elif name in merged:
-            assert_close(merged[name], truncated(pair.update(name), 3))
         else:
-            assert "its module has a LoRA" in left[name]
-    assert not [name for name in left if name.rpartition(".")[0] in whole]
+            assert_close(merged[name], truncated(pair.update(name), 3))
+    assert not left
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["bias"] == ("lora_only" if kind == "bert" else "none")
+
+
+def test_biases_that_an_adapter_trained_stay_beside_the_smaller_lora(tmp_path):
+    lora = peft.LoraConfig(r=4, target_modules=["query", "dense"], bias="lora_only")
+    merge = peft_merge(tmp_path, lora, kind="bert")
+    source = spectra.open_source(merge.adapter, merge.base)
+    assert len(spectra.extract(source, tmp_path / "plain", rank=4).attrs["not_carried"]) == 9
+    assert not spectra.extract(source, tmp_path / "out", rank=4, save_modules=True).attrs["not_carried"]
+    model = peft.PeftModel.from_pretrained(plain("bert").float(), tmp_path / "out").merge_and_unload()
+    loaded = model.state_dict()
+    for name, expected in merge.weights("merged").items():
+        assert torch.allclose(loaded[name], expected, atol=1e-6), name
+
+
+def test_biases_of_modules_without_a_lora_are_kept_without_their_weights(tmp_path):
+    pair = make_pair(tmp_path, lambda: plain("bert").float())
+    source = spectra.open_source(pair.tuned, pair.base).select("layer.0.attention.self.query")
+    left = spectra.extract(source, tmp_path / "out", rank=2, save_modules=True).attrs["not_carried"]
+    assert not left
+    merged = pair.merged(tmp_path / "out")
+    assert_close(
+        merged["bert.encoder.layer.1.output.dense.bias"], pair.update("bert.encoder.layer.1.output.dense.bias")
+    )
+    matrices = [name for name, delta in merged.items() if delta.ndim > 1]
+    assert matrices == ["bert.encoder.layer.0.attention.self.query.weight"]
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["bias"] == "all"
+
+
+@pytest.mark.parametrize(("count", "weights"), [(2, None), (2, [0.5, 0.5]), (1, [0.5])])
+def test_modules_of_a_sum_are_not_kept_as_one_summand_has_them(count, weights, tmp_path):
+    pair = make_pair(tmp_path, lambda: plain("llama").float())
+    sources = [spectra.open_source(pair.tuned, pair.base)] * count
+    with pytest.raises(SelectionError, match="weighted sum"):
+        spectra.extract(sources, tmp_path / "out", rank=3, weights=weights, save_modules=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_head_that_an_adapter_saves_whole_is_kept_without_a_base(tmp_path):
