@@ -103,7 +103,9 @@ class Difference(FromTensors):
             squares += float(before.square().sum())
             unmoved += rows.numel() - int(rows.sub_(before).count_nonzero())
             inner += float(before.mul_(rows).sum())
-        noise = rounding_noise(tuned, self.tuned.dtype, base, self.base.dtype, delta)
+        # What codes stand for has the codes' precision only before it is scaled: no grid is known of it.
+        stored_as, base_stored_as = ("" if ref.codec else ref.dtype for ref in (self.tuned, self.base))
+        noise = rounding_noise(tuned, stored_as, base, base_stored_as, delta)
         del base
         return Dense(
             matrix=delta,

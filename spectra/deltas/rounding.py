@@ -117,9 +117,15 @@ def rounding_noise(
     fewest = replace(_noise(once, tuned.shape, 1, said, delta), grid=last)
     if first is None:
         return (fewest,)
+    copied = replace(
+        fewest.scaled(math.sqrt(2)),
+        said=f"{said}, base a copy rounded to it",
+        grid=None,
+        far_fetched=True,
+        base_too=True,
+    )
     if _alike(first, last):
-        copied = replace(fewest.scaled(math.sqrt(2)), said=f"{said}, base a copy rounded to it", grid=None)
-        return (replace(copied, far_fetched=True, base_too=True), fewest)
+        return (copied, fewest)
 
     def twice(part: Part) -> Tensor:
         before = base[part]
@@ -130,7 +136,10 @@ def rounding_noise(
     how = "taken for a rounded copy" if copy else "rounded to it first"
     most = _noise(twice, tuned.shape, 1 if copy else 2, f"{said}, base ({first.name}) {how}", delta)
     most = replace(most, grid=None if copy else last, base_too=True)
-    return (most, fewest) if most.energy > (1 + _NEGLIGIBLE) * fewest.energy else (fewest,)
+    if most.energy > (1 + _NEGLIGIBLE) * fewest.energy:
+        return (most, fewest)
+    # Grids that differ in their floors alone, where hardly a value lies: bf16, and bf16 values in an fp16 file.
+    return (copied, fewest) if first.bits == last.bits else (fewest,)
 
 
 def _alike(first: Grid, second: Grid) -> bool:

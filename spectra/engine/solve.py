@@ -177,8 +177,9 @@ def _with_norms(blank: Spectrum, given: Form) -> Spectrum | Unsolved:
         note=_told(blank.note, form),
     )
     known = replace(known, **_noise_of(form.noise[0] if form.noise else None))
-    if norm == 0:
+    if norm == 0:  # where nothing moved, nothing speaks for more than one rounding
         zeros = np.zeros(blank.max_rank or 0)
+        known = replace(known, **_noise_of(form.noise[-1] if form.noise else None))
         return replace(known, status="unchanged", reason="ΔW = 0", S=zeros, method="zero")
     return Unsolved(form, blank, known, exponent)
 

@@ -9,7 +9,7 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from spectra.errors import NotFoundError, SourceError
-from spectra.files import limits, snapshots, training_state
+from spectra.files import dcp, limits, snapshots, training_state
 from spectra.files.storage import Place
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".lora")
@@ -140,6 +140,10 @@ def _hint(folder: Place) -> str:
     if "run.json" in names and {"spectra", "similarity"} & set(names):
         return "; it holds stored results: spectra plot and spectra similarity take them, load(…) in Python"
     name, what = training_state.among(names)
+    if name == dcp.METADATA:
+        return (
+            f"; its {name} lists a distributed checkpoint, and no piece of it (.distcp) is there: copy them beside it"
+        )
     if name:
         return f"; its {name} is {what}"
     if "zero_to_fp32.py" in names:

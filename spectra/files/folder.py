@@ -290,7 +290,8 @@ def _read_all(choice: Choice) -> Folder:
     broken = whole.broken | _not_there(choice, whole, lost)
     broken = {name: why for name, why in broken.items() if name not in whole.tensors} | astray
     tensors = {name: ref for name, ref in whole.tensors.items() if name not in astray}
-    return Folder(str(choice.files[0]), tensors, broken, metadata=whole.metadata, warnings=tuple(lost.values()))
+    warnings = (*whole.warnings, *lost.values())
+    return Folder(str(choice.files[0]), tensors, broken, metadata=whole.metadata, warnings=warnings)
 
 
 def _astray(choice: Choice, whole: Header) -> dict[str, str]:

@@ -20,11 +20,13 @@ class Header:
         broken: stored name → why it cannot be read.
         metadata: what else the header says: strings in safetensors, numbers and strings in GGUF. Where a
             tensor is stored once under two names, the second name → the first.
+        warnings: what was chosen where there was a choice.
     """
 
     tensors: dict[str, TensorRef] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @classmethod
     def merged(cls, headers: Iterable[Header]) -> Header:
@@ -47,6 +49,7 @@ class Header:
                 else:
                     whole.tensors[name] = ref
             whole.broken.update(header.broken)
+            whole.warnings.extend(header.warnings)
             for key, value in header.metadata.items():
                 whole.metadata.setdefault(key, value)
         return whole

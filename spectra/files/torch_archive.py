@@ -41,6 +41,11 @@ def load(file: Place, stamp: Stamp) -> dict[str, Tensor]:
 
 def load_anew(file: Place, stamp: Stamp) -> dict[str, Tensor]:
     """As `load`, and nothing stays open."""
+    return chosen(file, stamp)[0]
+
+
+def chosen(file: Place, stamp: Stamp) -> tuple[dict[str, Tensor], list[str]]:
+    """As `load_anew`; and where the file has other weights of the same names, the key that was taken and theirs."""
     if stamp[0] < 200 and file.read(0, stamp[0]).startswith(b"version https://git-lfs"):
         raise SourceError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
     try:
@@ -81,12 +86,14 @@ def _content(file: Place) -> Any:
         return torch.load(stream, weights_only=True, map_location="cpu")
 
 
-def _state_dict(file: Place, content: Any) -> dict[str, Tensor]:
+def _state_dict(file: Place, content: Any) -> tuple[dict[str, Tensor], list[str]]:
     whole = content.get("state") if isinstance(content, Mapping) else None
     if isinstance(whole, Mapping) and isinstance(whole.get("model"), Mapping):  # Composer's training state
         content = whole
+    around: list[tuple[str, Mapping[str, Any]]] = []
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            around.append((wrapper, content))
             content = content[wrapper]
     if not isinstance(content, Mapping):
         raise SourceError(f"{file} holds a {type(content).__name__}, not a state dict of tensors")
@@ -96,4 +103,10 @@ def _state_dict(file: Place, content: Any) -> dict[str, Tensor]:
             raise SourceError(f"{file} {_DISTRIBUTED}")
     if not tensors:
         raise SourceError(f"{file} holds no tensors; is it an optimizer or arguments file?")
-    return tensors
+    others = [
+        (taken, str(key))
+        for taken, outside in around
+        for key, value in outside.items()
+        if key != taken and isinstance(value, Mapping) and any(isinstance(value.get(n), Tensor) for n in tensors)
+    ]
+    return tensors, [others[0][0], *(key for _, key in others)] if others else []

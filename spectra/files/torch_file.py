@@ -24,7 +24,15 @@ def read_header(file: Place) -> Header:
         SourceError: it is not a torch file, or holds something other than plain tensors.
     """
     stamp = file.stamp()
-    return header_of(torch_archive.load_anew(file, stamp), file, stamp, "torch")
+    tensors, others = torch_archive.chosen(file, stamp)
+    header = header_of(tensors, file, stamp, "torch")
+    if others:
+        taken, *left_out = map(repr, others)
+        header.warnings.append(
+            f"{file}: took {taken} and left out {', '.join(left_out)}, which has weights of the same names: save the "
+            "one that you mean on its own to choose it"
+        )
+    return header
 
 
 def header_of(found: Mapping[str, Tensor], file: Place, stamp: Stamp, container: str) -> Header:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spectra import naming
@@ -133,7 +133,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _of_updates(updates: Source, pairs: Source) -> dict[str, Claim]:
-    """name → the claim of each weight that the adapter changes: what it says of one weight twice is added up."""
+    """name → the claim of each weight that the adapter changes: what it adds to one weight twice is added up."""
     by_name = {pair.name: pair for pair in pairs}
     by_place = {pair.base.ref: pair for pair in pairs if pair.base is not None}
     found: dict[str, Claim] = {}
@@ -141,8 +141,19 @@ def _of_updates(updates: Source, pairs: Source) -> dict[str, Claim]:
         pair = by_name.get(delta.name) or (by_place.get(delta.base.ref) if delta.base else None)
         claim = _claim(delta, pair, pairs)
         before = found.get(claim.name)
-        found[claim.name] = _joined(before, claim) if before else claim
+        if before and _both_saved(before, claim):  # two values for one weight of M, which must be both
+            for each in (before, claim):
+                own = each.updates[0].name
+                found[own] = replace(each, name=own)
+        else:
+            found[claim.name] = _joined(before, claim) if before else claim
     return found
+
+
+def _both_saved(first: Claim, second: Claim) -> bool:
+    """Whether both hold new values of a weight, rather than what is added to it."""
+    pairs = [claim.updates for claim in (first, second)]
+    return all(updates and isinstance(updates[0].recipe, Difference) for updates in pairs)
 
 
 def _claim(delta: WeightDelta, pair: WeightDelta | None, pairs: Source) -> Claim:

@@ -79,6 +79,16 @@ def is_stacked(config: Mapping[str, Any], name: str) -> bool:
     return found is not None and (kind == "dbrx" if found["dbrx"] else kind in STACKS)
 
 
+def holds_gate_and_up(name: str) -> bool:
+    """Whether the name is that of a stack whose experts hold gate and up in one matrix.
+
+    >>> holds_gate_and_up("model.layers.0.block_sparse_moe.input_linear.weight")
+    True
+    """
+    found = _STACKED.fullmatch(name)
+    return found is not None and (found["part"] == "gate_up_proj" or found["linear"] == "input_linear")
+
+
 def single(config: Mapping[str, Any], name: str) -> str | None:
     """What both layouts call the tensor of one expert; None if it is not one, or not known to be."""
     found = _PER_EXPERT.fullmatch(name)
@@ -120,12 +130,12 @@ def unstacked(config: Mapping[str, Any], name: str, ref: TensorRef, *, split: bo
     if stack is None or len(ref.shape) != 3 or ref.shape[0] > _MAX_EXPERTS:
         return
     before = found["before"] or f"{found['moe']}experts."
-    part = found["part"] or {"input_linear": "gate_up_proj", "output_linear": "down_proj"}[found["linear"]]
+    part = "gate_up_proj" if holds_gate_and_up(name) else "down_proj"
     for index in range(ref.shape[0]):
         matrix = ref.item(index)
         matrix = matrix.T if stack.transposed else matrix
         key, own = f"{before}{index}.", f"[{index}]"
-        halves = _halves(stack, matrix) if part == "gate_up_proj" and split else {}
+        halves = _halves(stack, matrix) if holds_gate_and_up(name) and split else {}
         for half, cut in halves.items():
             yield Expert(f"{key}{half}_proj.weight", f"{own}[{half}]", cut)
         if not halves:

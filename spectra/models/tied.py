@@ -10,8 +10,15 @@ _HEAD = re.compile(
     r"(?:^|\.)(?:lm_head|embed_out|output_layer|lm_head\.decoder|cls\.predictions\.decoder|vocab_projector"
     r"|generator_lm_head|pred_layer\.proj)\.weight$"
 )
+# Heads of single architectures, by their whole names: in other models such a name is of something else. Taken from the
+# _tied_weights_keys of transformers 5.23: Whisper, BioGPT, TrOCR, FSMT, ALBERT, ModernBERT, XLNet, ViLT, T5Gemma, RWKV.
+_OWN_HEAD = re.compile(
+    r"(?:proj_out|(?:decoder\.)?output_projection|predictions\.decoder|(?:head\.|mlm_score\.)?decoder|lm_loss"
+    r"|lm_head\.out_proj|head)\.weight"
+)
 _EMBEDDING = re.compile(
-    r"(?:^|\.)(?:shared|embed_tokens|wte|word_embeddings|tok_embeddings|tokens_embed|embed_in|word_embedding)\.weight$"
+    r"(?:^|\.)(?:shared|embed_tokens|wte|word_embeddings|tok_embeddings|tokens_embed|embed_in|word_embedding"
+    r"|(?:backbone|transformer|rwkv)\.embeddings)\.weight$"
 )
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration", "WithLMHead")
 
@@ -22,7 +29,7 @@ def is_head(name: str) -> bool:
     >>> is_head("model.lm_head.weight"), is_head("model.layers.0.mlp.up_proj.weight")
     (True, False)
     """
-    return _HEAD.search(name) is not None
+    return _HEAD.search(name) is not None or _OWN_HEAD.fullmatch(name) is not None
 
 
 def is_embedding(name: str) -> bool:
@@ -31,8 +38,8 @@ def is_embedding(name: str) -> bool:
 
 
 def is_vocabulary(name: str) -> bool:
-    """Whether the rows are tokens, so that a resized vocabulary changes their number."""
-    return is_head(name) or is_embedding(name)
+    """Whether the rows are tokens for certain, so that a resized vocabulary changes their number."""
+    return _HEAD.search(name) is not None or is_embedding(name)
 
 
 def ties(config: Mapping[str, Any]) -> bool | None:

@@ -154,6 +154,12 @@ def _saved_whole(ledger: Ledger, clean: str) -> bool:
     return anything or by_token or saves_whole(ledger, clean)
 
 
+def _saves(ledger: Ledger, name: str) -> bool:
+    """Whether the file has a value of its own for a weight of the base."""
+    stored = map(saved_name, ledger.tuned.tensors)
+    return any(ledger.base_names.get(clean, clean) == name for clean in stored)
+
+
 def _subtract_saved(ledger: Ledger, base: Folder, stored: str, clean: str) -> None:
     shapes = {key: item.shape for key, item in base.tensors.items()}
     name = (ledger.base_names or align_file(ledger, {}, shapes))[clean]
@@ -163,6 +169,9 @@ def _subtract_saved(ledger: Ledger, base: Folder, stored: str, clean: str) -> No
         return
     if held is None:
         ledger.tuned_only[clean] = "saved whole, and not in the base"
+        return
+    if held != name and ledger.config.get("ensure_weight_tying") is True and _saves(ledger, held):
+        ledger.skipped[clean] = f"tied to {held} (ensure_weight_tying in adapter_config.json), and reported as that"
         return
     config = base.config_of(held)
     saved, original = (Target.of(held, ref, config) for ref in (ledger.tuned.tensors[stored], base.tensors[held]))

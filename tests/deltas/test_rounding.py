@@ -172,6 +172,8 @@ MERGED = {
                             "tuned on the f32 grid"),
     "fp16 after bf16": (lambda W, U: (W.bfloat16() + U).bfloat16().half(), lambda W: W.half(),
                         "base (fp16) rounded to it first"),
+    "the base a bf16 copy of an fp16 file of bf16 values": (lambda W, U: (W + U).bfloat16().half(),
+                                                            lambda W: W.bfloat16(), "base a copy rounded to it"),
     "both copies in bf16": (lambda W, U: (W + U).bfloat16(), lambda W: W.bfloat16(), "base a copy rounded to it"),
 }  # fmt: skip
 

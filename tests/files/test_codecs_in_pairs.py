@@ -52,6 +52,24 @@ def test_the_update_is_the_decoded_difference(case, side, tmp_path):
         assert found.noise_edge is None or side == "base"
 
 
+@pytest.mark.parametrize("scale", [0.01, 2.0**-7])
+@pytest.mark.parametrize("side", ["tuned", "base"])
+def test_scaled_codes_lie_on_no_grid_of_their_type(side, scale, tmp_path):
+    """Matrices that are large enough for the grid of their values to be looked for."""
+    torch.manual_seed(0)
+    codes = (torch.randn(32, 24) * 40).to(torch.float8_e4m3fn)
+    weight, matrix = codes.double() * torch.tensor(scale).double(), torch.randn(32, 24).bfloat16()
+    name = f"{MODULE}.weight"
+    coded = write_checkpoint(tmp_path / "c", {name: codes, f"{name}_scale_inv": torch.tensor([[scale]])})
+    other = write_checkpoint(tmp_path / "p", {name: matrix})
+    tuned, base = (coded, other) if side == "tuned" else (other, coded)
+    (found,) = spectra.decompose(spectra.open_source(tuned, base))
+    delta = (weight - matrix.double()) * (1 if side == "tuned" else -1)
+    assert found.status == "ok"
+    assert np.allclose(found.S, np.linalg.svd(delta.numpy(), compute_uv=False), rtol=1e-6)
+    assert found.rounding == ("" if side == "tuned" else "tuned on the bf16 grid")
+
+
 @pytest.mark.parametrize("case", CONFIGS)
 def test_both_sides_coded_alike_are_unchanged(case, tmp_path):
     source = spectra.open_source(*(write_coded(tmp_path / side, case) for side in "tb"))

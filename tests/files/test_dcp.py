@@ -184,6 +184,13 @@ def test_a_checkpoint_without_its_list_is_refused(tmp_path):
         open_folder(folder)
 
 
+def test_a_list_without_any_piece_says_what_is_missing(tmp_path):
+    folder = save(tmp_path / "x", MODEL)
+    (folder / "__0_0.distcp").unlink()
+    with pytest.raises(NotFoundError, match=r"no piece of it \(\.distcp\) is there: copy them beside it"):
+        open_folder(folder)
+
+
 def test_a_missing_or_truncated_piece_costs_its_own_tensors(tmp_path):
     folder = save(tmp_path / "x", MODEL, single_file_per_rank=False)
     pieces = {index.fqn: info for index, info in as_stored(folder).storage_data.items()}

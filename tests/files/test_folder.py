@@ -521,6 +521,18 @@ def test_the_model_in_a_training_state_of_composer(tmp_path):
     assert torch.equal(opened.tensors["b.weight"].read(), TENSORS["b.weight"])
 
 
+def test_a_second_model_in_a_training_state_is_said(tmp_path):
+    weights = {"layer.weight": torch.randn(4, 4)}
+    others = {"epoch": 3, "optimizer": {"state": {}}, "extra": {"steps": torch.zeros(2)}}
+    torch.save({"ema": {"layer.weight": torch.zeros(4, 4)}, "model": weights} | others, tmp_path / "both.pt")
+    torch.save({"model": weights} | others, tmp_path / "one.pt")
+    both, one = (open_folder(tmp_path / name) for name in ("both.pt", "one.pt"))
+    assert torch.equal(both.tensors["layer.weight"].read(), weights["layer.weight"])
+    (said,) = both.warnings
+    assert "took 'model' and left out 'ema', which has weights of the same names" in said
+    assert not one.warnings
+
+
 def test_the_state_of_an_optimizer_is_no_model(tmp_path):
     torch.save({"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []}, tmp_path / "model.pt")
     with pytest.raises(SourceError, match="holds no tensors"):

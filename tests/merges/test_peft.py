@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 
@@ -140,6 +141,36 @@ def test_one_tied_weight_has_one_row(tmp_path, target):
     assert report["model.embed_tokens.weight"].ok
 
 
+@pytest.mark.parametrize("ensured", [True, False])
+def test_a_tied_weight_that_is_saved_under_both_names_is_not_added_twice(tmp_path, ensured):
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    lora = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], ensure_weight_tying=True
+    )
+    merge = peft_merge(tmp_path, lora, kind=transformers.LlamaForCausalLM(config))
+    written = json.loads((merge.adapter / "adapter_config.json").read_text())
+    (merge.adapter / "adapter_config.json").write_text(json.dumps(written | {"ensure_weight_tying": ensured}))
+    merge.rewrite("merged", lambda tensors: tensors.pop("lm_head.weight", None))
+    assert "lm_head.weight" not in merge.weights("base")
+    stored = load_file(merge.adapter / "adapter_model.safetensors")
+    head, embedding = (f"base_model.model.{name}.weight" for name in ("lm_head", "model.embed_tokens"))
+    assert torch.equal(stored[head], stored[embedding])
+    report = spectra.verify_merge(*merge.paths)
+    assert report.counts == {"exact": 2 if ensured else 3}
+    source = spectra.open_source(merge.adapter, merge.base)
+    assert {delta.name for delta in source} >= {"model.embed_tokens.weight"}
+    assert ("lm_head.weight" in {delta.name for delta in source}) == (not ensured)
+    assert ("lm_head.weight" in source.coverage.skipped) == ensured
+    if not ensured:  # the head was trained apart, and the merged model has one weight for both
+        save_file(stored | {head: stored[head] + 0.1}, merge.adapter / "adapter_model.safetensors")
+        verdicts = {row.name: row.verdict for row in spectra.verify_merge(*merge.paths)}
+        assert verdicts["lm_head.weight"] not in ("exact", "rounded")
+        assert verdicts["model.embed_tokens.weight"] == "exact"
+
+
 def test_sharded_and_renamed_checkpoints(tmp_path):
     merge = peft_merge(tmp_path, CONFIGS["lora"]())
 
@@ -173,6 +204,17 @@ def test_experts(tmp_path, stored):
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets)
     merge = peft_merge(tmp_path, lora, kind=transformers.MixtralForCausalLM(config), stored=stored)
+    assert spectra.verify_merge(*merge.paths).counts == {"exact": 1 + 3 * 3}
+
+
+def test_experts_that_the_file_calls_otherwise(tmp_path):
+    config = transformers.GraniteMoeConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=3,
+    )  # fmt: skip
+    targets = ["block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"]
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets)
+    merge = peft_merge(tmp_path, lora, kind=transformers.GraniteMoeForCausalLM(config))
     assert spectra.verify_merge(*merge.paths).counts == {"exact": 1 + 3 * 3}
 
 

@@ -381,3 +381,19 @@ def test_models_in_memory_are_as_they_were_after_they_are_read():
     for _ in range(2):
         assert torch.equal(delta.read().to_dense(), change)
     assert torch.equal(base.weight, before)
+
+
+@pytest.mark.parametrize("fused", ["tuned", "base"])
+def test_what_is_fused_on_one_side_only_is_not_lost_in_silence(fused, tmp_path):
+    apart = llama_tensors()
+    attention = "model.layers.0.self_attn."
+    joined = {name: tensor for name, tensor in apart.items() if not name.startswith(attention) or "o_proj" in name}
+    joined[f"{attention}qkv_proj.weight"] = torch.cat([apart[f"{attention}{part}_proj.weight"] for part in "qkv"])
+    tuned, base = (joined, apart) if fused == "tuned" else (apart, joined)
+    tuned |= {"score.weight": torch.randn(2, 16)}  # a new head beside the base's: no row
+    source = spectra.open_source(write_checkpoint(tmp_path / "t", tuned), write_checkpoint(tmp_path / "b", base))
+    lacking = {delta.name: delta.reason for delta in source if delta.status == "unsupported"}
+    assert set(lacking) == {name for name in tuned if name.startswith(attention) and name not in base}
+    others = "k_proj, q_proj, v_proj" if fused == "tuned" else "qkv_proj"
+    assert {why.partition(":")[0] for why in lacking.values()} == {f"not in the base, which has {others} there"}
+    assert source.coverage.tuned_only["score.weight"] == "not in the base"

@@ -215,6 +215,42 @@ def test_updates_that_depend_on_the_weight_do_not_add_up(tmp_path):
     assert "depends on the weight, so they do not add up" in delta.reason
 
 
+TIED = {
+    "whisper": ("proj_out", {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+                "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_mel_bins": 8,
+                "max_source_positions": 8, "max_target_positions": 8, "bos_token_id": 1, "eos_token_id": 2,
+                "decoder_start_token_id": 1}, transformers.WhisperForConditionalGeneration),
+    "modernbert": ("decoder", {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24,
+                   "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
+                   transformers.ModernBertForMaskedLM),
+    "biogpt": ("output_projection", {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24,
+               "bos_token_id": 1, "eos_token_id": 2}, transformers.BioGptForCausalLM),
+    "mamba": ("lm_head", {"num_hidden_layers": 1, "state_size": 4, "bos_token_id": 1, "eos_token_id": 2},
+              transformers.MambaForCausalLM),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_heads_of_other_names_are_the_embedding(kind, tmp_path):
+    head, options, cls = TIED[kind]
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "pad_token_id": 0, "tie_word_embeddings": True}
+    model = cls(cls.config_class(**sizes | options)).double().eval()
+    oracle = make_oracle(tmp_path, model, peft.LoraConfig(r=2, lora_alpha=6, target_modules=[head]))
+    written = {"model_type": kind, "tie_word_embeddings": True}
+    (oracle.base / "config.json").write_text(json.dumps(written))
+    (delta,) = spectra.open_source(oracle.adapter, oracle.base)
+    assert tied.is_embedding(delta.name)
+    assert torch.allclose(delta.read().to_dense(), oracle.deltas[delta.name], rtol=0, atol=1e-12)
+
+
+def test_what_may_be_something_else_is_no_vocabulary_for_certain():
+    """A diffusion model's proj_out and a classifier's head, whose rows are no tokens."""
+    assert tied.is_head("proj_out.weight")
+    assert not tied.is_vocabulary("proj_out.weight")
+    assert not any(map(tied.is_head, ("transformer.proj_out.weight", "model.decoder.weight", "head.bias")))
+
+
 NAMES = ["model.embed_tokens.weight", "model.layers.0.q_proj.weight"]
 
 

@@ -39,6 +39,7 @@ def read(ledger: Ledger) -> None:
     for key in pairs.tuned:
         if key not in pairs.base:
             _tuned_weight(pairs, key)
+    _refuse_other_names(pairs)
     ledger.named.update(ledger.tuned.tensors)  # each is in a pair or in the coverage
     ledger.owners.update(dict.fromkeys(ledger.tuned.broken, ""))
 
@@ -128,6 +129,34 @@ def _tuned_weight(pairs: _Pairs, key: str) -> None:
         pairs.ledger.skipped[tuned.name] = f"the same tensor as {tuned.same_as}, and reported as that"
     elif key not in pairs.used and not _with_embedding(pairs, key, key, tuned, "base"):
         pairs.ledger.tuned_only[tuned.name] = "not in the base"
+
+
+def _refuse_other_names(pairs: _Pairs) -> None:
+    """Give a row to each matrix of which the base's layer has others in its place: it has an update, and no number.
+
+    Most often q, k and v, or gate and up, are one weight on one side and apart on the other.
+    """
+    ledger = pairs.ledger
+    there: dict[str, list[str]] = {}
+    for name in ledger.base_only:
+        there.setdefault(_module_around(name), []).append(name)
+    for weight in pairs.tuned.values():
+        others = there.get(_module_around(weight.name), [])
+        if weight.name in ledger.tuned_only and weight.name.endswith(".weight") and len(weight.shape) == 2 and others:
+            named = ", ".join(name.removesuffix(".weight").rpartition(".")[2] for name in sorted(others))
+            why = f"not in the base, which has {named} there: fused on one side only, or of another architecture"
+            ledger.lack(weight.name, why, weight.shape)
+
+
+def _module_around(name: str) -> str:
+    """What holds a layer's own modules, for names of layers; a name of its own for any other weight.
+
+    >>> _module_around("model.layers.0.self_attn.q_proj.weight")
+    'model.layers.0.self_attn'
+    """
+    around = name.removesuffix(".weight").rpartition(".")[0]
+    in_a_layer = name.endswith(".weight") and any(word.isdigit() for word in around.split("."))
+    return around if in_a_layer else name
 
 
 def _with_embedding(pairs: _Pairs, name: str, key: str, head: Weight, side: str) -> bool:

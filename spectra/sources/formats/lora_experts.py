@@ -152,7 +152,7 @@ def _together(base: Folder, name: str, split: bool) -> _Stored | None:
         matrix = ref.item(index).T if layout.transposed else ref.item(index)
         rows = matrix.shape[0]
         groups = rows // 2 if layout.interleaved else 1
-        halves = repeated(rows, groups, {"gate": 1, "up": 1}) if split and name.endswith("gate_up_proj") else {}
+        halves = repeated(rows, groups, {"gate": 1, "up": 1}) if split and experts.holds_gate_and_up(name) else {}
         pieces = [_Piece(Target(f"{name}[{index}][{half}]", cut(matrix), ref), cut) for half, cut in halves.items()]
         members.append(tuple(pieces) or (_Piece(Target(f"{name}[{index}]", matrix, ref)),))
     return _Stored((ref.shape[1], ref.shape[2]), tuple(members), kind, layout.transposed)
