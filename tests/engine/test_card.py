@@ -218,6 +218,16 @@ def test_the_budget_holds(monkeypatch, make, top, times):
         found = _on_card(deltas, card, top=top, memory_budget=budget)
     assert {spectrum.status for spectrum in found} == {"ok"}
     assert card.peak <= budget
+    if times >= 4:  # there is room to read while another is at work
+        assert all(batch.ahead for batch in batches(deltas, plan(deltas, budget, top)))
+
+
+def test_tensors_in_memory_travel_in_their_own_type(monkeypatch):
+    deltas = [WeightDelta.from_tensor("a", A.bfloat16()), WeightDelta.from_factors("b", A[:, :2].half(), A[:2].half())]
+    with card_of(monkeypatch) as card:
+        for delta in deltas:
+            assert delta.read("cuda").tensors[0].dtype == torch.float64
+        assert card.uploaded == 2 * (30 * 20 + 30 * 2 + 2 * 20)
 
 
 def test_the_budget_holds_for_stored_weights(monkeypatch, pair):

@@ -32,8 +32,8 @@ _READS = {"item", "__float__", "__int__", "__bool__", "__index__", "__contains__
 _NEVER = {"numpy", "__array__", "data_ptr"}  # TypeError on a card
 _BRINGS = {"to", "cuda", "as_tensor", "tensor"}
 _TOLD = {"device", "is_cuda", "is_cpu"}
-_SOLVERS = {"linalg_svd", "linalg_svdvals", "linalg_eigh", "linalg_eigvalsh", "linalg_qr", "geqrf", "ormqr", "linalg_inv",
-            "linalg_cholesky", "linalg_cholesky_ex", "linalg_solve_triangular", "linalg_solve"}  # fmt: skip
+_SOLVERS = {"linalg_svd", "linalg_svdvals", "linalg_eigh", "linalg_eigvalsh", "linalg_qr", "geqrf", "ormqr",
+            "linalg_cholesky", "linalg_cholesky_ex", "linalg_solve_triangular", "linalg_inv"}  # fmt: skip
 
 
 class CardError(AssertionError):
