@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MOVED = (0.0, 1e-6, 1e-5)  # |ΔW| above which an entry counts as moved: at all, and by what papers take as a threshold
 _BLOCK = 512  # rows of a product that are there at once where its norm needs them
-_BLOCK_ENTRIES = 2**20  # of a matrix that are multiplied at once
+_BLOCK_ENTRIES = 2**18  # of a matrix that are looked at at once: 2 MiB, little beside any matrix that is large
 _SUM_ERROR = 1e-14  # of (‖L‖‖R‖)⁴: float64, with room for the length of the sums
 _CANCELLED = 1e-6  # below this share of (‖L‖‖R‖)², ⟨LᵀL, RRᵀ⟩ has lost more than six of its digits
 

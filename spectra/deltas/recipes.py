@@ -74,7 +74,8 @@ class InMemory:
 
     def read(self, device: str = "cpu") -> Form:
         """The matrix or the factors in float64."""
-        tensors = [factor.detach().to(device=device, dtype=torch.float64) for factor in self.factors]
+        # One after the other: in one step torch converts on the CPU and moves float64.
+        tensors = [factor.detach().to(device).to(torch.float64) for factor in self.factors]
         return LowRank(tensors[0], tensors[1]) if self.factored else Dense(tensors[0])
 
 
@@ -96,25 +97,25 @@ class Difference(FromTensors):
 
         tuned, base = self.tuned.read_real(device), self.base.read_real(device)
         delta = tuned.to(torch.float64, copy=True)
-        squares, inner, unmoved = 0.0, 0.0, 0
+        squares, inner, moved = torch.zeros(3, dtype=torch.float64, device=delta.device)
         height = max(1, _BLOCK_ENTRIES // max(1, delta.shape[1]))
         for start in range(0, delta.shape[0], height):  # never both weights in float64: half of the memory
             before, rows = base[start : start + height].to(torch.float64, copy=True), delta[start : start + height]
-            squares += float(before.square().sum())
-            unmoved += rows.numel() - int(rows.sub_(before).count_nonzero())
-            inner += float(before.mul_(rows).sum())
+            squares += before.square().sum()
+            moved += rows.sub_(before).count_nonzero()
+            inner += before.mul_(rows).sum()
         # What codes stand for has the codes' precision only before it is scaled: no grid is known of it.
         stored_as, base_stored_as = ("" if ref.codec else ref.dtype for ref in (self.tuned, self.base))
         noise = rounding_noise(tuned, stored_as, base, base_stored_as, delta)
         del base
         return Dense(
             matrix=delta,
-            base_norm=math.sqrt(squares),
-            base_inner=inner,
+            base_norm=math.sqrt(float(squares)),
+            base_inner=float(inner),
             noise_edge=noise[0].edge if noise else None,
             noise=noise,
             rounded=self.rounded,
-            unchanged=unmoved / delta.numel() if delta.numel() else None,
+            unchanged=(delta.numel() - int(moved)) / delta.numel() if delta.numel() else None,
         )
 
     def rounded(self, noise: Noise, update: Tensor) -> Tensor:

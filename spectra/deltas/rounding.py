@@ -272,16 +272,15 @@ def _variance_sums(steps: Steps, shape: torch.Size) -> tuple[np.ndarray, np.ndar
 
 def _sums(entries: Steps, shape: torch.Size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row and column sums and each row's largest entry, a block of rows at a time."""
-    rows, highest = np.empty(shape[0]), np.empty(shape[0])
-    columns = np.zeros(shape[1])
+    rows, highest, columns = [], [], torch.zeros(())
     height = max(1, _BLOCK_ENTRIES // shape[1])
     for start in range(0, shape[0], height):
-        block = slice(start, start + height)
-        found = entries(block)
-        rows[block] = found.sum(1).cpu().numpy()
-        highest[block] = found.amax(1).cpu().numpy()
-        columns += found.sum(0).cpu().numpy()
-    return rows, columns, highest
+        found = entries(slice(start, start + height))
+        rows.append(found.sum(1))
+        highest.append(found.amax(1))
+        columns = found.sum(0) if start == 0 else columns.add_(found.sum(0))
+    # Only now: on a card every number that is looked at waits for all that was asked before.
+    return torch.cat(rows).cpu().numpy(), columns.cpu().numpy(), torch.cat(highest).cpu().numpy()
 
 
 def _energies(delta: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -17,10 +17,12 @@ class Cost:
     Attributes:
         flops: a rough count of floating-point operations.
         bytes: peak working memory once the update is read.
+        entries: of the tensors that are copied where several updates of a shape are stacked; 0 where they are not.
     """
 
     flops: float
     bytes: int
+    entries: int = 0
 
 
 def flops(delta: WeightDelta, top: int | None) -> float:
@@ -39,6 +41,12 @@ def needed(delta: WeightDelta, top: int | None) -> int:
     if found is None:
         return 0
     return max(found.bytes, reading + _stored(delta) if reading else 0)
+
+
+def stacked(delta: WeightDelta) -> int:
+    """How many entries a batch copies of the delta, to have it beside others."""
+    found = _solving(delta, None)
+    return found.entries if found else 0
 
 
 def _solving(delta: WeightDelta, top: int | None) -> Cost | None:
@@ -60,7 +68,7 @@ def _dense(delta: WeightDelta, top: int) -> Cost:
     blocks = 4 * max(64, 4 * k) * short + 3 * k * (m + n) if k else 0
     again = m * n if hasattr(delta.recipe, "rounded") else 0
     size = 8 * (m * n + again + (5 * short**2 if k else 5 * short**2 // 2) + blocks) + _stored(delta)
-    return Cost(short**2 * long + (9.0 if top else 4 / 3) * short**3, size)
+    return Cost(short**2 * long + (9.0 if top else 4 / 3) * short**3, size, m * n)
 
 
 def _low_rank(delta: WeightDelta, top: int) -> Cost:
@@ -71,7 +79,7 @@ def _low_rank(delta: WeightDelta, top: int) -> Cost:
     m, n = delta.shape
     r, k = delta.max_rank, min(top, m, n)
     size = 8 * ((3 * r + 3 * k) * (m + n) + 8 * r**2) + _stored(delta) + _base(delta)
-    return Cost(4.0 * (m + n) * r**2 * (2 if top else 1) + 20.0 * r**3, size)
+    return Cost(4.0 * (m + n) * r**2 * (2 if top else 1) + 20.0 * r**3, size, (m + n) * r)
 
 
 def _kronecker(delta: WeightDelta, top: int) -> Cost:

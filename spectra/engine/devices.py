@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,16 +91,28 @@ class Cuda(Device):
 
     def budget(self) -> int:
         """Half of the card's free memory."""
-        return int(torch.cuda.mem_get_info(self.name)[0] * FRACTION_OF_FREE)
+        return int(self._asked(torch.cuda.mem_get_info)[0] * FRACTION_OF_FREE)
 
     @property
     def remark(self) -> str:
         """That the card is slow at float64, where it is."""
-        return slow_double(*torch.cuda.get_device_capability(self.name))
+        return slow_double(*self._asked(torch.cuda.get_device_capability))
 
     def settle(self) -> None:
         """Wait for all of the card's streams."""
-        torch.cuda.synchronize(self.name)
+        self._asked(torch.cuda.synchronize)
+
+    def _asked(self, question: Callable[[str], Any]) -> Any:
+        """The card's answer.
+
+        Raises:
+            DeviceError: it gives none, as after a failure in this process.
+        """
+        try:
+            return question(self.name)
+        except RuntimeError as problem:
+            said = str(problem).splitlines()[0]
+            raise DeviceError(f"{self.name} does not answer: {said}; start anew, or use --device cpu") from problem
 
     @contextmanager
     def reading(self) -> Iterator[Callable[[], None]]:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from spectra.deltas.delta import WeightDelta
-from spectra.engine.costs import flops, needed
+from spectra.engine.costs import flops, needed, stacked
+
+_MOST_ENTRIES = 2**31 - 1  # of a batch: solvers on a card count in 32 bits (pytorch issue 102963)
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,13 @@ class Task:
         index: the delta's position in the input.
         flops: a rough count of floating-point operations.
         bytes: peak working memory, without the interpreter.
+        entries: how many are copied where it is stacked with others.
     """
 
     index: int
     flops: float
     bytes: int
+    entries: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ def plan(deltas: Sequence[WeightDelta], budget: int, top: int | None = None) -> 
         >>> [task.index for task in plan([small, large], budget=2**20).tasks]
         [1, 0]
     """
-    tasks = [Task(i, flops(delta, top), needed(delta, top)) for i, delta in enumerate(deltas)]
+    tasks = [Task(i, flops(delta, top), needed(delta, top), stacked(delta)) for i, delta in enumerate(deltas)]
     too_large = {task.index: task.bytes for task in tasks if task.bytes > budget}
     fitting = [task for task in tasks if task.index not in too_large]
     return Plan(tuple(sorted(fitting, key=lambda task: -task.flops)), too_large, budget)
@@ -80,8 +84,9 @@ class Batch:
 
     @property
     def bytes(self) -> int:
-        """What all of it needs at once."""
-        return sum(task.bytes for task in self.tasks)
+        """What all of it needs at once, with the copies side by side."""
+        copies = 8 * sum(task.entries for task in self.tasks) if len(self.tasks) > 1 else 0
+        return sum(task.bytes for task in self.tasks) + copies
 
 
 def batches(deltas: Sequence[WeightDelta], schedule: Plan, most: int = 64) -> list[Batch]:
@@ -107,7 +112,8 @@ def batches(deltas: Sequence[WeightDelta], schedule: Plan, most: int = 64) -> li
         groups.setdefault((delta.shape, delta.form, delta.max_rank), []).append(task)
     found: list[Batch] = []
     for tasks in groups.values():
-        size = max(1, min(most, schedule.budget // 2 // max(1, tasks[0].bytes)))
+        each, entries = tasks[0].bytes + 8 * tasks[0].entries, tasks[0].entries
+        size = max(1, min(most, schedule.budget // 2 // max(1, each), _MOST_ENTRIES // max(1, entries)))
         for start in range(0, len(tasks), size):
             batch = Batch(tuple(tasks[start : start + size]))
             before = found[-1].bytes if found else 0

@@ -31,7 +31,19 @@ ROUNDING_ONLY = (
     "no singular value is above what storage rounding alone gives: this update may be rounding and nothing else"
 )
 _ROUNDING = 1e-14  # float64, with room for the length of the sums
-_NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "Cannot allocate memory")
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "Cannot allocate memory", "_ALLOC_FAILED")
+# After one of these a card answers nothing more to the process, whatever it is asked.
+_LOST = (
+    "illegal memory access",
+    "illegal address",
+    "misaligned address",
+    "illegal instruction",
+    "launch failure",
+    "device-side assert",
+    "hardware stack error",
+    "uncorrectable ECC error",
+    "fallen off the bus",
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,11 @@ class GaveUp:
 
     said: str
     out_of_memory: bool
+
+    @property
+    def lost(self) -> bool:
+        """Whether the device answers nothing more."""
+        return any(words in self.said for words in _LOST)
 
     @classmethod
     def over(cls, problem: Exception) -> GaveUp:
@@ -207,8 +224,8 @@ def _attempt(solver: Solver, forms: Sequence[Form], device: Device) -> tuple[lis
         return list(solver.run(forms)), ""
     except (NotConvergedError, MemoryError, RuntimeError) as problem:
         gave_up = GaveUp.over(problem)
-    if len(forms) == 1:
-        return [gave_up], ""
+    if len(forms) == 1 or gave_up.lost:
+        return [gave_up] * len(forms), ""
     if not gave_up.out_of_memory:
         return [_attempt(solver, [form], device)[0][0] for form in forms], ""
     device.release()
@@ -232,6 +249,8 @@ def _climb(case: Unsolved, ladder: Ladder, outcome: Numbers | GaveUp, tried: lis
             (outcome,), _ = _attempt(solver, [case.form], wanted.device)
         if isinstance(outcome, GaveUp):
             tried.append(f"{solver.rung.name} gave up ({outcome.said})")
+            if outcome.lost:
+                return _undone(case.blank, outcome, wanted.device.name)
             # Where several are solved at once, what is too large for that may still be solved otherwise.
             if outcome.out_of_memory and not (wanted.together and solver.joint):
                 return _undone(case.blank, outcome, wanted.device.name)
@@ -259,14 +278,14 @@ def _accepted(case: Unsolved, rung: Rung, numbers: Numbers, tried: list[str], wa
     """The result, with the solver and the ones that failed before it."""
     known = case.known
     S, U, Vh, *_ = numbers
-    rank = known.max_rank or 0
-    told = plausible_noise(case.form.noise, S.cpu().numpy(), case.form.norm, known.shape)
+    rank, values = known.max_rank or 0, S.cpu().numpy()
+    told = plausible_noise(case.form.noise, values, case.form.norm, known.shape)
     if told is not None and isinstance(case.form, Dense):
-        told = with_artefacts(told, case.form, S.cpu().numpy(), U, Vh)
+        told = with_artefacts(told, case.form, values, U, Vh)
     known = replace(known, **_noise_of(told))
     return replace(
         known,
-        S=(S[: wanted.top] if wanted.only_top and wanted.top else S).cpu().numpy(),
+        S=values[: wanted.top] if wanted.only_top and wanted.top else values,
         U=None if U is None else U.cpu().numpy(),
         Vh=None if Vh is None else Vh.cpu().numpy(),
         resolution=_resolution(known, rung, S),
@@ -305,6 +324,9 @@ def _undone(blank: Spectrum, problem: GaveUp, device: str) -> Spectrum:
     if problem.out_of_memory:
         reason = f"memory ran out on {device}: {problem.said}; lower --workers or --memory"
         return replace(blank, status="too_large", reason=reason)
+    if problem.lost:
+        reason = f"{device} failed and answers nothing more here: {problem.said}; run again, or with --device cpu"
+        return replace(blank, status="failed", reason=reason)
     return replace(blank, status="failed", reason=problem.said)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import zip_longest
 from threading import Event
 
 from spectra.deltas.delta import WeightDelta
@@ -25,6 +26,8 @@ def decompose_batches(
 ) -> Iterator[tuple[int, Spectrum]]:
     """The spectra of all batches, each with its delta's position.
 
+    What memory is too small for beside others of its batch, or beside the next one, is done alone in the end.
+
     Args:
         deltas: all deltas.
         batches: what to solve together, in order.
@@ -32,24 +35,39 @@ def decompose_batches(
     """
     device = wanted.device
     device.settle()  # what the caller has put there is there for the reader's stream, too
-    remark = device.remark
-    stop = Event()
+    remark, crowded, stop = device.remark, list[int](), Event()
     with ThreadPoolExecutor(1, thread_name_prefix="spectra-read") as reader:
+
+        def start(indices: Sequence[int]) -> Future[Read]:
+            return reader.submit(read_batch, [deltas[index] for index in indices], device, stop)
+
         try:
             coming: Future[Read] | None = None
-            for place, batch in enumerate(batches):
-                members = [deltas[task.index] for task in batch.tasks]
-                forms = (coming or reader.submit(read_batch, members, device, stop)).result()
-                following = batches[place + 1] if place + 1 < len(batches) else None
-                coming = None
-                if following and following.ahead:
-                    coming = reader.submit(read_batch, [deltas[task.index] for task in following.tasks], device, stop)
-                device.hand_over(tensor for form in forms if isinstance(form, Form) for tensor in form.tensors)
-                spectra = solve_forms(members, forms, wanted)
+            for batch, following in zip_longest(batches, batches[1:]):
+                indices = [task.index for task in batch.tasks]
+                beside_others = len(indices) > 1 or coming is not None
+                forms = (coming or start(indices)).result()
+                ahead = following is not None and following.ahead
+                coming = start([task.index for task in following.tasks]) if ahead else None
+                spectra = _solved([deltas[index] for index in indices], forms, wanted)
                 del forms  # not kept while the results are stored and the batch after the next is read
-                yield from zip([task.index for task in batch.tasks], (_noted(s, remark) for s in spectra), strict=True)
+                for index, spectrum in zip(indices, spectra, strict=True):
+                    if spectrum.status == "too_large" and (beside_others or ahead):
+                        crowded.append(index)
+                    else:
+                        yield index, _noted(spectrum, remark)
+            for index in crowded:
+                device.release()
+                (spectrum,) = _solved([deltas[index]], start([index]).result(), wanted)
+                yield index, _noted(_once_more(spectrum), remark)
         finally:
             stop.set()  # a run that is given up waits for the matrix that is being read, not for its batch
+
+
+def _solved(members: Sequence[WeightDelta], forms: Read, wanted: Wanted) -> list[Spectrum]:
+    """The results of what another thread has read."""
+    wanted.device.hand_over(tensor for form in forms if isinstance(form, Form) for tensor in form.tensors)
+    return solve_forms(members, forms, wanted)
 
 
 def read_batch(members: Sequence[WeightDelta], device: Device, stop: Event) -> Read:
@@ -69,6 +87,13 @@ def read_batch(members: Sequence[WeightDelta], device: Device, stop: Event) -> R
                 break
             found.append(read(delta, device.name, finish))
     return found
+
+
+def _once_more(spectrum: Spectrum) -> Spectrum:
+    """The result of what had no room beside others, which is said."""
+    if not spectrum.method:
+        return spectrum
+    return replace(spectrum, method=f"memory ran out beside others; then {spectrum.method}")
 
 
 def _noted(spectrum: Spectrum, remark: str) -> Spectrum:
