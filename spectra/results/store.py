@@ -26,7 +26,7 @@ import numpy as np
 from spectra.errors import StoreError
 from spectra.files.choice import WEIGHT_SUFFIXES
 from spectra.metrics.similarity import SubspaceSimilarity
-from spectra.results import tables
+from spectra.results import fingerprint, tables
 from spectra.results.partners import apart
 from spectra.spectrum import DONE, Spectrum
 
@@ -298,11 +298,7 @@ def _files(inputs: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]
 
 
 def _as_it_was(path: str, file: Mapping[str, Any]) -> bool:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return False
-    return bool((status.st_size, status.st_mtime_ns) == (file["size"], file["mtime_ns"]))
+    return fingerprint.is_as_it_was(path, file)
 
 
 def _json(content: Any, indent: int | None = None) -> str:
