@@ -33,6 +33,21 @@ def command(path: str, base: str | None, heads: str | int, scale: float | None, 
         _print(inspection)
 
 
+def _say_what_is_read(inspection: Inspection) -> None:
+    """Of a model on a server: what this took, and what a command would take."""
+    from spectra.engine.memory import readable_size
+    from spectra.files.http import received
+
+    if not received():
+        return
+    roles = inspection.to_read
+    each = ", ".join(f"{role} {readable_size(size)}" for role, size in roles.items())
+    click.echo(
+        f"from the server: {readable_size(received())} read now; a command reads {readable_size(sum(roles.values()))} "
+        f"({each})"
+    )
+
+
 def _print(inspection: Inspection) -> None:
     from spectra import text
     from spectra.engine.memory import readable_size
@@ -51,6 +66,7 @@ def _print(inspection: Inspection) -> None:
             for row in inspection.by_role
         ],
     )
+    _say_what_is_read(inspection)
     for line in said.get("notes", ()):
         click.echo(f"note: {line}")
     for line in said.get("warnings", ()):

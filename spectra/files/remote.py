@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from urllib.parse import quote, unquote, urlsplit
 
 from spectra.errors import NotFoundError, SourceError
 from spectra.files import download, http, snapshots
+from spectra.files.ahead import SMALL, Ahead
 from spectra.files.choice import KNOWN_NAMES, WEIGHT_SUFFIXES
 from spectra.files.storage import DISK, Place, Stamp
+from spectra.files.tensors import TensorRef
 
 _PIECE = 8 * 2**20  # bytes per request of what is large: enough to hide a round trip, little to ask for again
 _LANES = 8  # requests at a time in this process
@@ -33,6 +36,7 @@ _lanes = threading.BoundedSemaphore(_LANES)
 _listings: dict[Hub, dict[str, Stamp]] = {}
 _pins: dict[str, Stamp] = {}
 _absent: dict[str, float] = {}
+_ahead: list[Ahead] = []
 _configs: dict[tuple[str, Stamp], bytes] = {}
 
 
@@ -244,6 +248,23 @@ def model_of(path: str) -> str:
     return found["repo"] if found else ""
 
 
+@contextmanager
+def expected(refs: Iterable[TensorRef]) -> Iterator[None]:
+    """Say what is going to be read, so that small neighbours on a server come together."""
+    spans: dict[str, set[tuple[int, int]]] = {}
+    for part in {part for ref in refs for part in ref.parts}:
+        if 0 < part.bytes_read <= SMALL and isinstance(part.storage, Hub | Web) and is_remote(part.file):
+            spans.setdefault(part.path, set()).add((part.offset, part.offset + part.bytes_read))
+    ahead = Ahead(spans)
+    if spans:
+        _ahead.append(ahead)
+    try:
+        yield
+    finally:
+        if spans:
+            _ahead.remove(ahead)
+
+
 def is_remote(place: Place) -> bool:
     """Whether reading there asks a server."""
     return isinstance(place.storage, Hub | Web) and place.storage.local_path(place.path) is None
@@ -262,7 +283,11 @@ def _read(url: str, offset: int, buffer: memoryview, stamp: Stamp) -> int:
             _configs[key] = bytes(buffer[:count])
         buffer[: len(_configs[key])] = _configs[key]
         return len(_configs[key])
-    return _fetch(url, offset, buffer, stamp)
+
+    def fetch(start: int, into: memoryview) -> int:
+        return _fetch(url, start, into, stamp)
+
+    return _ahead[-1].read_into(url, offset, buffer, fetch) if _ahead else fetch(offset, buffer)
 
 
 def _fetch(url: str, offset: int, buffer: memoryview, stamp: Stamp) -> int:
