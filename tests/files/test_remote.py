@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import llama_tensors, nudged, write_checkpoint
+from support.command_line import lora_folder, run
 from support.hub_server import HubServer
 
 import spectra
@@ -127,6 +128,58 @@ def test_a_file_in_the_local_cache_is_not_asked_for(server, tmp_path, monkeypatc
     assert_right(remotely(), tmp_path)
     asked = {seen.path.partition("?")[0].rpartition("/")[2] for seen in server.seen if seen.server == "cdn"}
     assert asked == {"model-00003-of-00003.safetensors"}
+
+
+def test_the_factors_of_an_adapter_come_in_one_request(server, tmp_path):
+    lora_folder(tmp_path / "lora", seed=1)
+    server.add("org/lora", tmp_path / "lora")
+    source = spectra.open_source("org/lora")
+    start = len(server.seen)
+    found = {spectrum.name: spectrum.S for spectrum in spectra.decompose(source)}
+    assert len(server.seen) == start + 1
+    for spectrum in spectra.decompose(spectra.open_source(tmp_path / "lora")):
+        np.testing.assert_array_equal(found[spectrum.name], spectrum.S)
+    assert not remote._ahead
+
+
+def test_a_gguf_file_is_read_by_ranges(server, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    (tmp_path / "gguf").mkdir()
+    writer = gguf.GGUFWriter(tmp_path / "gguf" / "model.gguf", "llama")
+    tensors = {f"blk.{i}.attn_v.weight": np.full((1024, 1024), i + 1, np.float32) for i in range(6)}
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    server.add("org/gguf", tmp_path / "gguf")
+    ref = spectra.inspect("org/gguf").folder.tensors["model.layers.3.self_attn.v_proj.weight"]
+    assert torch.equal(ref.read(), torch.full((1024, 1024), 4.0))
+    assert sum(seen.sent for seen in server.seen if seen.server == "cdn") < 5.1 * 2**20
+
+
+def test_inspect_tells_what_a_command_reads(server):
+    said = spectra.inspect("org/tuned", "org/base")
+    assert said.to_read["v_proj"] == 2 * 2 * 4 * (4 * 8) * (4 * 16)
+    start = len(server.seen)
+    remotely("v_proj")
+    sent = sum(seen.sent for seen in server.seen[start:] if seen.server == "cdn" and seen.sent > 1000)
+    assert sent == said.to_read["v_proj"]
+    printed, _ = run("inspect", "org/tuned", "--base", "org/base")
+    assert "from the server: " in printed
+    assert "v_proj 32.0 KiB" in printed
+
+
+def test_download_takes_the_whole_model_into_the_cache(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    code = "from spectra.cli import main; main()"
+    command = [sys.executable, "-c", code, "svd", "org/tuned", "--base", "org/base", "--layer", "v_proj", "--download"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([*command, "--out", tmp_path / "out"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "cache").glob("models--org--*/snapshots/*/*.safetensors"))) == 2 * SHARDS
+    found = {spectrum.name: spectrum for spectrum in spectra.load(tmp_path / "out")}
+    assert_right(found, tmp_path)
 
 
 # -- one version

@@ -118,6 +118,9 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Quiet."""
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         hub = self.server.hub
         seen = Seen(self.server.name, self.path, self.headers.get("Range"), self.headers.get("Authorization"))
@@ -129,6 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path):
             self._info(*found.groups())
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+            self._tree(*found.groups())
         elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._resolve(*found.groups())
         elif self.server.name == "cdn" and path.startswith("/blobs/"):
@@ -163,6 +168,18 @@ class _Handler(BaseHTTPRequestHandler):
             {"id": repo, "modelId": repo, "sha": found[0], "siblings": siblings, "tags": [], "private": False}
         ).encode())  # fmt: skip
 
+    def _tree(self, repo: str, revision: str) -> None:
+        found = self._commit(repo, revision)
+        if found is None:
+            return
+        entries = []
+        for name, body in found[1].items():
+            entry = {"type": "file", "path": name, "size": len(body), "oid": blob(body)}
+            if is_large(name):
+                entry["lfs"] = {"oid": sha(body), "size": len(body), "pointerSize": 134}
+            entries.append(entry)
+        self.say(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())
+
     def _resolve(self, repo: str, revision: str, name: str) -> None:
         found = self._commit(repo, revision)
         if found is None:
@@ -175,9 +192,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif is_large(name):
             hub, body = self.server.hub, files[name]
             link = f"{hub.cdn}/blobs/{repo}/{commit}/{name}?sig=secret{hub.generation}"
-            self.say(302, {"Location": link, "X-Linked-ETag": f'"{sha(body)}"', "X-Linked-Size": str(len(body))})
+            self.say(302, {"Location": link, "X-Linked-ETag": f'"{sha(body)}"', "X-Linked-Size": str(len(body)),
+                           "X-Repo-Commit": commit})  # fmt: skip
         else:
-            self.give(files[name], blob(files[name]))
+            self.give(files[name], blob(files[name]), {"X-Repo-Commit": commit})
 
     def _blob(self, path: str) -> None:
         signature = parse_qs(urlsplit(self.path).query).get("sig", [""])[0]
@@ -188,10 +206,12 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.server.hub.models[f"{owner}/{name}"].commits[commit][file]
         self.give(body, hashlib.md5(body).hexdigest())
 
-    def give(self, body: bytes, tag: str, *, ranges: bool = True, keep: int | None = None) -> None:
+    def give(
+        self, body: bytes, tag: str, more: dict[str, str] | None = None, *, ranges: bool = True, keep: int | None = None
+    ) -> None:
         """A file or the range of it that is asked for; of the body `keep` bytes before the connection is cut."""
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if ranges else None
-        head, status = {"ETag": f'"{tag}"'}, 200
+        head, status = {"ETag": f'"{tag}"', **(more or {})}, 200
         if found:
             first, last = int(found[1]), min(int(found[2]), len(body) - 1)
             if first >= len(body):
@@ -211,6 +231,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        if self.command == "HEAD":
+            return
         with suppress(OSError):
             for start in range(0, len(body) if keep is None else keep, 2**16):
                 chunk = body[start : min(start + 2**16, len(body) if keep is None else keep)]
