@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.checkpoints import llama_tensors, nudged, write_checkpoint
 from support.command_line import lora_folder, run
-from support.hub_server import HubServer
+from support.hub_server import HubServer, md5
 
 import spectra
 from spectra.errors import NotFoundError, SourceError
@@ -273,9 +273,7 @@ def body_of(handler):
 
 
 def tag_of(handler):
-    import hashlib
-
-    return hashlib.md5(body_of(handler)).hexdigest()
+    return md5(body_of(handler))
 
 
 FAULTS = {

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -86,14 +87,22 @@ class HubServer:
         return [seen for seen in self.seen if urlsplit(seen.path).path.endswith(suffix)]
 
 
+@cache
 def sha(body: bytes) -> str:
     """By which the hub knows a large file."""
     return hashlib.sha256(body).hexdigest()
 
 
+@cache
 def blob(body: bytes) -> str:
     """By which git knows a small one."""
     return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+
+
+@cache
+def md5(body: bytes) -> str:
+    """By which the second server knows it."""
+    return hashlib.md5(body).hexdigest()
 
 
 def is_large(name: str) -> bool:
@@ -204,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         owner, name, commit, file = path.split("/", 3)
         body = self.server.hub.models[f"{owner}/{name}"].commits[commit][file]
-        self.give(body, hashlib.md5(body).hexdigest())
+        self.give(body, md5(body))
 
     def give(
         self, body: bytes, tag: str, more: dict[str, str] | None = None, *, ranges: bool = True, keep: int | None = None
