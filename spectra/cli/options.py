@@ -61,7 +61,7 @@ def tuned_argument(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--tuned",
                 metavar="TUNED",
                 type=click.Path(),
-                help="TUNED, written as an option: a path, hub id or alias.",
+                help="TUNED, written as an option: a path, hub id, URL or alias.",
             ),
         ),
     )

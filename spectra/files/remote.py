@@ -92,9 +92,9 @@ class Hub:
     def local_path(self, path: str) -> str | None:
         """Where the cache has the file, whole."""
         name = self._name(path)
+        stamp = self._listing().get(name)
         file = snapshots.cache() / f"models--{self.repo.replace('/', '--')}" / "snapshots" / self.commit / name
-        whole = file.is_file() and file.stat().st_size == self._listing()[name][0]
-        return str(file) if whole else None
+        return str(file) if stamp and file.is_file() and file.stat().st_size == stamp[0] else None
 
     def _name(self, path: str) -> str:
         return unquote(path.removeprefix(self.root).strip("/"))
@@ -126,8 +126,11 @@ class Web:
 
         with ThreadPoolExecutor(_LANES) as pool:
             found = [name for name, is_there in zip(KNOWN_NAMES, pool.map(there, KNOWN_NAMES), strict=True) if is_there]
-        if refused and not found:
+        if not found and refused:
             raise SourceError(refused[0])
+        if not found:
+            raise NotFoundError(f"{folder} has none of the names that models have, and a server lists no others: "
+                                "name the file of weights")  # fmt: skip
         return sorted(found)
 
     def is_file(self, path: str) -> bool:
@@ -216,6 +219,8 @@ def open_url(url: str) -> Place:
         raise SourceError(f"the URL of {parts.hostname} holds a password, which results would keep: leave it out")
     if parts.query not in ("", "download=true"):
         raise SourceError(f"{url.partition('?')[0]}?… has a query, which results would keep: pass a URL without")
+    if download.offline():
+        raise NotFoundError(f"{url} is not on this machine, and HF_HUB_OFFLINE is set")
     plain = f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
     for hub in (http.endpoint(), *_HUBS):
         if not plain.startswith(f"{hub}/"):
@@ -252,7 +257,7 @@ def model_of(path: str) -> str:
 def expected(refs: Iterable[TensorRef]) -> Iterator[None]:
     """Say what is going to be read, so that small neighbours on a server come together."""
     spans: dict[str, set[tuple[int, int]]] = {}
-    for part in {part for ref in refs for part in ref.parts}:
+    for part in (part for ref in refs for part in ref.parts):
         if 0 < part.bytes_read <= SMALL and isinstance(part.storage, Hub | Web) and is_remote(part.file):
             spans.setdefault(part.path, set()).add((part.offset, part.offset + part.bytes_read))
     ahead = Ahead(spans)

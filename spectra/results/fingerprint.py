@@ -57,7 +57,7 @@ def is_as_it_was(path: str, file: Mapping[str, Any]) -> bool:
 
 def _of_file(ref: TensorRef) -> dict[str, Any]:
     size, version = ref.stamp
-    if isinstance(version, str):
-        return {"size": size, "mtime_ns": version}  # it tells the content; the head would be read again for nothing
+    if is_url(ref.path):
+        return {"size": size, "mtime_ns": version}  # a server's tells the content: no head is read
     head = hashlib.sha256(ref.file.read(0, min(_HEAD, size)))
     return {"size": size, "mtime_ns": version, "head_sha256": head.hexdigest()}

@@ -369,6 +369,11 @@ def test_servers_without_ranges_or_versions_are_refused(server, tmp_path):
         hub.resolve(f"{server.cdn}/m.safetensors").stamp()
 
 
+def test_a_folder_of_which_nothing_is_known_is_said(server):
+    with pytest.raises(NotFoundError, match=r"none of the names that models have.*name the file of weights"):
+        spectra.inspect(f"{server.cdn}/nothing/here")
+
+
 def test_offline_nothing_is_asked(server, monkeypatch):
     source = spectra.open_source("org/tuned", "org/base").select("v_proj")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -376,6 +381,8 @@ def test_offline_nothing_is_asked(server, monkeypatch):
     assert all("HF_HUB_OFFLINE" in spectrum.reason for spectrum in spectra.decompose(source))
     with pytest.raises(NotFoundError, match="HF_HUB_OFFLINE is set"):
         spectra.open_source("org/other")
+    with pytest.raises(NotFoundError, match="is not on this machine, and HF_HUB_OFFLINE is set"):
+        spectra.inspect(f"{server.cdn}/plain/base")
     assert len(server.seen) == seen
 
 
