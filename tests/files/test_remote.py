@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 import subprocess
 import sys
 
@@ -282,7 +283,9 @@ FAULTS = {
     "a body that is cut": lambda handler, seen: handler.give(body_of(handler), tag_of(handler), keep=3),
     "no answer": lambda handler, seen: setattr(handler, "close_connection", True),
     "another range": lambda handler, seen: handler.say(
-        206, {"ETag": f'"{tag_of(handler)}"', "Content-Range": f"bytes 0-0/{len(body_of(handler))}"}, b"x"
+        206,
+        {"ETag": f'"{tag_of(handler)}"', "Content-Range": f"bytes 5-5/{len(body_of(handler))}"},
+        body_of(handler)[5:6],
     ),
     "the whole file": lambda handler, seen: handler.give(body_of(handler), tag_of(handler), ranges=False),
     "an expired link": lambda handler, seen: handler.say(403),
@@ -295,6 +298,28 @@ def test_a_fault_that_passes_ends_in_the_right_numbers(server, tmp_path, fault):
     source = spectra.open_source("org/tuned", "org/base").select("v_proj")
     server.faults.append(times(1 if "link" in fault else 2, FAULTS[fault]))
     assert_right({spectrum.name: spectrum for spectrum in spectra.decompose(source)}, tmp_path)
+
+
+def test_many_faults_at_random_end_in_the_right_numbers(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(http, "PATIENCE", 60.0)
+    monkeypatch.setattr(http, "_LONGEST_WAIT", 0.01)
+    monkeypatch.setattr(remote, "_PIECE", 1500)
+    draw, kinds = random.Random(0), [kind for kind in FAULTS if "link" not in kind]
+    happened = []
+
+    def fault(handler, seen):
+        if seen.server != "cdn" or draw.random() > 0.4:
+            return False
+        happened.append(draw.choice(kinds))
+        if happened[-1] == "a body that is cut":
+            handler.give(body_of(handler), tag_of(handler), keep=draw.randrange(1500))
+        else:
+            FAULTS[happened[-1]](handler, seen)
+        return True
+
+    server.faults.append(fault)
+    assert_right(remotely(), tmp_path)
+    assert len(happened) > 10
 
 
 def test_what_cannot_be_had_has_a_status_and_the_rest_is_done(server, tmp_path):
