@@ -11,7 +11,16 @@ import click
 
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import Compute, HeadsType, compute_options, json_option, layer_option, scale_option
+from spectra.cli.options import (
+    Compute,
+    HeadsType,
+    compute_options,
+    download_option,
+    fetched,
+    json_option,
+    layer_option,
+    scale_option,
+)
 from spectra.extraction.options import DTYPES, FORMATS, DType, Format, Options
 
 if TYPE_CHECKING:
@@ -97,6 +106,7 @@ def _is_number(word: str) -> bool:
     help="What multi-head adapters stand for.",
 )
 @scale_option
+@download_option
 @compute_options
 @json_option
 def command(
@@ -116,6 +126,7 @@ def command(
     layers: tuple[str, ...],
     heads: str | int,
     scale: float | None,
+    download: bool,
     compute: Compute,
     as_json: bool,
 ) -> None:
@@ -128,6 +139,8 @@ def command(
     _check_usage([rank, energy, parameters, above_noise or None], tuned, weights, out, dry_run)
     if save_modules and file_format != "peft":
         raise click.UsageError("--save-modules needs --format peft: kohya's files keep no module whole")
+    tuned = tuple(fetched(path, download) for path in tuned)
+    base = fetched(base, download) if base else None
     updates = _given(tuned, base, layers, {"heads": heads, "scale": scale, "split": bool(layers)})
     with heavy_imports():
         from spectra.extraction.extract import run

@@ -62,6 +62,21 @@ def _verify(path: str, as_json: bool) -> None:
         sys.exit(1)
 
 
+def _say_what_is_read(inspection: Inspection) -> None:
+    """Of a model on a server: what this took, and what a command would take."""
+    from spectra.engine.memory import readable_size
+    from spectra.files.http import received
+
+    if not received():
+        return
+    roles = inspection.to_read
+    each = ", ".join(f"{role} {readable_size(size)}" for role, size in roles.items())
+    say(
+        f"from the server: {readable_size(received())} read now; a command reads {readable_size(sum(roles.values()))} "
+        f"({each})"
+    )
+
+
 def _print(inspection: Inspection) -> None:
     from spectra import text
     from spectra.engine.memory import readable_size
@@ -78,6 +93,7 @@ def _print(inspection: Inspection) -> None:
             for row in inspection.by_role
         ],
     )
+    _say_what_is_read(inspection)
     for line in said.get("notes", ()):
         say(f"note: {line}")
     for line in said.get("warnings", ()):

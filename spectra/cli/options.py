@@ -4,7 +4,7 @@ A decorator adds a group of options to a command, and hands the command one obje
 
     @click.command("mine")
     @click.argument("tuned")
-    @source_options                    # --layer, --heads, --scale, --split → opening
+    @source_options                    # --layer, --heads, --scale, --split, … → opening
     @compute_options                   # --device, --workers, --cluster, --memory → compute
     def command(tuned: str, opening: Opening, compute: Compute) -> None: ...
 """
@@ -62,7 +62,7 @@ def tuned_argument(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--tuned",
                 metavar="TUNED",
                 type=click.Path(),
-                help="TUNED, written as an option: a path, hub id or alias.",
+                help="TUNED, written as an option: a path, hub id, URL or alias.",
             ),
         ),
     )
@@ -81,6 +81,9 @@ layer_option = click.option(
     help="Only these matrices: roles or parts of names (q_proj,v_proj), attn or mlp, layers (0-3, 0-3.q_proj), a glob, "
     "or re:REGEX. Repeatable: what any of them means.",
 )  # fmt: skip
+download_option = click.option(
+    "--download", is_flag=True, help="Download models of the hub into its cache, instead of reading what is needed.",
+)  # fmt: skip
 scale_option = click.option("--scale", type=float, help="The scale s where the adapter does not carry α/r.")
 table_option = click.option(
     "--out", type=click.Path(file_okay=False), metavar="DIR", callback=_no_models_folder,
@@ -97,6 +100,7 @@ _SOURCE = (
     scale_option,
     click.option("--split/--no-split", default=True, show_default=True,
                  help="Report fused projections as their parts."),
+    download_option,
 )  # fmt: skip
 workers_option = click.option(
     "--workers", type=click.IntRange(1, 1024), metavar="N", help="Matrices at work side by side on the CPU.",
@@ -120,6 +124,13 @@ _RESULT = (
 )  # fmt: skip
 
 
+def fetched(path: str, download: bool) -> str:
+    """A path, hub id or alias as it is; with --download, where it lies on this machine then."""
+    from spectra.files import hub
+
+    return str(hub.resolve(path, fetch=True)) if download else path
+
+
 @dataclass(frozen=True)
 class Opening:
     """What a command was told about reading its inputs."""
@@ -128,6 +139,7 @@ class Opening:
     heads: str | int
     scale: float | None
     split: bool
+    download: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -142,6 +154,7 @@ class Opening:
         for option, given in (("TUNED", tuned), ("--base", base)):
             if given is not None and not given.strip():
                 raise click.UsageError(f"{option} is empty: give a path, hub id or alias")
+        tuned, base = fetched(tuned, self.download), fetched(base, self.download) if base else None
         source = open_source(tuned, base, **self.settings)
         source = source.select(self.layers) if self.layers else source
         report.coverage_notes(source.coverage)
@@ -165,11 +178,13 @@ class Compute:
 
 
 def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--layer, --heads, --scale, --split; the command gets them as `opening`."""
+    """--layer, --heads, --scale, --split, --download; the command gets them as `opening`."""
 
     @functools.wraps(command)
-    def bundled(*, layers: tuple[str, ...], heads: str | int, scale: float | None, split: bool, **others: Any) -> Any:
-        return command(opening=Opening(layers, heads, scale, split), **others)
+    def bundled(
+        *, layers: tuple[str, ...], heads: str | int, scale: float | None, split: bool, download: bool, **others: Any
+    ) -> Any:
+        return command(opening=Opening(layers, heads, scale, split, download), **others)
 
     return _apply(bundled, _SOURCE)
 

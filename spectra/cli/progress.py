@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+import time
 from types import TracebackType
 from typing import Any, Self
 
 from spectra.cli.talk import is_quiet, say
+from spectra.files.http import received
 
 STOPPED = 130  # what a shell reports of a command that Ctrl-C ended
 
@@ -27,12 +29,21 @@ class Progress:
     ) -> None:
         self._total, self._done = total, 0
         self._kept, self._otherwise = kept, otherwise
+        self._start, self._before = time.monotonic(), received()
         self._bar = _bar(total, what, unit)
 
     def update(self, more: int = 1) -> None:
         """So many more are done."""
         self._done += more
+        self._say_what_is_read()
         self._bar.update(more)
+
+    def _say_what_is_read(self) -> None:
+        """Bytes and rate, where they come from a server."""
+        count = received()
+        if count:
+            rate = (count - self._before) / max(time.monotonic() - self._start, 1e-3)
+            self._bar.set_postfix_str(f"{count / 2**20:,.1f} MiB read, {rate / 2**20:,.1f} MiB/s", refresh=False)
 
     def __enter__(self) -> Self:
         return self

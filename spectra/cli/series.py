@@ -11,7 +11,7 @@ import click
 
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import Compute, Opening, compute_options, result_options, source_options
+from spectra.cli.options import Compute, Opening, compute_options, fetched, result_options, source_options
 
 if TYPE_CHECKING:
     from spectra.deltas.source import Coverage, Source
@@ -71,6 +71,8 @@ def command(
     with heavy_imports():
         from spectra.results.series import series_rows
 
+    checkpoints = tuple(fetched(path, opening.download) for path in checkpoints)
+    base = fetched(base, opening.download) if base else None
     rows: list[Row] = []
     notes = _Notes()
     with report.progress(len(checkpoints), "spectra series", kept=out or "") as bar, compute.keywords() as keywords:

@@ -36,7 +36,7 @@ _SHOWN = (
     "--base",
     type=click.Path(),
     metavar="BASE",
-    help="The model it started from: path, hub id or alias. Most adapters need none.",
+    help="The model it started from: path, hub id, URL or alias. Most adapters need none.",
 )
 @click.option("--top", type=click.IntRange(min=1), metavar="K", help="Keep the top K singular vectors, too.")
 @source_options

@@ -9,7 +9,7 @@ import click
 
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import HeadsType, json_option, layer_option, scale_option
+from spectra.cli.options import HeadsType, download_option, fetched, json_option, layer_option, scale_option
 from spectra.cli.talk import say
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ _WIDTH = 78
     help="What multi-head adapters stand for.",
 )
 @scale_option
+@download_option
 @click.option(
     "--memory", metavar="SIZE", help="Budget for the matrices at work, such as 4GiB.  [default: half of what is free]"
 )
@@ -54,6 +55,7 @@ def command(
     layers: tuple[str, ...],
     heads: str | int,
     scale: float | None,
+    download: bool,
     memory: str | None,
     as_json: bool,
 ) -> None:
@@ -66,6 +68,7 @@ def command(
         from spectra.merges.claims import open_claims
         from spectra.merges.verify import check_claims, report_of
 
+    base, adapter, merged = (fetched(path, download) for path in (base, adapter, merged))
     claims = open_claims(base, adapter, merged, layers=layers, heads=heads, scale=scale)
     for line in claims.notes:
         report.note(f"note: {line}")

@@ -24,6 +24,7 @@ from spectra.engine.memory import memory_budget, readable_size
 from spectra.engine.schedule import Plan, Task, batches, plan, side_by_side
 from spectra.engine.solve import Wanted, solve
 from spectra.errors import SelectionError
+from spectra.files.remote import expected, is_remote
 from spectra.spectrum import Spectrum
 
 _PER_WORKER = 2  # tasks in flight per worker of another process: one at work, one waiting
@@ -58,7 +59,16 @@ def decompose_indexed(
         raise SelectionError(f"top = {top} is not a positive number of vectors; leave it out for values only")
     if only_top and top is None:
         raise SelectionError("only_top needs top: how many triplets?")
-    where = device if executor is not None else resolve_device(device)
+    with expected(ref for delta in deltas for ref in delta.refs):
+        yield from _scheduled(deltas, Work(top, only_top, device), executor, budget, threads)
+
+
+def _scheduled(
+    deltas: Sequence[WeightDelta], work: Work, executor: Executor | None, budget: int | str | None, threads: int | None
+) -> Iterator[tuple[int, Spectrum]]:
+    """Those that fit the budget, where they are to be solved; of the others, what they need."""
+    top, only_top = work.top, work.only_top
+    where = work.device if executor is not None else resolve_device(work.device)
     schedule = plan(deltas, _bytes_at_work(budget, where, executor), top)
     for index, bytes_needed in schedule.too_large.items():
         there = readable_size(schedule.budget)
@@ -112,12 +122,19 @@ def _side_by_side(
     cores = torch.get_num_threads()
     workers = side_by_side(schedule, cores)
     share = threads or max(1, cores // workers)
-    if workers == 1 and share == cores:
+    waiting = _waiting(deltas)
+    if workers == 1 and share == cores and not waiting:
         for task in schedule.tasks:
             yield task.index, work(deltas[task.index])
         return
-    with thread_executor(min(workers, max(1, cores // share)), share) as pool:
+    with thread_executor(min(workers, max(1, cores // share)) + waiting, share) as pool:
         yield from _through(pool, deltas, schedule, work)
+
+
+def _waiting(deltas: Sequence[WeightDelta]) -> int:
+    """How many matrices more to have at work than the cores are for: one waits for a server while the others solve."""
+    files = {part.file for delta in deltas for ref in delta.refs for part in ref.parts}
+    return int(len(deltas) > 1 and any(map(is_remote, files)))
 
 
 def _through(

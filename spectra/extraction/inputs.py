@@ -19,6 +19,7 @@ from spectra.extraction.triplets import Computed, Stored, Triplets
 from spectra.files import hub
 from spectra.files.folder import Folder
 from spectra.files.memory import CONTAINER
+from spectra.files.remote import is_url, model_of
 from spectra.models.opening import open_model
 from spectra.results.collection import Spectra, load
 from spectra.sources import open_source
@@ -130,6 +131,8 @@ def _unread(spectrum: Spectrum) -> WeightDelta:
 
 def _base_model(path: str | None, tuned: Iterable[Folder | None]) -> str:
     """The base as a loader should name it: a hub id where it lies in the hub's cache, a whole path on this machine."""
+    if path and is_url(path):
+        return model_of(path) or path
     if path:
         found = _HUB_SNAPSHOT.fullmatch(path)
         place = Path(path)

@@ -27,6 +27,9 @@ _FULL_FILES = (
     "pytorch_model.bin.index.json", "pytorch_model.bin",
     "diffusion_pytorch_model.bin.index.json", "diffusion_pytorch_model.bin",
 )  # fmt: skip
+KNOWN_NAMES = (  # what is asked for where a folder cannot be listed
+    *ADAPTER_FILES, *_FULL_FILES, PIPELINE, "config.json", "adapter_config.json",
+)  # fmt: skip
 _NOT_WEIGHTS = (
     "optimizer", "scheduler", "training_args", "rng_state", "random_states", "scaler", "global_step", "tokenizer",
     "sampler", "trainer_state",

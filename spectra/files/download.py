@@ -6,13 +6,15 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from spectra.errors import NotFoundError
 
+BUSY = {408, 425, 429, 500, 502, 503, 504}  # what a server answers that may do better the next time
 _TIMEOUT = 5.0  # seconds for the first answer; once it has come, the hub is there
 _WEIGHTS_AND_JSON = ["*.safetensors", "*.json", "*.bin"]
 # What the client says in several lines, by the class of its error.
-_SAID = {
+SAID = {
     "GatedRepoError": "it is gated: accept its terms on the hub, then `hf auth login`",
     "RepositoryNotFoundError": "the hub has no such model, or it is private: `hf auth login`",
     "RevisionNotFoundError": "the hub has the model, but not this revision",
@@ -22,27 +24,55 @@ _SAID = {
 def download(repo: str, revision: str) -> Path:
     """The folder with the model's weights and json files, fetched where they are not there yet.
 
-    The hub is asked once and has to answer within 5 s, or $HF_HUB_ETAG_TIMEOUT.
+    The hub has to answer within 5 s, or $HF_HUB_ETAG_TIMEOUT.
 
     Raises:
         NotFoundError: it cannot be had; the message says why, without naming the model.
+    """
+    client, errors = library()
+    found = info(repo, revision)
+    try:
+        files = [file.rfilename for file in found.siblings or ()]
+        wanted = _WEIGHTS_AND_JSON[:2] if any(file.endswith(".safetensors") for file in files) else _WEIGHTS_AND_JSON
+        there = client.snapshot_download(repo, revision=revision, allow_patterns=wanted, etag_timeout=_seconds())
+    except _families(errors) as problem:
+        raise NotFoundError(_reason(problem, _seconds())) from None
+    return Path(there)
+
+
+def info(repo: str, revision: str, endpoint: str | None = None) -> Any:
+    """What the hub says of a model at a revision: its commit, and its files with sizes and hashes.
+
+    Raises:
+        NotFoundError: it says nothing; the message says why, without naming the model.
+        HfHubHTTPError: it is busy.
+    """
+    client, errors = library()
+    try:
+        return client.HfApi(endpoint=endpoint).model_info(
+            repo, revision=revision, timeout=_seconds(), files_metadata=True
+        )
+    except _families(errors) as problem:
+        response = getattr(problem, "response", None)
+        if endpoint is not None and response is not None and response.status_code in BUSY:
+            raise
+        raise NotFoundError(_reason(problem, _seconds())) from None
+
+
+def library() -> tuple[ModuleType, ModuleType]:
+    """huggingface_hub and its errors.
+
+    Raises:
+        NotFoundError: it is not installed, or the user forbids the hub.
     """
     if offline():
         raise NotFoundError("HF_HUB_OFFLINE is set")
     try:
         import huggingface_hub
-        from huggingface_hub import errors
+        from huggingface_hub import constants, errors  # noqa: F401 (constants is an attribute from then on)
     except ImportError:
         raise NotFoundError("huggingface_hub is missing: pip install 'weight-spectra[hub]'") from None
-    timeout = _seconds()
-    try:
-        info = huggingface_hub.model_info(repo, revision=revision, timeout=timeout)
-        files = [file.rfilename for file in info.siblings or ()]
-        wanted = _WEIGHTS_AND_JSON[:2] if any(file.endswith(".safetensors") for file in files) else _WEIGHTS_AND_JSON
-        there = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted, etag_timeout=timeout)
-    except _families(errors) as problem:
-        raise NotFoundError(_reason(problem, timeout)) from None
-    return Path(there)
+    return huggingface_hub, errors
 
 
 def offline() -> bool:
@@ -79,8 +109,8 @@ def _reason(problem: Exception, timeout: float) -> str:
     classes = [cls.__name__ for cls in type(problem).__mro__]
     hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     for name in classes:
-        if name in _SAID:
-            return _SAID[name]
+        if name in SAID:
+            return SAID[name]
     if any("Timeout" in name for name in classes):
         return f"{hub} gave no answer within {timeout:g} s"
     said = (str(problem).strip() or type(problem).__name__).splitlines()[0]

@@ -18,14 +18,12 @@ from spectra.files import (
     limits,
     quantised,
     rank_files,
-    safetensors_file,
     snapshots,
     training_state,
 )
 from spectra.files.choice import (
     FULL_NAMES,
     PIPELINE,
-    WEIGHT_SUFFIXES,
     Choice,
     choose,
     inside,
@@ -34,6 +32,7 @@ from spectra.files.choice import (
     weight_files,
 )
 from spectra.files.header import Header
+from spectra.files.headers import read_headers
 from spectra.files.memory import CONTAINER, Memory
 from spectra.files.storage import Place
 from spectra.files.tensors import WHOLE, TensorRef
@@ -276,15 +275,11 @@ def _read_all(choice: Choice) -> Folder:
     """The headers of all files, merged; a broken shard costs its own tensors only."""
     if _is_gguf(choice.files[0]):
         return _gguf(choice.files)
-    headers: list[Header] = []
-    lost: dict[str, str] = {}
-    for file in choice.files:
-        try:
-            headers.append(read_header(file))
-        except SourceError as problem:
-            if len(choice.files) == 1:
-                raise
-            lost[file.name] = str(problem)
+    found = read_headers(choice.files)
+    headers = [header for header in found if isinstance(header, Header)]
+    lost = {file.name: str(why) for file, why in zip(choice.files, found, strict=True) if isinstance(why, SourceError)}
+    if lost and len(choice.files) == 1:
+        raise next(why for why in found if isinstance(why, SourceError))
     whole = Header.merged(headers)
     astray = _astray(choice, whole)
     broken = whole.broken | _not_there(choice, whole, lost)
@@ -391,24 +386,3 @@ def _joined(whole: Folder, component: str, part: Folder) -> Folder:
         components=whole.components | {component: part.config},
         warnings=(*whole.warnings, *part.warnings),
     )
-
-
-def read_header(file: Place) -> Header:
-    """The header of one file of safetensors or torch, by its suffix.
-
-    Raises:
-        NotFoundError: there is no such file.
-        SourceError: its kind is not known, or it is broken.
-    """
-    if not file.is_file():
-        raise NotFoundError(f"{file} does not exist; the download may be incomplete")
-    state = training_state.what(file.name)
-    if state:
-        raise SourceError(f"{file} is {state}")
-    if file.suffix == ".safetensors":
-        return safetensors_file.read_header(file)
-    if file.suffix in WEIGHT_SUFFIXES:
-        from spectra.files import torch_file  # needs torch, which the other headers do without
-
-        return torch_file.read_header(file)
-    raise SourceError(f"{file} is not a weights file: known suffixes are {', '.join(WEIGHT_SUFFIXES)}")

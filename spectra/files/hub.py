@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spectra.errors import NotFoundError, SourceError
-from spectra.files import snapshots
+from spectra.files import remote, snapshots
 from spectra.files.choice import WEIGHT_SUFFIXES
 from spectra.files.download import download, offline
 from spectra.files.storage import Place
@@ -34,12 +34,16 @@ ALIASES = {
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
-def resolve(name: str | Path | Place) -> Place:
-    """The folder or file that a path, alias or hub id means; a place means itself.
+def resolve(name: str | Path | Place, *, fetch: bool = False) -> Place:
+    """The folder or file that a path, URL, alias or hub id means; a place means itself.
 
-    Tried in order: the path; the user's aliases; the folder `$SPECTRA_MODELS`; the built-in aliases;
-    the local hub cache; a download where huggingface_hub is installed and not offline. What looks like a path
+    Tried in order: a URL; the path; the user's aliases; the folder `$SPECTRA_MODELS`; the built-in aliases;
+    the local hub cache; the hub, where huggingface_hub is installed and not offline. What looks like a path
     is never asked of the hub.
+
+    Args:
+        name: one of these.
+        fetch: download a model of the hub into its cache, instead of reading there what is needed when it is.
 
     Raises:
         NotFoundError: nothing was found; the message lists what was tried.
@@ -48,12 +52,16 @@ def resolve(name: str | Path | Place) -> Place:
         return name
     if not str(name).strip():
         raise NotFoundError("an empty name was given instead of a path, hub id or alias; is a shell variable not set?")
+    if remote.is_url(str(name)):
+        return remote.open_url(str(name))
     path = Path(os.path.expanduser(name))
-    return Place.of(path if os.path.exists(path) else _by_name(str(name), [f"the path {path}{_how_far(path)}"]))
+    if os.path.exists(path):
+        return Place.of(path)
+    return Place.of(_by_name(str(name), [f"the path {path}{_how_far(path)}"], fetch=fetch))
 
 
-def _by_name(name: str, tried: list[str]) -> Path:
-    """The local folder or file that an alias or hub id means."""
+def _by_name(name: str, tried: list[str], *, fetch: bool) -> Path | Place:
+    """The folder or file that an alias or hub id means."""
     text = name
     config = config_file()
     aliases = _user_aliases(config)
@@ -62,6 +70,8 @@ def _by_name(name: str, tried: list[str]) -> Path:
         target = Path(os.path.expanduser(aliases[text]))
         if os.path.exists(target):
             return target
+        if remote.is_url(aliases[text]):
+            return remote.open_url(aliases[text])
         text, tried = aliases[text], [*tried, f"its alias {aliases[text]}"]
     models = os.environ.get("SPECTRA_MODELS")
     if models and os.path.exists(Path(models).expanduser() / text):
@@ -73,7 +83,8 @@ def _by_name(name: str, tried: list[str]) -> Path:
     found = _HUB_ID.fullmatch(text)
     if not found:
         raise _not_found(name, tried)
-    return _from_hub(name, found["repo"], found["revision"] or "main", tried, meant=_is_a_path(text))
+    repo, revision, meant = found["repo"], found["revision"] or "main", _is_a_path(text)
+    return _from_hub(name, repo, revision, tried, meant=meant, fetch=fetch)
 
 
 def _is_a_path(text: str) -> str:
@@ -117,15 +128,6 @@ def config_file() -> Path:
     return Path(given).expanduser() if given else home / "spectra" / "config.toml"
 
 
-def hub_cache() -> Path:
-    """Where huggingface_hub keeps its downloads, by its own environment variables."""
-    given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    if given:
-        return Path(given).expanduser()
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(home).expanduser() / "hub"
-
-
 def _not_found(name: str, tried: list[str]) -> NotFoundError:
     return NotFoundError(f"{name!r} was not found. Tried: {'; '.join(tried)}")
 
@@ -145,9 +147,9 @@ def _user_aliases(config: Path) -> dict[str, str]:
     return aliases
 
 
-def _from_hub(name: str, repo: str, revision: str, tried: list[str], *, meant: str) -> Path:
-    """A model of the hub: from its cache, or downloaded unless the name is meant as a path."""
-    folder = hub_cache() / f"models--{repo.replace('/', '--')}"
+def _from_hub(name: str, repo: str, revision: str, tried: list[str], *, meant: str, fetch: bool) -> Path | Place:
+    """A model of the hub: in its cache, or on the hub unless the name is meant as a path."""
+    folder = snapshots.cache() / f"models--{repo.replace('/', '--')}"
     cached = _snapshot(folder, revision)
     lack = snapshots.missing(Place.of(cached), WEIGHT_SUFFIXES) if cached else ""
     if cached and not lack:
@@ -156,11 +158,12 @@ def _from_hub(name: str, repo: str, revision: str, tried: list[str], *, meant: s
     if cached and (meant or offline()):
         return cached  # opening it says what is missing and how to get it
     if meant:
-        raise _not_found(name, [*tried, f"no download, since {meant}"])
+        raise _not_found(name, [*tried, f"not the hub, since {meant}"])
     try:
-        return download(repo, revision)
+        return download(repo, revision) if fetch else remote.open_hub(repo, revision)
     except NotFoundError as problem:
-        raise _not_found(name, [*tried, f"a download of {repo} ({problem})"]) from None
+        asked = f"a download of {repo}" if fetch else f"{repo} on the hub"
+        raise _not_found(name, [*tried, f"{asked} ({problem})"]) from None
 
 
 def _snapshot(folder: Path, revision: str) -> Path | None:

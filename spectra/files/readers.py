@@ -136,4 +136,6 @@ def _bytes(ref: Stored, size: int) -> Tensor:
     content = torch.empty(size, dtype=torch.uint8)
     if size and ref.file.read_into(ref.offset, content.numpy().data) < size:
         raise SourceError(f"{ref.file} ends inside {ref.name}; download or save it again")
+    if ref.file.stamp() != ref.stamp:  # it may have while it was read
+        raise SourceError(f"{ref.file} changed after it was opened; run the command again")
     return content

@@ -6,12 +6,23 @@ Reference: huggingface_hub's documentation, "Understand caching".
 from __future__ import annotations
 
 import json
+import os
 import re
+from pathlib import Path
 
 from spectra.errors import SourceError
 from spectra.files.storage import Place
 
 _REPOSITORY = re.compile(r"models--([^/]+?)--([^/]+)")
+
+
+def cache() -> Path:
+    """Where huggingface_hub keeps its downloads, by its own environment variables."""
+    given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    if given:
+        return Path(given).expanduser()
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(home).expanduser() / "hub"
 
 
 def repository(folder: Place) -> str:

@@ -118,6 +118,18 @@ class TensorRef:
         return self._bytes_of(self.numel) or 0
 
     @property
+    def parts(self) -> tuple[TensorRef, ...]:
+        """The tensors that are stored: itself, or all that it is made of."""
+        if self.codec is None:
+            return (self,)
+        return tuple(part for ref in self.codec.refs for part in ref.parts)
+
+    @property
+    def bytes_read(self) -> int:
+        """How many bytes of the file are read for it, whatever part of them its views take; 0 if that is not known."""
+        return self._bytes_of(math.prod(self.stored)) or 0
+
+    @property
     def file(self) -> Place:
         """The file in its storage."""
         return Place(self.storage, self.path)

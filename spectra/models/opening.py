@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 from spectra.errors import MissingExtraError, SourceError
 from spectra.files import hub
 from spectra.files.choice import inside, read_json
-from spectra.files.folder import Folder, open_folder, read_header
+from spectra.files.folder import Folder, open_folder
+from spectra.files.headers import read_header
 from spectra.files.storage import Place
 from spectra.models import in_memory, litgpt_names, meta_names, torchtune_names
 from spectra.models.in_memory import Model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from spectra import naming, text
 from spectra.deltas.source import Source
 from spectra.errors import BaseRequiredError
 from spectra.files.folder import Folder
+from spectra.files.tensors import TensorRef
 from spectra.models.opening import Openable, open_any
 from spectra.sources import format_of, source_of
 
@@ -66,6 +68,20 @@ class Inspection:
         ordered = sorted(counts.items(), key=lambda item: roles.index(str(item[0][0])))
         return [{**dict(zip(keys, group, strict=True)), "matrices": count} for group, count in ordered]
 
+    @property
+    def to_read(self) -> dict[str, int]:
+        """Role → how many bytes of files a command reads for its matrices; without a source, for its tensors."""
+        sizes: dict[str, dict[tuple[str, int], int]] = {}
+        for name, refs in self._refs():
+            parts = (part for ref in refs for part in ref.parts)
+            sizes.setdefault(naming.role_of(name), {}).update({(p.path, p.offset): p.bytes_read for p in parts})
+        return {role: sum(sizes[role].values()) for role in naming.in_model_order(sizes)}
+
+    def _refs(self) -> Iterable[tuple[str, tuple[TensorRef, ...]]]:
+        if self.source is not None:
+            return ((delta.name, delta.refs) for delta in self.source)
+        return ((name, (ref,)) for name, ref in self.folder.tensors.items() if len(ref.shape) >= 2 or self.modules)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values: what `spectra inspect --json` prints."""
         refs = self.folder.tensors.values()
@@ -75,6 +91,7 @@ class Inspection:
             "tensors": len(refs),
             "parameters": sum(ref.numel for ref in refs),
             "bytes": sum(ref.nbytes for ref in refs),
+            "bytes_to_read": self.to_read,
             "dtypes": dict(Counter(ref.dtype for ref in refs)),
             "model_type": self.folder.config.get("model_type"),
             "unreadable": self.folder.unusable,
@@ -100,7 +117,7 @@ def inspect(
     """What a model or adapter holds: kind, matrices, ranks, dtypes and sizes, and what will not be used.
 
     Args:
-        path: a folder, a weights file, a hub id or an alias; or a model or state dict in memory.
+        path: a folder, a weights file, a hub id, a URL or an alias; or a model or state dict in memory.
         base: pair it with this model and show what fits.
         heads: as for `open_source`.
         scale: as for `open_source`.

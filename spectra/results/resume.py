@@ -228,8 +228,8 @@ def check_files(source: Source) -> None:
 def _inputs(source: Source) -> dict[str, Any]:
     return {
         "kind": source.kind,
-        "tuned": str(Path(source.tuned).resolve()),
-        "base": str(Path(source.base).resolve()) if source.base else None,
+        "tuned": fingerprint.where(source.tuned),
+        "base": fingerprint.where(source.base) if source.base else None,
         "options": dict(source.options),
         "files": fingerprint.of_files(source),
     }

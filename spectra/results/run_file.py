@@ -11,6 +11,7 @@ from typing import Any
 
 from spectra.errors import StoreError
 from spectra.results import shelf
+from spectra.results.fingerprint import is_as_it_was
 from spectra.results.shelf import json_text
 
 _CHECKSUM = "checksum"
@@ -63,14 +64,17 @@ def differences(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
     """Which inputs differ. Other layers may lie in other files: those of before have to be as they were."""
     changed = {key for key in {*before, *wanted} - {"files"} if before.get(key) != wanted.get(key)}
     new = wanted.get("files", {})
-    if any(new[path] != file if path in new else not _as_it_was(path, file) for path, file in _files(before)):
+    if any(new[path] != file if path in new else not is_as_it_was(path, file) for path, file in _files(before)):
         changed.add("files")
     return sorted(changed)
 
 
 def changed_file(inputs: Mapping[str, Any]) -> str | None:
     """A file that results were computed from and that is another one now; one that is gone does not count."""
-    return next((path for path, file in _files(inputs) if os.path.exists(path) and not _as_it_was(path, file)), None)
+    return next(
+        (path for path, file in _files(inputs) if os.path.exists(path) and not is_as_it_was(path, file)),
+        None,
+    )
 
 
 def _sum(content: Mapping[str, Any]) -> str:
@@ -81,11 +85,3 @@ def _sum(content: Mapping[str, Any]) -> str:
 def _files(inputs: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:
     files: Mapping[str, Mapping[str, Any]] = inputs.get("files", {})
     return files.items()
-
-
-def _as_it_was(path: str, file: Mapping[str, Any]) -> bool:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return False
-    return bool((status.st_size, status.st_mtime_ns) == (file.get("size"), file.get("mtime_ns")))

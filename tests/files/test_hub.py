@@ -99,8 +99,10 @@ def fake_hub(files, folder):
     module = types.ModuleType("huggingface_hub")
     module.calls = []
     siblings = [types.SimpleNamespace(rfilename=file) for file in files]
-    module.model_info = lambda repo, revision, timeout: types.SimpleNamespace(siblings=siblings)
+    module.model_info = lambda repo, **_: types.SimpleNamespace(siblings=siblings)
+    module.HfApi = lambda endpoint: types.SimpleNamespace(model_info=lambda *args, **kw: module.model_info(*args, **kw))
     module.snapshot_download = lambda repo, **options: module.calls.append((repo, options)) or str(folder)
+    module.constants = types.SimpleNamespace(ENDPOINT="https://hub.example")
     errors = types.ModuleType("huggingface_hub.errors")
     errors.HfHubHTTPError = type("HfHubHTTPError", (Exception,), {})
     errors.RepositoryNotFoundError = type("RepositoryNotFoundError", (errors.HfHubHTTPError,), {})
@@ -120,7 +122,7 @@ def test_a_download_takes_weights_and_json_only(monkeypatch, tmp_path, files, pa
     modules = fake_hub(files, tmp_path)
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    assert hub.resolve("org/base@v1") == Place.of(tmp_path)
+    assert hub.resolve("org/base@v1", fetch=True) == Place.of(tmp_path)
     assert modules["huggingface_hub"].calls == [
         ("org/base", {"revision": "v1", "allow_patterns": patterns, "etag_timeout": 5.0})
     ]
@@ -131,7 +133,7 @@ def test_a_failed_download_is_one_message(monkeypatch, tmp_path):
     modules = fake_hub([], tmp_path)
     errors = modules["huggingface_hub.errors"]
 
-    def refuse(repo, revision, timeout):
+    def refuse(repo, **_):
         raise {"org/base": errors.HfHubHTTPError, "org/gone": errors.RepositoryNotFoundError}[repo](
             "404 Client Error\nmore lines"
         )
@@ -140,9 +142,9 @@ def test_a_failed_download_is_one_message(monkeypatch, tmp_path):
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     with pytest.raises(NotFoundError, match=r"a download of org/base \(404 Client Error\)$"):
-        hub.resolve("org/base")
+        hub.resolve("org/base", fetch=True)
     with pytest.raises(NotFoundError, match=r"a download of org/gone \(the hub has no such model, or it is private"):
-        hub.resolve("org/gone")
+        hub.resolve("org/gone", fetch=True)
 
 
 ASK = """
@@ -182,9 +184,9 @@ def test_an_unreachable_hub_is_one_message_at_once(silent, tmp_path):
     port, closed = silent
     said = ask("llama-7b", f"http://127.0.0.1:{closed}", tmp_path)
     assert said.startswith("'llama-7b' was not found. Tried: the path llama-7b;")
-    assert f"a download of huggyllama/llama-7b (http://127.0.0.1:{closed} cannot be reached: " in said
+    assert f"huggyllama/llama-7b on the hub (http://127.0.0.1:{closed} cannot be reached: " in said
     assert "gave no answer within 1 s" in ask("org/name", f"http://127.0.0.1:{port}", tmp_path)
-    assert "a download of org/name (Request URL" in ask("org/name", "nonsense", tmp_path)
+    assert "org/name on the hub (Request URL" in ask("org/name", "nonsense", tmp_path)
 
 
 def test_what_looks_like_a_path_is_never_asked_of_the_hub(monkeypatch, tmp_path):
@@ -213,7 +215,7 @@ def test_what_looks_like_a_path_is_never_asked_of_the_hub(monkeypatch, tmp_path)
         with pytest.raises(NotFoundError, match=said):
             hub.resolve(name)
     assert modules["huggingface_hub"].calls == []
-    assert hub.resolve("runs/step-10@main") == Place.of(tmp_path), "a revision says that it is the hub's"
+    assert hub.resolve("runs/step-10@main", fetch=True) == Place.of(tmp_path), "a revision says that it is the hub's"
 
 
 def test_without_huggingface_hub_the_install_command_is_given(monkeypatch):
@@ -251,7 +253,7 @@ def test_a_snapshot_without_weights_is_downloaded(cache, monkeypatch, tmp_path, 
         monkeypatch.setitem(sys.modules, name, module)
     if not offline:
         monkeypatch.delenv("HF_HUB_OFFLINE")
-    assert hub.resolve("org/base") == Place.of(snapshot if offline else whole)
+    assert hub.resolve("org/base", fetch=True) == Place.of(snapshot if offline else whole)
     assert len(modules["huggingface_hub"].calls) == (not offline)
 
 
@@ -260,7 +262,7 @@ def test_a_download_that_fails_says_what_the_cache_lacks(cache, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     modules = fake_hub([], "unused")
 
-    def refuse(repo, revision, timeout):
+    def refuse(repo, **_):
         raise modules["huggingface_hub.errors"].HfHubHTTPError("401 Client Error")
 
     modules["huggingface_hub"].model_info = refuse

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from support.checkpoints import write_checkpoint
 
 from spectra.errors import SourceError
-from spectra.files.folder import open_folder, read_header
+from spectra.files.folder import open_folder
+from spectra.files.headers import read_header
 from spectra.files.storage import Place
 from spectra.files.tensors import TensorRef
 from spectra.models.meta_names import (

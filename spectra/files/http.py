@@ -1,0 +1,388 @@
+"""Byte ranges over HTTP: redirected, retried and held to one version of the file; every failure is one sentence.
+
+The requests are made by the session of huggingface_hub, which brings the user's proxies, certificates and offline
+switch. Its own retries start a transfer anew; here a broken one goes on where it stopped.
+Reference: RFC 9110, §13.1.5 and §14 (conditional and range requests), §10.2.3 (Retry-After).
+"""
+
+from __future__ import annotations
+
+import email.utils
+import os
+import random
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+from spectra.errors import NotFoundError, SourceError
+from spectra.files.download import BUSY, SAID, library, offline
+from spectra.files.storage import Stamp
+
+PATIENCE = 120.0  # seconds that a server which has answered before may go without giving a byte
+FIRST = 5.0  # the same for one that never has
+_TIMEOUT = 30.0  # seconds of silence after which a request is made again
+_LONGEST_WAIT = 8.0  # seconds between two attempts, unless the server asks for more
+_HOPS = 5
+_SKIPPED = 16 * 2**20  # bytes that are read past where a server sends the whole file instead of a range
+_EXPIRED = {400, 401, 403, 404, 410}  # what servers of links that expire say of one that did
+_CODES = {  # what the hub's X-Error-Code says, by the client's names
+    "GatedRepo": "GatedRepoError",
+    "RepoNotFound": "RepositoryNotFoundError",
+    "RevisionNotFound": "RevisionNotFoundError",
+}
+_REDIRECTS = {301, 302, 303, 307, 308}
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
+
+_answered: set[str] = set()  # servers that have
+_links: dict[str, _Link] = {}
+_lock = threading.Lock()
+_received = 0
+
+
+@dataclass(frozen=True)
+class _Link:
+    """Where a URL leads for now, under which version its bytes are served there, and what the hub calls the file."""
+
+    location: str
+    version: str
+    linked: str
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A response with bytes of a file, and the version of the file."""
+
+    response: Any
+    version: str
+
+
+class ChangedError(SourceError):
+    """The file at a URL is not the one whose header was read."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(f"{url} changed after it was opened; run the command again")
+
+
+class AbsentError(NotFoundError):
+    """The server has no such file."""
+
+
+class _TryAgainError(Exception):
+    """A request that may do better the next time, and after how many seconds the server says so."""
+
+    def __init__(self, why: str, wait: float | None = None) -> None:
+        super().__init__(why)
+        self.wait = wait
+
+
+def received() -> int:
+    """How many bytes of bodies this process has read so far."""
+    return _received
+
+
+def endpoint() -> str:
+    """The hub: `$HF_ENDPOINT`, or what huggingface_hub says."""
+    client, _ = library()
+    return str(os.environ.get("HF_ENDPOINT") or client.constants.ENDPOINT).rstrip("/")
+
+
+def stat(url: str, *, first: float | None = None) -> Stamp:
+    """Size and version (ETag, or else the date of the last change) of the file at a URL, from a request for one byte.
+
+    Raises:
+        NotFoundError: there is none.
+        SourceError: the server cannot be reached, refuses, or says too little.
+    """
+    patience = _Patience(url, first)
+    while True:
+        try:
+            with _answer(url, 0, 0) as answer:
+                size, version = _size(answer.response), answer.version
+                break
+        except _TryAgainError as problem:
+            patience.wait(problem)
+    if size is None or not version:
+        raise SourceError(
+            f"{url}: the server tells {'no size' if size is None else 'neither an ETag nor when it last changed'}, so "
+            "nothing would tell that the file changes while it is read: download it and pass the path"
+        )
+    return (size, version)
+
+
+def read_into(url: str, offset: int, buffer: memoryview, stamp: Stamp) -> int:
+    """Fill the buffer from `offset` on with bytes of the version that the stamp names; fewer where the file ends.
+
+    Raises:
+        SourceError: the file is another one now, or the bytes cannot be had in the time that is given.
+    """
+    wanted = min(len(buffer), max(stamp[0] - offset, 0))
+    filled, patience = 0, _Patience(url)
+    while filled < wanted:
+        try:
+            for chunk in _range(url, offset + filled, offset + wanted, stamp):
+                buffer[filled : filled + len(chunk)] = chunk
+                filled += len(chunk)
+                patience.renew()
+            if filled < wanted:
+                raise _TryAgainError("the answer ended early")
+        except _TryAgainError as problem:
+            patience.wait(problem)
+    return filled
+
+
+def retried(url: str, ask: Any) -> Any:
+    """What a request of the client library gives, made again where the server is busy.
+
+    Raises:
+        SourceError: the server stays busy.
+    """
+    patience = _Patience(url)
+    while True:
+        try:
+            return ask()
+        except library()[1].HfHubHTTPError as problem:
+            response = problem.response
+            if response is None or response.status_code not in BUSY:
+                raise
+            patience.answered()
+            busy = _TryAgainError(f"the server answered {response.status_code}", _asked_to_wait(response.headers))
+        patience.wait(busy)
+
+
+class _Patience:
+    """How long a server is asked again: until it has given nothing for a while."""
+
+    def __init__(self, url: str, first: float | None = None) -> None:
+        self._url, self._origin = url, _origin(url)
+        self._limit = first if first is not None else PATIENCE if self._origin in _answered else FIRST
+        self._since, self._attempts = time.monotonic(), 0
+
+    def answered(self) -> None:
+        """The server is there: it gets the longer time."""
+        _answered.add(self._origin)
+        self._limit = PATIENCE
+
+    def renew(self) -> None:
+        """Something came."""
+        self.answered()
+        self._since, self._attempts = time.monotonic(), 0
+
+    def wait(self, problem: _TryAgainError) -> None:
+        """Sleep before the next attempt.
+
+        Raises:
+            SourceError: the time is over, or the server asks for more than there is.
+        """
+        if self._origin in _answered:
+            self._limit = max(self._limit, PATIENCE)
+        backoff = min(_LONGEST_WAIT, 0.25 * 2**self._attempts) * (0.5 + random.random() / 2)
+        pause = backoff if problem.wait is None else max(problem.wait, 0.0)
+        left = self._since + self._limit - time.monotonic()
+        self._attempts += 1
+        if pause > left:
+            _answered.discard(self._origin)  # what is asked next does not wait as long for a server that is gone
+            asked = f", and asks to wait {pause:.0f} s" if problem.wait is not None else ""
+            raise SourceError(
+                f"{self._url} cannot be read: {problem}{asked}; tried for {self._limit:g} s: "
+                "run the same again later, what is stored is kept"
+            )
+        time.sleep(pause)
+
+
+def _range(url: str, start: int, stop: int, stamp: Stamp) -> Iterator[bytes]:
+    """The bytes of a file from `start` to before `stop`, in the pieces in which they come."""
+    global _received
+    with _answer(url, start, stop - 1, stamp) as answer:
+        skip = _to_skip(answer.response, url, start, stop, stamp)
+        left = stop - start
+        for chunk in _body(answer.response):
+            with _lock:
+                _received += len(chunk)
+            skip, chunk = max(skip - len(chunk), 0), chunk[skip:]
+            if chunk:
+                yield chunk[:left]
+                left -= len(chunk[:left])
+            if not left:
+                return
+
+
+def _body(response: Any) -> Iterator[bytes]:
+    try:
+        yield from response.iter_raw()
+    except _transport_error() as problem:
+        raise _TryAgainError(_said(problem)) from None
+
+
+def _to_skip(response: Any, url: str, start: int, stop: int, stamp: Stamp) -> int:
+    """How many bytes of the body come before what was asked for."""
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise SourceError(f"{url}: the server compresses what it sends, so ranges mean nothing: download the file")
+    if _size(response) not in (None, stamp[0]):
+        _forget(url)
+        raise ChangedError(url)
+    if response.status_code == 200:
+        if stop > max(_SKIPPED, stop - start):
+            raise SourceError(f"{url}: the server sends whole files only, not ranges: download it and pass the path")
+        return start
+    found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if not found or found[1] is None or not int(found[1]) <= start <= int(found[2]):
+        raise _TryAgainError("the answer is another range than was asked for")
+    return start - int(found[1])
+
+
+@contextmanager
+def _answer(url: str, first: int, last: int, stamp: Stamp | None = None) -> Iterator[_Answer]:
+    """The response with the bytes of a range, redirects followed and errors raised; links that expire are renewed."""
+    if offline():
+        raise NotFoundError(f"{url} is not on this machine, and HF_HUB_OFFLINE is set")
+    link = _links.get(url)
+    target, linked = (link.location, link.linked) if link else (url, "")
+    for _ in range(_HOPS + 1):
+        headers = {**_headers(target), "Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"}
+        with _streamed(url, target, headers) as response:
+            _answered.add(_origin(target))
+            linked = _plain(response.headers.get("X-Linked-ETag", "")) or linked
+            if response.status_code in _REDIRECTS and "Location" in response.headers:
+                target = _next(url, target, response.headers["Location"])
+                continue
+            _check_status(url, target, response, renewable=link is not None)
+            served = _version(response)
+            _check_version(url, linked or served, stamp)
+            if link is not None and link.version != served:
+                _forget(url)  # the hub has to say again that this is the file
+                raise _TryAgainError("what its link leads to changed", 0.0)
+            if target != url:
+                _links[url] = _Link(target, served, linked)
+            yield _Answer(response, linked or served)
+            return
+    raise SourceError(f"{url} leads from one address to the next without end; pass the address of the file")
+
+
+@contextmanager
+def _streamed(url: str, target: str, headers: dict[str, str]) -> Iterator[Any]:
+    try:
+        stream = (
+            library()[0].get_session().stream("GET", target, headers=headers, follow_redirects=False, timeout=_TIMEOUT)
+        )
+        response = stream.__enter__()
+    except (_transport_error(), RuntimeError) as problem:  # RuntimeError: another thread closed the session
+        raise _TryAgainError(_said(problem)) from None
+    except (OSError, ValueError) as problem:
+        raise SourceError(f"{url} cannot be read: {_said(problem)}") from None
+    try:
+        yield response
+    finally:
+        stream.__exit__(None, None, None)
+
+
+def _check_version(url: str, version: str, stamp: Stamp | None) -> None:
+    """Raise if what is served is not the version whose header was read."""
+    if stamp is not None and version != stamp[1]:
+        _forget(url)
+        raise ChangedError(url)
+
+
+def _check_status(url: str, target: str, response: Any, *, renewable: bool) -> None:
+    """Raise for everything but the bytes."""
+    status = response.status_code
+    if status in (200, 206) or (status == 416 and _size(response) == 0):
+        return
+    if renewable and status in _EXPIRED:
+        _forget(url)
+        raise _TryAgainError(f"its link expired ({status})", 0.0)
+    if status in BUSY:
+        raise _TryAgainError(f"the server answered {status}", _asked_to_wait(response.headers))
+    if status == 416:
+        _forget(url)
+        raise ChangedError(url)
+    if status in (401, 403):
+        code = response.headers.get("X-Error-Code", "")
+        raise NotFoundError(f"{url}: {SAID.get(_CODES.get(code, ''), '') or _no_access(url, target, status)}")
+    if status in (404, 410):
+        raise AbsentError(f"{url}: there is no such file ({status})")
+    raise SourceError(f"{url} cannot be read: the server answered {status}")
+
+
+def _no_access(url: str, target: str, status: int) -> str:
+    if _origin(target) == _origin(endpoint()):
+        return f"the hub refuses it ({status}): ask for access on the model's page, then `hf auth login`"
+    if target != url:
+        return f"the server that it leads to, {urlsplit(target).netloc.rpartition('@')[2]}, refuses it ({status})"
+    return f"the server refuses it ({status}), and no password or token is sent to it: download it and pass the path"
+
+
+def _next(url: str, target: str, location: str) -> str:
+    """Where a redirect leads."""
+    found = urljoin(target, location)
+    if urlsplit(target).scheme == "https" and urlsplit(found).scheme != "https":
+        raise SourceError(f"{url} leads to an address without encryption, which is not followed")
+    return found
+
+
+def _headers(target: str) -> dict[str, str]:
+    """The headers of a request; the user's token goes to the hub and nowhere else."""
+    ours = _origin(target) == _origin(endpoint())
+    library()
+    from huggingface_hub.utils import build_hf_headers
+
+    headers: dict[str, str] = build_hf_headers(token=None if ours else False, library_name="spectra")
+    return headers
+
+
+def _forget(url: str) -> None:
+    _links.pop(url, None)
+
+
+def _version(response: Any) -> str:
+    return _plain(response.headers.get("ETag") or response.headers.get("Last-Modified", ""))
+
+
+def _plain(tag: str) -> str:
+    """An ETag without its quotes; a weak one names the same version here, since nothing is decoded on the way."""
+    return tag.removeprefix("W/").strip('"')
+
+
+def _size(response: Any) -> int | None:
+    """The size of the whole file, as the answer to a range tells it."""
+    found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if found:
+        return None if found[3] == "*" else int(found[3])
+    length = response.headers.get("Content-Length", "") if response.status_code == 200 else ""
+    return int(length) if length.isdigit() else None
+
+
+def _asked_to_wait(headers: Any) -> float | None:
+    """Seconds that a server asks for: Retry-After in seconds or as a date."""
+    said = headers.get("Retry-After", "").strip()
+    if said.isdigit():
+        return float(said)
+    try:
+        return max(0.0, (email.utils.parsedate_to_datetime(said) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return None
+
+
+def _origin(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _transport_error() -> type[Exception]:
+    """What the HTTP client behind the hub's session raises where a request does not come through."""
+    module = sys.modules[type(library()[0].get_session()).__module__.partition(".")[0]]
+    found: type[Exception] = module.TransportError
+    return found
+
+
+def _said(problem: Exception) -> str:
+    name = type(problem).__name__
+    if "Timeout" in name:
+        return f"no answer within {_TIMEOUT:g} s"
+    return (str(problem).strip() or name).splitlines()[0]
