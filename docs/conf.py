@@ -29,6 +29,7 @@ default_role = "literal"
 suppress_warnings = ["misc.highlighting_failure"]  # an ellipsis in an example
 pygments_style, pygments_dark_style = "friendly", "monokai"
 highlight_language = "console"
+smartquotes = False  # --json is no dash
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"

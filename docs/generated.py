@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from docutils import nodes
+from pygments.lexers.shell import BashLexer
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -72,6 +73,7 @@ class PublicNames(SphinxDirective):
     """`public-names`: every public name, by room."""
 
     def run(self) -> list[nodes.Node]:
+        """What stands in the directive's place."""
         parts = [f"## {title}\n\n" + "\n\n".join(map(_documented, names)) for title, names in rooms().items()]
         return self.parse_text_to_nodes("\n\n".join(parts), allow_section_headings=True)
 
@@ -82,6 +84,7 @@ class Metrics(SphinxDirective):
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
+        """What stands in the directive's place."""
         module, _, attribute = self.arguments[0].rpartition(".")
         return self.parse_text_to_nodes("\n\n".join(_entries(getattr(importlib.import_module(module), attribute))))
 
@@ -105,6 +108,16 @@ def plain(lines: list[str]) -> None:
             )
 
 
+def help_text(lines: list[str]) -> None:
+    """A command's help: what stands in lines of its own (after \\b) keeps them, the rest is plain text."""
+    kept = ["   " + line[2:] if line.startswith("| ") else line for line in lines]
+    verbatim = [line.startswith("| ") for line in lines]
+    plain(lines)
+    for i in reversed(range(len(lines))):
+        if verbatim[i]:
+            lines[i : i + 1] = [kept[i]] if i and verbatim[i - 1] else ["::", "", kept[i]]
+
+
 def repository_links(app: Sphinx, docname: str, content: list[str]) -> None:
     """Links that are right in the repository, to what has a page of its own on the site; folders have none."""
     text = re.sub(r"\]\((?:\.\./)+notebooks/", f"]({'../' * docname.count('/')}notebooks/", content[0])
@@ -119,6 +132,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("metrics", Metrics)
     app.connect("autodoc-process-docstring", lambda *given: plain(given[-1]), priority=900)
     for part in ("description", "options", "arguments", "epilog"):
-        app.connect(f"sphinx-click-process-{part}", lambda *given: plain(given[-1]))
+        app.connect(f"sphinx-click-process-{part}", lambda *given: help_text(given[-1]))
+    app.add_lexer("console", BashLexer)  # commands without a prompt, so that they can be copied
     app.connect("source-read", repository_links)
     return {"parallel_read_safe": True}

@@ -12,9 +12,8 @@ import pytest
 from support import pages, readme
 
 import spectra
-from spectra import adapters
+from spectra import adapters, plots
 from spectra.cli import main
-from spectra.plots import __all__ as PLOTS
 from spectra.results.tables import row, similarity_row
 from spectra.spectrum import STATUSES, Spectrum
 
@@ -45,7 +44,8 @@ COMMANDS = dict(commands())
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_says_what_it_does_and_what_every_option_means(name):
     command = COMMANDS[name]
-    assert command.help and command.get_short_help_str()
+    assert command.help
+    assert command.get_short_help_str()
     for option in command.params:
         if isinstance(option, click.Option) and not option.hidden:
             assert option.help, f"spectra {name} {option.opts[0]}"
@@ -113,7 +113,7 @@ def test_every_status_is_described():
 
 
 def test_every_public_picture_is_in_the_gallery():
-    drawn = {name for name in PLOTS if name.startswith(("plot_", "draw_")) or name.endswith("_figure")}
+    drawn = {name for name in plots.__all__ if name.startswith(("plot_", "draw_")) or name.endswith("_figure")}
     assert {name for name in drawn & set(spectra.__all__) if name not in TEXT["docs/gallery.md"]} == set()
 
 

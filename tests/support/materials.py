@@ -29,7 +29,8 @@ def _train(folder: Path) -> None:
     from transformers import AutoModel
 
     spec = importlib.util.spec_from_file_location("watch", ROOT / "examples" / "watch.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     watch = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(watch)
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """The pages' examples: found, run in a folder of real models, and shown with what they print.
 
-A block of ```console or ```python is run as it stands, from top to bottom of its page; a block of ```text right after it
-is what it prints. Blocks in other languages (```sh, ```py) are read and not run.
+A block of ```console or ```python is run as it stands, from top to bottom of its page; a block of ```text right after
+it is what it prints. Blocks in other languages (```sh, ```py) are read and not run.
 
 cd tests
 python -m support.pages              # runs all pages, writes outputs and pictures

@@ -1,4 +1,4 @@
-"""The table of formats in the documentation, from FORMATS and the refusals: `python -m support.readme` (in tests/) writes it."""
+"""The table in docs/formats.md, from FORMATS and the refusals: `python -m support.readme` (in tests/) writes it."""
 
 from __future__ import annotations
 
