@@ -23,6 +23,7 @@ ROOMS = {
     "spectra.results": "Compute, compare and keep",
     "spectra.metrics": "Measure",
     "spectra.plots": "Draw",
+    "spectra.report": "Report",
     "spectra.merges": "Verify a merge",
     "spectra.extraction": "Extract an adapter",
     "spectra.errors": "Errors",
