@@ -22,7 +22,7 @@ shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", ignore=shutil.ign
 nb_execution_mode = "off"
 
 exclude_patterns = ["_build"]
-myst_enable_extensions = ["colon_fence", "deflist"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
 default_role = "literal"
@@ -38,6 +38,7 @@ napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_rtype, napoleon_use_ivar = False, True
 
 html_theme = "furo"
+html_math_renderer = "mathml"  # MathJax would come from the network
 html_title = f"spectra {version}"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]

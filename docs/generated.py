@@ -6,12 +6,17 @@ import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from html import escape
 from typing import Any
 
 from docutils import nodes
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
 from pygments.lexers.shell import BashLexer
 from sphinx.application import Sphinx
+from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
+from sphinx.writers.html5 import HTML5Translator
 
 import spectra
 
@@ -116,7 +121,28 @@ def help_text(lines: list[str]) -> None:
     plain(lines)
     for i in reversed(range(len(lines))):
         if verbatim[i]:
-            lines[i : i + 1] = [kept[i]] if i and verbatim[i - 1] else ["::", "", kept[i]]
+            lines[i : i + 1] = [kept[i]] if i and verbatim[i - 1] else [".. code-block:: text", "", kept[i]]
+
+
+def _mathml(node: nodes.Element, as_block: bool) -> str:
+    """A formula as MathML, which browsers draw by themselves; what docutils does not know is a warning, and stays TeX."""
+    try:
+        return tex2mathml(node.astext().replace(r"\dots", r"\ldots"), as_block=as_block)
+    except MathError as problem:
+        logging.getLogger(__name__).warning("%s in %s", problem, node.astext(), location=node)
+        return escape(node.astext())
+
+
+def inline_math(writer: HTML5Translator, node: nodes.math) -> None:
+    """A formula inside a line."""
+    writer.body.append(_mathml(node, as_block=False))
+    raise nodes.SkipNode
+
+
+def block_math(writer: HTML5Translator, node: nodes.math_block) -> None:
+    """A formula in a line of its own."""
+    writer.body.append(f'<div class="math">{_mathml(node, as_block=True)}</div>')
+    raise nodes.SkipNode
 
 
 def repository_links(app: Sphinx, docname: str, content: list[str]) -> None:
@@ -135,5 +161,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     for part in ("description", "options", "arguments", "epilog"):
         app.connect(f"sphinx-click-process-{part}", lambda *given: help_text(given[-1]))
     app.add_lexer("console", BashLexer)  # commands without a prompt, so that they can be copied
+    app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
     app.connect("source-read", repository_links)
     return {"parallel_read_safe": True}
