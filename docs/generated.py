@@ -125,7 +125,7 @@ def help_text(lines: list[str]) -> None:
 
 
 def _mathml(node: nodes.Element, as_block: bool) -> str:
-    """A formula as MathML, which browsers draw by themselves; what docutils does not know is a warning, and stays TeX."""
+    """A formula as MathML, which browsers draw by themselves; what docutils does not know is a warning."""
     try:
         return tex2mathml(node.astext().replace(r"\dots", r"\ldots"), as_block=as_block)
     except MathError as problem:
