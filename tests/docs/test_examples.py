@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import materials, pages
 
-NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 PICTURE = re.compile(r"\((gallery/[\w-]+\.png)\)")
 
 
