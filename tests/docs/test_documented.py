@@ -69,6 +69,16 @@ def test_command_lines_name_commands_and_options_that_exist(path):
                 assert word.split("=")[0] in known, f"spectra {line}"
 
 
+OF_OTHERS = {"--memory-limit"}  # Dask's workers
+
+
+@pytest.mark.parametrize("path", [path for path in TEXT if not path.startswith(("benchmarks", "CONTRIBUTING"))])
+def test_options_named_in_sentences_exist(path):
+    known = {word for command in COMMANDS.values() for o in command.params for word in [*o.opts, *o.secondary_opts]}
+    known |= OF_OTHERS | {"--version", "--help"}
+    assert set(re.findall(r"`(--[a-z][a-z-]*)", TEXT[path])) <= known
+
+
 def test_every_public_name_is_in_the_reference_with_more_than_a_name():
     shown = {name for names in generated.rooms().values() for name in names}
     assert {f"spectra.{name}" for name in spectra.__all__} - shown == {"spectra.__version__"}
