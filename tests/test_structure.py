@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import readme
 from support.slow import SLOW
 
 import spectra
@@ -160,28 +159,5 @@ def test_the_readme_leads_with_the_two_commands_and_they_exist():
     assert "make demo" in first
     assert "make test" in README
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
-    assert {"demo", "test", "lint"} <= set(targets)
+    assert {"demo", "test", "docs", "lint"} <= set(targets)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
-
-
-def test_the_readmes_command_lines_parse():
-    """Every `spectra …` line of the README names a command and options that exist."""
-    from spectra.cli import main
-
-    lines = re.findall(r"^\s*(?:\$ )?spectra (\w+)(.*?)(?:#.*)?$", README, re.M)
-    assert len(lines) >= 5
-    for name, rest in lines:
-        command = main.get_command(None, name)
-        assert command, name
-        known = {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]}
-        for option in re.findall(r"--[a-z-]+", rest):
-            assert option in known, f"spectra {name} {option}"
-
-
-def test_the_readmes_table_of_formats_is_the_one_in_the_code():
-    assert readme.current() == readme.table(), "run `python -m support.readme` in tests/"
-
-
-def test_the_readme_names_every_public_function():
-    for name in ("open_source", "decompose", "summarize", "subspace_similarity", "plot_histogram", "plot_similarity"):
-        assert name in README

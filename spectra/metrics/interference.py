@@ -102,6 +102,11 @@ def mean_cosine(seen: Together) -> float:
     return math.fsum(found) / len(found) if found else math.nan
 
 
+def norms(seen: Together) -> list[float]:
+    """‖Δ_t‖_F of every update."""
+    return seen.norms
+
+
 def norm_ratio(seen: Together) -> float:
     """‖ΣΔ‖_F² / Σ‖Δ‖_F²: N where all are equal, 1 where they are orthogonal (as by chance), 0 where they cancel."""
     squares = sum(norm**2 for norm in seen.norms)
@@ -196,7 +201,7 @@ def shared_kept(seen: Together) -> list[float]:
 INTERFERENCE: dict[str, Callable[[Together], int | float | list[float] | list[list[float]]]] = {
     "cosines": cosines,
     "mean_cosine": mean_cosine,
-    "norms": lambda seen: seen.norms,
+    "norms": norms,
     "norm_ratio": norm_ratio,
     "sti": sti,
     "sti_raw": sti_raw,

@@ -6,6 +6,8 @@ from __future__ import annotations
 SLOW = (
     "cli/test_plot_command.py::test_per_layer_at_many_layers",
     "cli/test_svd_command.py::test_values_agree_with_float64_numpy_on_the_real_pair",
+    "docs/test_examples.py",
+    "docs/test_site.py",
     "engine/test_benchmarks.py",
     "engine/test_cluster.py",
     "files/test_hub.py::test_an_unreachable_hub",
