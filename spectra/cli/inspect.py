@@ -67,14 +67,12 @@ def _say_what_is_read(inspection: Inspection) -> None:
     from spectra.engine.memory import readable_size
     from spectra.files.http import received
 
-    if not received():
-        return
     roles = inspection.to_read
-    each = ", ".join(f"{role} {readable_size(size)}" for role, size in roles.items())
-    say(
-        f"from the server: {readable_size(received())} read now; a command reads {readable_size(sum(roles.values()))} "
-        f"({each})"
-    )
+    if not received() or not inspection.is_remote:
+        return
+    each = "" if inspection.modules else f" ({', '.join(f'{role} {readable_size(n)}' for role, n in roles.items())})"
+    total = readable_size(sum(roles.values()))
+    say(f"from the server: {readable_size(received())} read now; a command reads {total}{each}")
 
 
 def _print(inspection: Inspection) -> None:

@@ -40,9 +40,9 @@ class Progress:
 
     def _say_what_is_read(self) -> None:
         """Bytes and rate, where they come from a server."""
-        count = received()
+        count = received() - self._before
         if count:
-            rate = (count - self._before) / max(time.monotonic() - self._start, 1e-3)
+            rate = count / max(time.monotonic() - self._start, 1e-3)
             self._bar.set_postfix_str(f"{count / 2**20:,.1f} MiB read, {rate / 2**20:,.1f} MiB/s", refresh=False)
 
     def __enter__(self) -> Self:

@@ -24,6 +24,7 @@ from spectra.engine.memory import memory_budget, readable_size
 from spectra.engine.schedule import Plan, Task, batches, plan, side_by_side
 from spectra.engine.solve import Wanted, solve
 from spectra.errors import SelectionError
+from spectra.files.http import give_up
 from spectra.files.remote import expected, is_remote
 from spectra.spectrum import Spectrum
 
@@ -157,6 +158,8 @@ def _through(
                 task = running.pop(future)
                 yield task.index, _outcome(future, deltas[task.index])
     finally:
+        if running:
+            give_up()  # a server that is silent would hold the threads, and with them whoever stopped this
         for future in running:
             future.cancel()
 

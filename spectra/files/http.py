@@ -27,7 +27,7 @@ from spectra.files.storage import Stamp
 
 PATIENCE = 120.0  # seconds that a server which has answered before may go without giving a byte
 FIRST = 5.0  # the same for one that never has
-_TIMEOUT = 30.0  # seconds of silence after which a request is made again
+_TIMEOUT = 10.0  # seconds of silence after which a request is made again
 _LONGEST_WAIT = 8.0  # seconds between two attempts, unless the server asks for more
 _HOPS = 5
 _SKIPPED = 16 * 2**20  # bytes that are read past where a server sends the whole file instead of a range
@@ -44,6 +44,7 @@ _answered: set[str] = set()  # servers that have
 _links: dict[str, _Link] = {}
 _lock = threading.Lock()
 _received = 0
+_given_up = 0  # times
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,12 @@ class _TryAgainError(Exception):
 def received() -> int:
     """How many bytes of bodies this process has read so far."""
     return _received
+
+
+def give_up() -> None:
+    """Let no read that is going on try again: who asked is not waiting any more."""
+    global _given_up
+    _given_up += 1
 
 
 def endpoint() -> str:
@@ -163,6 +170,7 @@ class _Patience:
         self._url, self._origin = url, _origin(url)
         self._limit = first if first is not None else PATIENCE if self._origin in _answered else FIRST
         self._since, self._attempts = time.monotonic(), 0
+        self._given_up = _given_up
 
     def answered(self) -> None:
         """The server is there: it gets the longer time."""
@@ -180,6 +188,8 @@ class _Patience:
         Raises:
             SourceError: the time is over, or the server asks for more than there is.
         """
+        if self._given_up != _given_up:
+            raise SourceError(f"{self._url}: reading was given up")
         if self._origin in _answered:
             self._limit = max(self._limit, PATIENCE)
         backoff = min(_LONGEST_WAIT, 0.25 * 2**self._attempts) * (0.5 + random.random() / 2)
@@ -193,7 +203,9 @@ class _Patience:
                 f"{self._url} cannot be read: {problem}{asked}; tried for {self._limit:g} s: "
                 "run the same again later, what is stored is kept"
             )
-        time.sleep(pause)
+        until = time.monotonic() + pause
+        while (left := until - time.monotonic()) > 0 and self._given_up == _given_up:
+            time.sleep(min(left, 0.5))
 
 
 def _range(url: str, start: int, stop: int, stamp: Stamp) -> Iterator[bytes]:

@@ -312,5 +312,8 @@ def _all_of(piece: Callable[[int], int], starts: range) -> list[int]:
     pool = ThreadPoolExecutor(min(_LANES, len(starts)))
     try:
         return list(pool.map(piece, starts))
+    except KeyboardInterrupt:
+        http.give_up()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

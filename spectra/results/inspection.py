@@ -11,6 +11,7 @@ from spectra import naming, text
 from spectra.deltas.source import Source
 from spectra.errors import BaseRequiredError
 from spectra.files.folder import Folder
+from spectra.files.remote import is_remote
 from spectra.files.tensors import TensorRef
 from spectra.models.opening import Openable, open_any
 from spectra.sources import format_of, source_of
@@ -76,6 +77,11 @@ class Inspection:
             parts = (part for ref in refs for part in ref.parts)
             sizes.setdefault(naming.role_of(name), {}).update({(p.path, p.offset): p.bytes_read for p in parts})
         return {role: sum(sizes[role].values()) for role in naming.in_model_order(sizes)}
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether something of it lies on a server."""
+        return any(is_remote(part.file) for _, refs in self._refs() for ref in refs for part in ref.parts)
 
     def _refs(self) -> Iterable[tuple[str, tuple[TensorRef, ...]]]:
         if self.source is not None:

@@ -7,6 +7,8 @@ import pickle
 import random
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -341,6 +343,20 @@ def test_a_server_that_asks_for_a_long_wait_is_one_message(server):
     server.faults.append(times(-1, lambda handler, seen: handler.say(429, {"Retry-After": "3600"})))
     found = list(spectra.decompose(source))
     assert all("asks to wait 3600 s" in spectrum.reason for spectrum in found)
+
+
+def test_who_stops_does_not_wait_for_a_silent_server(server, monkeypatch):
+    monkeypatch.setattr(http, "PATIENCE", 60.0)
+    ref = spectra.open_source("org/tuned", "org/base").select("v_proj").deltas[0].refs[0]
+    server.faults.append(times(-1, lambda handler, seen: handler.say(429, {"Retry-After": "30"})))
+    with ThreadPoolExecutor(1) as pool:
+        start, reading = time.monotonic(), pool.submit(ref.read)
+        while server.requests(".safetensors")[-1].status != 429:
+            time.sleep(0.01)
+        http.give_up()
+        with pytest.raises(SourceError, match="reading was given up"):
+            reading.result(timeout=20)
+    assert time.monotonic() - start < 20
 
 
 def test_a_busy_hub_is_asked_again(server, tmp_path):
