@@ -134,6 +134,8 @@ def _add_saved(ledger: Ledger, stored: str) -> None:
             f"no part of {ledger.title} that is known, and no weight that modules_to_save in adapter_config.json names"
         )
         ledger.refuse(clean, ref.shape, "unsupported", why)
+    elif ledger.base is None and ledger.config.get("layer_replication"):
+        ledger.refuse(clean, ref.shape, "unsupported", "saved whole, and with layer_replication the base is not used")
     elif ledger.base is None:
         ledger.skipped[clean] = "saved whole, so ΔW needs the base weight: pass base= (--base)"
     else:
