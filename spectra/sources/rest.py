@@ -169,7 +169,7 @@ def _subtract_saved(ledger: Ledger, base: Folder, stored: str, clean: str) -> No
     if any(delta.name == name for delta in ledger.deltas):
         ledger.skipped[clean] = "the weight that an update is listed for"
         return
-    if held is None:
+    if held is None or (held != name and not tied.may_be(name, ledger.tuned.tensors[stored].shape, shapes[held])):
         ledger.tuned_only[clean] = "saved whole, and not in the base"
         return
     if held != name and ledger.config.get("ensure_weight_tying") is True and _saves(ledger, held):
