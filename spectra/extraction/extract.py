@@ -147,7 +147,7 @@ class _Work:
         writer: Peft | Kohya = Kohya(components)
         if options.format == "peft":
             component = component_of((weight.module.path for weight in gathered.weights), components)
-            writer = Peft(inputs.base_model, inputs.all_modules, component)
+            writer = Peft(inputs.base_model, inputs.all_modules, component, inputs.replication)
         not_carried = dict(gathered.not_carried)
         for left in inputs.left:
             not_carried |= {name: why for name, why in left.reasons.items() if name not in not_carried}

@@ -42,6 +42,7 @@ class Inputs:
         base_model: what an adapter's config calls the base; "" where it is not known.
         all_modules: paths in memory of the base's modules, and of those that hold them.
         as_is: whether the update is that of one source, times 1.
+        replication: the ranges of the base's layers that PEFT repeats before it adapts them; [] for none.
     """
 
     gathered: Gathered
@@ -51,6 +52,7 @@ class Inputs:
     base_model: str = ""
     all_modules: frozenset[str] = field(default_factory=frozenset)
     as_is: bool = True
+    replication: Sequence[Any] = ()
 
 
 def inputs_of(given: Given, factors: Sequence[float] | None, **compute: Any) -> Inputs:
@@ -87,7 +89,19 @@ def inputs_of(given: Given, factors: Sequence[float] | None, **compute: Any) -> 
         if folder is not None
     ]
     names, modules = _base_model(path, tuned), frozenset(_modules(architecture, base))
-    return Inputs(gathered, triplets, tuple(left), base, names, modules, as_is=factors == [1.0])
+    as_is, replication = factors == [1.0], _replication(tuned)
+    return Inputs(gathered, triplets, tuple(left), base, names, modules, as_is=as_is, replication=replication)
+
+
+def _replication(tuned: Sequence[Folder | None]) -> Sequence[Any]:
+    """`layer_replication` of the adapters: their layers have the numbers of the model that it makes of the base."""
+    found = [((folder.adapter_config if folder else None) or {}).get("layer_replication") or [] for folder in tuned]
+    if any(each != found[0] for each in found):
+        raise SelectionError(
+            "the updates are of models with different layer_replication, so layers of one number are not the same "
+            "layer: extract each on its own"
+        )
+    return found[0] if found else []
 
 
 def _refuse_in_memory(sources: Iterable[Source]) -> None:

@@ -34,12 +34,20 @@ class Peft:
         base_model: what `base_model_name_or_path` says; "" where it is not known.
         all_modules: paths of the base's modules, which no pattern may hit by accident.
         component: of a pipeline, the one component that is adapted, whose paths start with its name; "" elsewhere.
+        replication: the ranges of the base's layers that PEFT is to repeat first; [] for none.
     """
 
     file = FILE
 
-    def __init__(self, base_model: str = "", all_modules: Collection[str] = (), component: str = "") -> None:
+    def __init__(
+        self,
+        base_model: str = "",
+        all_modules: Collection[str] = (),
+        component: str = "",
+        replication: Sequence[Any] = (),
+    ) -> None:
         self.base_model = base_model
+        self.replication = replication
         self.component = component
         self.all_modules = [self.in_model(path) for path in all_modules]
         self._ranks: dict[str, int] = {}
@@ -136,6 +144,8 @@ class Peft:
             "use_rslora": False,
             "use_dora": False,
         }
+        if self.replication:
+            config["layer_replication"] = self.replication
         if parameters:
             config |= {"target_parameters": parameters, "peft_version": _VERSION_OF_STACKS}
         return config

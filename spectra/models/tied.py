@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 _HEAD = re.compile(
@@ -11,10 +11,10 @@ _HEAD = re.compile(
     r"|generator_lm_head|pred_layer\.proj)\.weight$"
 )
 # Heads of single architectures, by their whole names: in other models such a name is of something else. Taken from the
-# _tied_weights_keys of transformers 5.23: Whisper, BioGPT, TrOCR, FSMT, ALBERT, ModernBERT, XLNet, ViLT, T5Gemma, RWKV.
+# _tied_weights_keys of transformers 5.23: Whisper, BioGPT, TrOCR, FSMT, ALBERT, ModernBERT, XLNet, ViLT, T5Gemma.
 _OWN_HEAD = re.compile(
     r"(?:proj_out|(?:decoder\.)?output_projection|predictions\.decoder|(?:head\.|mlm_score\.)?decoder|lm_loss"
-    r"|lm_head\.out_proj|head)\.weight"
+    r"|lm_head\.out_proj)\.weight"
 )
 _EMBEDDING = re.compile(
     r"(?:^|\.)(?:shared|embed_tokens|wte|word_embeddings|tok_embeddings|tokens_embed|embed_in|word_embedding"
@@ -30,6 +30,15 @@ def is_head(name: str) -> bool:
     (True, False)
     """
     return _HEAD.search(name) is not None or _OWN_HEAD.fullmatch(name) is not None
+
+
+def may_be(head: str, shape: Sequence[int], embedding: Sequence[int]) -> bool:
+    """Whether a head is an embedding by its shape: of a name that others use, too, only if it has as many rows.
+
+    >>> may_be("decoder.weight", (3, 16), (40, 16)), may_be("lm_head.weight", (42, 16), (40, 16))
+    (False, True)
+    """
+    return is_vocabulary(head) or tuple(shape) == tuple(embedding)
 
 
 def is_embedding(name: str) -> bool:

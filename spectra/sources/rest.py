@@ -134,6 +134,8 @@ def _add_saved(ledger: Ledger, stored: str) -> None:
             f"no part of {ledger.title} that is known, and no weight that modules_to_save in adapter_config.json names"
         )
         ledger.refuse(clean, ref.shape, "unsupported", why)
+    elif ledger.base is None and ledger.config.get("layer_replication"):
+        ledger.refuse(clean, ref.shape, "unsupported", "saved whole, and with layer_replication the base is not used")
     elif ledger.base is None:
         ledger.skipped[clean] = "saved whole, so ΔW needs the base weight: pass base= (--base)"
     else:
@@ -167,7 +169,7 @@ def _subtract_saved(ledger: Ledger, base: Folder, stored: str, clean: str) -> No
     if any(delta.name == name for delta in ledger.deltas):
         ledger.skipped[clean] = "the weight that an update is listed for"
         return
-    if held is None:
+    if held is None or (held != name and not tied.may_be(name, ledger.tuned.tensors[stored].shape, shapes[held])):
         ledger.tuned_only[clean] = "saved whole, and not in the base"
         return
     if held != name and ledger.config.get("ensure_weight_tying") is True and _saves(ledger, held):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 
+import peft
 import pytest
 import torch
 import transformers
@@ -14,6 +16,7 @@ from support.peft_oracle import tiny_model as plain
 from support.tiny_models import tiny_model
 
 import spectra
+from spectra.errors import SelectionError
 
 MOE = {"num_local_experts": 3, "num_experts": 3, "n_routed_experts": 4, "tie_word_embeddings": False}
 MODELS = {
@@ -173,3 +176,30 @@ def test_experts_alone_where_one_of_them_did_not_change(tmp_path):
         update = pair.update(name)
         update[1] = 0
         assert_close(delta, truncated(update, 3))
+
+
+def test_replicated_layers_keep_what_their_numbers_mean(tmp_path):
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], layer_replication=[[0, 2], [0, 2]])
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(plain("llama").float(), config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "adapter")
+    source = spectra.open_source(tmp_path / "adapter")
+    spectra.extract(source, tmp_path / "out", rank=3)
+    again = peft.PeftModel.from_pretrained(plain("llama").float(), tmp_path / "out")
+    found = {name: module for name, module in again.named_modules() if name.endswith("q_proj")}
+    assert len(found) == len(source) == 4
+    for name, module in found.items():
+        delta = source[f"{name.removeprefix('base_model.model.')}.weight"].read().to_dense()
+        assert torch.allclose(module.get_delta_weight("default").double(), delta, atol=1e-4)
+    other = tmp_path / "adapter" / "adapter_config.json"
+    sources = [source]
+    other.write_text(json.dumps(json.loads(other.read_text()) | {"layer_replication": [[0, 1], [0, 1]]}))
+    shutil.copytree(tmp_path / "adapter", tmp_path / "other")
+    other.write_text(json.dumps(json.loads(other.read_text()) | {"layer_replication": [[0, 2], [0, 2]]}))
+    sources.append(spectra.open_source(tmp_path / "other"))
+    with pytest.raises(SelectionError, match="different layer_replication"):
+        spectra.extract(sources, tmp_path / "both", rank=3)

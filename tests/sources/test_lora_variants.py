@@ -293,6 +293,19 @@ def test_replicated_layers_keep_their_own_names_and_no_base(tmp_path):
     assert source.deltas[0].read().base_norm is None
 
 
+def test_what_takes_the_base_is_refused_with_replicated_layers(tmp_path):
+    """The base is there: to pass one is no advice."""
+    replicated = {"layer_replication": [[0, 1], [0, 1]]}
+    with pytest.raises(UnsupportedFormatError, match="after layer_replication the layers have other numbers"):
+        spectra.open_source(*dora(tmp_path / "dora", replicated))
+    adapter, base = dora(tmp_path / "saved", replicated | {"use_dora": False}, lora_magnitude_vector=None)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file(tensors | {"base_model.model.lm_head.weight": torch.randn(32, 16)}, adapter / "adapter_model.safetensors")
+    source = spectra.open_source(adapter, base)
+    assert source["lm_head.weight"].status == "unsupported"
+    assert "with layer_replication the base is not used" in source["lm_head.weight"].reason
+
+
 def test_trained_tokens_beside_the_factors(tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 5]})
     oracle = make_oracle(tmp_path, "llama", config)

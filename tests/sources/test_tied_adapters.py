@@ -244,11 +244,26 @@ def test_heads_of_other_names_are_the_embedding(kind, tmp_path):
     assert torch.allclose(delta.read().to_dense(), oracle.deltas[delta.name], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [3, 32])
+def test_a_classifier_that_is_called_as_a_head_is_not_the_embedding(rows, tmp_path):
+    base = {name: tensor for name, tensor in llama_tensors().items() if name != HEAD}
+    config = {"model_type": "llama", "tie_word_embeddings": True}
+    folder = write_checkpoint(tmp_path / "base", base, config=config)
+    q = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{q}.lora_A.weight": torch.randn(2, 16), f"{q}.lora_B.weight": torch.randn(16, 2)}
+    tensors |= {"base_model.model.decoder.weight": torch.randn(rows, 16)}
+    adapter = write_adapter(tmp_path / "adapter", tensors, CONFIG | {"modules_to_save": ["decoder"]})
+    tuned = write_checkpoint(tmp_path / "tuned", base | {"decoder.weight": torch.randn(rows, 16)}, config=config)
+    for source in (spectra.open_source(adapter, folder), spectra.open_source(tuned, folder)):
+        assert ("decoder.weight" in source.coverage.tuned_only) == (rows == 3)
+        assert ("decoder.weight" in source.names) == (rows == 32)
+
+
 def test_what_may_be_something_else_is_no_vocabulary_for_certain():
     """A diffusion model's proj_out and a classifier's head, whose rows are no tokens."""
     assert tied.is_head("proj_out.weight")
     assert not tied.is_vocabulary("proj_out.weight")
-    assert not any(map(tied.is_head, ("transformer.proj_out.weight", "model.decoder.weight", "head.bias")))
+    assert not any(map(tied.is_head, ("transformer.proj_out.weight", "model.decoder.weight", "head.weight")))
 
 
 NAMES = ["model.embed_tokens.weight", "model.layers.0.q_proj.weight"]

@@ -166,7 +166,7 @@ def _with_embedding(pairs: _Pairs, name: str, key: str, head: Weight, side: str)
     if not tied.is_head(key) or head.ref is None or embedding is None or not tied.ties(folder.config):
         return False
     other = weights[embedding]
-    if other.ref is None:
+    if other.ref is None or not tied.may_be(key, head.shape, other.shape):
         return False
     tuned, base = (head, other) if side == "base" else (other, head)
     note = f"the {side} model's head is tied to {other.name}: compared with that"

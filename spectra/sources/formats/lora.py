@@ -71,7 +71,7 @@ def read(ledger: Ledger) -> None:
     """Enter every module's factors, the experts of stacked parameters, and trained tokens.
 
     Raises:
-        UnsupportedFormatError: the config says that there is no one ΔW.
+        UnsupportedFormatError: the config says that there is no one ΔW, or one of weights that are not known.
         BaseRequiredError: a module is a DoRA and there is no base.
     """
     for option, what in _NOT_PLAIN.items():
@@ -90,6 +90,11 @@ def read(ledger: Ledger) -> None:
                 item = _module(ledger, owner, groups[module])
                 found[name] = _twice(item) if twice else item
     if any(item.magnitude is not None for item in found.values()):
+        if ledger.config.get("layer_replication"):
+            raise UnsupportedFormatError(
+                f"{ledger.where}: ΔW of DoRA depends on the base weights, and after layer_replication the layers have "
+                "other numbers than the base's, which is not read: compare what PEFT makes of the adapter instead"
+            )
         ledger.need_base()
     _add_modules(ledger, found)
     lora_experts.add_stacks(ledger, stacks)
