@@ -35,14 +35,12 @@ _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "Ca
 # After one of these a card answers nothing more to the process, whatever it is asked.
 _LOST = (
     "illegal memory access",
-    "illegal address",
     "misaligned address",
     "illegal instruction",
     "launch failure",
     "device-side assert",
     "hardware stack error",
     "uncorrectable ECC error",
-    "fallen off the bus",
 )
 
 
