@@ -323,7 +323,9 @@ def _undone(blank: Spectrum, problem: GaveUp, device: str) -> Spectrum:
         reason = f"memory ran out on {device}: {problem.said}; lower --workers or --memory"
         return replace(blank, status="too_large", reason=reason)
     if problem.lost:
-        reason = f"{device} failed and answers nothing more here: {problem.said}; run again, or with --device cpu"
+        reason = (
+            f"{device} failed and answers nothing more here: {problem.said}; run again, or with device=cpu (--device)"
+        )
         return replace(blank, status="failed", reason=reason)
     return replace(blank, status="failed", reason=problem.said)
 

@@ -162,5 +162,5 @@ def test_a_card_that_dies_gives_no_number_and_says_what_to_do(monkeypatch):
             assert spectrum.S is None or not len(spectrum.S)
             assert spectrum.reason == (
                 "cuda failed and answers nothing more here: CUDA error: an illegal memory access was encountered; "
-                "run again, or with --device cpu"
+                "run again, or with device=cpu (--device)"
             )
