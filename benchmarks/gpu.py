@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from benchmarks import inputs
 from spectra import Spectrum, WeightDelta, decompose
@@ -78,6 +79,8 @@ def faults(device: str, budget: int) -> Iterator[tuple[str, str]]:
     kinds: dict[str, Callable[[int], WeightDelta]] = {
         "dense 300×200": lambda i: WeightDelta.from_tensor(f"d{i}", inputs.gaussian(300, 200, i)),
         "dense decaying 256²": lambda i: WeightDelta.from_tensor(f"e{i}", inputs.decaying(256, i)),
+        "dense 40×700": lambda i: WeightDelta.from_tensor(f"w{i}", inputs.gaussian(40, 700, i)),
+        "dense, rank 3 of 256 and rounding": lambda i: WeightDelta.from_tensor(f"r{i}", _nearly_low_rank(256, i)),
         "factored rank 8 on 300×200": lambda i: WeightDelta.from_factors(f"f{i}", *inputs.factors(300, 8, 200, i)),
     }
     for name, make in kinds.items():
@@ -85,6 +88,40 @@ def faults(device: str, budget: int) -> Iterator[tuple[str, str]]:
         for top in (0, 4):
             for delta, found in zip(deltas, on_device(deltas, device, budget, top), strict=True):
                 yield f"{name}, top {top}, {found.method}", fault_of(delta, found, top)
+    yield from known_faults(device, budget)
+
+
+def known_faults(device: str, budget: int) -> Iterator[tuple[str, str]]:
+    """What solvers on cards were reported to do wrong without a word, asked of this one.
+
+    Reference: pytorch issues 187759 (svdvals of NaN is finite), 192483 (eigh of a batch is right at first and not
+    orthonormal later), 105359 (eigh of nearly low rank crashes; above, with all its calls in float64).
+    """
+    holed = inputs.gaussian(60, 50)
+    holed[1, 2] = float("nan")
+    factors = inputs.factors(60, 4, 50)
+    factors[0][0, 0] = float("inf")
+    for delta in (
+        WeightDelta.from_tensor("NaN in a matrix", holed),
+        WeightDelta.from_factors("∞ in a factor", *factors),
+    ):
+        (found,) = on_device([delta], device, budget, 0)
+        yield delta.name, "" if found.status == "nonfinite" else f"{found.status}, and not refused"
+    batch = [WeightDelta.from_tensor(str(i), inputs.gaussian(40, 40, i)) for i in range(64)]
+    for call in range(4):
+        results = zip(batch, on_device(batch, device, budget, 4), strict=True)
+        said = {fault_of(delta, found, 4) or _not_first(found) for delta, found in results} - {""}
+        yield f"64 × 40², top 4, call {call + 1}", "; ".join(sorted(said))
+
+
+def _not_first(found: Spectrum) -> str:
+    """That a solver was caught, though the result is right: worth knowing of a card."""
+    return f"right only by the next solver: {found.method}" if "rejected" in found.method else ""
+
+
+def _nearly_low_rank(size: int, seed: int) -> Tensor:
+    left, right = inputs.factors(size, 3, size, seed)
+    return left.float() @ right.float() + 1e-12 * inputs.gaussian(size, size, seed)
 
 
 def fault_of(delta: WeightDelta, found: Spectrum, top: int) -> str:
@@ -96,8 +133,9 @@ def fault_of(delta: WeightDelta, found: Spectrum, top: int) -> str:
     if error > _VALUES:
         return f"values off by {error:.1e}·σ₁"
     if top:
-        mine = torch.from_numpy(found.U)
-        angle = float(torch.linalg.matrix_norm(mine - u[:, :top] @ (u[:, :top].T @ mine), 2))
+        kept = int((found.S[:top] > found.resolution).sum())  # the others have no direction
+        mine = torch.from_numpy(found.U[:, :kept])
+        angle = float(torch.linalg.matrix_norm(mine - u[:, :kept] @ (u[:, :kept].T @ mine), 2))
         return f"sin θ = {angle:.1e}" if angle > _ANGLE else ""
     return ""
 

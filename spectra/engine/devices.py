@@ -112,7 +112,9 @@ class Cuda(Device):
             return question(self.name)
         except RuntimeError as problem:
             said = str(problem).splitlines()[0]
-            raise DeviceError(f"{self.name} does not answer: {said}; start anew, or use --device cpu") from problem
+            raise DeviceError(
+                f"{self.name} does not answer: {said}; start anew, or use device=cpu (--device)"
+            ) from problem
 
     @contextmanager
     def reading(self) -> Iterator[Callable[[], None]]:

@@ -35,14 +35,12 @@ _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "Ca
 # After one of these a card answers nothing more to the process, whatever it is asked.
 _LOST = (
     "illegal memory access",
-    "illegal address",
     "misaligned address",
     "illegal instruction",
     "launch failure",
     "device-side assert",
     "hardware stack error",
     "uncorrectable ECC error",
-    "fallen off the bus",
 )
 
 
@@ -325,7 +323,9 @@ def _undone(blank: Spectrum, problem: GaveUp, device: str) -> Spectrum:
         reason = f"memory ran out on {device}: {problem.said}; lower --workers or --memory"
         return replace(blank, status="too_large", reason=reason)
     if problem.lost:
-        reason = f"{device} failed and answers nothing more here: {problem.said}; run again, or with --device cpu"
+        reason = (
+            f"{device} failed and answers nothing more here: {problem.said}; run again, or with device=cpu (--device)"
+        )
         return replace(blank, status="failed", reason=reason)
     return replace(blank, status="failed", reason=problem.said)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 
 import pytest
+from support.card import card_of
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +19,24 @@ def test_the_gpu_script_finds_the_device_path_right_on_the_cpu():
     from benchmarks import gpu
 
     assert [fault for _, fault in gpu.faults("cpu", 2**30) if fault] == []
+
+
+def test_the_gpu_script_finds_it_right_on_a_card_and_sees_its_faults(monkeypatch):
+    from benchmarks import gpu
+
+    with card_of(monkeypatch) as card:
+        assert [fault for _, fault in gpu.faults("cuda", 2**28) if fault] == []
+    assert card.misuses == []
+
+    def drifting(right, matrix, *rest, **options):
+        values, vectors = right(matrix, *rest, **options)
+        vectors[..., :, -1] += vectors[..., :, 0]
+        return values, vectors
+
+    with card_of(monkeypatch, faults={"linalg_eigh": drifting}) as card:
+        told = dict(gpu.known_faults("cuda", 2**28))
+    assert told["NaN in a matrix"] == ""
+    assert "right only by the next solver: gram-eigh-f64 rejected" in told["64 × 40², top 4, call 4"]
 
 
 def test_the_gpu_script_sees_a_fault():
