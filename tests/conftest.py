@@ -25,16 +25,12 @@ settings.load_profile("spectra")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of one long experiment run first and in one process: it is made once, while the other does the rest.
+    """The tests of one long experiment run first, in one process: it takes minutes, while the other does the rest.
 
     Everything that is not listed as slow is marked quick.
     """
-    long = [item for item in items if "experiment" in getattr(item, "fixturenames", ())]
-    for item in long:
-        item.add_marker(pytest.mark.xdist_group("experiment"))
-    items[:] = long + [item for item in items if item not in set(long)]
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
     for item in items:
         if not item.nodeid.removeprefix("tests/").startswith(SLOW):
             item.add_marker("quick")
