@@ -98,6 +98,14 @@ def test_fp32_weights_have_an_edge_far_below_their_update(real_pair):
     assert found.signal_rank == found.rank
 
 
+def test_of_what_did_not_move_one_rounding_is_told(tmp_path):
+    torch.manual_seed(0)
+    weights = {"model.layers.0.self_attn.q_proj.weight": torch.randn(32, 32).bfloat16()}
+    base, tuned = (write_checkpoint(tmp_path / side, weights) for side in "bt")
+    (found,) = spectra.decompose(spectra.open_source(tuned, base))
+    assert (found.status, found.rounding, found.noise_edge) == ("unchanged", "tuned on the bf16 grid", 0.0)
+
+
 def test_no_edge_where_none_is_known():
     assert rounding_edge(torch.ones(3, 3), "U8") is None
     assert rounding_edge(torch.ones(0, 3), "BF16") is None
