@@ -39,6 +39,11 @@ _SHOWN = (
     help="The model it started from: path, hub id, URL or alias. Most adapters need none.",
 )
 @click.option("--top", type=click.IntRange(min=1), metavar="K", help="Keep the top K singular vectors, too.")
+@click.option(
+    "--rehash",
+    is_flag=True,
+    help="With --out: hash all of every file that is read, and hold it against the stored run's, not samples alone.",
+)
 @source_options
 @compute_options
 @result_options
@@ -47,6 +52,7 @@ def command(
     base: str | None,
     tuned: str,
     top: int | None,
+    rehash: bool,
     opening: Opening,
     compute: Compute,
     out: str | None,
@@ -62,7 +68,7 @@ def command(
     source = opening.open(tuned, base)
     _check(view, len(source))
     with compute.keywords() as keywords:
-        rows, values = _run(source, top, out, keywords, keep_values=as_json)
+        rows, values = _run(source, top, out, keywords | {"rehash": rehash}, keep_values=as_json)
     written = report.draw(out, names=[delta.name for delta in source]) if out and figures else []
     if as_json:
         report.print_json(_document(source, rows, values))

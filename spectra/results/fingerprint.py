@@ -1,4 +1,9 @@
-"""What a result was computed from: files by size, version and the hash of their heads; deltas by their recipe."""
+"""What a result was computed from: files by size, version and a content stamp; deltas by their recipe.
+
+The content stamp is the hash of a file's first MiB, which holds its header, and of 64 KiB at 16 places spread over the
+rest: a file that was saved again differs in it, for almost all of its bytes do; one changed byte somewhere between the
+places does not show. The hash of everything (rehash=, --rehash) has no such gap and takes a whole reading.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +17,12 @@ from spectra.deltas.delta import WeightDelta
 from spectra.deltas.source import Source
 from spectra.errors import SourceError
 from spectra.files.remote import is_url, place_of
-from spectra.files.storage import Place
-from spectra.files.tensors import TensorRef
+from spectra.files.storage import Place, Stamp
 
 _HEAD = 2**20
+_BLOCK = 2**16
+_BLOCKS = 16
+_CHUNK = 2**24
 
 
 def of_delta(delta: WeightDelta) -> str:
@@ -29,12 +36,17 @@ def of_pair(a: str, b: str, top: int) -> str:
     return hashlib.sha256(f"{a}|{b}|{top}".encode()).hexdigest()
 
 
-def of_files(source: Source) -> dict[str, dict[str, Any]]:
-    """Path → size and version of every file that is read: a server's ETag; a disk's time, and hash of the first MiB."""
+def of_files(source: Source, *, rehash: bool = False) -> dict[str, dict[str, Any]]:
+    """Path → size, version (a disk's modification time) and content stamp, for every file that is read.
+
+    Args:
+        source: whose files.
+        rehash: read all of each file, and give the hash of that as well.
+    """
     refs = (ref for delta in source.deltas for ref in delta.refs)
     stored = (part for ref in refs for part in (ref.codec.refs if ref.codec else (ref,)))
     one_per_file = {part.path: part for part in stored}
-    return {path: _of_file(ref) for path, ref in sorted(one_per_file.items())}
+    return {path: of_file(ref.file, ref.stamp, rehash=rehash) for path, ref in sorted(one_per_file.items())}
 
 
 def where(path: str) -> str:
@@ -46,18 +58,38 @@ def where(path: str) -> str:
     return path if is_url(path) else str(Path(path).resolve())
 
 
-def is_as_it_was(path: str, file: Mapping[str, Any]) -> bool:
-    """Whether a file is there and has the size and version that `of_files` says."""
+def of_file(file: Place, stamp: Stamp, *, rehash: bool = False) -> dict[str, Any]:
+    """One file's entry; what is not on this machine is not sampled, since every block would be a request."""
+    size, version = stamp
+    if is_url(file.path) and not rehash:
+        return {"size": size, "mtime_ns": version}  # a server's tells the content: no head is read
+    head = hashlib.sha256(file.read(0, min(_HEAD, size)))
+    said: dict[str, Any] = {"size": size, "mtime_ns": version, "head_sha256": head.hexdigest()}
+    if file.storage.local_path(file.path) is not None and size > _HEAD:
+        sampled = hashlib.sha256()
+        for block in range(_BLOCKS):
+            sampled.update(file.read(_HEAD + (size - _HEAD - 1) * block // _BLOCKS, _BLOCK))
+        sampled.update(file.read(max(_HEAD, size - _BLOCK), _BLOCK))
+        said["sampled_sha256"] = sampled.hexdigest()
+    if rehash:
+        whole = hashlib.sha256()
+        for start in range(0, size, _CHUNK):
+            whole.update(file.read(start, _CHUNK))
+        said["sha256"] = whole.hexdigest()
+    return said
+
+
+def same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two entries are of one file, by all that both of them say."""
+    return bool(before.keys() & now.keys()) and all(before[key] == now[key] for key in before.keys() & now.keys())
+
+
+def is_as_it_was(path: str, before: Mapping[str, Any]) -> bool:
+    """Whether a file is there and is the one of an entry."""
     place = place_of(path) if is_url(path) else Place.of(path)
     try:
-        return place.stamp() == (file["size"], file["mtime_ns"])
+        stamp = place.stamp()
+        quick = same(before, {"size": stamp[0], "mtime_ns": stamp[1]})
+        return quick and same(before, of_file(place, stamp))
     except SourceError:
         return False
-
-
-def _of_file(ref: TensorRef) -> dict[str, Any]:
-    size, version = ref.stamp
-    if is_url(ref.path):
-        return {"size": size, "mtime_ns": version}  # a server's tells the content: no head is read
-    head = hashlib.sha256(ref.file.read(0, min(_HEAD, size)))
-    return {"size": size, "mtime_ns": version, "head_sha256": head.hexdigest()}

@@ -39,9 +39,9 @@ def recorded_source(run: Spectra, top: int) -> Source:
             f"{run.directory} holds no singular vectors, and what it was made of cannot be read ({problem}); "
             f"where it is, run: {command}"
         ) from None
-    before = {(Path(path).name, *file.values()) for path, file in inputs.get("files", {}).items()}
+    before = [(Path(path).name, file) for path, file in inputs.get("files", {}).items()]
     for path, file in fingerprint.of_files(source).items():
-        if (Path(path).name, *file.values()) not in before:  # paths are recorded as they were given, from anywhere
+        if not any(name == Path(path).name and fingerprint.same(old, file) for name, old in before):
             raise StoreError(
                 f"{run.directory} holds no singular vectors, and {path} is not what it was made of any more: "
                 f"make it again in another directory: {command}"

@@ -36,6 +36,7 @@ def decompose_into(
     device: str = "auto",
     executor: Executor | None = None,
     budget: int | str | None = None,
+    rehash: bool = False,
 ) -> Iterator[Spectrum]:
     """The spectra of a source, stored ones first, new ones as they finish and are stored.
 
@@ -52,6 +53,7 @@ def decompose_into(
         device: as for `decompose`.
         executor: as for `decompose`.
         budget: as `memory_budget` for `decompose`.
+        rehash: as for `decompose`.
 
     Raises:
         StoreError: the directory holds results of other inputs, or cannot be written to.
@@ -62,7 +64,7 @@ def decompose_into(
     store.notes = notes
     threads = None if executor else _threads(store, source, top, device, budget)
     keys = [fingerprint.of_delta(delta) for delta in source]
-    store.begin(_inputs(source), _details(source, top, device, threads), keys)
+    store.begin(_inputs(source, rehash), _details(source, top, device, threads), keys)
     missing: dict[tuple[int, bool], list[int]] = {}
     for place, delta in enumerate(source):
         stored = store.stored(delta.name, keys[place], top, only_top)
@@ -225,13 +227,13 @@ def check_files(source: Source) -> None:
             )
 
 
-def _inputs(source: Source) -> dict[str, Any]:
+def _inputs(source: Source, rehash: bool) -> dict[str, Any]:
     return {
         "kind": source.kind,
         "tuned": fingerprint.where(source.tuned),
         "base": fingerprint.where(source.base) if source.base else None,
         "options": dict(source.options),
-        "files": fingerprint.of_files(source),
+        "files": fingerprint.of_files(source, rehash=rehash),
     }
 
 

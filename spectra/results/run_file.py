@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spectra.errors import StoreError
-from spectra.results import shelf
-from spectra.results.fingerprint import is_as_it_was
+from spectra.results import fingerprint, shelf
 from spectra.results.shelf import json_text
 
 _CHECKSUM = "checksum"
@@ -37,8 +36,9 @@ def read(path: Path) -> dict[str, Any]:
             raise ValueError("its checksum does not fit what it says")
         if not isinstance(content.get("inputs", {}), dict):
             raise ValueError("its inputs are no object")
-        if not isinstance(content.get("inputs", {}).get("files", {}), dict):
-            raise ValueError("its files are no object")
+        files = content.get("inputs", {}).get("files", {})
+        if not isinstance(files, dict) or not all(isinstance(file, dict) for file in files.values()):
+            raise ValueError("its files are no object of objects")
         return content
     except (OSError, ValueError, RecursionError) as problem:
         why = problem.strerror if isinstance(problem, OSError) else problem
@@ -64,15 +64,24 @@ def differences(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
     """Which inputs differ. Other layers may lie in other files: those of before have to be as they were."""
     changed = {key for key in {*before, *wanted} - {"files"} if before.get(key) != wanted.get(key)}
     new = wanted.get("files", {})
-    if any(new[path] != file if path in new else not is_as_it_was(path, file) for path, file in _files(before)):
-        changed.add("files")
+    for path, file in _files(before):
+        if not (fingerprint.same(file, new[path]) if path in new else fingerprint.is_as_it_was(path, file)):
+            changed.add("files")
     return sorted(changed)
+
+
+def with_files(before: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with the files of both, and of each file what either says."""
+    files = dict(_files(before or {}))
+    for path, file in _files(wanted):
+        files[path] = {**files.get(path, {}), **file}
+    return {**wanted, "files": files}
 
 
 def changed_file(inputs: Mapping[str, Any]) -> str | None:
     """A file that results were computed from and that is another one now; one that is gone does not count."""
     return next(
-        (path for path, file in _files(inputs) if os.path.exists(path) and not is_as_it_was(path, file)),
+        (path for path, file in _files(inputs) if os.path.exists(path) and not fingerprint.is_as_it_was(path, file)),
         None,
     )
 

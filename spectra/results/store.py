@@ -10,6 +10,7 @@ What is stored carries checksums; what does not fit them counts as not stored, i
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -98,7 +99,7 @@ class Store:
             if before is None and not stored and self.spectra.names():
                 raise StoreError(f"{self.directory} holds results without a {RUN}; choose {ANOTHER_PLACE}")
             started = stored.get("started") or _now()
-            wanted["files"] = {**(before or {}).get("files", {}), **wanted.get("files", {})}
+            wanted = run_file.with_files(before, wanted)
             self._claimed = wanted
             try:
                 run_file.write(self.directory / RUN, {"inputs": wanted, "started": started, **details})
@@ -293,12 +294,17 @@ def home_of(directory: str | Path) -> Path:
     """A directory's path, with the user's home in it.
 
     Raises:
-        StoreError: there is no such user.
+        StoreError: there is no such user, or no path can be like that.
     """
     try:
-        return Path(directory).expanduser()
-    except RuntimeError as problem:
-        raise StoreError(f"{directory} cannot be found: {str(problem).rstrip('.')}") from None
+        place = Path(directory).expanduser()
+        os.stat(place)
+    except (RuntimeError, ValueError) as problem:
+        raise StoreError(f"{directory} cannot be a directory: {str(problem).rstrip('.')}") from None
+    except OSError as problem:
+        if problem.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES):
+            raise StoreError(f"{directory} cannot be looked at: {problem.strerror}") from None
+    return place
 
 
 def nothing_stored(directory: str | Path) -> StoreError:

@@ -100,6 +100,7 @@ def decompose(
     executor: Executor | None = None,
     memory_budget: int | str | None = None,
     out: str | Path | None = None,
+    rehash: bool = False,
 ) -> Decomposition:
     """The singular spectrum of every delta, each as soon as it is finished: not in the input's order.
 
@@ -115,6 +116,8 @@ def decompose(
         executor: where to run; None for this process. Deltas travel to it as recipes.
         memory_budget: bytes or "4GiB" for all matrices at work together; None for half of what is free.
         out: a results directory for a source that was read from files; None to store nothing.
+        rehash: whether files are those of the stored results is told by size, time, header and sampled blocks; True
+            reads and hashes all of each file, and holds that against the hash of an earlier run with it.
 
     Raises:
         SelectionError: top is not positive, only_top without top, out for deltas that are no source's, or the source
@@ -149,6 +152,7 @@ def decompose(
         device=device,
         executor=executor,
         budget=memory_budget,
+        rehash=rehash,
     )
     return Decomposition(stream, names, out, reused, notes)
 
