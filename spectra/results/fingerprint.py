@@ -1,4 +1,4 @@
-"""What a result was computed from: files by size, time and a content stamp; deltas by their recipe.
+"""What a result was computed from: files by size, version and a content stamp; deltas by their recipe.
 
 The content stamp is the hash of a file's first MiB, which holds its header, and of 64 KiB at 16 places spread over the
 rest: a file that was saved again differs in it, for almost all of its bytes do; one changed byte somewhere between the
@@ -61,8 +61,8 @@ def where(path: str) -> str:
 def of_file(file: Place, stamp: Stamp, *, rehash: bool = False) -> dict[str, Any]:
     """One file's entry; what is not on this machine is not sampled, since every block would be a request."""
     size, version = stamp
-    if is_url(str(file)):
-        return {"size": size, "mtime_ns": version}  # a server's tells the content: nothing is read for it
+    if is_url(str(file)) and not rehash:
+        return {"size": size, "mtime_ns": version}  # a server's tells the content: no head is read
     head = hashlib.sha256(file.read(0, min(_HEAD, size)))
     said: dict[str, Any] = {"size": size, "mtime_ns": version, "head_sha256": head.hexdigest()}
     if file.storage.local_path(file.path) is not None and size > _HEAD:
