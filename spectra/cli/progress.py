@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from spectra.cli.talk import is_quiet, say
-from spectra.files.http import received
 
 STOPPED = 130  # what a shell reports of a command that Ctrl-C ended
 
@@ -29,7 +28,7 @@ class Progress:
     ) -> None:
         self._total, self._done = total, 0
         self._kept, self._otherwise = kept, otherwise
-        self._start, self._before = time.monotonic(), received()
+        self._start, self._before = time.monotonic(), _received()
         self._bar = _bar(total, what, unit)
 
     def update(self, more: int = 1) -> None:
@@ -40,7 +39,7 @@ class Progress:
 
     def _say_what_is_read(self) -> None:
         """Bytes and rate, where they come from a server."""
-        count = received() - self._before
+        count = _received() - self._before
         if count:
             rate = count / max(time.monotonic() - self._start, 1e-3)
             self._bar.set_postfix_str(f"{count / 2**20:,.1f} MiB read, {rate / 2**20:,.1f} MiB/s", refresh=False)
@@ -62,6 +61,12 @@ class Progress:
         if self._kept:
             return f"{self._done} of {self._total} are stored in {self._kept}, the same command goes on"
         return f"{self._done} of {self._total} were done, {self._otherwise}"
+
+
+def _received() -> int:
+    """Bytes from servers so far; none before anything that talks to one was loaded."""
+    http = sys.modules.get("spectra.files.http")
+    return http.received() if http is not None else 0
 
 
 def _bar(total: int, what: str, unit: str) -> Any:
