@@ -26,11 +26,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of one long experiment run first, in one process: it takes minutes, while the other does the rest.
+    """The files with long experiments come first, each in one process: minutes, while the other does the rest.
 
     Everything that is not listed as slow is marked quick.
     """
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    items.sort(key=lambda item: "experiment" not in getattr(item, "fixturenames", ()))
     for item in items:
         if not item.nodeid.removeprefix("tests/").startswith(SLOW):
             item.add_marker("quick")

@@ -28,7 +28,6 @@ def numbers(text: str) -> list[float]:
     return [float(number.replace(",", "")) for number in NUMBER.findall(text)]
 
 
-@pytest.mark.xdist_group("pages")
 @pytest.mark.parametrize("page", pages.EXECUTED, ids=lambda page: page.stem)
 def test_a_page_runs_and_shows_what_it_gives(page, models):
     text = page.read_text()

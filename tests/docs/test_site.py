@@ -46,7 +46,6 @@ class Anchors(HTMLParser):
             self.targets.add(target)
 
 
-@pytest.mark.xdist_group("pages")
 def test_every_link_of_the_site_leads_somewhere(site):
     pages_of_it = {page: Anchors(page) for page in site.rglob("*.html")}
     assert len(pages_of_it) > 20
@@ -61,7 +60,6 @@ def test_every_link_of_the_site_leads_somewhere(site):
                 assert anchor in pages_of_it[there].ids, f"{page.name}: {target}"
 
 
-@pytest.mark.xdist_group("pages")
 def test_nothing_is_loaded_from_the_network(site):
     for page in site.rglob("*.html"):
         assert not LOADED.search(page.read_text()), page.name
@@ -69,7 +67,6 @@ def test_nothing_is_loaded_from_the_network(site):
         assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", style.read_text()), style.name
 
 
-@pytest.mark.xdist_group("pages")
 def test_commands_names_and_metrics_are_on_it(site):
     ids = {page.stem: Anchors(page).ids for page in site.glob("*.html")}
     for name in main.list_commands(None):

@@ -32,9 +32,6 @@ def command(base: Path, out: Path, *more: str) -> list[str]:
             "--out", str(out), *more]  # fmt: skip
 
 
-pytestmark = pytest.mark.xdist_group("experiment")  # one process makes it, and conftest puts it first
-
-
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     """Killed once in the middle of training, then run to its end by the same command."""
