@@ -239,7 +239,8 @@ def draw_grid(
     (_draw_heatmap if kind == "heatmap" else _draw_lines)(grid, ax, limits or value_range([grid]), colorbar)
     _number_places(grid, ax)
     lines = _below(grid, hatched=kind == "heatmap")
-    ax.set_xlabel("\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in lines), fontsize=9)
+    filled = "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in lines)
+    ax.set_xlabel(in_figure(filled), fontsize=9)
     return ax
 
 
@@ -344,7 +345,7 @@ def _number_places(grid: DepthGrid, ax: Axes) -> None:
     places = grid.places
     step = math.ceil(len(places) / _LABELS)
     shown = [j for j, place in enumerate(places) if place.index and (place.index[-1] if step > 1 else 0) % step == 0]
-    ax.set_xticks(shown, [places[j].label for j in shown], fontsize=8)
+    ax.set_xticks(shown, [in_figure(places[j].label) for j in shown], fontsize=8)
     if any(len(place.index) > 1 for place in places):
         ax.tick_params(axis="x", labelrotation=90)
     for label, first, count in _stacks(places):
@@ -352,7 +353,7 @@ def _number_places(grid: DepthGrid, ax: Axes) -> None:
             ax.axvline(first - 0.5, color="white", linewidth=3)
             ax.axvline(first - 0.5, color="0.35", linewidth=1)
         ax.annotate(
-            label, (first + (count - 1) / 2, 1.0), (0, 3), xycoords=ax.get_xaxis_transform(),
+            in_figure(label), (first + (count - 1) / 2, 1.0), (0, 3), xycoords=ax.get_xaxis_transform(),
             textcoords="offset points", ha="center", va="bottom", fontsize=7, color="0.25",
             rotation=90 if count < _UPRIGHT else 0,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from itertools import pairwise
 from spectra import naming
 
 # Words before a number that counts depth; what merely ends in one of them (down_blocks) counts, too.
+_NUMBER = re.compile("[0-9]{1,9}")  # as layers have it; what is longer is a stranger's name
 _CONTAINER = re.compile(r"(?:^|_)(?:layers?|h|blocks?|encoder|decoder|resblocks|stages?|attentions|resnets)$")
 _INSIDE_MIDDLE = frozenset({"attentions", "resnets"})  # of the one middle block, which has no number
 # Stacks in the order in which data flows through them, by the first of these words that a stack's name has.
@@ -73,7 +74,7 @@ def place_of(name: str) -> Place:
             break
         is_sublayer = before == "layer" and "block" in words[: place - 1]  # T5: block.3.layer.1
         is_first_inside = bool(index) and before == "transformer_blocks" and word == "0"  # with what is around it
-        if word.isdigit() and _CONTAINER.search(before) and not is_sublayer and not is_first_inside:
+        if _NUMBER.fullmatch(word) and _CONTAINER.search(before) and not is_sublayer and not is_first_inside:
             stack = stack or words[: place - 1 if before in _INSIDE_MIDDLE else place]
             index.append(int(word))
     return Place(".".join(stack), tuple(index))

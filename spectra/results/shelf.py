@@ -1,6 +1,6 @@
 """Named records on a disk, one safetensors file each, with checksums over all that they say.
 
-    NAME.safetensors    arrays; in the metadata: the name, a JSON object, a checksum per array, and one over these three
+    NAME.safetensors    arrays; in one metadata entry: the name, a JSON object, a checksum per array, and one over these
 
 A file is written beside its place and then renamed, so a reader never sees half of one. What does not fit its checksums
 counts as not stored. Files from before there were checksums have the JSON object alone and are read as they are.
@@ -34,11 +34,12 @@ _LONGEST = 255 - len(_SUFFIX)  # bytes of a file's name, as common file systems 
 _SHORTENED = "%~"  # before the digest of a name that is too long; percent-encoding never writes it
 _KEPT = 150  # characters of a shortened name that people can read
 _SIGNED = ("name", "record", "sums")
+_SAID = "signed"
 _ABANDONED = 3600  # seconds after which a partial file of another machine is nobody's
 _HOST = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:32]
 _PARTIAL = re.compile(r"\..*\.([A-Za-z0-9]*)-(\d+)\.partial", re.DOTALL)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_DAMAGE = (OSError, KeyError, ValueError, TypeError, OverflowError, RecursionError, MemoryError)
+_DAMAGE = (OSError, AttributeError, KeyError, ValueError, TypeError, OverflowError, RecursionError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Shelf:
         contiguous = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
         sums = {key: _sum(array) for key, array in contiguous.items()}
         said = {"name": json_text(name), "record": json_text(record), "sums": json_text(sums)}
-        write(self.path(name), save(contiguous, {**said, "checksum": _signature(said)}))
+        write(self.path(name), save(contiguous, signed(said)))
 
     def record(self, name: str) -> dict[str, Any]:
         """The JSON object of a record, without its arrays.
@@ -153,22 +154,24 @@ def read_piece(path: Path, only: Sequence[str] | None = None, *, verify: bool = 
             raise FileNotFoundError("no such file")
         with safe_open(path, framework="np") as file:
             said = dict(file.metadata() or {})
-            signed = set(said) != {"record"}
-            if signed and said.pop("checksum", None) != _signature(said):
-                raise ValueError("its checksum does not fit what it says")
-            sums = json.loads(said["sums"]) if signed else {}
+            is_signed = set(said) != {"record"}
+            if is_signed:
+                said = json.loads(said[_SAID])
+                if said.pop("checksum", None) != _signature(said):
+                    raise ValueError("its checksum does not fit what it says")
+            sums = json.loads(said["sums"]) if is_signed else {}
             there = list(file.keys())
-            if signed and set(there) != set(sums):
+            if is_signed and set(there) != set(sums):
                 raise ValueError("it does not hold the arrays that it lists")
             arrays = {key: file.get_tensor(key) for key in there if only is None or key in only}
             record = json.loads(said["record"])
         for key, array in arrays.items():
-            if verify and signed and _sum(array) != sums[key]:
+            if verify and is_signed and _sum(array) != sums[key]:
                 raise ValueError(f"the checksum of {key} does not fit its numbers")
         if not isinstance(record, dict):
             raise ValueError("it holds no record")
-        name = json.loads(said["name"]) if signed else ""
-        return Piece(name, arrays, record, signed)
+        name = json.loads(said["name"]) if is_signed else ""
+        return Piece(name, arrays, record, is_signed)
     except (*_DAMAGE, SafetensorError) as problem:
         raise damaged(path, str(problem) or type(problem).__name__) from None
 
@@ -190,6 +193,11 @@ def _sum(array: np.ndarray) -> str:
     data = np.ascontiguousarray(array)
     shape = ",".join(map(str, array.shape))
     return f"{data.dtype.str}({shape}):{zlib.crc32(data.reshape(-1).view(np.uint8).data):08x}"
+
+
+def signed(said: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a record: one entry, for several come in no order, and equal results are equal bytes."""
+    return {_SAID: json.dumps({**said, "checksum": _signature(said)})}
 
 
 def _signature(said: Mapping[str, str]) -> str:
