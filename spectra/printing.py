@@ -49,6 +49,18 @@ def in_figure(text: object) -> str:
     return printed_lines(text).replace("\\$", "$").replace("$", "\\$")
 
 
+def shortened(text: str, width: int) -> str:
+    """A text within a width, its middle left out.
+
+    >>> shortened("model.layers.10.self_attn.v_proj.weight", 20)
+    'model.laye…oj.weight'
+    """
+    if len(text) <= width:
+        return text
+    end = (width - 1) // 2
+    return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
+
+
 def _escape(sign: str) -> str:
     return sign.encode("unicode_escape").decode("ascii")
 

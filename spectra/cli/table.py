@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spectra.printing import printed
+from spectra.printing import printed, shortened
 
 if TYPE_CHECKING:
     from spectra.results.tables import Row
@@ -207,18 +207,6 @@ def _narrower(column: _Column, *, names: bool) -> _Column | None:
     if width < _NARROWEST or len(set(shorter)) < len(set(cells)):
         return None
     return replace(column, cells=shorter)
-
-
-def shortened(text: str, width: int) -> str:
-    """A text within a width, its middle left out.
-
-    >>> shortened("model.layers.10.self_attn.v_proj.weight", 20)
-    'model.laye…oj.weight'
-    """
-    if len(text) <= width:
-        return text
-    end = (width - 1) // 2
-    return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
 
 
 def _line(cells: Sequence[str], columns: Sequence[_Column]) -> str:

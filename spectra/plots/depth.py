@@ -14,7 +14,7 @@ from spectra.errors import SelectionError
 from spectra.metrics import METRICS
 from spectra.plots.places import Place, ordered_places, ordered_rows, place_of, row_of, stack_labels
 from spectra.plots.style import HEATMAP, curves, new_axes
-from spectra.printing import in_figure
+from spectra.printing import in_figure, shortened
 from spectra.results import tables
 from spectra.results.collection import Spectra
 from spectra.spectrum import Spectrum
@@ -28,6 +28,7 @@ MOST_ROWS = 24
 _WIDE = 30.0  # largest over smallest value from which on a scale is logarithmic
 _WIDTH = 56  # characters that fit over and under axes of the usual size
 _UPRIGHT = 4  # columns that a stack's name needs beside others; over fewer it stands upright
+_LONGEST_LABEL, _LONGEST_LINE = 40, 500  # characters
 _LETTER = 4.6  # points of a letter of such a name
 _LABELS = 24  # numbers under the columns
 _OUTSIDE = 4  # matrices in no layer that are told
@@ -219,7 +220,8 @@ def put_title(grid: DepthGrid, ax: Axes, title: str, width: int = _WIDTH, **opti
     words = [label for label, _, count in _stacks(grid.places) if count < _UPRIGHT]
     above = _LETTER * max(map(len, words)) if words else 8 if _stacks(grid.places) else 0
     pad = (9 if above else 6) + above
-    lines = [textwrap.fill(line, width, break_on_hyphens=False) for line in title.splitlines()]
+    told = [shortened(line, _LONGEST_LINE) for line in title.splitlines()]
+    lines = [textwrap.fill(line, width, break_on_hyphens=False) for line in told]
     ax.set_title(in_figure("\n".join(lines)), pad=pad, **options)
 
 
@@ -238,7 +240,7 @@ def draw_grid(
     ax = new_axes(ax)
     (_draw_heatmap if kind == "heatmap" else _draw_lines)(grid, ax, limits or value_range([grid]), colorbar)
     _number_places(grid, ax)
-    lines = _below(grid, hatched=kind == "heatmap")
+    lines = [shortened(line, _LONGEST_LINE) for line in _below(grid, hatched=kind == "heatmap")]
     filled = "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in lines)
     ax.set_xlabel(in_figure(filled), fontsize=9)
     return ax
@@ -305,7 +307,7 @@ def _draw_heatmap(grid: DepthGrid, ax: Axes, limits: tuple[float, float], colorb
     ax.imshow(grid.values, cmap=HEATMAP, norm=scale(limits), aspect="auto", interpolation="nearest")
     for i, j in np.argwhere(grid.unnumbered):
         ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="////", edgecolor="0.6", linewidth=0))
-    ax.set_yticks(range(len(grid.rows)), list(map(in_figure, grid.rows)))
+    ax.set_yticks(range(len(grid.rows)), list(map(_label, grid.rows)))
     ax.grid(visible=False)
     if colorbar and ax.figure is not None:
         add_scale(grid, ax)
@@ -325,11 +327,13 @@ def _draw_lines(grid: DepthGrid, ax: Axes, limits: tuple[float, float], colorbar
     for row, values, (colour, line) in zip(grid.rows, grid.values, curves(), strict=False):
         if not np.isfinite(values).any():
             continue
-        label: str | None = row
+        label: str | None = _label(row)
         for stack in dict.fromkeys(stacks):
             x = np.array([j for j, other in enumerate(stacks) if other == stack and np.isfinite(values[j])], dtype=int)
             if len(x):
-                ax.plot(x, values[x], color=colour, linestyle=line, marker="o", markersize=3, label=in_figure(label))
+                ax.plot(
+                    x, values[x], color=colour, linestyle=line, marker="o", markersize=3, label=label and _label(label)
+                )
                 label = None
     if is_wide(limits):
         ax.set_yscale("log")
@@ -345,7 +349,7 @@ def _number_places(grid: DepthGrid, ax: Axes) -> None:
     places = grid.places
     step = math.ceil(len(places) / _LABELS)
     shown = [j for j, place in enumerate(places) if place.index and (place.index[-1] if step > 1 else 0) % step == 0]
-    ax.set_xticks(shown, [in_figure(places[j].label) for j in shown], fontsize=8)
+    ax.set_xticks(shown, [_label(places[j].label) for j in shown], fontsize=8)
     if any(len(place.index) > 1 for place in places):
         ax.tick_params(axis="x", labelrotation=90)
     for label, first, count in _stacks(places):
@@ -353,10 +357,15 @@ def _number_places(grid: DepthGrid, ax: Axes) -> None:
             ax.axvline(first - 0.5, color="white", linewidth=3)
             ax.axvline(first - 0.5, color="0.35", linewidth=1)
         ax.annotate(
-            in_figure(label), (first + (count - 1) / 2, 1.0), (0, 3), xycoords=ax.get_xaxis_transform(),
+            _label(label), (first + (count - 1) / 2, 1.0), (0, 3), xycoords=ax.get_xaxis_transform(),
             textcoords="offset points", ha="center", va="bottom", fontsize=7, color="0.25",
             rotation=90 if count < _UPRIGHT else 0,
         )  # fmt: skip
+
+
+def _label(name: str) -> str:
+    """A name beside the data, which a stranger's must not push off the figure."""
+    return in_figure(shortened(name, _LONGEST_LABEL))
 
 
 def _stacks(places: Sequence[Place]) -> list[tuple[str, int, int]]:
