@@ -36,6 +36,15 @@ def test_the_verdict_in_the_first_lines_is_the_rules(numbers):
     assert f"**{word}**" in PAGE.partition("\n## ")[0]
 
 
+def test_the_ratios_in_the_first_lines_are_the_rules(numbers):
+    lead = PAGE.partition("\n## ")[0]
+    for verdict in verdicts(numbers.summary, LONG)[:2]:
+        ratios = re.findall(r"(\d\.\d\d) times", verdict.reason)
+        assert len(ratios) == 2
+        for ratio in ratios:
+            assert ratio in lead, verdict
+
+
 def test_every_link_of_the_page_leads_somewhere():
     targets = re.findall(r"\]\((?!http)([^)#]+)", PAGE)
     assert len(targets) >= 5

@@ -131,7 +131,7 @@ def _panels(table: pd.DataFrame, quantities: tuple[str, ...], target: Path, agai
             for ax in places:
                 ax.set_ylim(min(limits), max(limits))
         found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=3, fontsize=8.5)
+        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns, fontsize=8.5)
     save_figure(figure, target)
 
 
