@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from reproduce.tiny import ROOT
 
-from spectra.reproduce.long import LONG
+from spectra.reproduce.long import LONG, figures
 from spectra.reproduce.long.numbers import Numbers
 from spectra.reproduce.long.page import tables, verdicts
 from spectra.reproduce.long.rule import overall
@@ -67,3 +67,16 @@ def test_the_summary_is_the_mean_over_the_matrices(numbers):
     stored = numbers.summary[numbers.summary["step"] > 0].set_index(["run", "step"])["rank_90"]
     pd.testing.assert_series_equal(means["mean"].reindex(stored.index), stored, check_names=False, rtol=1e-4)
     assert set(means["size"]) == {28}
+
+
+def test_no_legend_is_wider_than_its_figure(numbers, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, target: drawn.append(figure))
+    figures.draw_all(numbers, tmp_path)
+    legends = [(figure, legend) for figure in drawn for legend in figure.legends]
+    assert len(legends) == 4
+    for figure, legend in legends:
+        figure.draw_without_rendering()
+        box = legend.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.x1
