@@ -78,7 +78,7 @@ class HadamardProduct:
     of the right one is R₁[:, i] ⊗ R₂[:, i] (Khatri–Rao). Where r₁r₂ is not below min(out, in) the product of
     the two matrices is smaller, and is what is formed.
 
-    Reference: Hyeon-Woo et al. 2022 (FedPara), §2.1; Yeh et al. 2024 (LyCORIS), §3.
+    Reference: Hyeon-Woo et al. 2022 (FedPara); Yeh et al. 2024 (LyCORIS).
     """
 
     first: Product
@@ -134,7 +134,7 @@ class KroneckerProduct:
     A convolution's kernel is the last part of W₂'s columns, so that the flattened product is the product of the
     flattened.
 
-    Reference: Edalati et al. 2022 (KronA), §3; Yeh et al. 2024 (LyCORIS), §3.
+    Reference: Edalati et al. 2022 (KronA); Yeh et al. 2024 (LyCORIS).
     """
 
     first: TensorRef | Product

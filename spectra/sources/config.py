@@ -81,7 +81,7 @@ class Config(Mapping[str, Any]):
         Raises:
             SourceError: r or α is missing or not a positive, or finite, number; a pattern is unusable.
 
-        Reference: Hu et al. 2021, §4.1; Kalajdzievski 2023 (rsLoRA), eq. 4.
+        Reference: Hu et al. 2021, §4.1; Kalajdzievski 2023 (rsLoRA).
         """
         rank = self.rank(module)
         alpha = self.override("alpha_pattern", module, self.get(alpha_key))

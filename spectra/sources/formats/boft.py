@@ -1,4 +1,4 @@
-"""BOFT: W₀ turned by a product of block-diagonal rotations between butterfly permutations (Liu et al. 2023, §4)."""
+"""BOFT: W₀ turned by a product of block-diagonal rotations between butterfly permutations (Liu et al. 2023)."""
 
 from __future__ import annotations
 

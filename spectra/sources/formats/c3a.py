@@ -1,4 +1,4 @@
-"""C3A: ΔW is a grid of circulant blocks, each given by one kernel (Chen et al. 2024, §3)."""
+"""C3A: ΔW is a grid of circulant blocks, each given by one kernel (Chen et al. 2024)."""
 
 from __future__ import annotations
 

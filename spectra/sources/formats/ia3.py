@@ -1,6 +1,6 @@
 """(IA)³: ΔW = W₀ ∘ l − W₀, a learned factor for every output, or in feed-forward blocks for every input.
 
-Reference: Liu et al. 2022, §3.3.
+Reference: Liu et al. 2022.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What kohya's, LyCORIS', ComfyUI's and diffusers' files share: a module's tensors, whatever its name, to its ΔW.
 
 s = α/r where α is stored as a tensor beside the factors; it is read with them, not when the file is listed.
-Reference: Yeh et al. 2024 (LyCORIS), §3; Hu et al. 2021 (LoRA), §4.1.
+Reference: Yeh et al. 2024 (LyCORIS); Hu et al. 2021 (LoRA), §4.1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""MiSS, and Bone as it was called before: one small block of rows, repeated along the inputs (Kang & Yin 2024, §3)."""
+"""MiSS, and Bone as it was called before: one small block of rows, repeated along the inputs (Kang & Yin 2024)."""
 
 from __future__ import annotations
 

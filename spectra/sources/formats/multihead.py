@@ -2,7 +2,7 @@
 
 A routed ΔW(x) = s·Σ_k ω_k(x)·B_k·A depends on the input, so there is no one ΔW. What is analysed is
 named in every result: the mean of the heads, their sum, one head, or each.
-Reference: Liu et al. 2025 (R-LoRA), §3; Tian et al. 2024 (HydraLoRA), §3.
+Reference: Liu et al. 2025 (R-LoRA); Tian et al. 2024 (HydraLoRA).
 """
 
 from __future__ import annotations

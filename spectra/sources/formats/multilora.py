@@ -1,4 +1,4 @@
-"""MultiLoRA: ΔW = s·Σᵢ diag(sᵢ)·Bᵢ·Aᵢ over n parallel modules (Wang et al. 2023, §3)."""
+"""MultiLoRA: ΔW = s·Σᵢ diag(sᵢ)·Bᵢ·Aᵢ over n parallel modules (Wang et al. 2023)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OFT: W₀ is turned by a block-diagonal rotation of its inputs, ΔW = W₀(Rᵀ − I) (Qiu et al. 2023, §3)."""
+"""OFT: W₀ is turned by a block-diagonal rotation of its inputs, ΔW = W₀(Rᵀ − I) (Qiu et al. 2023)."""
 
 from __future__ import annotations
 

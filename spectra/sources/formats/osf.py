@@ -1,4 +1,4 @@
-"""OSF: the large singular directions of W₀ stay, what is left of it is trained freely (Nayak et al. 2025, §3)."""
+"""OSF: the large singular directions of W₀ stay, what is left of it is trained freely (Nayak et al. 2025)."""
 
 from __future__ import annotations
 

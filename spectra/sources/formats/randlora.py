@@ -1,4 +1,4 @@
-"""RandLoRA: ΔW of full rank from random low-rank bases that are shared, and trained scales (Albert et al. 2025, §3)."""
+"""RandLoRA: ΔW of full rank from random low-rank bases that are shared, and trained scales (Albert et al. 2025)."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class FromOriginal(OnBase):
     Attributes:
         update: V = s·B·A, relative to the residual base; factored.
         method: which part of W is M: "pissa" the r leading singular triplets (Meng et al. 2024),
-            "olora" s times the first r columns and rows of W = QR (Büyükakyüz 2024, §3; the s is PEFT's),
+            "olora" s times the first r columns and rows of W = QR (Büyükakyüz 2024; the s is PEFT's),
             "kasa" the r last singular triplets (Wang et al. 2024).
         width: r.
         scale: s.

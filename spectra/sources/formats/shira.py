@@ -1,4 +1,4 @@
-"""SHiRA: ΔW is sparse, its entries stored with their positions (Bhardwaj et al. 2024, §3)."""
+"""SHiRA: ΔW is sparse, its entries stored with their positions (Bhardwaj et al. 2024)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uni-LoRA: both factors of every module are entries of one short vector, scaled (Li et al. 2025, §3)."""
+"""Uni-LoRA: both factors of every module are entries of one short vector, scaled (Li et al. 2025)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VB-LoRA: ΔW = B·A, the factors put together from a few vectors of one bank (Li et al. 2024, §3.2)."""
+"""VB-LoRA: ΔW = B·A, the factors put together from a few vectors of one bank (Li et al. 2024)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """VeRA and PVeRA: ΔW = diag(b)·B·diag(d)·A, with one random A and B for all modules.
 
-Reference: Kopiczko et al. 2024 (VeRA), §3.1. PVeRA's d and A hold a mean and a log-variance, one half each;
+Reference: Kopiczko et al. 2024 (VeRA). PVeRA's d and A hold a mean and a log-variance, one half each;
 merging takes the mean.
 """
 

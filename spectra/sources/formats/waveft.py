@@ -1,4 +1,4 @@
-"""WaveFT: a few wavelet coefficients at random places make ΔW (Bilican et al. 2025, §3)."""
+"""WaveFT: a few wavelet coefficients at random places make ΔW (Bilican et al. 2025)."""
 
 from __future__ import annotations
 
