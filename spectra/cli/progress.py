@@ -20,22 +20,19 @@ class Progress:
         what: the command.
         kept: where they are stored as they come, so that the same command goes on; "" for nowhere.
         otherwise: what to say where they are not.
-        unit: what the bar counts.
     """
 
-    def __init__(
-        self, total: int, what: str, *, kept: str = "", otherwise: str = "nothing is stored", unit: str = "matrix"
-    ) -> None:
+    def __init__(self, total: int, what: str, *, kept: str = "", otherwise: str = "nothing is stored") -> None:
         self._total, self._done = total, 0
         self._kept, self._otherwise = kept, otherwise
         self._start, self._before = time.monotonic(), _received()
-        self._bar = _bar(total, what, unit)
+        self._bar = _bar(total, what)
 
-    def update(self, more: int = 1) -> None:
-        """So many more are done."""
-        self._done += more
+    def update(self) -> None:
+        """One more is done."""
+        self._done += 1
         self._say_what_is_read()
-        self._bar.update(more)
+        self._bar.update()
 
     def _say_what_is_read(self) -> None:
         """Bytes and rate, where they come from a server."""
@@ -69,8 +66,8 @@ def _received() -> int:
     return http.received() if http is not None else 0
 
 
-def _bar(total: int, what: str, unit: str) -> Any:
+def _bar(total: int, what: str) -> Any:
     from tqdm import tqdm
 
     off = True if is_quiet() else None  # None: where stderr is no terminal
-    return tqdm(total=total, desc=what, unit=unit, file=sys.stderr, disable=off, leave=False, dynamic_ncols=True)
+    return tqdm(total=total, desc=what, unit="matrix", file=sys.stderr, disable=off, leave=False, dynamic_ncols=True)

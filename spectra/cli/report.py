@@ -84,11 +84,9 @@ def by_reason(title: str, listed: Mapping[str, str], shown: int = _MOST_NAMES) -
         note(f"{title}: {len(reasons) - shown} more reasons; -v lists them")
 
 
-def progress(
-    total: int, what: str, *, kept: str = "", otherwise: str = "nothing is stored", unit: str = "matrix"
-) -> Progress:
+def progress(total: int, what: str, *, kept: str = "", otherwise: str = "nothing is stored") -> Progress:
     """A bar with ETA on a terminal's stderr, nothing in a pipe; Ctrl-C is said with what is kept, see `Progress`."""
-    return Progress(total, what, kept=kept, otherwise=otherwise, unit=unit)
+    return Progress(total, what, kept=kept, otherwise=otherwise)
 
 
 def reused(count: int, total: int, out: str | None, notes: Collection[str] = ()) -> None:

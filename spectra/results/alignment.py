@@ -52,9 +52,8 @@ def alignment(
     less; `r` is how many directions of ΔW count in `amplification`: the rank of an adapter, k of a full fine-tune. A
     matrix that cannot be done has its status and reason, and no numbers.
 
-    Most of the time goes into the singular vectors of W₀, all of which are needed: for intruders a bound on the rest
-    (1 − Σᵢ cos² over the top) settles what lies near the top alone, but where a direction *is* an intruder, and for
-    the deciles always, nothing less than all will do. So they are computed once and kept where `cache` says.
+    Most of the time goes into the singular vectors of W₀: the deciles and the largest cosines need all of them. So
+    they are computed once and kept where `cache` says. `intruders` counts intruder dimensions alone, mostly without.
 
     Args:
         source: a `Source` that was opened with its base, or deltas that know theirs.
