@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spectra.results.tables import Row
 
 _NUMBERS = ("heads", "cosine", "chance", "cosines", "norm", "norms", "update_cosine", "update_norms")
+COLUMNS = ("name", "role", "layer", "status", *_NUMBERS, "reason", "note")
 
 
 def head_similarity(source: Iterable[WeightDelta]) -> pd.DataFrame:
