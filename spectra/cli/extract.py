@@ -204,6 +204,7 @@ def _given(
         source = open_source(each, base, **settings)
         for line in source.coverage.warnings:
             report.warning(f"warning: {line}")
+        report.lacking(source.lacking(layers))
         sources.append(source.select(layers) if layers else source)
     return sources
 

@@ -45,9 +45,12 @@ def command(
         from spectra.results.heads import COLUMNS, head_rows, heads_of
 
     view.check(COLUMNS)
-    source = Opening(layers, "each", scale, split=True).open(adapter, base)
+    source = Opening(layers, "each", scale, split=True).opened(adapter, base)
+    source = source.select(layers) if layers else source
+    modules = heads_of(source)  # an adapter without heads is refused before anything is said of it
+    report.coverage_notes(source.coverage)
     rows: list[Row] = []
-    with report.progress(len(heads_of(source)), "spectra heads") as bar:
+    with report.progress(len(modules), "spectra heads") as bar:
         for row in head_rows(source):
             rows.append(row)
             bar.update()
@@ -75,7 +78,7 @@ def _print(rows: list[Row], view: View) -> None:
     )
     if print_rows([row for row in rows if row["status"] == "ok"], layout, view):
         report.note(
-            "means over the modules of a role, as the papers give them; --all lists every module, as do --out and --json"
+            "means over the modules of a role, as the papers give them; --all, --out and --json have every module"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,7 @@ def command(
     checkpoints = tuple(fetched(path, opening.download) for path in checkpoints)
     base = fetched(base, opening.download) if base else None
     rows: list[Row] = []
-    notes = _Notes()
+    notes = _Notes(opening.layers)
     with report.progress(len(checkpoints), "spectra series", kept=out or "") as bar, compute.keywords() as keywords:
         stream = series_rows(
             checkpoints, base, layers=opening.layers, top=top, side=side, steps=steps or None, start=start, out=out,
@@ -100,14 +101,16 @@ def command(
 class _Notes:
     """What the checkpoints' coverage says: the last one's in full, of the others what it warns of besides."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Sequence[str]) -> None:
+        self.layers = layers
+        self.source: Source | None = None
         self.first: Coverage | None = None
         self.warnings: list[str] = []
 
     def see(self, source: Source) -> None:
         """One more checkpoint was opened."""
         if self.first is None:
-            self.first = source.coverage
+            self.first, self.source = source.coverage, source
             return
         said = {*self.first.warnings, *self.warnings}
         self.warnings += [line for line in source.coverage.warnings if line not in said]
@@ -116,6 +119,8 @@ class _Notes:
         """Say it, when the bar is gone."""
         if self.first is not None:
             report.coverage_notes(self.first)
+        if self.source is not None:
+            report.lacking(self.source.lacking(self.layers))
         for line in self.warnings:
             report.warning(f"warning: {line}")
 

@@ -133,7 +133,8 @@ def _open(
     opened: dict[str, Source] = {}
     for path in dict.fromkeys(updates):
         if path not in stored:
-            opened[path] = replace(openings[0], layers=()).open(path, base)
+            opened[path] = openings[0].opened(path, base)
+            report.coverage_notes(opened[path].coverage)
             continue
         opened[path] = recorded_source(stored[path], top + 1)
         made_of = f"computed from {opened[path].tuned}, which it was made of"
@@ -141,8 +142,7 @@ def _open(
             report.note(f"{path} holds no vectors: {made_of}; spectra svd … --top {top + 1} --out DIR keeps them")
         else:
             report.note(f"{path} is compared with weights: {made_of}")
-    sources = ((opened[path], how.layers) for path, how in zip(updates, openings, strict=True))
-    return [source.select(layers) if layers else source for source, layers in sources]
+    return [how.chosen(opened[path]) for path, how in zip(updates, openings, strict=True)]
 
 
 def _gather(
@@ -212,12 +212,14 @@ def _print(done: list[SubspaceSimilarity], view: View) -> None:
 
 def _row(item: SubspaceSimilarity) -> Row:
     """A line of the table, whose name says what it is compared with where that has another."""
-    from spectra.results.partners import apart
+    from spectra.results.partners import apart, weight_of
     from spectra.results.tables import similarity_row
 
     row = similarity_row(item)
-    own = apart(row["name"], row["other"]) or row["other"]
-    return row | {"name": f"{row['name']} against {own}"} if own else row
+    name, other = row["name"], row["other"]
+    if not other or other == weight_of(name):  # a head against the whole weight of the same name
+        return row
+    return row | {"name": f"{name} against {apart(name, other) or other}"}
 
 
 def _close(done: list[SubspaceSimilarity], undone: list[NotCompared], out: str | None, written: list[Path]) -> None:

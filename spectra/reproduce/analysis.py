@@ -81,8 +81,17 @@ class Commands:
             raise SpectraError(f"{self.lines[-1]} failed: {done.stderr.strip()[-500:]}")
 
 
-def decompose(directory: Path, base: Path, plan: Plan, commands: Commands) -> None:
-    """`spectra svd` of every look and `spectra similarity` of it to its partners, on both sides."""
+def decompose(
+    directory: Path,
+    base: Path,
+    plan: Plan,
+    commands: Commands,
+    done: Callable[[Look | None], None] = lambda look: None,
+) -> None:
+    """`spectra svd` of every look and `spectra similarity` of it to its partners, on both sides.
+
+    `done` is told after each look of the look, and of None after each comparison.
+    """
     for look in looks(plan):
         commands.say(f"  {look.name}")
         if look.origin:
@@ -91,10 +100,12 @@ def decompose(directory: Path, base: Path, plan: Plan, commands: Commands) -> No
         layers = [word for pattern in look.layers for word in ("--layer", pattern)]
         commands.run("svd", "--base", base, "--tuned", tuned, *layers,
                      "--top", str(TOP), "--no-figures", "--out", spectra_of(directory, look))  # fmt: skip
+        done(look)
     for look, partner in pairs(plan):
         commands.run("similarity", spectra_of(directory, look), spectra_of(directory, partner),
                      "--top", str(TOP), "--side", "both", "--no-figures",
                      "--out", similarity_of(directory, look, partner))  # fmt: skip
+        done(None)
 
 
 def spectra_of(directory: Path, look: Look) -> Path:

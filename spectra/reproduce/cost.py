@@ -41,8 +41,11 @@ def measure_costs(
     *,
     device: str = "cpu",
     say: Callable[[str], None] = lambda line: None,
+    done: Callable[[bool], None] = lambda measured: None,
 ) -> list[dict[str, Any]]:
     """One row per method: tokens per second and peak MiB of training; points that are measured already are kept.
+
+    `done` is told after each point whether it was measured now.
 
     Reference: Wang et al. 2023, Fig. 3.
     """
@@ -52,11 +55,13 @@ def measure_costs(
     row_of = _one_row(examples)
     for method in points(plan):
         if method.label in there:
+            done(False)
             continue
         request = {"base": str(base), "method": asdict(method), "steps": plan.cost_steps, "device": device}
         found = _in_process({**request, "examples": [asdict(example) for example in row_of]})
         rows.append({"label": method.label, "kind": method.kind, "n": method.n, "r": method.r, **found})
         write(kept, json.dumps(rows, indent=1).encode())
+        done(True)
         say(f"  {method.label}: {found['tokens_per_second']:.0f} tokens/s, {found['peak_mib']:.0f} MiB")
     return rows
 
