@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from spectra.errors import SpectraError
+from spectra.reproduce.commands import Commands
 from spectra.reproduce.origin import origin_of, save_origin
 from spectra.reproduce.plan import REFERENCE, SECOND_SEED, Plan, Run
 from spectra.reproduce.train import snapshot
@@ -59,26 +56,6 @@ def pairs(plan: Plan) -> list[tuple[Look, Look]]:
         partners = {REFERENCE, look.run.name.removesuffix(SECOND_SEED)} - itself
         found += [(look, there[f"{name}-step-{look.step}"]) for name in sorted(partners)]
     return found
-
-
-class Commands:
-    """Runs `spectra …` and remembers the lines, for a reader to repeat."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.lines: list[str] = []
-        self.say = say
-
-    def run(self, *arguments: str | Path) -> None:
-        """One command; what it reports goes nowhere unless it fails.
-
-        Raises:
-            SpectraError: it failed; the message holds its own.
-        """
-        words = [str(argument) for argument in arguments]
-        self.lines.append(shlex.join(["spectra", *words]))
-        done = subprocess.run([sys.executable, "-m", "spectra", *words], capture_output=True, text=True)
-        if done.returncode:
-            raise SpectraError(f"{self.lines[-1]} failed: {done.stderr.strip()[-500:]}")
 
 
 def decompose(

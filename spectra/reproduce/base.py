@@ -78,7 +78,9 @@ def _remember(given: Path, directory: Path) -> None:
 
 
 def _dequantised(file: Path) -> tuple[Any, Any]:
-    """The model in a GGUF file in float32, and its tokenizer."""
+    """The model in a GGUF file in float32, to be saved, and its tokenizer."""
+    import torch
+
     transformers = import_transformers()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
@@ -89,8 +91,10 @@ def _dequantised(file: Path) -> tuple[Any, Any]:
         raise SourceError(f"{file} cannot be dequantised: {problem}") from None
     # transformers marks the model as quantised, although its weights are floats now, and then refuses to save it.
     del model.config.quantization_config
-    plain = type(model)(model.config)
-    plain.load_state_dict(model.state_dict())
+    with torch.device("meta"):  # it is filled at once
+        plain = type(model)(model.config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
     return plain, tokenizer
 
 

@@ -12,14 +12,15 @@ import torch
 
 from spectra.errors import DeviceError
 from spectra.reproduce import figures, numbers
-from spectra.reproduce.analysis import Commands, decompose
+from spectra.reproduce.analysis import decompose
 from spectra.reproduce.base import load_model, prepare_base
 from spectra.reproduce.batches import tokenise
+from spectra.reproduce.commands import Commands
 from spectra.reproduce.cost import measure_costs
 from spectra.reproduce.evaluate import evaluate
 from spectra.reproduce.page import tables as tables_of
 from spectra.reproduce.plan import Plan, Run
-from spectra.reproduce.remaining import PAIR, Remaining, work, work_of_cost, work_of_look, work_of_run
+from spectra.reproduce.remaining import Remaining, work, work_of_cost, work_of_look, work_of_run, work_of_step
 from spectra.reproduce.tasks import Example, mix
 from spectra.reproduce.train import train
 from spectra.reproduce.wordnet import read_wordnet
@@ -100,10 +101,10 @@ def _report(
     import pandas as pd
 
     say(f"spectra and subspaces{left.said}")
-    commands = Commands(lambda line: say(f"{line}{left.said}"))
-    decompose(directory, base, plan, commands, lambda look: left.done(work_of_look(look) if look else PAIR))
-    say(f"figures and tables{left.said}")
-    figures.draw_spectra(directory, plan, pictures, commands)
+    with Commands(lambda line: say(f"{line}{left.said}")) as commands:
+        decompose(directory, base, plan, commands, lambda look: left.done(work_of_look(look, plan)))
+        say(f"figures and tables{left.said}")
+        figures.draw_spectra(directory, plan, pictures, commands)
     figures.draw_costs(costs, pictures / "figure-3")
     tables = {
         "figure-3/cost.csv": pd.DataFrame(costs),
@@ -138,22 +139,23 @@ class _Lines:
 
     def __init__(self, run: Run, plan: Plan, left: Remaining, say: Say) -> None:
         self._run, self._left, self._say = run, left, say
-        self._around = work_of_run(run, plan) - run.steps
+        self._each = work_of_step(plan)
+        self._around = work_of_run(run, plan) - run.steps * self._each
         self._every = max(1, run.steps // _REPORTS)
         self._at: int | None = None
 
     def step(self, step: int, loss: float) -> None:
         """One more step is done."""
         if self._at is None:
-            self._left.skip(step - 1)
+            self._left.skip((step - 1) * self._each)
         self._at = step
-        self._left.done(1)
+        self._left.done(self._each)
         if step % self._every == 0:
             self._say(f"  step {step} of {self._run.steps}, loss {loss:.3f}{self._left.said}")
 
     def close(self) -> None:
         """The run is at its end."""
         if self._at is None:
-            self._left.skip(self._around + self._run.steps)
+            self._left.skip(self._around + self._run.steps * self._each)
         else:
             self._left.done(self._around)

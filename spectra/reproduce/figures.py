@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from spectra.plots import save_figure
 from spectra.plots.style import curves, look, new_axes
-from spectra.reproduce.analysis import ALL, ATTENTION, Commands, Look, pairs, similarity_of, spectra_of
+from spectra.reproduce.analysis import ALL, ATTENTION, Look, pairs, similarity_of, spectra_of
+from spectra.reproduce.commands import Commands
 from spectra.reproduce.plan import REFERENCE, YARDSTICK, Plan
 
 if TYPE_CHECKING:

@@ -9,28 +9,36 @@ from spectra.reproduce.analysis import ALL, Look, looks, pairs
 from spectra.reproduce.cost import points
 from spectra.reproduce.plan import Plan, Run
 
-# What else there is to do, in steps of training on two cores: the clock says how long a step is.
-LOOK, LOOK_AT_ALL = 1.0, 6.0  # decompose key and value, or all matrices, of a run
-PAIR = 1.0
-COST_STEP = 0.7  # a row of 512 tokens
-LOAD, SAVE = 1.0, 1.0
-FIGURES = 5.0
+# Seconds of each part with SmolLM2-135M on two idle cores; what they are here, the clock says.
+_LAYERS = 30
+_HEAD, _LAYER = 0.5, 0.093  # of a step of 12 examples: embeddings and logits, and a layer
+_ROW = 1.4  # steps: the 512 tokens of a measurement of throughput
+_START, _KEEP = 6.0, 4.0  # load the libraries and a model; save one
+_LOOK_AT_ALL, _LOOK, _PAIR = 2.0, 0.3, 0.2  # each layer of spectra, of key and value alone, and of a comparison
+_FIGURES = 20.0
+
+
+def work_of_step(plan: Plan) -> float:
+    """One step of training."""
+    return plan.per_task * (_HEAD + _LAYER * (plan.layers or _LAYERS))
 
 
 def work_of_run(run: Run, plan: Plan) -> float:
-    """A run with its looks at held-out examples, of which one costs a third of a training example."""
+    """A run with its looks at held-out examples, which are not trained on: a third of the work each."""
     tests = len({min(plan.early, run.steps), run.steps})
-    return LOAD + run.steps + tests * (SAVE + plan.held_out / plan.per_task / 3)
+    test = _KEEP + plan.held_out / plan.per_task / 3 * work_of_step(plan)
+    return _KEEP + run.steps * work_of_step(plan) + tests * test
 
 
 def work_of_cost(plan: Plan) -> float:
-    """One measurement of throughput and memory."""
-    return LOAD + (1 + plan.cost_steps) * COST_STEP
+    """One measurement of throughput and memory, in a process of its own."""
+    return _START + (1 + plan.cost_steps) * _ROW * work_of_step(plan) / plan.per_task
 
 
-def work_of_look(look: Look) -> float:
-    """The spectra of one trained model."""
-    return LOOK_AT_ALL if look.layers == ALL else LOOK
+def work_of_look(look: Look | None, plan: Plan) -> float:
+    """The spectra of one trained model; None for one comparison."""
+    each = _PAIR if look is None else _LOOK_AT_ALL if look.layers == ALL else _LOOK
+    return 1.0 + each * (plan.layers or _LAYERS)
 
 
 def work(plan: Plan) -> float:
@@ -39,9 +47,9 @@ def work(plan: Plan) -> float:
     return (
         sum(work_of_run(run, plan) for run in runs)
         + len(points(plan)) * work_of_cost(plan)
-        + sum(map(work_of_look, looks(plan)))
-        + len(pairs(plan)) * PAIR
-        + FIGURES
+        + sum(work_of_look(look, plan) for look in looks(plan))
+        + len(pairs(plan)) * work_of_look(None, plan)
+        + _FIGURES
     )
 
 
