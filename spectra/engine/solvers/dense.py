@@ -172,8 +172,8 @@ def lanczos_top(matrix: Float64[Tensor, "m n"], top: int, product: Float64[Tenso
     if not topk.promising(product, top):
         raise topk.NotConvergedError(f"{top} vectors are too many for so flat a spectrum")
     values = eigenvalues(product)
-    found = topk.leading_eigenvectors(product, top, values)
-    return _with_rest(values.sqrt(), lift(matrix, found.vectors))
+    leading = topk.leading_eigenvectors(product, top, values)
+    return _with_rest(values.sqrt(), lift(matrix, leading.vectors))
 
 
 def lanczos_only_top(
@@ -185,10 +185,10 @@ def lanczos_only_top(
         NotConvergedError: the target was not reached, or the proof failed.
     """
     product = gram(matrix) if product is None else product
-    found = topk.leading_eigenvectors(product, top)
-    if not topk.certify(product, found):
+    leading = topk.leading_eigenvectors(product, top)
+    if not topk.certify(product, leading):
         raise topk.NotConvergedError("a larger singular value was missed")
-    return lift(matrix, found.vectors)
+    return lift(matrix, leading.vectors)
 
 
 def lift(matrix: Float64[Tensor, "*batch m n"], short: Float64[Tensor, "*batch s k"]) -> Triplets:
