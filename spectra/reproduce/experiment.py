@@ -20,7 +20,7 @@ from spectra.reproduce.cost import measure_costs
 from spectra.reproduce.evaluate import evaluate
 from spectra.reproduce.page import tables as tables_of
 from spectra.reproduce.plan import Plan, Run
-from spectra.reproduce.remaining import Remaining, work, work_of_cost, work_of_look, work_of_run, work_of_step
+from spectra.reproduce.remaining import LOAD, Remaining, work, work_of_cost, work_of_look, work_of_run, work_of_step
 from spectra.reproduce.tasks import Example, mix
 from spectra.reproduce.train import train
 from spectra.reproduce.wordnet import read_wordnet
@@ -64,9 +64,9 @@ def reproduce(
     database = read_wordnet(wordnet)
     directory.mkdir(parents=True, exist_ok=True)
     folder = prepare_base(base, directory, plan.layers)
-    left = Remaining(work(plan))
     data = mix(plan.steps * plan.per_task, plan.held_out, database)
     results = [_score_base(folder, data[1], directory, device)]
+    left = Remaining(work(plan))
     runs = [*plan.main_runs(), *plan.sensitivity_runs()]
     for place, run in enumerate(runs, 1):
         say(f"run {place} of {len(runs)}: {run.name}, {run.steps} steps{left.said}")
@@ -140,7 +140,7 @@ class _Lines:
     def __init__(self, run: Run, plan: Plan, left: Remaining, say: Say) -> None:
         self._run, self._left, self._say = run, left, say
         self._each = work_of_step(plan)
-        self._around = work_of_run(run, plan) - run.steps * self._each
+        self._around = work_of_run(run, plan) - run.steps * self._each - LOAD
         self._every = max(1, run.steps // _REPORTS)
         self._at: int | None = None
 
@@ -148,6 +148,7 @@ class _Lines:
         """One more step is done."""
         if self._at is None:
             self._left.skip((step - 1) * self._each)
+            self._left.done(LOAD)
         self._at = step
         self._left.done(self._each)
         if step % self._every == 0:
@@ -156,6 +157,6 @@ class _Lines:
     def close(self) -> None:
         """The run is at its end."""
         if self._at is None:
-            self._left.skip(self._around + self._run.steps * self._each)
+            self._left.skip(LOAD + self._around + self._run.steps * self._each)
         else:
             self._left.done(self._around)

@@ -9,12 +9,13 @@ from spectra.reproduce.analysis import ALL, Look, looks, pairs
 from spectra.reproduce.cost import points
 from spectra.reproduce.plan import Plan, Run
 
-# Seconds of each part with SmolLM2-135M on two idle cores; what they are here, the clock says.
+# What the parts weigh against each other, about in seconds with SmolLM2-135M on two cores: a step as in
+# figures/reproduction/runs.csv, the others roughly. How long they take here, the clock says.
 _LAYERS = 30
 _HEAD, _LAYER = 0.5, 0.093  # of a step of 12 examples: embeddings and logits, and a layer
 _ROW = 1.4  # steps: the 512 tokens of a measurement of throughput
-_START, _KEEP = 6.0, 4.0  # load the libraries and a model; save one
-_LOOK_AT_ALL, _LOOK, _PAIR = 2.0, 0.3, 0.2  # each layer of spectra, of key and value alone, and of a comparison
+_START, LOAD, _SAVE = 6.0, 2.0, 2.0  # the libraries in a new process; a model
+_LOOK_AT_ALL, _LOOK, _PAIR = 0.5, 0.1, 0.1  # each layer of spectra, of key and value alone, and of a comparison
 _FIGURES = 20.0
 
 
@@ -26,8 +27,8 @@ def work_of_step(plan: Plan) -> float:
 def work_of_run(run: Run, plan: Plan) -> float:
     """A run with its looks at held-out examples, which are not trained on: a third of the work each."""
     tests = len({min(plan.early, run.steps), run.steps})
-    test = _KEEP + plan.held_out / plan.per_task / 3 * work_of_step(plan)
-    return _KEEP + run.steps * work_of_step(plan) + tests * test
+    test = _SAVE + plan.held_out / plan.per_task / 3 * work_of_step(plan)
+    return LOAD + run.steps * work_of_step(plan) + tests * test
 
 
 def work_of_cost(plan: Plan) -> float:
@@ -38,7 +39,7 @@ def work_of_cost(plan: Plan) -> float:
 def work_of_look(look: Look | None, plan: Plan) -> float:
     """The spectra of one trained model; None for one comparison."""
     each = _PAIR if look is None else _LOOK_AT_ALL if look.layers == ALL else _LOOK
-    return 1.0 + each * (plan.layers or _LAYERS)
+    return (_START if look and look.origin else 0.5) + each * (plan.layers or _LAYERS)
 
 
 def work(plan: Plan) -> float:
