@@ -150,7 +150,7 @@ def print_rows(rows: Sequence[Row], layout: Layout, view: View) -> bool:
     else:
         lines = list(rows)
         leading = dict(layout.first) | ({} if view.columns else dict(layout.beside))
-    heads = leading | {column: layout.heading(column) for column in columns if column not in leading}
+    heads = leading | {column: layout.heading(column) for column in columns}
     if view.key:
         lines = _sorted(lines, view.key, smallest_first=view.sort.startswith("+"))
     print_table(list(heads.values()), [[_plain(column, line.get(column)) for column in heads] for line in lines])
