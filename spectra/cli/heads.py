@@ -9,7 +9,7 @@ import click
 
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import Opening, figures_option, json_option, layer_option, scale_option, table_option
+from spectra.cli.options import Opening, figures_options, json_option, layer_option, scale_option, table_option
 
 if TYPE_CHECKING:
     from spectra.results.tables import Row
@@ -24,7 +24,7 @@ _SHOWN = {"heads": "heads", "cosine": "cosine", "chance": "chance ±", "norm": "
 @layer_option
 @scale_option
 @table_option
-@figures_option
+@figures_options
 @json_option
 def command(
     adapter: str,
@@ -32,7 +32,7 @@ def command(
     layers: tuple[str, ...],
     scale: float | None,
     out: str | None,
-    figures: bool,
+    figures: str | None,
     as_json: bool,
 ) -> None:
     """The mean pairwise cosine of an adapter's heads B₁, B₂, … by role and depth, and their norms.
@@ -59,7 +59,7 @@ def command(
     if out and figures and any(row["status"] == "ok" and row["layer"] is not None for row in rows):
         from spectra.plots.heads import draw_heads
 
-        for path in draw_heads(rows, out):
+        for path in draw_heads(rows, out, size=figures):
             report.note(f"figure: {path}")
     report.close(rows)
 

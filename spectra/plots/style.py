@@ -1,22 +1,36 @@
-"""One look for all figures: colours that survive colour blindness and grey print, and plain spines."""
+"""One look for all figures: colours that survive colour blindness and grey print, plain spines, and text of one scale.
+
+Plots give text by its weight, "small" or "x-small", and not in points: how large that is, the figure's size decides.
+"""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
+from spectra.plots.sizes import DEFAULT, SIZES, Layout, arranged
+from spectra.printing import in_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe & Ito 2008: distinguishable with any form of colour blindness; dark ones first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)))
+_SINGLE = (46.0, 30.0)  # ems of a plot alone, in a figure of its own
+_HANDLE = 7  # characters that a legend's line and the space between its columns take
 HEATMAP = "viridis"  # perceptually uniform, readable in grey
 _RC: Any = {
-    "font.size": 10,
-    "axes.titlesize": 11,
+    "axes.titlesize": "medium",
+    "axes.labelsize": "medium",
+    "xtick.labelsize": "small",
+    "ytick.labelsize": "small",
+    "legend.fontsize": "small",
+    "figure.titlesize": "large",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -35,13 +49,83 @@ def curves() -> Iterator[tuple[str, Any]]:
     return zip(cycle(COLOURS), cycle(LINES), strict=False)
 
 
+# What is this thick, or this far away, for text of ten points; thinner and nearer for smaller text.
+_SCALED = {
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5.0,
+    "axes.linewidth": 0.8,
+    "axes.titlepad": 6.0,
+    "axes.labelpad": 4.0,
+    "xtick.major.size": 3.5,
+    "ytick.major.size": 3.5,
+    "xtick.major.pad": 3.5,
+    "ytick.major.pad": 3.5,
+    "xtick.major.width": 0.8,
+    "ytick.major.width": 0.8,
+}
+
+
 @contextmanager
-def look() -> Iterator[None]:
-    """The project's settings while a figure is made; the user's own are back afterwards."""
+def look(text: float = SIZES[DEFAULT].text) -> Iterator[None]:
+    """The project's settings while a figure is made, with text of this many points; the user's are back afterwards."""
     import matplotlib as mpl
 
-    with mpl.rc_context(_RC):
+    scaled = {name: value * text / 10 for name, value in _SCALED.items()}
+    with mpl.rc_context(_RC | scaled | {"font.size": text}):
         yield
+
+
+@contextmanager
+def panelled(layout: Layout, *, title: str = "", squares: bool = False) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure and its axes row by row, while they are drawn; then those that stayed empty go, and the title comes.
+
+    Squares of heatmaps stand together, and leave no space where a panel's place is longer or wider.
+    """
+    from spectra.plots.canvas import ShownFigure
+
+    with look(layout.text):
+        how = "compressed" if squares else "constrained"
+        figure = ShownFigure(text=layout.text, figsize=layout.inches, layout=how)
+        axes = list(figure.subplots(layout.rows, layout.columns, squeeze=False).flat)
+        yield figure, axes
+        for ax in axes:
+            ax.set_visible(ax.has_data())
+        if title:
+            put_above(figure, title, layout)
+
+
+def put_above(figure: Figure, title: str, layout: Layout) -> None:
+    """The figure's title, in lines that its width holds."""
+    lines = [textwrap.fill(line, int(layout.whole / 1.2)) for line in title.splitlines()]
+    figure.suptitle(in_figure("\n".join(lines)))
+
+
+def put_title(ax: Axes, title: str, layout: Layout) -> None:
+    """A panel's title, small, in lines that its width holds."""
+    ax.set_title(in_figure(textwrap.fill(title, layout.letters(0.9, 0.85))), fontsize="small")
+
+
+def put_label(ax: Axes, label: str, letters: int) -> None:
+    """What a panel's vertical axis is, in lines of so many characters."""
+    ax.set_ylabel(in_figure(textwrap.fill(label, letters, break_long_words=False)))
+
+
+def put_legend(figure: Figure, ax: Axes, layout: Layout) -> None:
+    """The axes' legend below all panels, in as many columns as the figure's width holds; over no data."""
+    handles, labels = ax.get_legend_handles_labels()
+    if not labels:
+        return
+    line = int(1.15 * layout.whole)  # characters of small text
+    longest = max(map(len, labels)) + _HANDLE
+    told = [textwrap.fill(label, line - _HANDLE) for label in labels]
+    figure.legend(handles, told, loc="outside lower center", ncols=max(min(len(told), line // longest), 1))
+
+
+def stroke(share: float = 1.0) -> float:
+    """The width of a line, as a share of the usual one of this size; in points."""
+    import matplotlib as mpl
+
+    return share * float(mpl.rcParams["lines.linewidth"])
 
 
 def new_axes(ax: Axes | None) -> Axes:
@@ -50,5 +134,6 @@ def new_axes(ax: Axes | None) -> Axes:
         return ax
     import matplotlib.pyplot as plt
 
-    with look():
-        return plt.subplots(figsize=(6.0, 4.0), layout="constrained")[1]
+    layout = arranged(DEFAULT, 1, _SINGLE)
+    with look(layout.text):
+        return plt.subplots(figsize=layout.inches, layout="constrained")[1]
