@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import HeadsType, download_option, fetched, json_option, layer_option, scale_option
+from spectra.cli.options import (
+    HeadsType,
+    download_option,
+    fetched,
+    json_option,
+    layer_option,
+    scale_option,
+    table_option,
+)
 from spectra.cli.talk import say
 
 if TYPE_CHECKING:
@@ -47,6 +55,7 @@ _WIDTH = 78
 @click.option(
     "--memory", metavar="SIZE", help="Budget for the matrices at work, such as 4GiB.  [default: half of what is free]"
 )
+@table_option
 @json_option
 def command(
     base: str,
@@ -57,6 +66,7 @@ def command(
     scale: float | None,
     download: bool,
     memory: str | None,
+    out: str | None,
     as_json: bool,
 ) -> None:
     """Check a merged model against its base and adapter, matrix by matrix.
@@ -78,14 +88,17 @@ def command(
             checked.append(pair)
             bar.update()
     found = report_of(claims, checked)
+    document = _document(found)
     if as_json:
-        report.print_json(_document(found))
+        report.print_json(document)
     else:
         _print(found)
+    if out:
+        report.keep_table(out, "verify", document)
     _close(found)
 
 
-def _document(found: MergeReport) -> dict[str, object]:
+def _document(found: MergeReport) -> dict[str, Any]:
     from spectra._version import __version__
 
     return {

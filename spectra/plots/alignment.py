@@ -10,9 +10,10 @@ import numpy as np
 
 from spectra import text
 from spectra.errors import SelectionError
+from spectra.plots.panels import panelled, put_legend
 from spectra.plots.similarity import tick_positions
 from spectra.plots.sizes import DEFAULT, arranged
-from spectra.plots.style import HEATMAP, curves, new_axes, panelled, put_legend, stroke
+from spectra.plots.style import HEATMAP, curves, new_axes, stroke
 from spectra.printing import in_figure
 
 if TYPE_CHECKING:

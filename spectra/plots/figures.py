@@ -23,10 +23,11 @@ from spectra.plots.depth import (
     value_range,
 )
 from spectra.plots.histogram import BINS, LONGEST_NAME, BinnedPanel, bin_pooled, draw_binned, pool_curves
+from spectra.plots.panels import panelled, put_legend
 from spectra.plots.places import place_of
 from spectra.plots.similarity import add_colorbar, heading, plot_similarity
 from spectra.plots.sizes import DEFAULT, Layout, arranged, size_of
-from spectra.plots.style import look, panelled, put_legend
+from spectra.plots.style import look
 from spectra.results.shelf import ANOTHER_PLACE
 from spectra.spectrum import Spectrum
 

@@ -11,9 +11,10 @@ import numpy as np
 
 from spectra.errors import SelectionError
 from spectra.plots.figures import save_figure
+from spectra.plots.panels import panelled, put_label, put_legend, put_title
 from spectra.plots.sizes import DEFAULT, arranged
 from spectra.plots.squares import DIVERGING, most_alike, short_names, square_rows, squares_figure
-from spectra.plots.style import curves, new_axes, panelled, put_label, put_legend, put_title, stroke
+from spectra.plots.style import curves, new_axes, stroke
 from spectra.printing import in_figure
 from spectra.results.shelf import write
 from spectra.results.tables import to_csv

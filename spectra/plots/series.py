@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectra.errors import SelectionError
+from spectra.plots.panels import panelled, put_label, put_legend, put_title
 from spectra.plots.sizes import DEFAULT, arranged
-from spectra.plots.style import curves, new_axes, panelled, put_label, put_legend, put_title, stroke
+from spectra.plots.style import curves, new_axes, stroke
 from spectra.printing import in_figure
 from spectra.results.series import by_role
 

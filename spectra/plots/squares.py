@@ -11,8 +11,9 @@ import numpy as np
 
 from spectra.errors import SelectionError
 from spectra.metrics.similarity import Side
+from spectra.plots.panels import panelled
 from spectra.plots.sizes import DEFAULT, arranged, size_of
-from spectra.plots.style import HEATMAP, new_axes, panelled
+from spectra.plots.style import HEATMAP, new_axes
 from spectra.printing import in_figure
 from spectra.results.pairs import Pairs, Pooling
 from spectra.results.partners import alike
