@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spectra.errors import SelectionError
-from spectra.plots.style import curves, new_axes, stroke
+from spectra.plots.style import curves, legend_below, new_axes, stroke
 from spectra.printing import in_figure
 from spectra.results.collection import Spectra
 from spectra.spectrum import DONE, Spectrum
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 BINS = 100
 _ROOM = 1.08  # height of a row, by that of the tallest bar
-_BELOW = 48 / 72  # inches: below the numbers and the label of the axis
 _TICKS = 6
 _WIDTH = 56  # characters over and under axes of the usual size
 LONGEST_NAME = 22  # characters in a line beside a row
@@ -192,18 +191,8 @@ def plot_histogram(
     """
     ax = draw_binned(bin_pooled(pool_curves(spectra), bins=bins, close_up=close_up, stat=stat), ax)
     if legend:
-        _legend_below(ax)
+        legend_below(ax)
     return ax
-
-
-def _legend_below(ax: Axes) -> None:
-    """The legend under the axes, where it covers no data."""
-    from matplotlib.transforms import ScaledTranslation
-
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    below = ax.transAxes + ScaledTranslation(0, -_BELOW, figure.dpi_scale_trans)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below)
 
 
 def bin_pooled(

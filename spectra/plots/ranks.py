@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from spectra.extraction.ranks import kept_by_budget, kept_by_uniform_rank
-from spectra.plots.style import curves, new_axes
+from spectra.plots.style import curves, legend_below, new_axes
 from spectra.printing import in_figure
 from spectra.spectrum import Spectrum
 
@@ -50,5 +50,5 @@ def plot_kept_energy(spectra: Iterable[Spectrum], *, label: str = "", ax: Axes |
     ax.set_ylim(0, 1.02)
     ax.set_xlabel("parameters of all factors")
     ax.set_ylabel("kept energy  Σσ² kept / Σ‖ΔW‖²")
-    ax.legend()
+    legend_below(ax)
     return ax

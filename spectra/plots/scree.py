@@ -9,7 +9,7 @@ import numpy as np
 
 from spectra.errors import SelectionError, TruncatedSpectrumError
 from spectra.metrics.rank import rank_at
-from spectra.plots.style import curves, new_axes
+from spectra.plots.style import curves, legend_below, new_axes
 from spectra.printing import in_figure
 from spectra.results.collection import Spectra
 from spectra.spectrum import Spectrum
@@ -78,7 +78,7 @@ def plot_scree(
     ax.set_xlabel("index i of the direction, the strongest first")
     ax.set_ylabel("σ_i of ΔW")
     if legend:
-        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the axes, over no data
+        legend_below(ax)
     return ax
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Okabe & Ito 2008: distinguishable with any form of colour blindness; dark ones first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)))
+_BELOW = 4.8  # ems from an axis to what stands below its numbers and its label
 _SINGLE = (46.0, 30.0)  # ems of a plot alone, in a figure of its own
 HEATMAP = "viridis"  # perceptually uniform, readable in grey
 _RC: Any = {
@@ -76,6 +77,18 @@ def stroke(share: float = 1.0) -> float:
     import matplotlib as mpl
 
     return share * float(mpl.rcParams["lines.linewidth"])
+
+
+def legend_below(ax: Axes) -> None:
+    """The legend of a plot alone, under the numbers and the label of its axis, where it covers no data."""
+    import matplotlib as mpl
+    from matplotlib.transforms import ScaledTranslation
+
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    em = float(mpl.rcParams["font.size"]) / 72
+    below = ax.transAxes + ScaledTranslation(0, -_BELOW * em, figure.dpi_scale_trans)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, fontsize="small")
 
 
 def new_axes(ax: Axes | None) -> Axes:

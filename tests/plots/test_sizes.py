@@ -168,3 +168,23 @@ def test_what_an_eye_would_find_is_found():
     found = " ".join(flaws(figure, least=20))
     for flaw in ("leaves the figure: 'a title", "smaller than 20 points: 'a curve'", "a legend over data"):
         assert flaw in found
+
+
+@pytest.mark.parametrize("draw", [
+    lambda: spectra.plot_scree({"full fine-tuning": run(2), f"LoRA of {LONG}": run(1)}),
+    lambda: spectra.plot_kept_energy(run(2), label=LONG),
+    lambda: spectra.plot_histogram({role: run(2, [role]) for role in ROLES[:4]}),
+    lambda: spectra.plot_depth(run(), "norm", kind="lines"),
+    lambda: spectra.plot_depth(unet(), "stable_rank"),
+    lambda: spectra.plot_similarity(similarity("layers.0.v_proj.weight")),
+    lambda: spectra.plot_square(0.5 * np.ones((4, 4)), labels=[f"{i}-{LONG}"[:24] for i in range(4)]),
+    lambda: spectra.plot_series(trained(), metric="phi_to_last"),
+    lambda: spectra.plot_deciles(aligned()),
+    lambda: spectra.plot_cosines(np.eye(10), title="layers.0.v_proj.weight"),
+    lambda: spectra.plot_roles_over_depth(rows(), column="norm_ratio", chance=1.0),
+])  # fmt: skip
+def test_nor_is_it_in_a_plot_alone(draw):
+    import matplotlib.pyplot as plt
+
+    assert flaws(draw().figure) == []
+    plt.close("all")

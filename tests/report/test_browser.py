@@ -217,6 +217,6 @@ def test_tables_of_other_commands_sort_open_and_show_values(runs, show, tmp_path
     page.locator("#section-0 .open").first.click()
     assert page.locator("#section-0 .detail dl div").count() == 10
     page.locator("#section-1 .square td").nth(2).hover()
-    assert page.locator("#tip").inner_text() == "a, update b: 0.25"
+    assert page.locator("#tip").inner_text() == "b, update a: 0.25"
     assert page.evaluate("window.hit") is None
     assert page.evaluate("document.documentElement.scrollWidth") <= 1440

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-_SLACK = 1.5  # pixels that count as none: of rounding, and of the space around letters
+_SLACK = 2.5  # pixels that count as none: of rounding, and of the space around letters
 
 
 def flaws(figure: Figure, *, least: float = 0.0) -> list[str]:
