@@ -81,8 +81,10 @@ class _Commands(click.Group):
             ) from None
         except click.NoSuchOption as problem:
             known = [name for option in problem.ctx.command.params for name in option.opts] if problem.ctx else []
-            problem.possibilities = here(problem.option_name, known) or problem.possibilities
-            raise
+            meant = here(problem.option_name, known)
+            if not meant:
+                raise
+            raise click.NoSuchOption(problem.option_name, possibilities=meant, ctx=problem.ctx) from None
         except SpectraError as problem:
             raise click.ClickException(str(problem)) from None
         except KeyboardInterrupt:

@@ -13,6 +13,7 @@ from spectra.cli.options import (
     HeadsType,
     download_option,
     fetched,
+    figures_options,
     json_option,
     layer_option,
     scale_option,
@@ -56,6 +57,7 @@ _WIDTH = 78
     "--memory", metavar="SIZE", help="Budget for the matrices at work, such as 4GiB.  [default: half of what is free]"
 )
 @table_option
+@figures_options
 @json_option
 def command(
     base: str,
@@ -67,6 +69,7 @@ def command(
     download: bool,
     memory: str | None,
     out: str | None,
+    figures: str | None,
     as_json: bool,
 ) -> None:
     """Check a merged model against its base and adapter, matrix by matrix.
@@ -95,6 +98,8 @@ def command(
         _print(found)
     if out:
         report.keep_table(out, "verify", document)
+        for path in report.draw(out, names=(), size=figures) if figures else []:
+            report.note(f"figure: {path}")
     _close(found)
 
 

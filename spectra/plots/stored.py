@@ -60,8 +60,8 @@ def draw_results(
     Of one directory of spectra: a histogram with a curve per role. Of several: a curve each, on shared bins.
     Beside it the size and the stable rank of the update over layer × role, a column per directory.
     Of comparisons: the heatmaps, a panel per directory, role and side; of one of several updates, every two of them. Of
-    a series: its curves along training. Of an alignment: cosines and deciles. The numbers behind each figure go into a
-    csv file beside it.
+    a series: its curves along training. Of an alignment: cosines and deciles. Of a verified merge: its verdicts. The
+    numbers behind each figure go into a csv file beside it.
 
     Args:
         directories: one or more, made by `decompose(…, out=…)`, `compare(…, out=…)`, `series(…, out=…)` or `save`.

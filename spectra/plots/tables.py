@@ -1,4 +1,4 @@
-"""The figures of stored tables: a series' curves, and an alignment's cosines and deciles."""
+"""The figures of stored tables: a series' curves, an alignment's cosines and deciles, a merge's verdicts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from spectra.errors import SelectionError
 from spectra.plots.alignment import alignment_numbers, deciles_figure, tops_figure, undrawn_roles
 from spectra.plots.figures import save_figure
 from spectra.plots.series import left_out_roles, series_curves, series_figure
+from spectra.plots.verdicts import verdicts_figure
 from spectra.results.series import TABLE, is_series
 from spectra.results.shelf import write
 from spectra.results.tables import to_csv
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ALIGNMENT_TABLE = "alignment.json"
+VERIFIED = "verify.json"
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def draw_tables(
     """
     found = [_draw_series] if is_series(directory) else []
     found += [_draw_alignment] if (directory / ALIGNMENT_TABLE).is_file() else []
+    found += [_draw_verdicts] if (directory / VERIFIED).is_file() else []
     if not found:
         return None
     drawn = [draw(directory, Path(target), layers, label, style) for draw in found]
@@ -111,6 +114,16 @@ def _draw_alignment(directory: Path, target: Path, layers: str | Sequence[str], 
         path = target / f"alignment_{name}{end}"
         files += style.keep(figure, path, rows, path.with_name(f"{path.name}.csv"))
     return Drawn(tuple(files), too_many(undrawn_roles(table)))
+
+
+def _draw_verdicts(directory: Path, target: Path, layers: str | Sequence[str], label: str, style: Style) -> Drawn:
+    """What each matrix of a verified merge is."""
+    rows = json.loads((directory / VERIFIED).read_text(encoding="utf-8"))["matrices"]
+    chosen = set(naming.select(layers or "*", [row["name"] for row in rows]))
+    kept = [row for row in rows if row["name"] in chosen]
+    path = target / (f"verdicts-{label}" if label else "verdicts")
+    figure = verdicts_figure(kept, title=style.title or label, size=style.size)
+    return Drawn(tuple(style.keep(figure, path, kept, path.with_name(f"{path.name}.csv"))))
 
 
 def too_many(roles: Sequence[str]) -> tuple[str, ...]:

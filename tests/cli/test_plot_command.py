@@ -47,7 +47,7 @@ def test_several_comparisons_are_one_figure_of_labelled_panels(compared, drawn):
     assert figure.get_suptitle() == "to full fine-tuning"
     panels = [ax for ax in figure.axes if ax.images]
     assert [ax.get_ylabel().replace("\n", " ") for ax in panels] == ["i: top directions of a", "i: top directions of c"]
-    assert {ax.get_xlabel() for ax in panels} == {"j: top directions of full"}
+    assert {ax.get_xlabel().replace("\n", " ") for ax in panels} == {"j: top directions of full"}
     assert all("mean over 2 matrices" in ax.get_title() and "chance 0." in ax.get_title() for ax in panels)
     rows = table(compared / "new/fig4/similarity_grid.csv")
     for ax, title in zip(panels, titles(figure), strict=True):

@@ -13,6 +13,7 @@ from support.looked_at import flaws
 import spectra
 from spectra.cli.options import SIZES as OPTION
 from spectra.errors import SelectionError
+from spectra.merges.report import VERDICTS
 from spectra.metrics.similarity import pool
 from spectra.plots.sizes import SIZES, arranged
 from spectra.results.pairs import Pair, Pairs
@@ -70,7 +71,7 @@ def rows(updates=4):
     square = 0.2 * np.ones((updates, updates)) + 0.8 * np.eye(updates)
     one = {"mean_cosine": 0.2, "norm_ratio": 1.2, "sti": 3.0, "mean_sar": 0.5, "sar_chance": 0.1, "shared": 0.4,
            "shared_null": 0.3, "cosines": square.tolist()}  # fmt: skip
-    return [{"name": f"{role}.{i}", "role": role, "layer": i, **one} for i in range(12) for role in ROLES]
+    return [{"name": f"layers.{i}.{role}.weight", "role": role, "layer": i, **one} for i in range(12) for role in ROLES]
 
 
 def aligned():
@@ -109,6 +110,9 @@ FIGURES = {
     ),
     "tops": lambda **size: spectra.tops_figure(aligned(), **size),
     "deciles": lambda **size: spectra.deciles_figure(aligned(), **size),
+    "verdicts": lambda **size: spectra.verdicts_figure(
+        [row | {"verdict": VERDICTS[(3 * i) % len(VERDICTS)]} for i, row in enumerate(rows())], **size
+    ),
     "series": lambda **size: spectra.series_figure(trained(), **size),
 }  # fmt: skip
 
@@ -133,7 +137,7 @@ def test_every_figure_and_what_draws_them_takes_a_size():
         assert inspect.signature(getattr(spectra, name)).parameters["size"].default == "page", name
     assert {name.removesuffix("_figure") for name in drawing if name.endswith("_figure")} == {
         "cosines", "deciles", "depth", "heads", "histogram", "pairs", "roles_over_depth", "series", "similarity",
-        "squares", "tops",
+        "squares", "tops", "verdicts",
     }, "a new figure needs its line in FIGURES, too"  # fmt: skip
 
 
