@@ -38,6 +38,7 @@ MOST_BYTES = 3_000_000
 _MOST_ROWS = (2000, 1000, 400, 100, 20)  # tried in turn until the page is small enough
 _CURVE_NUMBERS = 1_000_000 // 22  # points of all curves together, by what one takes in bytes
 _POINTS = (12, 48)  # of one curve
+_MOST_NAMED = 5  # runs in a title
 _LONGEST = 400  # characters of a name
 _SHOWN = ("norm", "relative_norm", "stable_rank", "effective_rank", "rank_90", "top_8_share", "signal_rank")
 _BY_ROLE = (
@@ -148,7 +149,7 @@ def _static(runs: Sequence[Run], title: str) -> dict[str, Any]:
     rows = {run.label: run.rows for run in runs if run.rows}
     medians = {run.label: _medians(run.rows) for run in runs}
     return {
-        "title": title or _listed([run.label for run in runs]),
+        "title": title or _listed(_names(runs)),
         "version": __version__,
         "runs": runs,
         "several": len(runs) > 1,
@@ -170,6 +171,14 @@ def _findings(run: Run) -> list[str]:
     own = findings(run.rows, run.base_norms) if run.rows else []
     others = [sentence for section in run.sections for sentence in section.findings]
     return [without_places(sentence) for sentence in [*own, *similarity_findings(run.similarities), *others]]
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """The runs' labels for a title: a comparison of several once and not for every two, and no more than a few."""
+    whole = [run.label for run in runs if run.sections and not run.rows]
+    names = [run.label for run in runs if not any(run.label.startswith(f"{label}: ") for label in whole)]
+    more = len(names) - _MOST_NAMED
+    return [*names[:_MOST_NAMED], f"{more} more"] if more > 1 else names
 
 
 def _listed(labels: Sequence[str]) -> str:

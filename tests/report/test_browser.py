@@ -209,7 +209,10 @@ def test_tables_of_other_commands_sort_open_and_show_values(runs, show, tmp_path
                            "interference": {"tuned": ["a", "b"], "matrices": together}}.items():  # fmt: skip
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.json").write_text(json.dumps(document))
-    page = show([runs / "first", tmp_path / "verify", tmp_path / "interference"])
+    directories = [runs / "first", tmp_path / "verify", tmp_path / "interference"]
+    narrow = show(directories, width=360, scheme="dark")
+    assert narrow.evaluate("document.documentElement.scrollWidth") <= 360
+    page = show(directories)
     head = page.locator("#section-0 thead button:text-is('residual')")
     head.click()
     shown = page.locator("#section-0 [data-table] tbody tr").all_inner_texts()
