@@ -14,7 +14,7 @@ from spectra.cli.options import (
     Compute,
     Opening,
     compute_options,
-    figures_option,
+    figures_options,
     json_option,
     source_options,
     table_option,
@@ -56,7 +56,7 @@ _COUNTS = Layout(shown={"k": "k", "intruders": "intruders", "decided_by": "decid
 @source_options
 @compute_options
 @table_option
-@figures_option
+@figures_options
 @json_option
 @table_view
 def command(
@@ -69,7 +69,7 @@ def command(
     opening: Opening,
     compute: Compute,
     out: str | None,
-    figures: bool,
+    figures: str | None,
     as_json: bool,
     view: View,
 ) -> None:
@@ -106,7 +106,7 @@ def command(
         _print(rows, view)
     if out:
         report.keep_table(out, name, document)
-        for path in report.draw(out, names=source.names) if figures and not intruders_only else []:
+        for path in report.draw(out, names=source.names, size=figures) if figures and not intruders_only else []:
             report.note(f"figure: {path}")
     report.close(rows)
 

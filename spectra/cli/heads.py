@@ -10,7 +10,7 @@ import click
 
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import Opening, figures_option, json_option, layer_option, scale_option, table_option
+from spectra.cli.options import Opening, figures_options, json_option, layer_option, scale_option, table_option
 from spectra.cli.table import Layout, View, print_rows, table_view
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @layer_option
 @scale_option
 @table_option
-@figures_option
+@figures_options
 @json_option
 @table_view
 def command(
@@ -32,7 +32,7 @@ def command(
     layers: tuple[str, ...],
     scale: float | None,
     out: str | None,
-    figures: bool,
+    figures: str | None,
     as_json: bool,
     view: View,
 ) -> None:
@@ -64,7 +64,7 @@ def command(
     if out and figures and any(row["status"] == "ok" and row["layer"] is not None for row in rows):
         from spectra.plots.heads import draw_heads
 
-        for path in draw_heads(rows, out):
+        for path in draw_heads(rows, out, size=figures):
             report.note(f"figure: {path}")
     report.close(rows)
 

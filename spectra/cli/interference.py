@@ -12,7 +12,7 @@ from spectra.cli.heavy import heavy_imports
 from spectra.cli.options import (
     Opening,
     executor_of,
-    figures_option,
+    figures_options,
     json_option,
     source_options,
     table_option,
@@ -42,7 +42,7 @@ _LAYOUT = Layout(
 @source_options
 @workers_option
 @table_option
-@figures_option
+@figures_options
 @json_option
 @table_view
 def command(
@@ -52,7 +52,7 @@ def command(
     opening: Opening,
     workers: int | None,
     out: str | None,
-    figures: bool,
+    figures: str | None,
     as_json: bool,
     view: View,
 ) -> None:
@@ -91,7 +91,7 @@ def command(
     if out and figures:
         from spectra.plots.interference import draw_interference
 
-        for path in draw_interference(rows, out, updates):
+        for path in draw_interference(rows, out, updates, size=figures):
             report.note(f"figure: {path}")
     alone = [row for row in rows if row["status"] == ALONE]
     if alone:

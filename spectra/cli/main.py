@@ -13,6 +13,7 @@ import click
 
 from spectra._version import __version__
 from spectra.cli import talk
+from spectra.cli.elsewhere import here
 from spectra.cli.heavy import heavy_imports
 from spectra.cli.progress import STOPPED
 from spectra.errors import SpectraError
@@ -81,6 +82,12 @@ class _Commands(click.Group):
             raise click.ClickException(
                 f"stdout cannot be written: {problem.strerror}; make room or use a pipe"
             ) from None
+        except click.NoSuchOption as problem:
+            known = [name for option in problem.ctx.command.params for name in option.opts] if problem.ctx else []
+            meant = here(problem.option_name, known)
+            if not meant:
+                raise
+            raise click.NoSuchOption(problem.option_name, possibilities=meant, ctx=problem.ctx) from None
         except SpectraError as problem:
             raise click.ClickException(str(problem)) from None
         except KeyboardInterrupt:

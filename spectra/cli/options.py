@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Option = Callable[[Any], Any]
+SIZES = ("column", "page", "slide")  # as in spectra.plots, which is not imported to print a help; a test compares
 
 
 class HeadsType(click.ParamType):
@@ -89,9 +90,6 @@ table_option = click.option(
     "--out", type=click.Path(file_okay=False), metavar="DIR", callback=_no_models_folder,
     help="Keep the table here, as csv and as json.",
 )  # fmt: skip
-figures_option = click.option(
-    "--figures/--no-figures", default=True, show_default=True, help="Draw figures into the --out directory.",
-)  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 _SOURCE = (
     layer_option,
@@ -105,8 +103,14 @@ _SOURCE = (
 workers_option = click.option(
     "--workers", type=click.IntRange(1, 1024), metavar="N", help="Matrices at work side by side on the CPU.",
 )  # fmt: skip
-figures_option = click.option(
-    "--figures/--no-figures", default=True, show_default=True, help="Draw figures into the --out directory.",
+size_option = click.option(
+    "--size", type=click.Choice(SIZES), default=SIZES[1], show_default=True,
+    help="Figures for a paper's column (3.4 in), its page (7 in) or a slide (13.3 in): panels and text as they fit.",
+)  # fmt: skip
+_FIGURES = (
+    click.option("--figures/--no-figures", default=True, show_default=True,
+                 help="Draw figures into the --out directory."),
+    size_option,
 )  # fmt: skip
 _COMPUTE = (
     click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]",
@@ -122,9 +126,22 @@ _COMPUTE = (
 _RESULT = (
     click.option("--out", type=click.Path(file_okay=False), metavar="DIR",
                  help="Keep tables, arrays and figures here; the same command resumes."),
-    figures_option,
+    *_FIGURES,
     json_option,
 )  # fmt: skip
+
+
+def figures_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--figures, --size; the command gets them as `figures`: the size, or None for no figures."""
+    return _apply(_figures_of(command), _FIGURES)
+
+
+def _figures_of(command: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(command)
+    def bundled(*, figures: bool, size: str, **others: Any) -> Any:
+        return command(figures=size if figures else None, **others)
+
+    return bundled
 
 
 def fetched(path: str, download: bool) -> str:
@@ -228,9 +245,9 @@ def _calibrating(wanted: bool) -> None:
         os.environ["SPECTRA_CALIBRATE"] = "0"
 
 
-def result_options(command: _Command) -> _Command:
-    """--out, --figures, --json; the command gets them as `out`, `figures` and `as_json`."""
-    return _apply(command, _RESULT)
+def result_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--out, --figures, --size, --json; the command gets them as `out`, `figures` (a size, or None) and `as_json`."""
+    return _apply(_figures_of(command), _RESULT)
 
 
 def _apply(command: _Command, options: tuple[_Option, ...]) -> _Command:

@@ -28,7 +28,7 @@ class Wanted:
     top: int
     sides: tuple[Side, ...]
     out: str | None
-    figures: bool
+    figures: str | None
     clustered: bool
     as_json: bool
     view: View
@@ -187,7 +187,7 @@ def _keep(wanted: Wanted, pairs: Pairs, document: dict[str, Any]) -> None:
     if wanted.figures:
         from spectra.plots.several import draw_pairs
 
-        for path in draw_pairs(out, pairs, sides=wanted.sides, clustered=wanted.clustered):
+        for path in draw_pairs(out, pairs, sides=wanted.sides, clustered=wanted.clustered, size=wanted.figures):
             report.note(f"figure: {path}")
 
 

@@ -46,12 +46,12 @@ def warning(text: str) -> None:
     click.echo(click.style(line, fg="yellow") if table.colours(sys.stderr) else line, err=True)
 
 
-def draw(out: str, *, names: Sequence[str], sides: Sequence[str] = ()) -> list[Path]:
+def draw(out: str, *, names: Sequence[str], size: str, sides: Sequence[str] = ()) -> list[Path]:
     """Draw these matrices of a results directory into it, say what does not fit, and give the files."""
     from spectra.metrics.similarity import SIDES
     from spectra.plots import draw_results
 
-    drawn = draw_results(out, names=names, sides=sides or SIDES)
+    drawn = draw_results(out, names=names, sides=sides or SIDES, size=size)
     for line in drawn.notes:
         note(line)
     return list(drawn.files)

@@ -59,7 +59,7 @@ def command(
     opening: Opening,
     compute: Compute,
     out: str | None,
-    figures: bool,
+    figures: str | None,
     as_json: bool,
     view: View,
 ) -> None:
@@ -90,7 +90,7 @@ def command(
                 bar.update()
             rows.append(row)
     notes.print()
-    written = report.draw(out, names=()) if out and figures else []
+    written = report.draw(out, names=(), size=figures) if out and figures else []
     if as_json:
         report.print_json(_document(rows, base, {"top": top, "side": side}))
     else:

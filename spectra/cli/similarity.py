@@ -51,7 +51,7 @@ def command(
     opening: Opening,
     compute: Compute,
     out: str | None,
-    figures: bool,
+    figures: str | None,
     as_json: bool,
     view: View,
 ) -> None:
@@ -81,7 +81,8 @@ def command(
         stream = compare(first, second, top=top, sides=sides, out=out, labels=(a, b), by=by, **keywords)
         done, undone = _gather(stream, first.names, second.names, len(sides), out, across=bool(against))
     report.reused(len(stream.reused), len({item.title for item in done}), out, stream.notes)
-    written = report.draw(out, names=[item.title for item in done], sides=sides) if out and figures and done else []
+    names = [item.title for item in done]
+    written = report.draw(out, names=names, sides=sides, size=figures) if out and figures and done else []
     if as_json:
         inputs = {"kind": "similarity", "a": a, "b": b, "base": base, "options": opening.settings}
         report.print_json(_document(inputs, done, undone))

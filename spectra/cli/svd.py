@@ -61,7 +61,7 @@ def command(
     opening: Opening,
     compute: Compute,
     out: str | None,
-    figures: bool,
+    figures: str | None,
     as_json: bool,
     view: View,
 ) -> None:
@@ -74,7 +74,7 @@ def command(
     _check(view)
     with compute.keywords() as keywords:
         rows, values = _run(source, top, out, keywords | {"rehash": rehash}, keep_values=as_json)
-    written = report.draw(out, names=[delta.name for delta in source]) if out and figures else []
+    written = report.draw(out, names=[delta.name for delta in source], size=figures) if out and figures else []
     if as_json:
         report.print_json(_document(source, rows, values))
     else:

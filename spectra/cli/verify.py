@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import HeadsType, download_option, fetched, json_option, layer_option, scale_option
+from spectra.cli.options import (
+    HeadsType,
+    download_option,
+    fetched,
+    figures_options,
+    json_option,
+    layer_option,
+    scale_option,
+    table_option,
+)
 from spectra.cli.table import Layout, View, print_rows, table_view
 from spectra.cli.talk import say
 
@@ -51,6 +60,8 @@ _NUMBERS = ("scale", "residual", "rounding")
 @click.option(
     "--memory", metavar="SIZE", help="Budget for the matrices at work, such as 4GiB.  [default: half of what is free]"
 )
+@table_option
+@figures_options
 @json_option
 @table_view
 def command(
@@ -62,6 +73,8 @@ def command(
     scale: float | None,
     download: bool,
     memory: str | None,
+    out: str | None,
+    figures: str | None,
     as_json: bool,
     view: View,
 ) -> None:
@@ -86,14 +99,19 @@ def command(
             checked.append(pair)
             bar.update()
     found = report_of(claims, checked)
+    document = _document(found)
     if as_json:
-        report.print_json(_document(found))
+        report.print_json(document)
     else:
         _print(found, view)
+    if out:
+        report.keep_table(out, "verify", document)
+        for path in report.draw(out, names=(), size=figures) if figures else []:
+            report.note(f"figure: {path}")
     _close(found)
 
 
-def _document(found: MergeReport) -> dict[str, object]:
+def _document(found: MergeReport) -> dict[str, Any]:
     from spectra._version import __version__
 
     return {
