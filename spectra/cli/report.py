@@ -78,10 +78,18 @@ def by_reason(title: str, listed: Mapping[str, str], shown: int = _MOST_NAMES) -
         reasons.setdefault(reason, []).append(name)
     shown, named = (len(reasons), len(listed)) if is_verbose() else (shown, 2)
     for reason, names in list(reasons.items())[:shown]:
-        names_shown = ", ".join(names[:named]) + (f" and {len(names) - named} more" if len(names) > named else "")
-        note(f"{title}: {reason}: {names_shown}")
+        note(f"{title}: {reason}: {few(names, named)}")
     if len(reasons) > shown:
         note(f"{title}: {len(reasons) - shown} more reasons; -v lists them")
+
+
+def few(names: Sequence[str], shown: int = 2) -> str:
+    """The first names, and how many more there are.
+
+    >>> few(["a", "b", "c"])
+    'a, b and 1 more'
+    """
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def progress(total: int, what: str, *, kept: str = "", otherwise: str = "nothing is stored") -> Progress:
