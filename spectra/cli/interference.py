@@ -60,7 +60,7 @@ def command(
     """
     if len(updates) < 2:
         raise click.UsageError("interference is between updates: give two or more")
-    sources = [opening.open(path, base) for path in updates]
+    sources = opening.open_all(updates, base)
     with heavy_imports():
         from spectra.results.interference import ALONE, interference_rows
 

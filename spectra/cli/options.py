@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,7 +148,17 @@ class Opening:
 
     def open(self, tuned: str, base: str | None) -> Source:
         """The source with the matrices that --layer means; what it left out is said."""
+        return self.open_all([tuned], base)[0]
+
+    def open_all(self, updates: Sequence[str], base: str | None) -> list[Source]:
+        """Several updates of one base; what is left out of all of them is said once."""
         from spectra.cli import report
+
+        sources = [self._source(tuned, base) for tuned in updates]
+        report.coverage_notes({update: source.coverage for update, source in zip(updates, sources, strict=True)})
+        return sources
+
+    def _source(self, tuned: str, base: str | None) -> Source:
         from spectra.sources import open_source
 
         for option, given in (("TUNED", tuned), ("--base", base)):
@@ -156,9 +166,7 @@ class Opening:
                 raise click.UsageError(f"{option} is empty: give a path, hub id or alias")
         tuned, base = fetched(tuned, self.download), fetched(base, self.download) if base else None
         source = open_source(tuned, base, **self.settings)
-        source = source.select(self.layers) if self.layers else source
-        report.coverage_notes(source.coverage)
-        return source
+        return source.select(self.layers) if self.layers else source
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from spectra.cli.talk import is_quiet, is_verbose, say
 from spectra.printing import printed, printed_json
 
 if TYPE_CHECKING:
-    from spectra.deltas.source import Source
+    from spectra.deltas.source import Coverage, Source
 
-_MOST_NAMES = 5
+_MOST_REASONS = 5
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -57,10 +57,25 @@ def draw(out: str, *, names: Sequence[str], sides: Sequence[str] = ()) -> list[P
     return list(drawn.files)
 
 
-def coverage_notes(coverage: Any, shown: int = _MOST_NAMES) -> None:
-    """Warnings in full; what was not used as counts with a few names. `inspect` lists everything."""
-    for line in coverage.warnings:
-        warning(f"warning: {line}")
+def coverage_notes(coverages: Mapping[str, Coverage]) -> None:
+    """Warnings in full; what was not used as counts with a few names. `inspect` lists everything.
+
+    Args:
+        coverages: what each update is called → what was not used of it. A line that is true of all of them is said
+            once; one that is not begins with the update's name.
+    """
+    lines: dict[tuple[bool, str], list[str]] = {}
+    for update, coverage in coverages.items():
+        for line in _coverage_lines(coverage):
+            lines.setdefault(line, []).append(update)
+    for (warns, line), updates in lines.items():
+        of = "" if len(updates) == len(coverages) else f"{few(updates)}: "
+        (warning if warns else note)(f"warning: {of}{line}" if warns else f"{of}{line}")
+
+
+def _coverage_lines(coverage: Coverage) -> list[tuple[bool, str]]:
+    """What is said of one update, each with whether it is a warning."""
+    lines = [(True, line) for line in coverage.warnings]
     for key, title in (
         ("base_only", "only in the base"),
         ("tuned_only", "only in the tuned model"),
@@ -68,19 +83,25 @@ def coverage_notes(coverage: Any, shown: int = _MOST_NAMES) -> None:
         ("unsupported", "not supported or unreadable"),
         ("skipped", "skipped"),
     ):
-        by_reason(title, getattr(coverage, key), shown)
+        lines += [(False, line) for line in _lines_by_reason(title, getattr(coverage, key))]
+    return lines
 
 
-def by_reason(title: str, listed: Mapping[str, str], shown: int = _MOST_NAMES) -> None:
+def by_reason(title: str, listed: Mapping[str, str]) -> None:
     """Names that share a reason on one line with it, the first reasons only."""
+    for line in _lines_by_reason(title, listed):
+        note(line)
+
+
+def _lines_by_reason(title: str, listed: Mapping[str, str]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for name, reason in listed.items():
         reasons.setdefault(reason, []).append(name)
-    shown, named = (len(reasons), len(listed)) if is_verbose() else (shown, 2)
-    for reason, names in list(reasons.items())[:shown]:
-        note(f"{title}: {reason}: {few(names, named)}")
+    shown, named = (len(reasons), len(listed)) if is_verbose() else (_MOST_REASONS, 2)
+    lines = [f"{title}: {reason}: {few(names, named)}" for reason, names in list(reasons.items())[:shown]]
     if len(reasons) > shown:
-        note(f"{title}: {len(reasons) - shown} more reasons; -v lists them")
+        lines.append(f"{title}: {len(reasons) - shown} more reasons; -v lists them")
+    return lines
 
 
 def few(names: Sequence[str], shown: int = 2) -> str:

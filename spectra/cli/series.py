@@ -111,7 +111,7 @@ class _Notes:
     def print(self) -> None:
         """Say it, when the bar is gone."""
         if self.first is not None:
-            report.coverage_notes(self.first)
+            report.coverage_notes({"": self.first})
         for line in self.warnings:
             report.warning(f"warning: {line}")
 

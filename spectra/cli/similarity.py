@@ -118,11 +118,9 @@ def _open(
     if all(path in stored and not stored[path].lacks_vectors for path in updates):
         runs = [stored[path] for path in updates]
         return [run.select(how.layers) if how.layers else run for run, how in zip(runs, openings, strict=True)]
-    opened: dict[str, Source] = {}
-    for path in dict.fromkeys(updates):
-        if path not in stored:
-            opened[path] = replace(openings[0], layers=()).open(path, base)
-            continue
+    weights = [path for path in dict.fromkeys(updates) if path not in stored]
+    opened = dict(zip(weights, replace(openings[0], layers=()).open_all(weights, base), strict=True))
+    for path in stored:
         opened[path] = recorded_source(stored[path], top + 1)
         made_of = f"computed from {opened[path].tuned}, which it was made of"
         if stored[path].lacks_vectors:
