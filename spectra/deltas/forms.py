@@ -124,7 +124,7 @@ class Form(ABC):
     def moved(self) -> tuple[float, ...] | None:
         """The share of entries with |ΔW| above each of `MOVED`; None of factors, which are not multiplied out.
 
-        A product of trained factors has no zeros anyway: what of it moves a stored weight is a question to the merged model.
+        A product of trained factors has no zeros anyway: what of it moves a stored weight, the merged model can tell.
         """
         return None
 

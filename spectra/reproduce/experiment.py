@@ -12,7 +12,7 @@ import torch
 
 from spectra.errors import DeviceError
 from spectra.reproduce import figures, numbers
-from spectra.reproduce.analysis import Commands, decompose
+from spectra.reproduce.analysis import Commands, decompose, look_further
 from spectra.reproduce.base import load_model, prepare_base
 from spectra.reproduce.batches import tokenise
 from spectra.reproduce.cost import measure_costs
@@ -95,6 +95,7 @@ def _report(
     say("spectra and subspaces")
     commands = Commands(say)
     decompose(directory, base, plan, commands)
+    look_further(directory, base, plan, commands)
     say("figures and tables")
     figures.draw_spectra(directory, plan, pictures, commands)
     figures.draw_costs(costs, pictures / "figure-3")
@@ -102,6 +103,9 @@ def _report(
         "figure-3/cost.csv": pd.DataFrame(costs),
         "spectra.csv": numbers.spectra_table(directory, plan),
         "similarity.csv": numbers.similarity_table(directory, plan),
+        "alignment.csv": numbers.alignment_table(directory, plan),
+        "heads.csv": numbers.heads_table(directory, plan),
+        "series.csv": numbers.series_table(directory, plan),
         "tasks.csv": numbers.task_table(results),
         "runs.csv": numbers.run_table(results),
     }
