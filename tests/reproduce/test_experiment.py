@@ -119,9 +119,7 @@ def test_alignment_heads_and_series_are_those_of_the_trained_weights(experiment)
     trained = {"full", "full-seed1", "lora", "multilora-n3", "multilora-n5", "rlora"}
     assert set(found["alignment"]["run"]) == set(found["series"]["run"]) == trained
     assert set(found["heads"]["run"]) == {"multilora-n3", "multilora-n5", "rlora"}
-    of_v = {
-        name: table[(table["run"] == "rlora") & (table["role"] == "v_proj")].iloc[0] for name, table in found.items()
-    }
+    of_v = {name: table.set_index(["run", "role"]).loc[("rlora", "v_proj")] for name, table in found.items()}
     against = spectra.alignment(spectra.open_source(last, base).select("v_proj"))
     assert of_v["alignment"]["intruders"] == pytest.approx(against["intruders"].mean())
     assert of_v["alignment"]["left_in_top"] == pytest.approx(against["left_in_top"].mean())
