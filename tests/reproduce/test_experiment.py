@@ -121,10 +121,10 @@ def test_alignment_heads_and_series_are_those_of_the_trained_weights(experiment)
     assert set(found["heads"]["run"]) == {"multilora-n3", "multilora-n5", "rlora"}
     of_v = {name: table.set_index(["run", "role"]).loc[("rlora", "v_proj")] for name, table in found.items()}
     against = spectra.alignment(spectra.open_source(last, base).select("v_proj"))
-    assert of_v["alignment"]["intruders"] == pytest.approx(against["intruders"].mean())
-    assert of_v["alignment"]["left_in_top"] == pytest.approx(against["left_in_top"].mean())
+    assert of_v["alignment"]["intruders"] == pytest.approx(against["intruders"].mean(), rel=1e-4)
+    assert of_v["alignment"]["left_in_top"] == pytest.approx(against["left_in_top"].mean(), rel=1e-4)
     heads = spectra.head_similarity(spectra.open_source(last, base, heads="each").select("v_proj"))
-    assert of_v["heads"]["cosine"] == pytest.approx(heads["cosine"].mean())
+    assert of_v["heads"]["cosine"] == pytest.approx(heads["cosine"].mean(), rel=1e-4)
     assert of_v["series"]["phi_to_last"] == pytest.approx(1), "one step is the last one"
     made = (out / "figures" / "tables.md").read_text()
     for title in ("### Against the base", "### Heads and parallel modules", "### From step to step"):
