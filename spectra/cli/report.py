@@ -66,8 +66,8 @@ def coverage_notes(coverages: Mapping[str, Coverage]) -> None:
     """
     lines: dict[tuple[bool, str], list[str]] = {}
     for update, coverage in coverages.items():
-        for line in _coverage_lines(coverage):
-            lines.setdefault(line, []).append(update)
+        for said in _coverage_lines(coverage):
+            lines.setdefault(said, []).append(update)
     for (warns, line), updates in lines.items():
         of = "" if len(updates) == len(coverages) else f"{few(updates)}: "
         (warning if warns else note)(f"warning: {of}{line}" if warns else f"{of}{line}")
