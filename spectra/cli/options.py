@@ -154,22 +154,43 @@ class Opening:
         return self.open_all([tuned], base)[0]
 
     def open_all(self, updates: Sequence[str], base: str | None) -> list[Source]:
-        """Several updates of one base; what is left out of all of them is said once."""
+        """Several updates of one base, as `open` gives each."""
+        sources = self.opened_all(updates, base)
+        return [self.chosen(source) for source in sources]
+
+    def opened_all(self, updates: Sequence[str], base: str | None) -> list[Source]:
+        """All of several updates; what is left out of all of them is said once."""
         from spectra.cli import report
 
-        sources = [self._source(tuned, base) for tuned in updates]
+        sources = [self.opened(tuned, base) for tuned in updates]
         report.coverage_notes({update: source.coverage for update, source in zip(updates, sources, strict=True)})
         return sources
 
-    def _source(self, tuned: str, base: str | None) -> Source:
+    def opened(self, tuned: str, base: str | None) -> Source:
+        """All of it, without a word."""
         from spectra.sources import open_source
 
         for option, given in (("TUNED", tuned), ("--base", base)):
             if given is not None and not given.strip():
                 raise click.UsageError(f"{option} is empty: give a path, hub id or alias")
         tuned, base = fetched(tuned, self.download), fetched(base, self.download) if base else None
-        source = open_source(tuned, base, **self.settings)
-        return source.select(self.layers) if self.layers else source
+        return open_source(tuned, base, **self.settings)
+
+    def chosen(self, source: Source) -> Source:
+        """The matrices that --layer means; those among them that lack the base are said."""
+        from spectra.cli import report
+        from spectra.deltas.source import SAVED_WHOLE
+        from spectra.errors import SelectionError
+
+        lacking = source.lacking(self.layers)
+        try:
+            found = source.select(self.layers) if self.layers else source
+        except SelectionError:
+            if lacking:  # a pattern means these alone
+                raise SelectionError(f"{source.tuned}: {lacking[0]}: {SAVED_WHOLE}") from None
+            raise
+        report.lacking(lacking)
+        return found
 
 
 @dataclass(frozen=True)

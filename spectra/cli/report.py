@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spectra.cli import table
+from spectra.cli import table, talk
 from spectra.cli.progress import Progress
 from spectra.cli.talk import is_quiet, is_verbose, say
 from spectra.printing import printed, printed_json
@@ -60,6 +60,8 @@ def draw(out: str, *, names: Sequence[str], sides: Sequence[str] = ()) -> list[P
 def coverage_notes(coverages: Mapping[str, Coverage]) -> None:
     """Warnings in full; what was not used as counts with a few names. `inspect` lists everything.
 
+    What lacks the base alone is not among it, since `lacking` says that.
+
     Args:
         coverages: what each update is called → what was not used of it. A line that is true of all of them is said
             once; one that is not begins with the update's name.
@@ -75,6 +77,8 @@ def coverage_notes(coverages: Mapping[str, Coverage]) -> None:
 
 def _coverage_lines(coverage: Coverage) -> list[tuple[bool, str]]:
     """What is said of one update, each with whether it is a warning."""
+    from spectra.deltas.source import SAVED_WHOLE
+
     lines = [(True, line) for line in coverage.warnings]
     for key, title in (
         ("base_only", "only in the base"),
@@ -83,8 +87,19 @@ def _coverage_lines(coverage: Coverage) -> list[tuple[bool, str]]:
         ("unsupported", "not supported or unreadable"),
         ("skipped", "skipped"),
     ):
-        lines += [(False, line) for line in _lines_by_reason(title, getattr(coverage, key))]
+        listed = {name: reason for name, reason in getattr(coverage, key).items() if reason != SAVED_WHOLE}
+        lines += [(False, line) for line in _lines_by_reason(title, listed)]
     return lines
+
+
+def lacking(names: Sequence[str]) -> None:
+    """Say what of the wanted matrices is not there for want of the base; the command ends with status 1 then."""
+    from spectra.deltas.source import SAVED_WHOLE
+
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warning(f"not done: {names[0]}{more}: {SAVED_WHOLE}")
+        talk.leave_undone()
 
 
 def by_reason(title: str, listed: Mapping[str, str]) -> None:
