@@ -48,7 +48,7 @@ def command(
     source = Opening(layers, "each", scale, split=True).opened(adapter, base)
     source = source.select(layers) if layers else source
     modules = heads_of(source)  # an adapter without heads is refused before anything is said of it
-    report.coverage_notes(source.coverage)
+    report.coverage_notes({adapter: source.coverage})
     rows: list[Row] = []
     with report.progress(len(modules), "spectra heads") as bar:
         for row in head_rows(source):

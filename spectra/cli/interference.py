@@ -68,7 +68,7 @@ def command(
         from spectra.results.interference import ALONE, COLUMNS, interference_rows
 
     view.check(COLUMNS)
-    sources = [opening.open(path, base) for path in updates]
+    sources = opening.open_all(updates, base)
     rows: list[Row] = []
     names = {name for source in sources for name in source.names}
     with report.progress(len(names), "spectra interference") as bar, executor_of(workers, None) as executor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import os
 import sys
 import time
 from typing import Any
@@ -68,6 +69,8 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         start = time.monotonic()
+        # numpy's part here is small matrices, for which OpenBLAS' threads only wait, at full speed, on torch's cores.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")  # σ on a latin-1 terminal is no reason to stop

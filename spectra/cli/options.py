@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,11 +168,20 @@ class Opening:
 
     def open(self, tuned: str, base: str | None) -> Source:
         """The source with the matrices that --layer means; what it left out is said."""
+        return self.open_all([tuned], base)[0]
+
+    def open_all(self, updates: Sequence[str], base: str | None) -> list[Source]:
+        """Several updates of one base, as `open` gives each."""
+        sources = self.opened_all(updates, base)
+        return [self.chosen(source) for source in sources]
+
+    def opened_all(self, updates: Sequence[str], base: str | None) -> list[Source]:
+        """All of several updates; what is left out of all of them is said once."""
         from spectra.cli import report
 
-        source = self.opened(tuned, base)
-        report.coverage_notes(source.coverage)
-        return self.chosen(source)
+        sources = [self.opened(tuned, base) for tuned in updates]
+        report.coverage_notes({update: source.coverage for update, source in zip(updates, sources, strict=True)})
+        return sources
 
     def opened(self, tuned: str, base: str | None) -> Source:
         """All of it, without a word."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from spectra.results.collection import Spectra
     from spectra.results.pairs import Pairs
 
+_STATUSES = ("failed", "unchanged", "one_sided")
 _MOST_SQUARE = 8  # updates whose square fits into a terminal
 
 
@@ -78,8 +79,8 @@ def _document(heading: dict[str, Any], pairs: Pairs, *, clustered: bool) -> dict
         "pooled_by_layer": pairs.pooled("layer"),
         "overall": pairs.pooled("all"),
         "not_compared": [
-            {"a": pair.a, "b": pair.b, "name": pair.outcome.name, "reason": pair.reason}
-            for pair in pairs.failed + pairs.one_sided
+            {"a": pair.a, "b": pair.b, "name": pair.outcome.name, "status": pair.status, "reason": pair.reason}
+            for pair in sorted(pairs.not_compared, key=lambda pair: _STATUSES.index(pair.status))
         ],
     }
 
@@ -202,8 +203,13 @@ def _close(pairs: Pairs) -> None:
             f"{len(alone)} matrices of pairs are in one update only, such as {one.outcome.name} of {one.a} and "
             f"{one.b}: {one.reason}"
         )
+    for label, names in pairs.unchanged.items():
+        report.note(f"unchanged in {label}, and in none of its pairs: {report.few(names)}")
     listed = {f"{pair.a}, {pair.b}: {pair.outcome.name}": pair.reason for pair in failed}
     report.by_reason("not compared", listed)
-    if failed or not len(pairs):
+    if failed:
         report.warning(f"{len(failed)} of {len(pairs) + len(failed)} pairs of matrices could not be compared")
+    elif not len(pairs):
+        report.warning("nothing is left to compare")
+    if failed or not len(pairs):
         sys.exit(1)

@@ -118,7 +118,7 @@ class _Notes:
     def print(self) -> None:
         """Say it, when the bar is gone."""
         if self.first is not None:
-            report.coverage_notes(self.first)
+            report.coverage_notes({"": self.first})
         if self.source is not None:
             report.lacking(self.source.lacking(self.layers))
         for line in self.warnings:

@@ -131,12 +131,9 @@ def _open(
     if all(path in stored and not stored[path].lacks_vectors for path in updates):
         runs = [stored[path] for path in updates]
         return [run.select(how.layers) if how.layers else run for run, how in zip(runs, openings, strict=True)]
-    opened: dict[str, Source] = {}
-    for path in dict.fromkeys(updates):
-        if path not in stored:
-            opened[path] = openings[0].opened(path, base)
-            report.coverage_notes(opened[path].coverage)
-            continue
+    weights = [path for path in dict.fromkeys(updates) if path not in stored]
+    opened = dict(zip(weights, openings[0].opened_all(weights, base), strict=True))
+    for path in stored:
         opened[path] = recorded_source(stored[path], top + 1)
         made_of = f"computed from {opened[path].tuned}, which it was made of"
         if stored[path].lacks_vectors:
@@ -190,7 +187,7 @@ def _document(inputs: dict[str, Any], done: list[SubspaceSimilarity], undone: li
         ],
         "pairs": [row | {"b": b} for row in as_pairs.rows()],
         "pooled": [row | {"b": b} for row in as_pairs.pooled("role")],
-        "not_compared": [{"name": item.name, "reason": item.reason} for item in undone],
+        "not_compared": [{"name": item.name, "status": item.status, "reason": item.reason} for item in undone],
     }
 
 
@@ -229,12 +226,15 @@ def _close(done: list[SubspaceSimilarity], undone: list[NotCompared], out: str |
     for path in written:
         report.note(f"figure: {path}")
     only_one = [item for item in undone if item.one_sided]
-    failed = [item for item in undone if not item.one_sided]
+    failed = [item for item in undone if item.status == "failed"]
     if only_one:
         report.note(
             f"{len(only_one)} matrices are in one update only, such as {only_one[0].name}: {only_one[0].reason}"
         )
-    report.by_reason("not compared", {item.name: item.reason for item in failed})
-    if failed or not done:
+    report.by_reason("not compared", {item.name: item.reason for item in undone if not item.one_sided})
+    if failed:
         report.warning(f"{len(failed)} of {len(done) + len(failed)} matrices could not be compared")
+    elif not done:
+        report.warning("nothing is left to compare")
+    if failed or not done:
         sys.exit(1)

@@ -122,7 +122,10 @@ class Form(ABC):
 
     @property
     def moved(self) -> tuple[float, ...] | None:
-        """The share of entries with |ΔW| above each of `MOVED`; None of factors, which are not multiplied out."""
+        """The share of entries with |ΔW| above each of `MOVED`; None of factors, which are not multiplied out.
+
+        A product of trained factors has no zeros anyway: what of it moves a stored weight, the merged model can tell.
+        """
         return None
 
     def rows(self, start: int, stop: int) -> Form:

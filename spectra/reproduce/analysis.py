@@ -85,6 +85,35 @@ def decompose(
         done(None)
 
 
+def look_further(directory: Path, base: Path, plan: Plan, commands: Commands) -> None:
+    """Of every main run's key and value: `spectra alignment` at the end, `spectra heads`, `spectra series`."""
+    layers = [word for role in ATTENTION for word in ("--layer", role)]
+    for run in plan.main_runs():
+        tuned = snapshot(directory, run, plan.steps)
+        commands.run("alignment", "--base", base, "--tuned", tuned, *layers, "--cache", directory / "base-vectors",
+                     "--no-figures", "--out", alignment_of(directory, run))  # fmt: skip
+        if run.method.n > 1:
+            commands.run("heads", tuned, "--base", base, *layers, "--no-figures", "--out", heads_of(directory, run))
+        steps = sorted({plan.early, plan.steps})
+        commands.run("series", *(snapshot(directory, run, step) for step in steps), "--base", base, *layers,
+                     "--no-figures", "--out", series_of(directory, run))  # fmt: skip
+
+
+def alignment_of(directory: Path, run: Run) -> Path:
+    """The results directory of a run against its base."""
+    return directory / "alignment" / run.name
+
+
+def heads_of(directory: Path, run: Run) -> Path:
+    """The results directory of a run's heads, or parallel modules."""
+    return directory / "heads" / run.name
+
+
+def series_of(directory: Path, run: Run) -> Path:
+    """The results directory of a run from step to step."""
+    return directory / "series" / run.name
+
+
 def spectra_of(directory: Path, look: Look) -> Path:
     """The results directory of a look's spectra."""
     return directory / "spectra" / look.name

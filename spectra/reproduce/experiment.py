@@ -12,7 +12,7 @@ import torch
 
 from spectra.errors import DeviceError
 from spectra.reproduce import figures, numbers
-from spectra.reproduce.analysis import decompose
+from spectra.reproduce.analysis import decompose, look_further
 from spectra.reproduce.base import load_model, prepare_base
 from spectra.reproduce.batches import tokenise
 from spectra.reproduce.commands import Commands
@@ -103,6 +103,7 @@ def _report(
     say(f"spectra and subspaces{left.said}")
     with Commands(lambda line: say(f"{line}{left.said}")) as commands:
         decompose(directory, base, plan, commands, lambda look: left.done(work_of_look(look, plan)))
+        look_further(directory, base, plan, commands)
         say(f"figures and tables{left.said}")
         figures.draw_spectra(directory, plan, pictures, commands)
     figures.draw_costs(costs, pictures / "figure-3")
@@ -110,6 +111,9 @@ def _report(
         "figure-3/cost.csv": pd.DataFrame(costs),
         "spectra.csv": numbers.spectra_table(directory, plan),
         "similarity.csv": numbers.similarity_table(directory, plan),
+        "alignment.csv": numbers.alignment_table(directory, plan),
+        "heads.csv": numbers.heads_table(directory, plan),
+        "series.csv": numbers.series_table(directory, plan),
         "tasks.csv": numbers.task_table(results),
         "runs.csv": numbers.run_table(results),
     }

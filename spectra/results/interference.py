@@ -9,21 +9,23 @@ from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from spectra import naming
 from spectra.deltas.delta import WeightDelta
+from spectra.deltas.forms import Dense
 from spectra.deltas.relatedness import unrelated_note
 from spectra.engine.devices import device_named, resolve_device
 from spectra.engine.solve import Wanted, solve, solve_forms
 from spectra.errors import SelectionError
 from spectra.metrics.alignment import Triplets
 from spectra.metrics.interference import INTERFERENCE, Together, sum_of
+from spectra.metrics.sides import Side
 from spectra.spectrum import DONE, Spectrum
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from spectra.deltas.forms import Form
     from spectra.results.tables import Row
 
 ALONE = "alone"  # the status of a matrix that only one update has
@@ -108,20 +110,32 @@ def _row(name: str, there: Mapping[int, WeightDelta], count: int, device: str) -
     shapes = {delta.shape for delta in there.values() if delta.recipe is not None}
     if len(shapes) > 1:
         return _line(name, there, "shape_mismatch", f"the updates have shapes {sorted(shapes)}", note)
-    found: dict[int, Triplets] = {}
+    found: list[Triplets] = []
     for place, delta in there.items():
         spectrum = solve(delta, top=max(1, delta.max_rank), only_top=True, device=device)
         if spectrum.status not in DONE:
             return _line(name, there, spectrum.status, f"update {place + 1}: {spectrum.reason}", note)
         said = unrelated_note(spectrum.base_cosine, spectrum.unmoved_share)
         note = note if said in note else "; ".join(filter(None, (note, said)))
-        found[place] = _triplets(spectrum, device)
-    total = _sum(name, list(found.values()), device)
+        found.append(_triplets(spectrum, device))
+    values, left, right = _sides(found)
+    total = _sum(name, sum_of(values, left, right), device)
     if total.status not in DONE:
         return _line(name, there, total.status, f"the sum of the updates: {total.reason}", note)
-    seen = Together(tuple(found.values()), _triplets(total, device))
+    seen = Together(values, left, right, _triplets(total, device))
     numbers = {column: metric(seen) for column, metric in INTERFERENCE.items()}
     return _line(name, there, "ok", "", note) | _in_their_places(numbers, list(there), count)
+
+
+def _sides(updates: list[Triplets]) -> tuple[tuple[Tensor, ...], Side, Side]:
+    """The updates' values and vectors, side by side; the list is emptied, and no vector is held twice."""
+    values, left, right = (
+        [update.S for update in updates],
+        [update.U for update in updates],
+        [update.Vh.mT for update in updates],
+    )
+    updates.clear()
+    return tuple(values), Side.of(left), Side.of(right)
 
 
 def _line(name: str, there: Iterable[int], status: str, reason: str, note: str = "") -> Row:
@@ -148,13 +162,10 @@ def _triplets(spectrum: Spectrum, device: str) -> Triplets:
     return Triplets(*(torch.as_tensor(part, device=device) for part in (U[:, :kept], spectrum.S[:kept], Vh[:kept])))
 
 
-def _sum(name: str, updates: Sequence[Triplets], device: str) -> Spectrum:
+def _sum(name: str, total: Tensor, device: str) -> Spectrum:
     """The spectrum of ΣΔ with all vectors; unchanged where the updates cancel."""
-    shape = (updates[0].U.shape[0], updates[0].Vh.shape[1])
-    form: Form | None = sum_of(updates)
-    if form is None:
-        return Spectrum(name, shape, "unchanged", reason="the updates cancel")
-    blank = WeightDelta(name, shape, None, form.max_rank)
+    form = Dense(total)
+    blank = WeightDelta(name, form.shape, None, form.max_rank)
     wanted = Wanted(form.max_rank, only_top=True, device=device_named(device))
     (found,) = solve_forms([blank], [form], wanted)
     return found

@@ -41,9 +41,14 @@ class Pair:
         return self.outcome.reason if isinstance(self.outcome, NotCompared) else ""
 
     @property
+    def status(self) -> str:
+        """`ok`, or that of a matrix without a similarity."""
+        return self.outcome.status if isinstance(self.outcome, NotCompared) else "ok"
+
+    @property
     def one_sided(self) -> bool:
         """Whether only one of the two has the matrix, which is no fault."""
-        return isinstance(self.outcome, NotCompared) and self.outcome.one_sided
+        return self.status == "one_sided"
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +118,19 @@ class Pairs:
         return [pair for pair in self.not_compared if pair.one_sided]
 
     @property
+    def unchanged(self) -> dict[str, list[str]]:
+        """Update → the matrices that it leaves exactly as they are, which are in none of its pairs."""
+        found: dict[str, dict[str, None]] = {}
+        for pair in self.not_compared:
+            if isinstance(pair.outcome, NotCompared):
+                for which in pair.outcome.unchanged:
+                    found.setdefault(pair.a if which == "first" else pair.b, {})[pair.outcome.name] = None
+        return {label: list(found[label]) for label in self.labels if label in found}
+
+    @property
     def failed(self) -> list[Pair]:
-        """The matrices that both updates of a pair have and that could not be compared."""
-        return [pair for pair in self.not_compared if not pair.one_sided]
+        """The matrices that both updates of a pair change and that could not be compared."""
+        return [pair for pair in self.not_compared if pair.status == "failed"]
 
     @property
     def sides(self) -> tuple[Side, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -55,6 +56,21 @@ def test_every_command_and_option_is_described():
 def fresh(code):
     """What a fresh interpreter prints."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("given", [None, "3"])
+def test_numpys_threads_do_not_compete_with_torchs_unless_they_are_asked_for(tmp_path, given):
+    """OpenBLAS reads it when numpy is loaded, so it has to be there before a command loads what it needs."""
+    lora_folder(tmp_path / "a", seed=0)
+    code = (
+        "import os, sys\nfrom spectra.cli import main\nassert 'numpy' not in sys.modules\n"
+        f"try: main(['heads', {str(tmp_path / 'a')!r}], standalone_mode=False)\nexcept BaseException: pass\n"
+        "print(os.environ['OPENBLAS_NUM_THREADS'])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_NUM_THREADS"}
+    environment |= {"OPENBLAS_NUM_THREADS": given} if given else {}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines()[-1] == (given or "1")
 
 
 def test_help_and_inspect_load_no_torch(llama):

@@ -85,7 +85,7 @@ def test_every_figure_stands_beside_its_numbers(experiment):
 def test_a_recorded_command_makes_its_figure_again(experiment):
     figures = experiment[0] / "figures"
     lines = (figures / "commands.sh").read_text().splitlines()
-    assert {line.split()[1] for line in lines} == {"svd", "similarity", "plot"}
+    assert {line.split()[1] for line in lines} == {"svd", "similarity", "alignment", "heads", "series", "plot"}
     numbers = figures / "figure-4-v_proj" / "similarity_grid.csv"
     before = numbers.read_bytes()
     numbers.unlink()
@@ -113,6 +113,26 @@ def test_the_tables_hold_what_the_results_hold(experiment):
     costs = pd.read_csv(out / "figures" / "figure-3" / "cost.csv")
     assert (costs[["tokens_per_second", "peak_mib"]] > 0).all().all()
     assert {"lora", "multilora", "rlora", "multihead", "full"} == set(costs["kind"])
+
+
+def test_alignment_heads_and_series_are_those_of_the_trained_weights(experiment):
+    out, _, _ = experiment
+    last = out / "runs" / "rlora" / "step-4"
+    base = out.parent / "model"
+    found = {name: pd.read_csv(out / "figures" / f"{name}.csv") for name in ("alignment", "heads", "series")}
+    trained = {"full", "full-seed1", "lora", "multilora-n3", "multilora-n5", "rlora"}
+    assert set(found["alignment"]["run"]) == set(found["series"]["run"]) == trained
+    assert set(found["heads"]["run"]) == {"multilora-n3", "multilora-n5", "rlora"}
+    of_v = {name: table.set_index(["run", "role"]).loc[("rlora", "v_proj")] for name, table in found.items()}
+    against = spectra.alignment(spectra.open_source(last, base).select("v_proj"))
+    assert of_v["alignment"]["intruders"] == pytest.approx(against["intruders"].mean(), rel=1e-4)
+    assert of_v["alignment"]["left_in_top"] == pytest.approx(against["left_in_top"].mean(), rel=1e-4)
+    heads = spectra.head_similarity(spectra.open_source(last, base, heads="each").select("v_proj"))
+    assert of_v["heads"]["cosine"] == pytest.approx(heads["cosine"].mean(), rel=1e-4)
+    assert of_v["series"]["phi_to_last"] == pytest.approx(1), "one step is the last one"
+    made = (out / "figures" / "tables.md").read_text()
+    for title in ("### Against the base", "### Heads and parallel modules", "### From step to step"):
+        assert title in made
 
 
 def test_the_origin_has_the_random_start_and_the_trained_scaling(tmp_path):
