@@ -15,7 +15,9 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from spectra.errors import SourceError
@@ -25,6 +27,7 @@ from spectra.files.inert_pickle import Inert, load, named, sizes_of
 from spectra.files.storage import Place, Stamp
 from spectra.files.tensors import TensorRef
 
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _DAMAGED_ZIP = (
     zipfile.BadZipFile, zlib.error, struct.error, ValueError, EOFError, NotImplementedError, RuntimeError, OSError,
     AssertionError, MemoryError, OverflowError, IndexError,
@@ -97,6 +100,46 @@ def listed(file: Place) -> Listing:
             except SourceError as problem:
                 found.broken[str(name)] = str(problem)
     return found
+
+
+@lru_cache(maxsize=4)
+def placed(file: Place, stamp: Stamp) -> Mapping[str, TensorRef]:
+    """Name → where the entries lie, of the tensors of a state dict that lie plainly in an archive; {} of another file.
+
+    What is read from there is not mapped: a file that is cut off under a run is a message, and not the process's end.
+
+    Args:
+        file: where it is, on this machine.
+        stamp: the version that is meant.
+    """
+    try:
+        archive = _Archive(file)
+        content, _ = unwrapped(archive.content())
+    except SourceError:
+        return {}
+    found = Listing()
+    for name, value in content.items() if isinstance(content, Mapping) and archive.stamp == stamp else ():
+        if isinstance(value, Inert) and not value.args[6:]:  # what comes seventh says: conjugate, or negate
+            with suppress(SourceError):
+                archive.enter(found, str(name), value)
+    return found.plain
+
+
+def unwrapped(content: Any) -> tuple[Any, list[tuple[str, Mapping[Any, Any]]]]:
+    """The state dict among what a file holds, and the keys that it was found behind, each with what is around it.
+
+    >>> unwrapped({"model": {"a.weight": 1}, "step": 3})[0]
+    {'a.weight': 1}
+    """
+    whole = content.get("state") if isinstance(content, Mapping) else None
+    if isinstance(whole, Mapping) and isinstance(whole.get("model"), Mapping):  # Composer's training state
+        content = whole
+    around: list[tuple[str, Mapping[Any, Any]]] = []
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            around.append((wrapper, content))
+            content = content[wrapper]
+    return content, around
 
 
 class _Archive:
