@@ -16,6 +16,7 @@ from spectra.engine.solvers.dense import svd_top
 from spectra.errors import SpectraError, StoreError
 from spectra.metrics.alignment import Triplets
 from spectra.results.shelf import Shelf
+from spectra.results.store import home_of
 
 _SIDES = ("U", "S", "Vh")
 
@@ -33,7 +34,7 @@ class BaseCache:
     @classmethod
     def at(cls, directory: str | Path | None) -> BaseCache | None:
         """The cache there; None for nowhere."""
-        return None if directory is None else cls(Path(directory))
+        return None if directory is None else cls(home_of(directory))
 
     def get(self, weight: BaseWeight) -> Triplets | None:
         """What is kept of this very weight; None where there is nothing whole."""
