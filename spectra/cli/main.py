@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import os
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -14,7 +16,7 @@ import click
 from spectra._version import __version__
 from spectra.cli import talk
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.progress import STOPPED
+from spectra.cli.interrupts import STOPPED, heard
 from spectra.errors import SpectraError
 
 # Command → the module that holds it; imported when it is called or its help is asked for.
@@ -39,6 +41,22 @@ _MODELS = ("base", "tuned", "adapter", "merged")  # options that name a model
 
 class _Commands(click.Group):
     """Loads commands lazily and turns the library's errors into one line and exit status 1."""
+
+    def main(self, *given: Any, **named: Any) -> Any:
+        """As click's, where stdout may be full, or a terminal that does not know every letter."""
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # σ on a latin-1 terminal is no reason to stop
+        try:
+            return super().main(*given, **named)
+        except OSError as problem:
+            if problem.errno != errno.ENOSPC:  # a pipe that is closed is click's affair
+                raise
+            with suppress(OSError):
+                click.echo(f"Error: stdout cannot be written: {problem.strerror}; make room or use a pipe", err=True)
+            with suppress(OSError):  # what is left in its buffer would be written, and fail, on the way out
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -67,20 +85,12 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         start = time.monotonic()
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")  # σ on a latin-1 terminal is no reason to stop
         try:
-            result = super().invoke(ctx)
+            with heard():
+                result = super().invoke(ctx)
             if talk.left_undone(ctx):
                 ctx.exit(1)
             return result
-        except OSError as problem:
-            if problem.errno != errno.ENOSPC:  # a pipe that is closed is click's affair
-                raise
-            raise click.ClickException(
-                f"stdout cannot be written: {problem.strerror}; make room or use a pipe"
-            ) from None
         except SpectraError as problem:
             raise click.ClickException(str(problem)) from None
         except KeyboardInterrupt:
