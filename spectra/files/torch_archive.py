@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spectra.errors import SourceError
-from spectra.files import torch_listing
+from spectra.files import torch_zip
 from spectra.files.storage import Place, Stamp
 
 SMALL_FILE = 256 * 2**20  # adapters: kept open between tensors; larger files are opened anew for each
@@ -87,7 +87,7 @@ def _content(file: Place) -> Any:
 
 
 def _state_dict(file: Place, content: Any) -> tuple[dict[str, Tensor], list[str]]:
-    content, around = torch_listing.unwrapped(content)
+    content, around = torch_zip.unwrapped(content)
     if not isinstance(content, Mapping):
         raise SourceError(f"{file} holds a {type(content).__name__}, not a state dict of tensors")
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}

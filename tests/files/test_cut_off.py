@@ -14,7 +14,7 @@ from spectra.errors import SourceError, StoreError
 from spectra.files.readers import READERS
 from spectra.files.storage import Place
 from spectra.files.torch_file import read_header
-from spectra.files.torch_listing import placed
+from spectra.files.torch_zip import placed
 from spectra.results.store import Store
 from spectra.spectrum import Spectrum
 
