@@ -35,13 +35,13 @@ SIMILARITY_COLUMNS = (
 MOVED = ("moved", "moved_1e-6", "moved_1e-5")  # the shares of entries with |ΔW| above `spectra.deltas.forms.MOVED`
 
 # What was made of a spectrum: a run that is stored wants its row for the table on the disk and for the one on stdout.
-_MADE: WeakKeyDictionary[Spectrum, tuple[tuple[Any, ...], Row]] = WeakKeyDictionary()
+_MADE: WeakKeyDictionary[Spectrum, tuple[tuple[Any, ...] | None, Row]] = WeakKeyDictionary()
 
 
 def row(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]] = METRICS) -> Row:
     """One matrix as column → value; NaN where a metric has no value or would need values that are not there."""
     asked = tuple(metrics.items())
-    before, columns = _MADE.get(spectrum, ((), {}))
+    before, columns = _MADE.get(spectrum, (None, {}))
     if before != asked:
         columns = _row(spectrum, metrics)
         _MADE[spectrum] = asked, columns
