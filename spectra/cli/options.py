@@ -69,8 +69,17 @@ def tuned_argument(command: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
+def _at_home(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """A directory with the user's home in it, where the shell left that to us."""
+    place = os.path.expanduser(value) if value is not None else None
+    if place is not None and place.startswith("~"):
+        raise click.BadParameter(f"{value}: there is no such user (write ./{value} for a folder that is called so)")
+    return place
+
+
 def _no_models_folder(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Refuse to write tables among a model's files, before anything is computed."""
+    value = _at_home(ctx, param, value)
     for config in ("config.json", "adapter_config.json", "model_index.json"):
         if value and os.path.isfile(os.path.join(value, config)):
             raise click.BadParameter(f"{value} is a model's folder (it holds {config}): choose another directory")
@@ -124,7 +133,7 @@ _COMPUTE = (
                  help="Solve by the library that is faster here; measured once, kept in the cache."),
 )  # fmt: skip
 _RESULT = (
-    click.option("--out", type=click.Path(file_okay=False), metavar="DIR",
+    click.option("--out", type=click.Path(file_okay=False), metavar="DIR", callback=_at_home,
                  help="Keep tables, arrays and figures here; the same command resumes."),
     *_FIGURES,
     json_option,

@@ -7,9 +7,8 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
+from spectra.cli.interrupts import STOPPED
 from spectra.cli.talk import is_quiet, say
-
-STOPPED = 130  # what a shell reports of a command that Ctrl-C ended
 
 
 class Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -46,11 +47,22 @@ def warning(text: str) -> None:
     click.echo(click.style(line, fg="yellow") if table.colours(sys.stderr) else line, err=True)
 
 
-def draw(out: str, *, names: Sequence[str], size: str, sides: Sequence[str] = ()) -> list[Path]:
-    """Draw these matrices of a results directory into it, say what does not fit, and give the files."""
+def draw(out: str, *, names: Sequence[str], size: str, sides: Sequence[str] = (), finished: bool = False) -> list[Path]:
+    """Draw these matrices of a results directory into it, say what does not fit, and give the files.
+
+    Args:
+        out: the directory.
+        names: of the matrices.
+        size: of the figures.
+        sides: of comparisons; () for both.
+        finished: nothing was computed: where nothing can be written, the figures that are there are left as they are.
+    """
     from spectra.metrics.similarity import SIDES
     from spectra.plots import draw_results
 
+    if finished and not os.access(out, os.W_OK):
+        note(f"figures are left as they are: {out} cannot be written to")
+        return []
     drawn = draw_results(out, names=names, sides=sides or SIDES, size=size)
     for line in drawn.notes:
         note(line)

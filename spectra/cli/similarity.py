@@ -80,9 +80,11 @@ def command(
         by: Any = "layer" if against else "name"
         stream = compare(first, second, top=top, sides=sides, out=out, labels=(a, b), by=by, **keywords)
         done, undone = _gather(stream, first.names, second.names, len(sides), out, across=bool(against))
-    report.reused(len(stream.reused), len({item.title for item in done}), out, stream.notes)
-    names = [item.title for item in done]
-    written = report.draw(out, names=names, sides=sides, size=figures) if out and figures and done else []
+    titles = [item.title for item in done]
+    report.reused(len(stream.reused), len(set(titles)), out, stream.notes)
+    finished = len(stream.reused) == len(set(titles))
+    drawing = bool(out and figures and done)
+    written = report.draw(out, names=titles, sides=sides, size=figures, finished=finished) if drawing else []
     if as_json:
         inputs = {"kind": "similarity", "a": a, "b": b, "base": base, "options": opening.settings}
         report.print_json(_document(inputs, done, undone))
@@ -124,10 +126,10 @@ def _open(
     updates: Sequence[str], base: str | None, openings: Sequence[Opening], top: int
 ) -> list[Source] | list[Spectra]:
     """All as stored results, if they hold vectors; else all as weights, stored ones from what they were made of."""
-    from spectra.results.collection import load
+    from spectra.results.collection import holds_results, load
     from spectra.results.recorded import recorded_source
 
-    stored = {path: load(path) for path in updates if Path(path, "run.json").is_file()}
+    stored = {path: load(path) for path in updates if holds_results(path)}
     if all(path in stored and not stored[path].lacks_vectors for path in updates):
         runs = [stored[path] for path in updates]
         return [run.select(how.layers) if how.layers else run for run, how in zip(runs, openings, strict=True)]

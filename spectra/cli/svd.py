@@ -73,8 +73,9 @@ def command(
     source = opening.open(tuned, base)
     _check(view)
     with compute.keywords() as keywords:
-        rows, values = _run(source, top, out, keywords | {"rehash": rehash}, keep_values=as_json)
-    written = report.draw(out, names=[delta.name for delta in source], size=figures) if out and figures else []
+        rows, values, finished = _run(source, top, out, keywords | {"rehash": rehash}, keep_values=as_json)
+    names = [delta.name for delta in source]
+    written = report.draw(out, names=names, size=figures, finished=finished) if out and figures else []
     if as_json:
         report.print_json(_document(source, rows, values))
     else:
@@ -117,8 +118,8 @@ def _warn(source: Source, rows: list[Row]) -> None:
 
 def _run(
     source: Source, top: int | None, out: str | None, compute: dict[str, Any], keep_values: bool
-) -> tuple[list[Row], dict[str, list[float]]]:
-    """Rows in the source's order, and the singular values if they are wanted; vectors are not kept here."""
+) -> tuple[list[Row], dict[str, list[float]], bool]:
+    """Rows in the source's order, the singular values if they are wanted, and whether all was there before."""
     with heavy_imports():
         from spectra.results import tables
         from spectra.results.streams import decompose
@@ -136,7 +137,7 @@ def _run(
             bar.update()
     report.reused(len(stream.reused), len(rows), out, stream.notes)
     rows.sort(key=lambda line: order[line["name"]])
-    return rows, values
+    return rows, values, len(stream.reused) == len(rows)
 
 
 def _document(source: Source, rows: list[Row], values: dict[str, list[float]]) -> dict[str, Any]:

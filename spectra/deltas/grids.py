@@ -102,7 +102,7 @@ def grid_of(stored: Tensor, dtype: str) -> Grid | None:
         return nominal
     values = _sample(stored)
     values = values[values.isfinite() & (values != 0)]
-    if values.numel() < _FEWEST or len(torch.unique(values[:4096].abs())) < _FEWEST_DISTINCT:
+    if values.numel() < _FEWEST or not _are_various(values):
         return nominal
     pattern = values.view(torch.int64)
     exponents = ((pattern >> _MANTISSA) & 0x7FF) - _BIAS
@@ -115,6 +115,12 @@ def grid_of(stored: Tensor, dtype: str) -> Grid | None:
         return Grid(bits, nominal.floor)
     # Of multiples of one step, the rare large ones have the long significands.
     return Grid(min(int(lengths[exponents - lengths >= floor].max()), nominal.bits), floor)
+
+
+def _are_various(values: Tensor) -> bool:
+    """Whether they have enough different sizes; most weights show it in the first few of them."""
+    few = values[: 4 * _FEWEST_DISTINCT].abs().tolist()
+    return len(set(few)) >= _FEWEST_DISTINCT or len(torch.unique(values[:4096].abs())) >= _FEWEST_DISTINCT
 
 
 def _sample(stored: Tensor) -> Tensor:

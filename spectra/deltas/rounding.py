@@ -244,6 +244,7 @@ def _resolvent(a: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 def _noise(steps: Steps, shape: torch.Size, roundings: int, said: str, delta: Tensor | None) -> Noise:
     """The story's noise, from the squared steps at the entries; no row or column has more of it than energy."""
+    steps = _kept(steps, shape)
     rows, columns, highest = _variance_sums(steps, shape)
     if delta is not None:
         row_energies, column_energies, largest = _energies(delta)
@@ -262,6 +263,14 @@ def _noise(steps: Steps, shape: torch.Size, roundings: int, said: str, delta: Te
     edge *= (_MARGIN + _FLUCTUATION * min(shape) ** (-2 / 3)) * chance
     edge = max(edge, _spike(steps, rows, columns, highest, roundings, delta))
     return Noise(edge, float(rows.sum()), said)
+
+
+def _kept(steps: Steps, shape: torch.Size) -> Steps:
+    """The same steps, of a matrix of one block computed once: for small ones asking again costs more than they do."""
+    if math.prod(shape) > _BLOCK_ENTRIES:
+        return steps
+    whole = steps(slice(None))
+    return lambda part: whole[part]
 
 
 def _variance_sums(steps: Steps, shape: torch.Size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -310,13 +319,17 @@ def _spike(
     √((θ² + rᵢ)(θ² + cⱼ))/θ (Benaych-Georges & Nadakuditi 2012).
     """
     largest, least = 0.0, columns[columns > 0].min(initial=math.inf)
-    for i in np.flatnonzero(np.square(highest * roundings / 4) > rows * least):
-        largest_errors = steps(int(i)).mul(roundings / 4)
+    suspect = np.square(highest * roundings / 4) > rows * least
+    at_once = len(rows) * len(columns) <= _BLOCK_ENTRIES
+    blocks = [slice(0, len(rows))] if at_once else [slice(i, i + 1) for i in np.flatnonzero(suspect)]
+    for block in blocks:
+        largest_errors = steps(block).mul(roundings / 4)
         if delta is not None:
-            largest_errors = torch.minimum(largest_errors, delta[int(i)].square())
+            largest_errors = torch.minimum(largest_errors, delta[block].square())
         squared = largest_errors.cpu().numpy()
-        out = np.square(squared) > rows[i] * columns
-        theta, c = squared[out], columns[out]
+        r, c = np.broadcast_arrays(rows[block, None], columns)
+        out = suspect[block, None] & (np.square(squared) > r * c)
         if out.any():
-            largest = max(largest, float(((theta + rows[i]) * (theta + c) / theta).max()))
+            theta, r, c = squared[out], r[out], c[out]
+            largest = max(largest, float(((theta + r) * (theta + c) / theta).max()))
     return math.sqrt(largest)

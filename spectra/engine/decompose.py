@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     BrokenExecutor,
@@ -162,6 +162,7 @@ def _through(
 ) -> Iterator[tuple[int, Spectrum]]:
     """Keep the executor fed while the bytes in flight stay under the budget."""
     waiting = list(reversed(schedule.tasks))
+    sent = executor.signed(work) if hasattr(executor, "signed") else work
     running: dict[Future[Spectrum], Task] = {}
     broken = ""
     try:
@@ -169,18 +170,28 @@ def _through(
             while waiting and _room(executor, running, waiting[-1], schedule.budget):
                 task = waiting.pop()
                 try:
-                    running[executor.submit(work, deltas[task.index])] = task
+                    running[executor.submit(sent, deltas[task.index])] = task
                 except BrokenExecutor as problem:
                     broken = f"the executor broke ({type(problem).__name__}), solved by the driver"
                     yield task.index, _noted(work(deltas[task.index]), broken)
-            for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+            for future in _finished(executor, running):
                 task = running.pop(future)
-                yield task.index, _outcome(future, deltas[task.index])
+                yield task.index, _outcome(executor, future, deltas[task.index])
     finally:
         if running:
             give_up()  # a server that is silent would hold the threads, and with them whoever stopped this
         for future in running:
             future.cancel()
+
+
+def _finished(executor: Executor, running: Mapping[Future[Spectrum], Task]) -> Collection[Future[Spectrum]]:
+    """Those that are finished, at least one; where that takes long, the executor is asked whether one can be."""
+    while running:
+        done = wait(running, timeout=getattr(executor, "patience", None), return_when=FIRST_COMPLETED).done
+        if done:
+            return done
+        executor.watch()  # type: ignore[attr-defined]
+    return ()
 
 
 def _room(executor: Executor, running: Mapping[Future[Spectrum], Task], task: Task, budget: int) -> bool:
@@ -194,11 +205,14 @@ def _room(executor: Executor, running: Mapping[Future[Spectrum], Task], task: Ta
     return len(running) < most and sum(other.bytes for other in running.values()) + task.bytes <= budget
 
 
-def _outcome(future: Future[Spectrum], delta: WeightDelta) -> Spectrum:
+def _outcome(executor: Executor, future: Future[Spectrum], delta: WeightDelta) -> Spectrum:
     """The result, or a failed one if the worker was lost; errors of our own are not hidden."""
-    problem = future.exception()
+    accept, refuse = getattr(executor, "accept", None), getattr(executor, "refuse", None)
+    problem = CancelledError("cancelled") if future.cancelled() else future.exception()
     if problem is None:
-        return future.result()
+        return accept(delta, future.result()) if accept is not None else future.result()
+    if refuse is not None:
+        refuse(problem)
     if not _lost(problem):
         raise problem
     reason = f"its worker was lost ({type(problem).__name__}: {problem}); run the command again to try once more"

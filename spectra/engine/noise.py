@@ -125,6 +125,9 @@ def with_artefacts(noise: Noise, form: Dense, S: np.ndarray, U: Tensor | None, V
 
 def _top(form: Dense, k: int) -> tuple[Tensor, Tensor]:
     """The vectors of the top k values, which stand out, to the percent that is needed: subspace iteration."""
+    if k + _SPARE >= min(form.shape):
+        _, U, Vh = dense.svd_top(form.matrix, k)
+        return U, Vh
     generator = torch.Generator().manual_seed(k)
     start = torch.randn(form.shape[1], k + _SPARE, generator=generator, dtype=torch.float64)
     block = form.times(start.to(form.matrix.device))

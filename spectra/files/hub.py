@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from spectra.files import remote, snapshots
 from spectra.files.choice import WEIGHT_SUFFIXES
 from spectra.files.download import download, offline
 from spectra.files.storage import Place
+from spectra.printing import shortened
 
 # Names that people say → the hub's ids.
 ALIASES = {
@@ -31,6 +33,7 @@ ALIASES = {
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
 }
+_LONGEST = 400  # characters of what was tried, which may be a path of thousands
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -65,7 +68,7 @@ def _by_name(name: str, tried: list[str], *, fetch: bool) -> Path | Place:
     text = name
     config = config_file()
     aliases = _user_aliases(config)
-    tried.append(f"aliases in {config}" + ("" if config.is_file() else " (no such file)"))
+    tried.append(f"aliases in {config}{_why_not(config)}")
     if text in aliases:
         target = Path(os.path.expanduser(aliases[text]))
         if os.path.exists(target):
@@ -74,8 +77,8 @@ def _by_name(name: str, tried: list[str], *, fetch: bool) -> Path | Place:
             return remote.open_url(aliases[text])
         text, tried = aliases[text], [*tried, f"its alias {aliases[text]}"]
     models = os.environ.get("SPECTRA_MODELS")
-    if models and os.path.exists(Path(models).expanduser() / text):
-        return Path(models).expanduser() / text
+    if models and os.path.exists(Path(os.path.expanduser(models)) / text):
+        return Path(os.path.expanduser(models)) / text
     tried.append(f"{models}/{text}" if models else "$SPECTRA_MODELS (not set)")
     if resolve_alias(text) != text:
         tried.append(f"the built-in alias {text} = {resolve_alias(text)}")
@@ -103,6 +106,8 @@ def _how_far(path: Path) -> str:
     if there is None:
         return ""
     missing = path.relative_to(there).parts[0]
+    if not os.access(there, os.X_OK):
+        return f" ({there} cannot be searched by this user)"
     if os.path.isfile(there / missing):
         return f" ({there / missing} is a file)"
     listed = sorted(os.listdir(there)) if os.access(there, os.R_OK) else []
@@ -124,22 +129,38 @@ def resolve_alias(name: str) -> str:
 def config_file() -> Path:
     """The user's config: `$SPECTRA_CONFIG`, or `spectra/config.toml` in the user's config folder."""
     given = os.environ.get("SPECTRA_CONFIG")
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
-    return Path(given).expanduser() if given else home / "spectra" / "config.toml"
+    home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(os.path.expanduser(given or f"{home}/spectra/config.toml"))
+
+
+def _why_not(file: Path) -> str:
+    """Why a file cannot be looked at, in brackets; "" for one that is there."""
+    try:
+        return "" if stat.S_ISREG(os.stat(file).st_mode) else " (no file)"
+    except FileNotFoundError:
+        return " (no such file)"
+    except (OSError, ValueError) as problem:
+        return f" ({getattr(problem, 'strerror', None) or problem})"
 
 
 def _not_found(name: str, tried: list[str]) -> NotFoundError:
-    return NotFoundError(f"{name!r} was not found. Tried: {'; '.join(tried)}")
+    return NotFoundError(f"{shortened(name, _LONGEST)!r} was not found. Tried: {'; '.join(_short(it) for it in tried)}")
+
+
+def _short(text: str) -> str:
+    return shortened(text, _LONGEST)
 
 
 def _user_aliases(config: Path) -> dict[str, str]:
-    if not config.is_file():
+    if _why_not(config):
         return {}
     import tomllib
 
     try:
         content: dict[str, Any] = tomllib.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as problem:
+    except OSError as problem:
+        raise SourceError(f"{config} cannot be read: {problem.strerror}") from None
+    except (ValueError, RecursionError) as problem:
         raise SourceError(f"{config} is not readable TOML: {problem}") from None
     aliases = content.get("aliases", {})
     if not isinstance(aliases, dict) or not all(isinstance(value, str) for value in aliases.values()):
@@ -150,7 +171,10 @@ def _user_aliases(config: Path) -> dict[str, str]:
 def _from_hub(name: str, repo: str, revision: str, tried: list[str], *, meant: str, fetch: bool) -> Path | Place:
     """A model of the hub: in its cache, or on the hub unless the name is meant as a path."""
     folder = snapshots.cache() / f"models--{repo.replace('/', '--')}"
-    cached = _snapshot(folder, revision)
+    try:
+        cached = _snapshot(folder, revision)
+    except OSError as problem:
+        raise SourceError(f"the hub cache {folder} cannot be looked at: {problem.strerror}") from None
     lack = snapshots.missing(Place.of(cached), WEIGHT_SUFFIXES) if cached else ""
     if cached and not lack:
         return cached

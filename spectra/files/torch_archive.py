@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from spectra.errors import SourceError
+from spectra.files import torch_zip
 from spectra.files.storage import Place, Stamp
 
 SMALL_FILE = 256 * 2**20  # adapters: kept open between tensors; larger files are opened anew for each
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _DAMAGED = (
     RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, zipfile.BadZipFile,
     struct.error, AssertionError, MemoryError, OverflowError, NotImplementedError, ImportError,
@@ -87,14 +87,7 @@ def _content(file: Place) -> Any:
 
 
 def _state_dict(file: Place, content: Any) -> tuple[dict[str, Tensor], list[str]]:
-    whole = content.get("state") if isinstance(content, Mapping) else None
-    if isinstance(whole, Mapping) and isinstance(whole.get("model"), Mapping):  # Composer's training state
-        content = whole
-    around: list[tuple[str, Mapping[str, Any]]] = []
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            around.append((wrapper, content))
-            content = content[wrapper]
+    content, around = torch_zip.unwrapped(content)
     if not isinstance(content, Mapping):
         raise SourceError(f"{file} holds a {type(content).__name__}, not a state dict of tensors")
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}

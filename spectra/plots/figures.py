@@ -34,6 +34,8 @@ from spectra.spectrum import Spectrum
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_USUAL = ("relative_norm", "norm", "stable_rank")  # the first where the base was read, else the second; and the third
+
 CLOSE_UP = 0.05
 FORMATS = ("png", "pdf", "svg")
 DEFAULT_FORMATS = ("png", "pdf")
@@ -192,14 +194,14 @@ def _depth_layout(
 def depth_grids(runs: Any, metrics: Sequence[str] = ()) -> dict[tuple[str, str], DepthGrid]:
     """(run's label, metric) → the numbers of `depth_figure`: the same stacks have the same rows and columns."""
     labelled: Mapping[str, Any] = runs if isinstance(runs, Mapping) else {"": runs}
-    read = {label: depth_table(run, metrics) for label, run in labelled.items()}
+    read = {label: depth_table(run, metrics or _USUAL) for label, run in labelled.items()}
     names = {label: [str(row.get("name")) for row in rows] for label, rows in read.items()}
     stacks = {label: {place_of(name).stack for name in own} - {""} for label, own in names.items()}
     like = {
         label: [name for other, theirs in names.items() if not stacks[other].isdisjoint(own) for name in theirs]
         for label, own in stacks.items()
     }
-    chosen = metrics or ["relative_norm" if _has(read.values(), "relative_norm") else "norm", "stable_rank"]
+    chosen = metrics or [_USUAL[0] if _has(read.values(), _USUAL[0]) else _USUAL[1], _USUAL[2]]
     return {
         (label, metric): depth_grid(rows, metric, like=like[label]) for metric in chosen for label, rows in read.items()
     }

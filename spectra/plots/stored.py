@@ -34,7 +34,7 @@ from spectra.results import tables
 from spectra.results.all_pairs import load_pairs
 from spectra.results.collection import Spectra
 from spectra.results.shelf import write
-from spectra.results.store import Store, nothing_stored
+from spectra.results.store import Store, home_of, nothing_stored
 
 _LONGEST_LABEL = 28
 _LONGEST_FILE = 60  # characters of a page's name in a file's
@@ -102,7 +102,7 @@ def draw_results(
                 comparisons.append(_comparison(label, store, layers, wanted, sides))
         except SelectionError as problem:
             raise SelectionError(f"{directory}: {problem}") from None
-    target = Path(places[0] if out is None else out)
+    target = home_of(places[0] if out is None else out)
     if comparisons:
         files += _draw_similarity(comparisons, target, bool(labels) or len(comparisons) > 1, style)
     if runs:

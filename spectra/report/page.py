@@ -29,6 +29,7 @@ from spectra.report.runs import Run, read_runs, run_of
 from spectra.results.collection import Spectra
 from spectra.results.findings import compared_findings, findings, similarity_findings
 from spectra.results.shelf import write
+from spectra.results.store import home_of
 from spectra.results.tables import Row, role_rows, similarity_row, strict
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def write_report(
     """
     environment = _environment()
     runs = _runs(directories, labels, layers)
-    write(Path(path).expanduser(), _render(environment, runs, title).encode())
+    write(home_of(path), _render(environment, runs, title).encode())
 
 
 def _runs(

@@ -6,22 +6,24 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+import torch
 from torch import Tensor
 
 from spectra._version import __version__
 from spectra.deltas.base import BaseWeight
 from spectra.engine import check
 from spectra.engine.solvers.dense import svd_top
-from spectra.errors import SpectraError
+from spectra.errors import SpectraError, StoreError
 from spectra.metrics.alignment import Triplets
-from spectra.results.shelf import write
+from spectra.results.shelf import Shelf
+from spectra.results.store import home_of
+
+_SIDES = ("U", "S", "Vh")
 
 
 @dataclass(frozen=True)
 class BaseCache:
-    """A directory with a file per base weight, named after what the weight was read from.
+    """A directory with a file per base weight, named after what the weight was read from, with checksums.
 
     Attributes:
         directory: where the files are; made when the first is kept.
@@ -32,14 +34,17 @@ class BaseCache:
     @classmethod
     def at(cls, directory: str | Path | None) -> BaseCache | None:
         """The cache there; None for nowhere."""
-        return None if directory is None else cls(Path(directory))
+        return None if directory is None else cls(home_of(directory))
 
     def get(self, weight: BaseWeight) -> Triplets | None:
         """What is kept of this very weight; None where there is nothing whole."""
+        shelf, name = Shelf(self.directory), _name(weight)
+        if shelf.version(name) is None:
+            return None
         try:
-            kept = load(self._path(weight).read_bytes())
-            return Triplets(kept["U"], kept["S"], kept["Vh"])
-        except (OSError, SafetensorError, KeyError):
+            kept, _ = shelf.get(name)
+            return Triplets(*(torch.from_numpy(kept[side]) for side in _SIDES))
+        except (StoreError, KeyError):
             return None
 
     def put(self, weight: BaseWeight, triplets: Triplets) -> None:
@@ -48,13 +53,13 @@ class BaseCache:
         Raises:
             StoreError: the directory cannot be written to.
         """
-        arrays = {"U": triplets.U, "S": triplets.S, "Vh": triplets.Vh}
-        write(self._path(weight), save({name: array.cpu().contiguous() for name, array in arrays.items()}))
+        arrays = {side: getattr(triplets, side).cpu().numpy() for side in _SIDES}
+        Shelf(self.directory).put(_name(weight), arrays, {"weight": weight.name})
 
-    def _path(self, weight: BaseWeight) -> Path:
-        """Changes with the file's size and time, the tensor, how it is turned and cut, and the code's version."""
-        key = hashlib.sha256(f"{__version__}|{weight.ref!r}".encode()).hexdigest()
-        return self.directory / f"{key[:32]}.safetensors"
+
+def _name(weight: BaseWeight) -> str:
+    """Changes with the file's size and time, the tensor, how it is turned and cut, and the code's version."""
+    return hashlib.sha256(f"{__version__}|{weight.ref!r}".encode()).hexdigest()[:32]
 
 
 def triplets_of_base(weight: BaseWeight, matrix: Tensor, cache: BaseCache | None = None) -> Triplets:

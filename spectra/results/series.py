@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from spectra.results.collection import Spectra
 from spectra.results.shelf import ANOTHER_PLACE, write
 from spectra.results.start import Start
 from spectra.results.steps import Moment, in_order
-from spectra.results.store import Store
+from spectra.results.store import Store, home_of
 from spectra.results.streams import decompose
 from spectra.results.tables import Row
 from spectra.sources import open_source
@@ -114,7 +115,7 @@ def series_rows(
     options = {"split": True, "heads": "mean", "scale": None} | {
         key: others.pop(key) for key in ("split", "heads", "scale") if key in others
     }
-    home = Path(out).expanduser() if out is not None else None
+    home = home_of(out) if out is not None else None
     given = in_order(checkpoints, steps)
     stored = stored_steps(home) if home else {}
     if home is not None and given:
@@ -356,8 +357,8 @@ def _similarity(a: Spectrum, b: Spectrum, top: int, side: Side) -> SubspaceSimil
 def _whole_path(path: str | Path | None) -> str | None:
     if path is None:
         return None
-    place = Path(path).expanduser()
-    return str(place.resolve()) if place.exists() else str(path)
+    place = os.path.expanduser(path)
+    return os.path.realpath(place) if os.path.exists(place) else str(path)
 
 
 def _claim(home: Path, inputs: dict[str, Any], stored: dict[int, Path], given: set[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,9 +88,9 @@ def _said(name: str) -> tuple[int, str]:
 
 def _from_state(name: str) -> int | None:
     """`global_step` of the trainer's state beside the weights; None where there is no such file."""
-    place = Path(name).expanduser()
-    path = (place if place.is_dir() else place.parent) / _STATE
-    if not place.exists() or not path.is_file():
+    place = Path(os.path.expanduser(name))
+    path = (place if os.path.isdir(place) else place.parent) / _STATE
+    if not os.path.exists(place) or not os.path.isfile(path):
         return None
     try:
         step = json.loads(path.read_text(encoding="utf-8"))["global_step"]
@@ -100,7 +101,7 @@ def _from_state(name: str) -> int | None:
 
 def _pieces(name: str) -> list[str]:
     """The folders of a path from the last one upwards, without a weights file's ending."""
-    path = PurePosixPath(Path(name).expanduser().resolve() if Path(name).exists() else Path(name))
+    path = PurePosixPath(os.path.realpath(os.path.expanduser(name)) if os.path.exists(name) else name)
     last = path.name
     ending = next((suffix for suffix in WEIGHT_SUFFIXES if last.endswith(suffix)), "")
     return [last.removesuffix(ending), *(part.name for part in path.parents)]

@@ -19,7 +19,7 @@ from spectra.engine.solve import Wanted, out_of_memory, solve_forms
 from spectra.errors import StoreError
 from spectra.results.series import KIND, by_role, row, series_rows, step_folder, stored_steps
 from spectra.results.start import Start
-from spectra.results.store import Store
+from spectra.results.store import Store, home_of
 from spectra.results.tables import Row
 from spectra.spectrum import Spectrum
 from spectra.training.config import AdapterError
@@ -88,7 +88,7 @@ class Watch:
         check_options(every=every, top=top, max_share=max_share)
         self.model = model
         self.every, self.top, self.max_share, self.values = every, top, max_share, values
-        self.out = None if out is None else Path(out).expanduser()
+        self.out = None if out is None else home_of(out)
         self.seconds, self.put_off = 0.0, 0
         self._began = time.perf_counter()
         self._due, self._waits = step - step % every + every, False

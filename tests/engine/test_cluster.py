@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import Future
-from pathlib import Path
 
 import pytest
+from support.dask_processes import dask_cluster
 from support.spectra_kinds import slow_deltas
 
 import spectra
@@ -19,41 +15,12 @@ from spectra.engine.decompose import Work, decompose_indexed
 from spectra.errors import SpectraError
 
 pytest.importorskip("distributed")
-TESTS = Path(__file__).resolve().parents[1]
-
-
-def _start(module, *arguments):
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", f"distributed.cli.{module}", *arguments], env=environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dask")
-    file = folder / "scheduler.json"
-    scheduler = _start(
-        "dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)
-    )
-    until = time.monotonic() + 30
-    while not file.is_file() and time.monotonic() < until:
-        time.sleep(0.05)
-    workers = [
-        _start("dask_worker", "--scheduler-file", str(file), "--nthreads", "1", "--no-nanny", "--no-dashboard",
-               "--memory-limit", "1GiB", "--local-directory", str(folder))
-        for _ in range(2)
-    ]  # fmt: skip
-    import json
-
-    yield json.loads(file.read_text())["address"], workers
-    for process in (*workers, scheduler):
-        process.kill()
-        process.wait()
+    with dask_cluster(tmp_path_factory.mktemp("dask")) as place:
+        yield place.address, [place.worker() for _ in range(2)]
 
 
 def test_a_worker_killed_in_the_middle_costs_nothing(cluster, tmp_path):
@@ -64,6 +31,7 @@ def test_a_worker_killed_in_the_middle_costs_nothing(cluster, tmp_path):
     source = Source("made", tuple(deltas), tuned="tuned")
     with cluster_executor(address) as executor:
         executor._client.wait_for_workers(2, timeout=60)
+        executor._workers(anew=True)
         assert executor._max_workers == 2
         assert 0.5 * 2**30 < executor.memory_budget < 2**30
         stream = spectra.decompose(source, top=2, device="cpu", executor=executor, out=tmp_path / "run")

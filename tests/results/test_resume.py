@@ -90,15 +90,15 @@ def test_two_runs_into_one_directory_do_not_corrupt_it(tmp_path, undisturbed):
 
 def test_a_disk_that_fills_up_ends_in_one_message_and_loses_nothing(tmp_path, monkeypatch):
     room = [4]
-    fsync = os.fsync
+    replace = os.replace
 
-    def full(descriptor):
+    def full(partial, path):
         room[0] -= 1
         if room[0] < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(descriptor)
+        replace(partial, path)
 
-    monkeypatch.setattr(shelf.os, "fsync", full)
+    monkeypatch.setattr(shelf.os, "replace", full)
     with pytest.raises(StoreError, match="No space left on device") as raised:
         list(spectra.decompose(_source(), device="cpu", out=tmp_path / "run"))
     assert "run the same again" in str(raised.value)
