@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.recipes import Difference
 from spectra.files.tensors import TensorRef
-from spectra.merges.bounds import arithmetics, share
+from spectra.merges.bounds import arithmetics, reach, share
 from spectra.merges.change import Change
 from spectra.merges.fit import fit, spread
 from spectra.merges.judge import verdict_on
@@ -83,7 +83,8 @@ def test_the_scale_is_found(case, s):
         assert verdict_on(weights, found).word == "scaled"
     # An order that forms ΔW in 16 bits may round s by two units of that type; what each entry is off besides, as if by
     # chance, hides five standard errors of s.
-    hidden = 2 * max(torch.finfo(base.dtype).eps, torch.finfo(kept).eps) + 6 * spread(weights, found.scale)
+    units = 2 * max(torch.finfo(base.dtype).eps, torch.finfo(kept).eps)
+    hidden = max(units, *(reach(weights, how) for how in arithmetics(weights))) + 6 * spread(weights, found.scale)
     if abs(s - 1) > max(0.02, hidden) and found.rounding < 1:
         assert verdict_on(weights, found).word not in AS_IT_SHOULD_BE
 
