@@ -83,8 +83,9 @@ def command(
     titles = [item.title for item in done]
     report.reused(len(stream.reused), len(set(titles)), out, stream.notes)
     finished = len(stream.reused) == len(set(titles))
-    drawing = bool(out and figures and done)
-    written = report.draw(out, names=titles, sides=sides, size=figures, finished=finished) if drawing else []
+    written: list[Path] = []
+    if out and figures and done:
+        written = report.draw(out, names=titles, sides=sides, size=figures, finished=finished)
     if as_json:
         inputs = {"kind": "similarity", "a": a, "b": b, "base": base, "options": opening.settings}
         report.print_json(_document(inputs, done, undone))

@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from spectra.deltas.grids import UNLIMITED, Grid, grid_of
+from spectra.deltas.grids import UNLIMITED, Grid, grid_of, is_coded
+from spectra.deltas.jumps import Jump, jump
 from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _BLOCK_ENTRIES = 2**16  # half a MiB, which stays in the cache
+_SAMPLE = 2**18  # entries in which a jump is looked for
 _GRID = 400
 _MOST_TERMS = 4096  # rows or columns at once, 13 MB
 # The 99 % quantile of the Tracy–Widom law (real case) is 2.02; relative to the edge of σ for a square matrix
@@ -56,6 +58,7 @@ class Noise:
         far_fetched: whether nothing in the files suggests it, so that it takes an exact fit to believe it.
         grid: where the tuned values were rounded to after the update was added.
         base_too: whether the base's own rounding adds to the errors.
+        jump: how much of the second rounding, which the first story has and the last has not, is in the update.
     """
 
     edge: float
@@ -64,6 +67,7 @@ class Noise:
     far_fetched: bool = False
     grid: Grid | None = None
     base_too: bool = False
+    jump: Jump | None = None
 
     def scaled(self, factor: float) -> Noise:
         """So many times as much."""
@@ -105,41 +109,62 @@ def rounding_noise(
     """
     if tuned.numel() == 0 or not (_finite(tuned) and _finite(base)):
         return ()
-    last = grid_of(tuned, dtype)
+    last, first = grid_of(tuned, dtype), grid_of(base, base_dtype)
     if last is None:
         return ()
-    first = grid_of(base, base_dtype)
+    if is_coded(tuned, last):
+        return (Noise(0.0, 0.0, "tuned holds codes times scales, whose rounding is not known"),)
 
     def once(part: Part) -> Tensor:
         return last.squared_steps(tuned[part])
 
     said = f"tuned on the {last.name} grid"
+    if first is not None and is_coded(base, first):
+        said += ", base of codes times scales taken as exact"
     fewest = replace(_noise(once, tuned.shape, 1, said, delta), grid=last)
-    if first is None:
-        return (fewest,)
-    copied = replace(
-        fewest.scaled(math.sqrt(2)),
-        said=f"{said}, base a copy rounded to it",
-        grid=None,
-        far_fetched=True,
-        base_too=True,
-    )
+    return (fewest,) if first is None else _stories(fewest, once, tuned, base, (last, first), delta)
+
+
+def _stories(
+    fewest: Noise, once: Steps, tuned: Tensor, base: Tensor, grids: tuple[Grid, Grid], delta: Tensor | None
+) -> tuple[Noise, ...]:
+    """What a second rounding would add to the first one, on the grids of the tuned and of the base."""
+    last, first = grids
+    said = fewest.said
     if _alike(first, last):
-        return (copied, fewest)
+        return (_copied(fewest, _jump(delta, base, once, once)), fewest)
+
+    def more(part: Part) -> Tensor:
+        before = base[part]
+        return last.squared_steps(before).sub_(first.squared_steps(before)).abs_()
 
     def twice(part: Part) -> Tensor:
-        before = base[part]
-        more = last.squared_steps(before).sub_(first.squared_steps(before)).abs_()
-        return more.add_(last.squared_steps(tuned[part]))
+        return more(part).add_(last.squared_steps(tuned[part]))
 
     copy = first.bits < last.bits
     how = "taken for a rounded copy" if copy else "rounded to it first"
     most = _noise(twice, tuned.shape, 1 if copy else 2, f"{said}, base ({first.name}) {how}", delta)
-    most = replace(most, grid=None if copy else last, base_too=True)
     if most.energy > (1 + _NEGLIGIBLE) * fewest.energy:
-        return (most, fewest)
+        seen = _jump(delta, base, once, more)
+        return (replace(most, grid=None if copy else last, base_too=True, jump=seen), fewest)
     # Grids that differ in their floors alone, where hardly a value lies: bf16, and bf16 values in an fp16 file.
-    return (copied, fewest) if first.bits == last.bits else (fewest,)
+    return (_copied(fewest, _jump(delta, base, once, once)), fewest) if first.bits == last.bits else (fewest,)
+
+
+def _copied(fewest: Noise, seen: Jump | None) -> Noise:
+    """The story of a base that was rounded to the tuned one's grid, too."""
+    said = f"{fewest.said}, base a copy rounded to it"
+    return replace(fewest.scaled(math.sqrt(2)), said=said, grid=None, far_fetched=True, base_too=True, jump=seen)
+
+
+def _jump(delta: Tensor | None, base: Tensor, once: Steps, more: Steps) -> Jump | None:
+    """On rows from all over the matrix."""
+    if delta is None:
+        return None
+    every = max(1, delta.numel() // _SAMPLE)
+    rows = slice(None, None, every)
+    parts = (delta[rows].square(), base[rows].to(torch.float64).abs(), once(rows) / 12, more(rows) / 12)
+    return jump(*(part.flatten() for part in parts))
 
 
 def _alike(first: Grid, second: Grid) -> bool:

@@ -8,6 +8,7 @@ last place of M mean nothing and δ is what counts: it is relative to |s||B||A|.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -124,6 +125,11 @@ def within(weights: Weights, how: Arithmetic, scale: float = 1.0, slack: float =
     return all(bool(block.all()) for block in inside(weights, how, scale, slack))
 
 
+def wrong_entries(weights: Weights, how: Arithmetic) -> int:
+    """How many entries are not what W₀ + ΔW may be stored as."""
+    return sum(int((~block).count_nonzero()) for block in inside(weights, how))
+
+
 def near(weights: Weights, how: Arithmetic, scale: float = 1.0) -> bool:
     """Whether every entry of M is within ε·(|W₀| + |s||B||A|) of W₀ + s·ΔW, ε that of the type it was kept in."""
     epsilon, least = torch.finfo(how.kept).eps, _least(how.kept)
@@ -134,6 +140,20 @@ def near(weights: Weights, how: Arithmetic, scale: float = 1.0) -> bool:
         if not bool((off.abs() <= epsilon * sizes + least).all()):
             return False
     return True
+
+
+def reach(weights: Weights, how: Arithmetic) -> float:
+    """How far rounding of its entries, each by itself, may make M lean towards ΔW, as a share of ΔW.
+
+    No further than if all went one way, and than three times what the squares of their bounds add up to.
+    """
+    all_alike = alone = norm = 0.0
+    for rows in weights.blocks():
+        D = weights.change.float32(rows).double()
+        most = weights.change.magnitudes(rows, how.normal).double().mul_(D).abs_()
+        all_alike, alone = all_alike + float(most.sum()), alone + float(most.square().sum())
+        norm += float(D.square().sum())
+    return how.steps * _unit(how.formed) * min(all_alike, 3 * math.sqrt(alone)) / norm if norm else math.inf
 
 
 def share(weights: Weights, how: Arithmetic) -> float:

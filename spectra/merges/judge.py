@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from spectra.lazy import torch
 from spectra.merges import causes
-from spectra.merges.bounds import Arithmetic, arithmetics, near, share, within
+from spectra.merges.bounds import Arithmetic, arithmetics, near, reach, share, within, wrong_entries
 from spectra.merges.change import Change
 from spectra.merges.claims import Claim
 from spectra.merges.fit import Fit, fit, lean, similarity, spread
@@ -108,7 +108,7 @@ def _leans_not(weights: Weights, how: Arithmetic) -> bool:
     if how.formed.itemsize > 2:
         return True
     off, error = lean(weights, how)
-    return abs(off) <= max(_SURE * error, how.tolerance)
+    return abs(off) <= max(_SURE * error, how.tolerance) or abs(off) <= reach(weights, how)
 
 
 def _nearly(weights: Weights, found: Fit, ways: Sequence[Arithmetic]) -> Verdict | None:
@@ -152,8 +152,13 @@ def _refined(weights: Weights, how: Arithmetic, scale: float) -> float:
 
 def _wrong(weights: Weights, found: Fit, ways: Sequence[Arithmetic]) -> Verdict:
     """Damaged, unrelated or different, with the likeliest cause."""
-    right, how = max(((share(weights, how), how) for how in ways), key=lambda pair: pair[0])
-    place = causes.place_of_damage(weights, how) if right >= _MOST else ""
+    shares = [share(weights, how) for how in ways]
+    right, how = max(zip(shares, ways, strict=True), key=lambda pair: pair[0])
+    place = ""
+    if right >= _MOST:
+        likely = [way for way, part in zip(ways, shares, strict=True) if part >= _MOST]
+        how = min(likely, key=lambda way: wrong_entries(weights, way))
+        place = causes.place_of_damage(weights, how)
     if place:
         return Verdict("damaged", cause=f"not as merged: {place}")
     if causes.applied_again(weights, how):

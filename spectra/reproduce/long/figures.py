@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Run → colour and line; a repetition has its run's colour, thinner.
 _STYLE: dict[str, tuple[str, str]] = {
     "lora": (COLOURS[0], "-"),
+    "lora-fast": (COLOURS[0], "--"),
     "multilora": (COLOURS[1], "-"),
     "multilora-fast": (COLOURS[1], "--"),
     "multilora-scaling": (COLOURS[1], ":"),
