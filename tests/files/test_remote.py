@@ -19,7 +19,7 @@ from support.hub_server import HubServer, md5
 
 import spectra
 from spectra.errors import NotFoundError, SourceError
-from spectra.files import http, hub, remote
+from spectra.files import far, http, hub
 
 constants = pytest.importorskip("huggingface_hub.constants")
 TOKEN = "hf_thesecretofthistest"
@@ -91,7 +91,7 @@ def test_opening_reads_headers_only_and_asks_each_shard_twice(server):
 
 
 def test_large_tensors_come_in_pieces_side_by_side(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "_PIECE", 1000)
+    monkeypatch.setattr(far, "_PIECE", 1000)
     assert_right(remotely(), tmp_path)
 
 
@@ -142,7 +142,7 @@ def test_the_factors_of_an_adapter_come_in_one_request(server, tmp_path):
     assert len(server.seen) == start + 1
     for spectrum in spectra.decompose(spectra.open_source(tmp_path / "lora")):
         np.testing.assert_array_equal(found[spectrum.name], spectrum.S)
-    assert not remote._ahead
+    assert not far._ahead
 
 
 def test_a_gguf_file_is_read_by_ranges(server, tmp_path):
@@ -305,7 +305,7 @@ def test_a_fault_that_passes_ends_in_the_right_numbers(server, tmp_path, fault):
 def test_many_faults_at_random_end_in_the_right_numbers(server, tmp_path, monkeypatch):
     monkeypatch.setattr(http, "PATIENCE", 60.0)
     monkeypatch.setattr(http, "_LONGEST_WAIT", 0.01)
-    monkeypatch.setattr(remote, "_PIECE", 1500)
+    monkeypatch.setattr(far, "_PIECE", 1500)
     draw, kinds = random.Random(0), [kind for kind in FAULTS if "link" not in kind]
     happened = []
 
@@ -384,7 +384,7 @@ def test_a_gated_model_says_what_to_do_and_a_token_opens_it(server, tmp_path, mo
     assert_right(remotely(), tmp_path)
     monkeypatch.delenv("HF_TOKEN")
     server.models["org/base"].gated = True
-    remote._configs.clear()
+    far._configs.clear()
     with pytest.raises(SourceError, match=r"it is gated: accept its terms on the hub, then `hf auth login`"):
         spectra.open_source("org/tuned", "org/base")
 
