@@ -23,6 +23,7 @@ from spectra.engine.memory import memory_budget as memory_budget_of
 from spectra.engine.memory import readable_size
 from spectra.engine.solve import Wanted, out_of_memory, read, solve_forms
 from spectra.errors import BaseRequiredError, SelectionError, SpectraError, StoreError
+from spectra.files.far import expected
 from spectra.metrics.alignment import ALIGNMENT, AgainstBase, Triplets
 from spectra.results.base_cache import BaseCache, triplets_of_base
 from spectra.spectrum import Spectrum, Status
@@ -190,6 +191,10 @@ class Work:
 
     def __call__(self, delta: WeightDelta) -> Row:
         """The row of one matrix; what cannot be done has a status there."""
+        with expected([delta.refs, [delta.base.ref] if delta.base else []]):  # W₀ is read for ΔW, and by itself
+            return self._done(delta)
+
+    def _done(self, delta: WeightDelta) -> Row:
         try:
             return self._row(delta, _outcome(delta, "ok"), self.numbers(delta))
         except UndoneError as problem:

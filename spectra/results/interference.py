@@ -16,6 +16,7 @@ from spectra.deltas.relatedness import unrelated_note
 from spectra.engine.devices import device_named, resolve_device
 from spectra.engine.solve import Wanted, solve, solve_forms
 from spectra.errors import SelectionError
+from spectra.files.far import expected
 from spectra.metrics.alignment import Triplets
 from spectra.metrics.interference import INTERFERENCE, Together, sum_of
 from spectra.spectrum import DONE, Spectrum
@@ -100,6 +101,11 @@ def _ahead(
 
 def _row(name: str, there: Mapping[int, WeightDelta], count: int, device: str) -> Row:
     """One matrix over the updates that have it, by their places among `count`."""
+    with expected([delta.refs for delta in there.values()]):
+        return _done(name, there, count, device)
+
+
+def _done(name: str, there: Mapping[int, WeightDelta], count: int, device: str) -> Row:
     missing = [str(place + 1) for place in range(count) if place not in there]
     note = f"not in update {', '.join(missing)}" if missing else ""
     if len(there) == 1:

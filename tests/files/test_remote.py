@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -183,6 +184,53 @@ def test_download_takes_the_whole_model_into_the_cache(server, tmp_path, monkeyp
     assert len(list((tmp_path / "cache").glob("models--org--*/snapshots/*/*.safetensors"))) == 2 * SHARDS
     found = {spectrum.name: spectrum for spectrum in spectra.load(tmp_path / "out")}
     assert_right(found, tmp_path)
+
+
+READ_ONCE = {
+    "svd": ("svd", "org/tuned", "--base", "org/base"),
+    "similarity": ("similarity", "org/tuned", "org/other", "--base", "org/base"),
+    "alignment": ("alignment", "org/tuned", "--base", "org/base"),
+    "interference": ("interference", "org/tuned", "org/other", "--base", "org/base"),
+    "extract": ("extract", "org/tuned", "--base", "org/base", "--rank", "2", "--out", "{tmp_path}/lora"),
+}
+
+
+@pytest.mark.parametrize("name", READ_ONCE)
+def test_a_command_reads_every_byte_once(server, tmp_path, name):
+    write_checkpoint(tmp_path / "other", nudged(larger(llama_tensors()), seed=3), shards=SHARDS)
+    server.add("org/other", tmp_path / "other")
+    run(*(word.format(tmp_path=tmp_path) for word in READ_ONCE[name]), "--layer", "v_proj")
+    ranges = [(seen.path, *map(int, seen.range.removeprefix("bytes=").split("-"))) for seen in server.seen
+              if seen.server == "cdn" and seen.range != "bytes=0-0"]  # fmt: skip
+    data = sorted(item for item in ranges if item[2] - item[1] > 2000)
+    assert len(data) == 2 * (3 if "other" in str(READ_ONCE[name]) else 2)
+    for first, second in pairwise(data):
+        assert first[0] != second[0] or first[2] < second[1]
+
+
+def test_the_base_that_rounding_is_replayed_on_is_not_read_again(server):
+    form = spectra.open_source("org/tuned", "org/base").select("v_proj").deltas[0].read()
+    start = len(server.seen)
+    noise = next(noise for noise in form.noise if noise.grid)
+    assert form.rounded(noise, torch.zeros(form.shape, dtype=torch.float64)).isfinite().all()
+    assert len(server.seen) == start
+
+
+def test_the_parts_of_a_fused_weight_that_are_columns_come_in_one_reading(server, tmp_path):
+    base = {f"transformer.h.{i}.attn.c_attn.weight": torch.randn(64, 192) for i in range(2)}
+    config = {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2}
+    write_checkpoint(tmp_path / "gpt", base, config=config)
+    write_checkpoint(tmp_path / "gpt-tuned", nudged(base), config=config)
+    for name in ("gpt", "gpt-tuned"):
+        server.add(f"org/{name}", tmp_path / name)
+    source = spectra.open_source("org/gpt-tuned", "org/gpt")
+    assert len(source) == 6
+    start = len(server.seen)
+    found = {spectrum.name: spectrum.S for spectrum in spectra.decompose(source)}
+    sent = sum(seen.sent for seen in server.seen[start:] if seen.server == "cdn")
+    assert sent == 2 * 2 * 64 * 192 * 4
+    for spectrum in spectra.decompose(spectra.open_source(tmp_path / "gpt-tuned", tmp_path / "gpt")):
+        np.testing.assert_array_equal(found[spectrum.name], spectrum.S)
 
 
 # -- one version
