@@ -15,6 +15,7 @@ from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.results import tables
 from spectra.results.all_pairs import PAIRS
 from spectra.results.collection import Spectra
+from spectra.results.fingerprint import version_of
 from spectra.results.store import Store, nothing_stored
 from spectra.spectrum import Spectrum
 
@@ -78,7 +79,7 @@ class Run:
             {
                 "path": path,
                 "size": file.get("size"),
-                "version": _time(file.get("mtime_ns")),
+                "version": _time(version_of(file)),
                 "hash": str(file.get("head_sha256", "")),
             }
             for path, file in files.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import random
@@ -19,7 +20,7 @@ from support.command_line import lora_folder, run
 from support.hub_server import HubServer, md5
 
 import spectra
-from spectra.errors import NotFoundError, SourceError
+from spectra.errors import NotFoundError, SourceError, StoreError
 from spectra.files import far, http, hub
 
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -104,6 +105,26 @@ def test_resuming_reads_nothing_twice(server, tmp_path):
     again = {(seen.path, seen.range) for seen in server.seen[start:] if seen.server == "cdn" and seen.sent > 1000}
     assert again
     assert not before & again
+
+
+def test_a_run_whose_versions_were_kept_under_another_key_goes_on(server, tmp_path):
+    remotely("layers.0", out=tmp_path / "out")
+    text = (tmp_path / "out" / "run.json").read_text()
+    assert '"version": "' in text
+    assert "mtime_ns" not in text
+    run_json = json.loads(text)
+    for file in run_json["inputs"]["files"].values():
+        file["mtime_ns"] = file.pop("version")
+    del run_json["checksum"]
+    (tmp_path / "out" / "run.json").write_text(json.dumps(run_json))
+    start = len(server.seen)
+    remotely("layers.0", out=tmp_path / "out")
+    assert all(seen.sent < 2000 for seen in server.seen[start:] if seen.server == "cdn"), "it was stored"
+    for file in run_json["inputs"]["files"].values():
+        file["mtime_ns"] = "another"
+    (tmp_path / "out" / "run.json").write_text(json.dumps(run_json))
+    with pytest.raises(StoreError, match="files"):
+        remotely("layers.0", out=tmp_path / "out")
 
 
 def test_a_recipe_is_read_by_another_process(server, tmp_path):
