@@ -87,6 +87,13 @@ def received() -> int:
     return _received
 
 
+def count(received: int) -> None:
+    """Bytes that came by another way, for `received`."""
+    global _received
+    with _lock:
+        _received += received
+
+
 def give_up() -> None:
     """Let no read that is going on try again: who asked is not waiting any more."""
     global _given_up
@@ -209,13 +216,11 @@ class _Patience:
 
 def _range(url: str, start: int, stop: int, stamp: Stamp) -> Iterator[bytes]:
     """The bytes of a file from `start` to before `stop`, in the pieces in which they come."""
-    global _received
     with _answer(url, start, stop - 1, stamp) as answer:
         skip = _to_skip(answer.response, url, start, stop, stamp)
         left = stop - start
         for chunk in _body(answer.response):
-            with _lock:
-                _received += len(chunk)
+            count(len(chunk))
             skip, chunk = max(skip - len(chunk), 0), chunk[skip:]
             if chunk:
                 yield chunk[:left]

@@ -17,6 +17,7 @@ from urllib.parse import quote, unquote, urlsplit
 from spectra.errors import NotFoundError, SourceError
 from spectra.files import download, http, snapshots
 from spectra.files.choice import KNOWN_NAMES, WEIGHT_SUFFIXES
+from spectra.files.cloud import Cloud, open_cloud
 from spectra.files.far import LANES, Far, lanes
 from spectra.files.storage import DISK, Place, Stamp
 
@@ -192,7 +193,7 @@ def _stamp_of(storage: Hub, file: Any) -> Stamp:
 
 def is_url(text: str) -> bool:
     """Whether what the user typed is the address of something on a server."""
-    return re.match(r"https?://", text) is not None
+    return re.match(r"[a-z][a-z0-9+.-]+://", text) is not None
 
 
 def open_url(url: str) -> Place:
@@ -200,33 +201,62 @@ def open_url(url: str) -> Place:
 
     Raises:
         SourceError: the URL holds a password or a query.
-        NotFoundError: it is a page of the hub, and the hub does not give the model.
+        NotFoundError: it is a page of the hub, and the hub does not give the model; or fsspec finds nothing there.
     """
+    _refuse_secrets(url)
     parts = urlsplit(url)
-    if "@" in parts.netloc:
-        raise SourceError(f"the URL of {parts.hostname} holds a password, which results would keep: leave it out")
-    if parts.query not in ("", "download=true"):
-        raise SourceError(f"{url.partition('?')[0]}?… has a query, which results would keep: pass a URL without")
+    if parts.scheme == "file":
+        return Place.of(unquote(parts.path))
+    if parts.scheme == "hf":
+        return _of_page(f"{http.endpoint()}/{_as_page(url)}", http.endpoint())
+    if parts.scheme not in ("http", "https"):
+        return open_cloud(url.rstrip("/"))
     if download.offline():
         raise NotFoundError(f"{url} is not on this machine, and HF_HUB_OFFLINE is set")
     plain = f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
     for hub in (http.endpoint(), *_HUBS):
-        if not plain.startswith(f"{hub}/"):
-            continue
-        found = _PAGE.fullmatch(plain.removeprefix(f"{hub}/"))
-        if found is None or found["repo"].startswith(("datasets/", "spaces/")):
-            raise NotFoundError(f"{plain} is no page of a model on the hub: pass its id, org/name")
-        place = open_hub(found["repo"], unquote(found["revision"] or "main"))
-        rest = (found["rest"] or "").strip("/")
-        return place / rest if rest else place
+        if plain.startswith(f"{hub}/"):
+            return _of_page(plain, hub)
     for known in (_pins, _absent):
         for path in [path for path in known if path.startswith(plain)]:
             known.pop(path, None)
     return Place(WEB, plain)
 
 
+def _refuse_secrets(url: str) -> None:
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        raise SourceError(f"the URL of {parts.hostname} holds a password, which results would keep: leave it out")
+    if parts.query not in ("", "download=true"):
+        raise SourceError(f"{url.partition('?')[0]}?… has a query, which results would keep: pass a URL without")
+
+
+def _of_page(page: str, hub: str) -> Place:
+    """The model, or the file of it, that a page of the hub is about."""
+    found = _PAGE.fullmatch(page.removeprefix(f"{hub}/"))
+    if found is None or found["repo"].startswith(("datasets/", "spaces/")):
+        raise NotFoundError(f"{page} is no page of a model on the hub: pass its id, org/name")
+    place = open_hub(found["repo"], unquote(found["revision"] or "main"))
+    rest = (found["rest"] or "").strip("/")
+    return place / rest if rest else place
+
+
+def _as_page(url: str) -> str:
+    """fsspec's hf://org/name[@revision][/file] as the page that says the same.
+
+    >>> _as_page("hf://org/name@v1/model.safetensors"), _as_page("hf://org/name")
+    ('org/name/tree/v1/model.safetensors', 'org/name/tree/main')
+    """
+    org, _, rest = url.removeprefix("hf://").rstrip("/").partition("/")
+    name, slash, inner = rest.partition("/")
+    name, _, revision = name.partition("@")
+    return f"{org}/{name}/tree/{revision or 'main'}{slash}{inner}"
+
+
 def place_of(path: str) -> Place:
     """The place that a stored path of this kind means, without looking whether it is there."""
+    if not path.startswith(("http://", "https://")):
+        return Place(Cloud(path.partition("://")[0]), path)
     found = _RESOLVED.fullmatch(path)
     return Place(Hub(found["hub"], found["repo"], found["commit"]) if found else WEB, path)
 
