@@ -11,6 +11,8 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+from support.checkpoints import llama_tensors, nudged, write_checkpoint
+from support.hub_server import HubServer
 from support.spectra_kinds import slow_deltas
 
 import spectra
@@ -26,6 +28,8 @@ def _start(module, *arguments):
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
         "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "*",
     }
     return subprocess.Popen(
         [sys.executable, "-m", f"distributed.cli.{module}", *arguments], env=environment,
@@ -54,6 +58,33 @@ def cluster(tmp_path_factory):
     for process in (*workers, scheduler):
         process.kill()
         process.wait()
+
+
+def test_workers_read_from_a_server_for_themselves(cluster, tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    from spectra.engine.executors.dask_cluster import cluster_executor
+    from spectra.files import http
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "*")
+    base = {name: tensor.repeat(*[4] * tensor.ndim) for name, tensor in llama_tensors().items()}
+    write_checkpoint(tmp_path / "base", base, shards=2)
+    write_checkpoint(tmp_path / "tuned", nudged(base), shards=2)
+    with HubServer() as server, cluster_executor(cluster[0]) as executor:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        for name in ("base", "tuned"):
+            server.add(f"org/{name}", tmp_path / name)
+        source = spectra.open_source("org/tuned", "org/base")
+        here, start = http.received(), len(server.seen)
+        found = {item.name: item for item in spectra.decompose(source, device="cpu", executor=executor)}
+        assert http.received() == here, "nothing came by way of this process"
+        sent = sum(seen.sent for seen in server.seen[start:] if seen.server == "cdn")
+        chosen = sum(ref.nbytes for delta in source for ref in delta.refs)
+        assert chosen <= sent <= 1.02 * chosen
+    for spectrum in spectra.decompose(spectra.open_source(tmp_path / "tuned", tmp_path / "base")):
+        assert found[spectrum.name].status == "ok", found[spectrum.name].reason
+        assert pytest.approx(spectrum.S, rel=1e-12) == found[spectrum.name].S
 
 
 def test_a_worker_killed_in_the_middle_costs_nothing(cluster, tmp_path):
