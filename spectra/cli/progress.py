@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -58,6 +60,23 @@ class Progress:
         if self._kept:
             return f"{self._done} of {self._total} are stored in {self._kept}, the same command goes on"
         return f"{self._done} of {self._total} were done, {self._otherwise}"
+
+
+@contextmanager
+def downloading(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes with their rate, for whoever calls with those that came and those of all."""
+    from tqdm import tqdm
+
+    off = True if is_quiet() else None
+    with tqdm(
+        desc=what, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr, disable=off, leave=False
+    ) as bar:
+
+        def told(came: int, total: int) -> None:
+            bar.total = total
+            bar.update(came - bar.n)
+
+        yield told
 
 
 def _received() -> int:

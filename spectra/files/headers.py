@@ -47,8 +47,8 @@ def read_header(file: Place) -> Header:
     if file.suffix in WEIGHT_SUFFIXES:
         if is_remote(file):
             raise SourceError(
-                f"{file} is a torch file, of which no part can be read alone: download the model (--download, or "
-                "`hf download`), or use its safetensors"
+                f"{file} is a torch file, of which no part can be read alone: download the model (--download), or use "
+                "its safetensors"
             )
         from spectra.files import torch_file  # needs torch, which the other headers do without
 
