@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from spectra.errors import NotFoundError, SourceError
-from spectra.files.download import BUSY, SAID, library, offline
+from spectra.files.download import BUSY, SAID, by_proxy, library, offline
 from spectra.files.storage import Stamp
 
 PATIENCE = 120.0  # seconds that a server which has answered before may go without giving a byte
@@ -75,11 +75,17 @@ class AbsentError(NotFoundError):
 
 
 class _TryAgainError(Exception):
-    """A request that may do better the next time, and after how many seconds the server says so."""
+    """A request that may do better the next time.
 
-    def __init__(self, why: str, wait: float | None = None) -> None:
+    Args:
+        why: what happened.
+        wait: seconds after which the server says so.
+        most: attempts after which it is the answer; None for as many as there is time for.
+    """
+
+    def __init__(self, why: str, wait: float | None = None, most: int | None = None) -> None:
         super().__init__(why)
-        self.wait = wait
+        self.wait, self.most = wait, most
 
 
 def received() -> int:
@@ -196,6 +202,8 @@ class _Patience:
         """
         if self._given_up != _given_up:
             raise SourceError(f"{self._url}: reading was given up")
+        if problem.most is not None and self._attempts >= problem.most:
+            raise NotFoundError(f"{self._url}: {problem}")
         if self._origin in _answered:
             self._limit = max(self._limit, PATIENCE)
         backoff = min(_LONGEST_WAIT, 0.25 * 2**self._attempts) * (0.5 + random.random() / 2)
@@ -289,7 +297,7 @@ def _streamed(url: str, target: str, headers: dict[str, str]) -> Iterator[Any]:
         )
         response = stream.__enter__()
     except (_transport_error(), RuntimeError) as problem:  # RuntimeError: another thread closed the session
-        raise _TryAgainError(_said(problem)) from None
+        raise _TryAgainError(_said(problem) + by_proxy(target)) from None
     except (OSError, ValueError) as problem:
         raise SourceError(f"{url} cannot be read: {_said(problem)}") from None
     try:
@@ -313,6 +321,8 @@ def _check_status(url: str, target: str, response: Any, *, renewable: bool) -> N
     if renewable and status in _EXPIRED:
         _forget(url)
         raise _TryAgainError(f"its link expired ({status})", 0.0)
+    if status in (401, 403) and target != url and _origin(target) != _origin(endpoint()):
+        raise _TryAgainError(_no_access(url, target, status), most=2)  # signed links may be refused for a moment
     if status in BUSY:
         raise _TryAgainError(f"the server answered {status}", _asked_to_wait(response.headers))
     if status == 416:
@@ -323,7 +333,7 @@ def _check_status(url: str, target: str, response: Any, *, renewable: bool) -> N
         raise NotFoundError(f"{url}: {SAID.get(_CODES.get(code, ''), '') or _no_access(url, target, status)}")
     if status in (404, 410):
         raise AbsentError(f"{url}: there is no such file ({status})")
-    raise SourceError(f"{url} cannot be read: the server answered {status}")
+    raise SourceError(f"{url} cannot be read: the server answered {status}{by_proxy(target)}")
 
 
 def _no_access(url: str, target: str, status: int) -> str:

@@ -12,7 +12,7 @@ from spectra.errors import NotFoundError, SourceError
 from spectra.files import remote, snapshots
 from spectra.files.choice import WEIGHT_SUFFIXES
 from spectra.files.copies import Progress, copy
-from spectra.files.download import download, offline
+from spectra.files.download import SAID, download, offline
 from spectra.files.far import Far
 from spectra.files.storage import Place
 
@@ -177,6 +177,8 @@ def _from_hub(name: str, repo: str, revision: str, tried: list[str], *, meant: s
     try:
         return download(repo, revision) if fetch else remote.open_hub(repo, revision)
     except NotFoundError as problem:
+        if str(problem) == SAID["GatedRepoError"]:
+            raise NotFoundError(f"{repo}: {problem}") from None
         asked = f"a download of {repo}" if fetch else f"{repo} on the hub"
         raise _not_found(name, [*tried, f"{asked} ({problem})"]) from None
 
