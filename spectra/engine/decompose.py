@@ -20,7 +20,7 @@ from spectra.deltas.delta import WeightDelta
 from spectra.engine.devices import device_named, resolve_device
 from spectra.engine.executors.device import decompose_batches
 from spectra.engine.executors.threads import keep_freed_memory, thread_executor
-from spectra.engine.memory import memory_budget, readable_size
+from spectra.engine.memory import READ_AHEAD, memory_budget, readable_size
 from spectra.engine.schedule import Plan, Task, batches, plan, side_by_side
 from spectra.engine.solve import Wanted, solve
 from spectra.errors import SelectionError
@@ -29,7 +29,6 @@ from spectra.files.http import give_up
 from spectra.spectrum import Spectrum
 
 _PER_WORKER = 2  # tasks in flight per worker of another process: one at work, one waiting
-_READ_AHEAD = 8  # the share of the budget that may be here from a server before it is asked for
 
 
 def decompose_indexed(
@@ -81,7 +80,7 @@ def _scheduled(
         yield from _through(executor, deltas, schedule, work)  # others read, each for itself
         return
     in_turn = [deltas[task.index].refs for task in schedule.tasks]
-    with expected(in_turn, schedule.budget // _READ_AHEAD, fetches=len(in_turn) > 1):
+    with expected(in_turn, schedule.budget // READ_AHEAD, fetches=len(in_turn) > 1):
         if executor is not None:
             yield from _through(executor, deltas, schedule, work)
         elif where.startswith("cuda"):

@@ -88,6 +88,13 @@ class Ahead:
             run.left[span] = 0  # it is asked for now, by someone who keeps it
         return fetch(offset, buffer)
 
+    def drop(self, path: str, span: Span) -> None:
+        """One of the reads that were said will not be: its matrix cannot be done."""
+        run = self._runs[path, span]
+        with run.lock:
+            if run.left[span] > 0:
+                self._mark_read(run, span)
+
     def _fetch_ahead(self) -> None:
         """Fetch one run after another, as long as there is room."""
         while (run := self._next()) is not None:
@@ -128,7 +135,7 @@ class Ahead:
 
     def _mark_read(self, run: _Run, span: Span) -> None:
         run.left[span] -= 1
-        if not any(count > 0 for count in run.left.values()):
+        if run.content and not any(count > 0 for count in run.left.values()):
             run.content = bytearray()
             self._release(run.size)
 

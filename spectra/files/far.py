@@ -101,6 +101,14 @@ def expected(matrices: Iterable[Iterable[TensorRef]], room: int = _ROOM, *, fetc
             http.give_up()  # of what nobody waits for any more
 
 
+def dropped(refs: Iterable[TensorRef]) -> None:
+    """Say that a matrix will not be read after all."""
+    for item in _far_parts(refs):
+        for ahead in tuple(_ahead):
+            if (item.path, item.span) in ahead:
+                ahead.drop(item.path, item.span)
+
+
 def _far_parts(refs: Iterable[TensorRef]) -> Iterator[Wanted]:
     for part in (part for ref in refs for part in ref.parts):
         if part.bytes_read > 0 and isinstance(part.storage, Far) and is_remote(part.file):

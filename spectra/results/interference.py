@@ -14,6 +14,7 @@ from spectra import naming
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.relatedness import unrelated_note
 from spectra.engine.devices import device_named, resolve_device
+from spectra.engine.memory import READ_AHEAD
 from spectra.engine.solve import Wanted, solve, solve_forms
 from spectra.errors import SelectionError
 from spectra.files.far import expected
@@ -78,8 +79,15 @@ def interference_rows(
         (name, {place: update[name] for place, update in enumerate(updates) if name in update}) for name in names
     )
     if executor is None:
-        return (_row(name, there, len(updates), where) for name, there in of_each)
+        return _one_by_one(list(of_each), len(updates), where)
     return _ahead(executor, of_each, len(updates), where)
+
+
+def _one_by_one(of_each: Sequence[tuple[str, Mapping[int, WeightDelta]]], count: int, device: str) -> Iterator[Row]:
+    together = [[ref for delta in there.values() for ref in delta.refs] for _, there in of_each if len(there) > 1]
+    with expected(together, device_named(device).budget() // READ_AHEAD, fetches=len(together) > 1):
+        for name, there in of_each:
+            yield _row(name, there, count, device)
 
 
 def _ahead(

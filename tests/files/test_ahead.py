@@ -105,6 +105,21 @@ def test_what_cannot_be_fetched_ahead_is_told_to_who_reads_it(tiny):
     assert not held._held
 
 
+def test_what_will_not_be_read_after_all_makes_room_for_the_next(tiny):
+    file = File()
+    spans = [(100 * i, 100 * i + 100) for i in range(4)]
+    held = Ahead([file.wanted(span) for span in spans], room=10_000, fetches=True)
+    assert settled(file) == spans[:1]
+    held.drop("file", spans[0])
+    assert settled(file) == spans[:2]
+    held.drop("file", spans[3])
+    for span in spans[1:3]:
+        read(held, file, span)
+    assert settled(file) == spans[:3]
+    assert not held._held
+    assert read(held, file, spans[0]) == CONTENT[:100], "and whoever asks all the same gets it"
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.lists(st.tuples(st.integers(0, 3900), st.integers(1, 90)), min_size=1, max_size=4), max_size=12),

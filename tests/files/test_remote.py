@@ -221,6 +221,26 @@ def test_download_takes_the_whole_model_into_the_cache(server, tmp_path, monkeyp
     assert_right(found, tmp_path)
 
 
+def test_matrices_that_cannot_be_had_do_not_hold_up_the_others(server, tmp_path, monkeypatch):
+    """The base of a matrix whose tuned weight is lost was fetched ahead, and is let go."""
+    monkeypatch.setattr(http, "PATIENCE", 0.1)
+    monkeypatch.setattr(http, "FIRST", 0.1)
+    source = spectra.open_source("org/tuned", "org/base")
+    lost = source.deltas[0].refs[0].path.rpartition("/")[2]
+    server.faults.append(lambda handler, seen: "tuned" in seen.path and lost in seen.path and not handler.say(404))
+    holders = []
+    real = far.Ahead
+
+    def noted(*args, **kwargs):
+        holders.append(real(*args, **kwargs))
+        return holders[-1]
+
+    monkeypatch.setattr(far, "Ahead", noted)
+    statuses = [spectrum.status for spectrum in spectra.decompose(source)]
+    assert {"ok", "unreadable"} == set(statuses)
+    assert [holder._held for holder in holders if holder._held] == []
+
+
 READ_ONCE = {
     "svd": ("svd", "org/tuned", "--base", "org/base"),
     "similarity": ("similarity", "org/tuned", "org/other", "--base", "org/base"),
