@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-
 from spectra import naming, text
+from spectra.lazy import numpy as np
 from spectra.printing import printed
 
 _VALUES = 5  # singular values that are shown

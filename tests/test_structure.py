@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support.slow import SLOW
 
 import spectra
@@ -79,6 +81,16 @@ def test_type_checkers_see_the_public_names():
 def test_import_loads_nothing_heavy():
     code = "import sys, spectra.spectrum, spectra.sources; print({'torch', 'pandas', 'matplotlib'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_a_listing_does_without_numpy(tmp_path):
+    """Numpy alone takes as long as all the rest of `spectra inspect`."""
+    save_file({"layers.0.q_proj.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    code = (
+        f"import sys; from spectra.cli import main; main(['inspect', {str(tmp_path)!r}], standalone_mode=False); "
+        "print({'numpy', 'torch'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("\nset()\n")
 
 
 def test_every_module_imports():

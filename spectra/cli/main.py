@@ -13,6 +13,7 @@ import click
 
 from spectra._version import __version__
 from spectra.cli import talk
+from spectra.cli.heavy import heavy_imports
 from spectra.cli.progress import STOPPED
 from spectra.errors import SpectraError
 
@@ -45,7 +46,9 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
-        return talk.add_options(importlib.import_module(_COMMANDS[name]).command)
+        with heavy_imports():
+            module = importlib.import_module(_COMMANDS[name])
+        return talk.add_options(module.command)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

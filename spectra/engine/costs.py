@@ -27,8 +27,8 @@ class Cost:
 
 def flops(delta: WeightDelta, top: int | None) -> float:
     """A rough operation count: what the order of work goes by."""
-    found = _solving(delta, top)
-    return found.flops if found else 0.0
+    solver = _solving(delta, top)
+    return solver.flops if solver else 0.0
 
 
 def needed(delta: WeightDelta, top: int | None) -> int:
@@ -36,17 +36,17 @@ def needed(delta: WeightDelta, top: int | None) -> int:
 
     Only the last rung of the ladder, a full SVD of ΔW, takes more.
     """
-    found = _solving(delta, top)
+    solver = _solving(delta, top)
     reading: int = getattr(delta.recipe, "reading_bytes", 0)
-    if found is None:
+    if solver is None:
         return 0
-    return max(found.bytes, reading + _stored(delta) if reading else 0)
+    return max(solver.bytes, reading + _stored(delta) if reading else 0)
 
 
 def stacked(delta: WeightDelta) -> int:
     """How many entries a batch copies of the delta, to have it beside others."""
-    found = _solving(delta, None)
-    return found.entries if found else 0
+    solver = _solving(delta, None)
+    return solver.entries if solver else 0
 
 
 def _solving(delta: WeightDelta, top: int | None) -> Cost | None:

@@ -177,9 +177,9 @@ def _noting(solve: Callable[[Tensor], Any]) -> Callable[[Sequence[Dense]], Itera
 
     def run(forms: Sequence[Dense]) -> Iterator[Numbers]:
         with dense.noted_moments() as noted:
-            found = solve(_stacked([form.matrix for form in forms]))
+            numbers = solve(_stacked([form.matrix for form in forms]))
         moments = noted[0] if noted else [dense.fourth_moment(form.matrix) for form in forms]
-        for (S, U, Vh, *_), moment in zip(_apart(found, len(forms)), moments, strict=True):
+        for (S, U, Vh, *_), moment in zip(_apart(numbers, len(forms)), moments, strict=True):
             yield S, U, Vh, moment
 
     return run
@@ -190,11 +190,11 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0]
 
 
-def _apart(found: Numbers, count: int) -> Iterator[Numbers]:
+def _apart(numbers: Numbers, count: int) -> Iterator[Numbers]:
     """The numbers of each form, from those of all."""
     if count == 1:
-        yield found
+        yield numbers
         return
-    S, U, Vh, *_ = found
+    S, U, Vh, *_ = numbers
     for i in range(count):
         yield S[i], None if U is None else U[i], None if Vh is None else Vh[i]

@@ -26,10 +26,10 @@ def memory_budget(given: int | str | None) -> int:
         return int(free_memory() * FRACTION_OF_FREE)
     if isinstance(given, int):
         return given
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", given)
-    if not found or found[2].upper() not in _UNITS:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", given)
+    if not match or match[2].upper() not in _UNITS:
         raise SelectionError(f"{given!r} is not a size; write it as 4GiB or 800MB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def free_memory() -> int:

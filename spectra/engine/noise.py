@@ -109,8 +109,8 @@ def with_artefacts(noise: Noise, form: Dense, S: np.ndarray, U: Tensor | None, V
             break
         if U is None or Vh is None or U.shape[1] < k:
             U, Vh = _top(form, k)
-        found = (U[:, :k] * torch.as_tensor(S[:k]).to(U)) @ Vh[:k]
-        again = dense.gram_values(form.rounded(noise, found)).cpu().numpy()
+        signal = (U[:, :k] * torch.as_tensor(S[:k]).to(U)) @ Vh[:k]
+        again = dense.gram_values(form.rounded(noise, signal)).cpu().numpy()
         if raised is not noise and again[k - 1] > S[k - 1]:
             break  # rounding takes from a direction of the update, and makes one of its own a second time
         edge = max(noise.edge, _SLACK * float(again[k] * S[0] / again[0]))

@@ -110,12 +110,12 @@ def batches(deltas: Sequence[WeightDelta], schedule: Plan, most: int = 64) -> li
     for task in schedule.tasks:
         delta = deltas[task.index]
         groups.setdefault((delta.shape, delta.form, delta.max_rank), []).append(task)
-    found: list[Batch] = []
+    planned: list[Batch] = []
     for tasks in groups.values():
         each, entries = tasks[0].bytes + 8 * tasks[0].entries, tasks[0].entries
         size = max(1, min(most, schedule.budget // 2 // max(1, each), _MOST_ENTRIES // max(1, entries)))
         for start in range(0, len(tasks), size):
             batch = Batch(tuple(tasks[start : start + size]))
-            before = found[-1].bytes if found else 0
-            found.append(replace(batch, ahead=before + batch.bytes <= schedule.budget))
-    return found
+            before = planned[-1].bytes if planned else 0
+            planned.append(replace(batch, ahead=before + batch.bytes <= schedule.budget))
+    return planned

@@ -147,12 +147,12 @@ def solve_forms(deltas: Sequence[WeightDelta], forms: Sequence[Form | Spectrum],
     done: dict[int, Spectrum] = {}
     alike: dict[tuple, dict[int, Unsolved]] = {}
     for place, (delta, form) in enumerate(zip(deltas, forms, strict=True)):
-        found = form if isinstance(form, Spectrum) else _examined(_blank(delta), form, wanted.device.name)
-        if isinstance(found, Spectrum):
-            done[place] = found
+        examined = form if isinstance(form, Spectrum) else _examined(_blank(delta), form, wanted.device.name)
+        if isinstance(examined, Spectrum):
+            done[place] = examined
         else:
-            shapes = (type(found.form), *(tensor.shape for tensor in found.form.tensors))
-            alike.setdefault(shapes, {})[place] = found
+            shapes = (type(examined.form), *(tensor.shape for tensor in examined.form.tensors))
+            alike.setdefault(shapes, {})[place] = examined
     for group in alike.values():
         done |= zip(group, _solved(list(group.values()), wanted), strict=True)
     return [done[place] for place in range(len(deltas))]

@@ -97,22 +97,22 @@ class Named:
 def named(header: Header, where: str) -> Named:
     """Translate one header (or the merged header of a split file)."""
     arch = str(header.metadata.get("general.architecture"))
-    found = architecture(arch, mixture=_number(header, f"{arch}.expert_count") > 0)
-    if found is None:
+    scheme = architecture(arch, mixture=_number(header, f"{arch}.expert_count") > 0)
+    if scheme is None:
         why = (
             f"{where}: GGUF architecture {arch!r} is not in the table, so tensors keep llama.cpp's names and row order"
         )
         return Named(header.tensors, header.broken, {}, (why,))
-    config = _config(header, arch, found)
+    config = _config(header, arch, scheme)
     tensors: dict[str, TensorRef] = {}
-    broken = {plain_name(name, found) or name: why for name, why in header.broken.items()}
+    broken = {plain_name(name, scheme) or name: why for name, why in header.broken.items()}
     for name, ref in header.tensors.items():
-        straight = _unpermuted(name, ref, found, config)
+        straight = _unpermuted(name, ref, scheme, config)
         if straight is None:
             why = f"{where} gives no head count that fits its rows, so llama.cpp's permutation cannot be undone"
-            broken[plain_name(name, found) or name] = why
+            broken[plain_name(name, scheme) or name] = why
         else:
-            tensors.update(_translated(name, straight, found))
+            tensors.update(_translated(name, straight, scheme))
     return Named(tensors, broken, config, ())
 
 
@@ -127,11 +127,11 @@ def architecture(name: str, *, mixture: bool) -> Architecture | None:
     return _MIXTRAL if name == "llama" and mixture else _ARCHITECTURES.get(name)
 
 
-def _config(header: Header, arch: str, found: Architecture) -> dict[str, Any]:
+def _config(header: Header, arch: str, scheme: Architecture) -> dict[str, Any]:
     heads = _number(header, f"{arch}.attention.head_count")
     groups = _number(header, f"{arch}.attention.head_count_kv") or heads
     config: dict[str, Any] = {
-        "model_type": found.model_type,
+        "model_type": scheme.model_type,
         "tie_word_embeddings": "output.weight" not in header.tensors and "output.weight" not in header.broken,
     }
     width = _number(header, f"{arch}.attention.key_length")
@@ -145,19 +145,19 @@ def _number(header: Header, key: str) -> int:
     return value if type(value) is int and value > 0 else 0
 
 
-def permuted_part(name: str, found: Architecture) -> str | None:
+def permuted_part(name: str, scheme: Architecture) -> str | None:
     """Which of q and k a weight is, where llama.cpp stores its rows in another order; None for all other weights.
 
     >>> permuted_part("blk.0.attn_k.weight", Architecture("llama", permuted=True))
     'k'
     """
     part = re.fullmatch(r"blk\.\d+\.attn_([qk])\.weight", name)
-    return part[1] if found.permuted and part else None
+    return part[1] if scheme.permuted and part else None
 
 
-def _unpermuted(name: str, ref: TensorRef, found: Architecture, config: dict[str, Any]) -> TensorRef | None:
+def _unpermuted(name: str, ref: TensorRef, scheme: Architecture, config: dict[str, Any]) -> TensorRef | None:
     """Rows of q and k back in the order (half, position) within each head; None if the heads are not known."""
-    part = permuted_part(name, found)
+    part = permuted_part(name, scheme)
     if part is None:
         return ref
     heads = config.get("num_attention_heads" if part == "q" else "num_key_value_heads", 0)
@@ -167,42 +167,42 @@ def _unpermuted(name: str, ref: TensorRef, found: Architecture, config: dict[str
     return ref.reshape(heads, rows // heads // 2, 2, *ref.shape[1:]).permute(0, 2, 1, 3).reshape(*ref.shape)
 
 
-def _translated(name: str, ref: TensorRef, found: Architecture) -> dict[str, TensorRef]:
+def _translated(name: str, ref: TensorRef, scheme: Architecture) -> dict[str, TensorRef]:
     count = ref.shape[0] if len(ref.shape) == 3 and ref.numel else 0
-    names = expert_names(name, found, count)
+    names = expert_names(name, scheme, count)
     if names:
         return {new: ref.item(index) for index, new in enumerate(names)}
-    new = plain_name(name, found)
+    new = plain_name(name, scheme)
     if new is None:
         return {name: ref}
     return {new: ref.reshape(1, ref.numel) if new.endswith("shared_expert_gate.weight") else ref}
 
 
-def expert_names(name: str, found: Architecture, count: int) -> list[str]:
+def expert_names(name: str, scheme: Architecture, count: int) -> list[str]:
     """What transformers calls each of the experts in a stack; [] for a weight that is none."""
     stack = re.fullmatch(r"blk\.(\d+)\.(ffn_(?:gate|up|down)_exps)\.weight", name)
-    if stack is None or not found.expert:
+    if stack is None or not scheme.expert:
         return []
-    return [_expert(found, stack[1], _EXPERTS[stack[2]], index) for index in range(count)]
+    return [_expert(scheme, stack[1], _EXPERTS[stack[2]], index) for index in range(count)]
 
 
-def plain_name(name: str, found: Architecture) -> str | None:
+def plain_name(name: str, scheme: Architecture) -> str | None:
     """What transformers calls one of llama.cpp's tensors that is not a stack; None for an unknown name.
 
     >>> plain_name("blk.3.ffn_up.weight", Architecture("llama"))
     'model.layers.3.mlp.up_proj.weight'
     """
     one = _ONE_EXPERT.fullmatch(name)
-    if one and found.expert:
-        return _expert(found, one[1], one[2], int(one[3]))
+    if one and scheme.expert:
+        return _expert(scheme, one[1], one[2], int(one[3]))
     stem, _, suffix = name.rpartition(".")
     if stem in _TOP:
         return f"{_TOP[stem]}.{suffix}"
     block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    inner = (_BLOCK | dict(found.block)).get(block[2]) if block else None
+    inner = (_BLOCK | dict(scheme.block)).get(block[2]) if block else None
     return f"model.layers.{block[1]}.{inner}.{suffix}" if block and inner else None
 
 
-def _expert(found: Architecture, layer: str, part: str, index: int) -> str:
-    part = _MIXTRAL_PARTS[part] if found is _MIXTRAL else part
-    return f"model.layers.{layer}.{found.expert.format(expert=index, part=part)}.weight"
+def _expert(scheme: Architecture, layer: str, part: str, index: int) -> str:
+    part = _MIXTRAL_PARTS[part] if scheme is _MIXTRAL else part
+    return f"model.layers.{layer}.{scheme.expert.format(expert=index, part=part)}.weight"

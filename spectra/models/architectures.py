@@ -69,10 +69,10 @@ def parts(config: Config, name: str, rows: int) -> dict[str, Cut]:
 
     A cut works on anything whose first axis is the weight's: the weight itself or a left factor.
     """
-    found = section(config, name)
-    for pattern, layout in _FUSED.get(str(found.get("model_type")), ()):
+    own = section(config, name)
+    for pattern, layout in _FUSED.get(str(own.get("model_type")), ()):
         if re.search(pattern, name):
-            return layout(found, rows)
+            return layout(own, rows)
     return {}
 
 

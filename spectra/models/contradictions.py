@@ -28,24 +28,24 @@ def contradictions(tuned: Mapping[str, Any], base: Mapping[str, Any]) -> list[st
     >>> contradictions({"num_hidden_layers": 6}, {"n_layer": 4})
     ['the base has 4 layers, the tuned model has 6 (num_hidden_layers)']
     """
-    found = _between(section(tuned, ""), section(base, ""), "")
+    said = _between(section(tuned, ""), section(base, ""), "")
     visions = [config.get("vision_config") for config in (tuned, base)]
     if all(isinstance(vision, Mapping) for vision in visions):
-        found += _between(visions[0] or {}, visions[1] or {}, "in vision_config ")
-    return found
+        said += _between(visions[0] or {}, visions[1] or {}, "in vision_config ")
+    return said
 
 
 def _between(tuned: Mapping[str, Any], base: Mapping[str, Any], where: str) -> list[str]:
-    found = []
+    said = []
     kinds = (base.get("model_type"), tuned.get("model_type"))
     if all(kinds) and kinds[0] != kinds[1] and "litgpt" not in kinds:  # LitGPT's word for all architectures
-        found.append(f"{where}the base is of type {kinds[0]!r}, the tuned model of type {kinds[1]!r} (model_type)")
+        said.append(f"{where}the base is of type {kinds[0]!r}, the tuned model of type {kinds[1]!r} (model_type)")
     for what, keys in _SIZES:
         key, after = _first(tuned, keys)
         other, before = _first(base, keys)
         if before is not None and after is not None and before != after:
-            found.append(f"{where}the base has {before} {what}, the tuned model has {after} ({key or other})")
-    return found
+            said.append(f"{where}the base has {before} {what}, the tuned model has {after} ({key or other})")
+    return said
 
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, int | None]:

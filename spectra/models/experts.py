@@ -75,8 +75,8 @@ class Expert:
 def is_stacked(config: Mapping[str, Any], name: str) -> bool:
     """Whether the name is that of a stack of experts whose layout is known."""
     kind = model_type(config, name)
-    found = _STACKED.fullmatch(name)
-    return found is not None and (kind == "dbrx" if found["dbrx"] else kind in STACKS)
+    match = _STACKED.fullmatch(name)
+    return match is not None and (kind == "dbrx" if match["dbrx"] else kind in STACKS)
 
 
 def holds_gate_and_up(name: str) -> bool:
@@ -85,21 +85,21 @@ def holds_gate_and_up(name: str) -> bool:
     >>> holds_gate_and_up("model.layers.0.block_sparse_moe.input_linear.weight")
     True
     """
-    found = _STACKED.fullmatch(name)
-    return found is not None and (found["part"] == "gate_up_proj" or found["linear"] == "input_linear")
+    match = _STACKED.fullmatch(name)
+    return match is not None and (match["part"] == "gate_up_proj" or match["linear"] == "input_linear")
 
 
 def single(config: Mapping[str, Any], name: str) -> str | None:
     """What both layouts call the tensor of one expert; None if it is not one, or not known to be."""
-    found = _PER_EXPERT.fullmatch(name)
-    if not found:
+    match = _PER_EXPERT.fullmatch(name)
+    if not match:
         return None
-    part = found["part"]
+    part = match["part"]
     if part in _NUMBERED:
         if model_type(config, name) not in _NUMBERED_TYPES:
             return None
         part = _NUMBERED[part]
-    return f"{found['before']}{found['index']}.{part}.weight"
+    return f"{match['before']}{match['index']}.{part}.weight"
 
 
 def stack_of(key: str) -> str | None:
@@ -108,28 +108,28 @@ def stack_of(key: str) -> str | None:
     >>> stack_of("model.layers.0.mlp.experts.3.up_proj.weight")
     'model.layers.0.mlp.experts.gate_up_proj'
     """
-    found = _UNIT.fullmatch(key)
-    if not found:
+    match = _UNIT.fullmatch(key)
+    if not match:
         return None
-    return found["before"] + ("down_proj" if found["part"] == "down" else "gate_up_proj")
+    return match["before"] + ("down_proj" if match["part"] == "down" else "gate_up_proj")
 
 
 def unstacked(config: Mapping[str, Any], name: str, ref: TensorRef, *, split: bool) -> Iterator[Expert]:
     """The experts of one stacked tensor, gate and up apart if `split`; nothing if the layout is not known."""
-    found = _STACKED.fullmatch(name)
+    match = _STACKED.fullmatch(name)
     kind = model_type(config, name)
     if mlx := _MLX_STACKED.fullmatch(name):
         yield from _mlx(mlx["before"], mlx["part"], ref)
-    if not found or not ref.numel:
+    if not match or not ref.numel:
         return
-    if found["dbrx"]:
+    if match["dbrx"]:
         if kind == "dbrx":
-            yield from _dbrx(config, name, found["dbrx"], found["glu"], ref)
+            yield from _dbrx(config, name, match["dbrx"], match["glu"], ref)
         return
     stack = STACKS.get(kind)
     if stack is None or len(ref.shape) != 3 or ref.shape[0] > _MAX_EXPERTS:
         return
-    before = found["before"] or f"{found['moe']}experts."
+    before = match["before"] or f"{match['moe']}experts."
     part = "gate_up_proj" if holds_gate_and_up(name) else "down_proj"
     for index in range(ref.shape[0]):
         matrix = ref.item(index)

@@ -92,9 +92,9 @@ def _plain(value: Any) -> Any:
 
 def _under_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The model's own weights: what adapters added is left out, and what they wrapped has its name again."""
-    wrapped = {name[: found.start()] for name in state if (found := _BASE_LAYER.search(name))}
+    wrapped = {name[: match.start()] for name in state if (match := _BASE_LAYER.search(name))}
     wrapped |= {name.partition(_ORIGINAL)[0] for name in state if _ORIGINAL in name}
-    wrapped |= {name[: found.end() - 1] for name in state if (found := _OWN.search(name))}
+    wrapped |= {name[: match.end() - 1] for name in state if (match := _OWN.search(name))}
     own = {}
     for name, tensor in state.items():
         inside = any(name.startswith(f"{module}.") for module in _parents(name) & wrapped)

@@ -170,8 +170,8 @@ def places(there: str, module: str) -> dict[str, Place]:
     if own in (_GATE, _UP) and f"{own}." not in there and f"{_GATE_UP}." in there:
         return {"": Place(_GATE_UP.format(*numbers), "gate" if own == _GATE else "up")}
     candidates = _ELSEWHERE.get(own, ())
-    found = next((name for name in (own, *candidates) if f"{name}." in there), next(iter(candidates), own))
-    return {"": Place(found.format(*numbers))}
+    module_there = next((name for name in (own, *candidates) if f"{name}." in there), next(iter(candidates), own))
+    return {"": Place(module_there.format(*numbers))}
 
 
 def _joint(there: str) -> dict[str, Place]:
@@ -195,9 +195,9 @@ def in_todays_order(folder: Folder) -> Folder:
     tensors: dict[str, TensorRef] = {}
     broken = {old.sub(r"\1.qkv.\2", name): why for name, why in folder.broken.items()}
     for name, ref in folder.tensors.items():
-        found = old.fullmatch(name)
-        new = f"{found[1]}.qkv.{found[2]}" if found else name
-        if not found or found[2] not in ("weight", "bias"):
+        match = old.fullmatch(name)
+        new = f"{match[1]}.qkv.{match[2]}" if match else name
+        if not match or match[2] not in ("weight", "bias"):
             tensors[new] = ref
         elif heads is None or not ref.shape or ref.shape[0] != sum(heads.rows.values()):
             broken[new] = f"q, k and v lie group by group in {name}, and {_unknown(folder)}"
@@ -224,10 +224,10 @@ def as_transformers(folder: Folder, other: Folder) -> Folder:
     parts: dict[str, dict[Place, TensorRef]] = {}
     for name, ref in folder.tensors.items():
         module, _, kind = name.rpartition(".")
-        found = places(there, module)
-        if "" not in found:
+        names_there = places(there, module)
+        if "" not in names_there:
             cuts = _checked(folder, name, ref, heads).cuts(grouped=False)
-        for part, place in found.items():
+        for part, place in names_there.items():
             new, piece = f"{place.module}.{kind}", cuts[part](ref) if part else ref
             if place.part:
                 parts.setdefault(new, {})[place] = piece

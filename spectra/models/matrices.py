@@ -57,20 +57,20 @@ def weights_of(folder: Folder, other: Folder, *, split_experts: bool) -> dict[st
     Raises:
         SourceError: two tensors are the same weight in two layouts.
     """
-    found: dict[str, Weight] = {}
+    weights: dict[str, Weight] = {}
     copies = {name: folder.tensors[first] for name, first in folder.same.items()}
     named = {**copies, **folder.tensors, **dict.fromkeys(folder.unusable)}
     bare = unwrapped(named)
     for name, ref in named.items():
         config = folder.config_of(name) or other.config_of(name)
         for key, weight in _of_tensor(folder, config, name, bare[name], ref, split_experts):
-            if key in found:
+            if key in weights:
                 raise SourceError(
-                    f"{folder.path} holds {found[key].name} and {weight.name}, which are one weight in two layouts; "
+                    f"{folder.path} holds {weights[key].name} and {weight.name}, which are one weight in two layouts; "
                     "save it in one of them"
                 )
-            found[key] = weight
-    return found
+            weights[key] = weight
+    return weights
 
 
 def stacks_experts(folder: Folder, other: Folder) -> bool:

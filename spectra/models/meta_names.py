@@ -45,8 +45,8 @@ def transformers_name(name: str) -> str | None:
     >>> transformers_name("layers.3.feed_forward.w2.weight")
     'model.layers.3.mlp.down_proj.weight'
     """
-    found = _BLOCK.fullmatch(name)
-    return f"model.layers.{found[1]}.{_INSIDE[found[2]]}.weight" if found else _OUTSIDE.get(name)
+    match = _BLOCK.fullmatch(name)
+    return f"model.layers.{match[1]}.{_INSIDE[match[2]]}.weight" if match else _OUTSIDE.get(name)
 
 
 def is_meta(folder: Folder) -> bool:

@@ -102,16 +102,16 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
 
 def _leading_paths(names: Iterable[str]) -> set[str]:
     """First one and two path components, as prefixes, that are words rather than indices; a text encoder's place."""
-    found = set()
+    paths = set()
     for name in names:
         words = name.split(".")
         for depth in (1, 2):
             if len(words) > depth + 1 and not any(word.isdigit() for word in words[:depth]):
-                found.add(".".join(words[:depth]) + ".")
+                paths.add(".".join(words[:depth]) + ".")
         encoder = _TEXT_ENCODER.match(name)
         if encoder:
-            found.add(encoder[0])
-    return found
+            paths.add(encoder[0])
+    return paths
 
 
 def _example(names: Iterable[str]) -> str:

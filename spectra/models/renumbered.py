@@ -53,12 +53,12 @@ def renumbered(tuned: Mapping[str, Weight], base: Mapping[str, Weight]) -> Renum
         tuned: shared name → weight, both sides under the names that pairing found.
         base: the same for the base.
     """
-    found = Renumbered(dict(tuned), dict(base))
+    result = Renumbered(dict(tuned), dict(base))
     after, before = _stacks(tuned), _stacks(base)
     for stack in after.keys() & before.keys():
         if len(after[stack]) != len(before[stack]):
-            _pair_stack(found, stack, after[stack], before[stack])
-    return found
+            _pair_stack(result, stack, after[stack], before[stack])
+    return result
 
 
 def _stacks(weights: Mapping[str, Weight]) -> dict[str, Layers]:
@@ -72,8 +72,8 @@ def _stacks(weights: Mapping[str, Weight]) -> dict[str, Layers]:
     return stacks
 
 
-def _pair_stack(found: Renumbered, stack: str, after: Layers, before: Layers) -> None:
-    tuned, base = dict(found.tuned), dict(found.base)
+def _pair_stack(result: Renumbered, stack: str, after: Layers, before: Layers) -> None:
+    tuned, base = dict(result.tuned), dict(result.base)
     equal = _equal_layers(tuned, base, after, before)
     if not equal:
         return
@@ -81,33 +81,33 @@ def _pair_stack(found: Renumbered, stack: str, after: Layers, before: Layers) ->
     copies = _copies(tuned, base, after, before, equal)
     for layer in before.values():
         for key in layer.values():
-            del found.base[key]
+            del result.base[key]
     for number, layer in after.items():
         source = before.get(paired.get(number, -1), {})
         for rest, key in layer.items():
             if number not in paired:
-                _leave_out(found, key, "in a layer that was added: no layer of the base holds the same")
+                _leave_out(result, key, "in a layer that was added: no layer of the base holds the same")
             elif number in copies and not (rest in source and _same(tuned[key], base[source[rest]])):
                 original = f"{stack}{paired[number]}"
-                _leave_out(found, key, f"in a layer that was added: a copy of the base's {original}, but for this")
+                _leave_out(result, key, f"in a layer that was added: a copy of the base's {original}, but for this")
             elif rest in source:
-                _enter(found, key, base[source[rest]], number, paired[number])
+                _enter(result, key, base[source[rest]], number, paired[number])
     for number in before.keys() - set(paired.values()):
         names = [base[key].name for key in before[number].values()]
-        found.base_only.update(dict.fromkeys(names, "in a layer that the tuned model does not have"))
-    found.warnings.append(_said(stack, after, before, paired))
+        result.base_only.update(dict.fromkeys(names, "in a layer that the tuned model does not have"))
+    result.warnings.append(_said(stack, after, before, paired))
 
 
-def _leave_out(found: Renumbered, key: str, why: str) -> None:
-    found.tuned_only[found.tuned.pop(key).name] = why
+def _leave_out(result: Renumbered, key: str, why: str) -> None:
+    result.tuned_only[result.tuned.pop(key).name] = why
 
 
-def _enter(found: Renumbered, key: str, weight: Weight, number: int, original: int) -> None:
+def _enter(result: Renumbered, key: str, weight: Weight, number: int, original: int) -> None:
     """Put a weight of the base's layer `original` at a name of the tuned model's layer `number`."""
     if number != original:
-        found.notes[key] = f"compared with {weight.name} of the base: the layers were renumbered"
+        result.notes[key] = f"compared with {weight.name} of the base: the layers were renumbered"
         weight = replace(weight, name=re.sub(r"(?<![^.])[0-9]+(?=\.)", str(number), weight.name, count=1))
-    found.base[key] = weight
+    result.base[key] = weight
 
 
 def _said(stack: str, after: Layers, before: Layers, paired: Mapping[int, int]) -> str:

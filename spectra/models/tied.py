@@ -101,7 +101,7 @@ def embedding_in(names: Mapping[str, str]) -> str | None:
 
     Encoder–decoders store theirs as `shared` and list the copies as the same tensor.
     """
-    found = [name for name, same_as in names.items() if is_embedding(name) and not same_as]
-    shared = [name for name in found if name.endswith("shared.weight")]
-    found = shared or found
-    return found[0] if len(found) == 1 else None
+    embeddings = [name for name, same_as in names.items() if is_embedding(name) and not same_as]
+    shared = [name for name in embeddings if name.endswith("shared.weight")]
+    embeddings = shared or embeddings
+    return embeddings[0] if len(embeddings) == 1 else None

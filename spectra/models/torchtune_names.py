@@ -63,9 +63,9 @@ def transformers_module(module: str) -> str:
     >>> transformers_module("layers.3.mlp.w2"), transformers_module("output")
     ('model.layers.3.mlp.down_proj', 'lm_head')
     """
-    found = _MODULE.fullmatch(module)
-    if found:
-        return f"model.layers.{found[1]}.{(_MATRICES | _NORMS)[found[2]]}"
+    match = _MODULE.fullmatch(module)
+    if match:
+        return f"model.layers.{match[1]}.{(_MATRICES | _NORMS)[match[2]]}"
     return _OUTSIDE.get(module, module)
 
 

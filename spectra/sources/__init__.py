@@ -63,14 +63,14 @@ def source_of(
     """The updates in a folder that is open already; everything else as for `open_source`."""
     if not isinstance(heads, int) and heads not in ("mean", "sum", "each"):
         raise SelectionError(f"heads={heads!r} is not one of mean, sum, each or the index of a head")
-    found = format_of(folder)
+    row = format_of(folder)
     base_folder = open_any(base, as_base=True) if base is not None else None
     if base_folder is not None and recognised.is_no_model(base_folder):
         raise SelectionError(f"{base_folder.path} is an adapter, not a base model; pass full weights as base= (--base)")
     if base_folder is not None:
         _check_two(folder, base_folder)
         folder, base_folder = in_the_same_names(folder, base_folder)
-    source = found.open(folder, base_folder, split=split, heads=heads, scale=scale)
+    source = row.open(folder, base_folder, split=split, heads=heads, scale=scale)
     return replace(source, options={"heads": heads, "scale": scale, "split": split})
 
 

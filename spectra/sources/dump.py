@@ -109,15 +109,15 @@ def compare_base_layers(ledger: Ledger) -> None:
         clean = _clean(name)
         embedding = next((weight for weight, heads in ledger.tied.items() if clean in heads), clean)
         weight = ledger.base_names.get(embedding, embedding)
-        found = [place for place, delta in enumerate(ledger.deltas) if split_parts(delta.name)[0] == weight]
-        compared = [place for place in found if ledger.deltas[place].base]
+        places = [place for place, delta in enumerate(ledger.deltas) if split_parts(delta.name)[0] == weight]
+        compared = [place for place in places if ledger.deltas[place].base]
         if ledger.base is None:
             ledger.skip(name, "the base weight that the file itself holds" if compared else "a copy of the base weight")
         elif compared:
             ledger.skip(name, "the base weight: compared with the base when ΔW is read")
             for place in compared:
                 ledger.deltas[place] = _checked(ledger.deltas[place], held)
-        elif found:
+        elif places:
             ledger.skip(name, "the base weight: not compared, as the base's cannot be")
 
 

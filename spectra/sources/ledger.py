@@ -108,11 +108,11 @@ class Ledger:
         Raises:
             BaseRequiredError: there is none; the message says why one is needed.
         """
-        found = self.base or self.inner
-        if found is None:
+        base = self.base or self.inner
+        if base is None:
             because = because or f"ΔW of {self.title} depends on the base weights"
             raise BaseRequiredError(f"{self.where}: {because}: pass base= (--base)")
-        return found
+        return base
 
     def need_scale(self) -> None:
         """Make sure that s is known: α/r of the config, or what the user gives for files without one.
@@ -181,7 +181,7 @@ class Ledger:
             SourceError: it is there and cannot be read.
         """
         pattern = re.compile(rf"(?:(?P<module>.+)\.)?{name}(?:\.[^.]+)?")
-        found = None
+        ref = None
         for key in (*self.tuned.tensors, *self.tuned.broken):
             match = pattern.fullmatch(key)
             if match is None:
@@ -192,8 +192,8 @@ class Ledger:
                 raise SourceError(f"{key} is shared by all modules and cannot be read: {self.tuned.broken[key]}")
             else:
                 self.named.add(key)
-                found = self.tuned.tensors[key]
-        return found
+                ref = self.tuned.tensors[key]
+        return ref
 
     def use(self, refs: Iterable[TensorRef]) -> None:
         """Account for stored tensors that went into a recipe's numbers while listing, or into none on purpose."""
@@ -279,10 +279,10 @@ def _grouped(names: Iterable[str], pattern: str) -> tuple[dict[str, dict[str, st
     groups: dict[str, dict[str, str]] = {}
     adapters: set[str | None] = set()
     for name in names:
-        found = compiled.fullmatch(unwrap(name))
-        if found:
-            adapters.add(found.groupdict().get("adapter"))
-            groups.setdefault(found["module"], {})[found["slot"]] = name
+        match = compiled.fullmatch(unwrap(name))
+        if match:
+            adapters.add(match.groupdict().get("adapter"))
+            groups.setdefault(match["module"], {})[match["slot"]] = name
     return groups, adapters
 
 

@@ -55,22 +55,22 @@ def _strays(ledger: Ledger, rest: Iterable[str], used: set[str]) -> dict[str, li
     done = {ledger.owners[name] for name in used if name in ledger.owners}
     adapted = sorted(set(ledger.owners.values()), key=len, reverse=True)
     dumped = is_dump(ledger.tuned)
-    found = {}
+    strays = {}
     for name in rest:
         if name in ledger.owners:
             if ledger.owners[name] in done:
-                found[name] = [ledger.owners[name]]
+                strays[name] = [ledger.owners[name]]
             continue
         bare = unwrap(name)
         module = next((m for m in adapted if bare.startswith(m) and bare[len(m) : len(m) + 1] in (".", "_")), None)
         if module is not None:
             if not _of_the_model(ledger, name, bare.removeprefix(module)):
-                found[name] = [module]
+                strays[name] = [module]
         elif _acts_on_others(ledger, name, dumped):
             below = _below(bare, adapted)
             if below:
-                found[name] = below
-    return found
+                strays[name] = below
+    return strays
 
 
 def _of_the_model(ledger: Ledger, name: str, rest: str) -> bool:

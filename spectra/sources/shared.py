@@ -26,35 +26,35 @@ def add_up(ledger: Ledger) -> None:
     whole = {name: split_parts(name)[0] for name in by_name}
     ledger.deltas[:] = [
         delta
-        for name, found in by_name.items()
-        for delta in (_noted(ledger, whole[name], found) if whole[name] in ledger.tied else found)
+        for name, updates in by_name.items()
+        for delta in (_noted(ledger, whole[name], updates) if whole[name] in ledger.tied else updates)
     ]
     _warn_of_a_pair(ledger)
 
 
-def _noted(ledger: Ledger, name: str, found: list[WeightDelta]) -> list[WeightDelta]:
+def _noted(ledger: Ledger, name: str, updates: list[WeightDelta]) -> list[WeightDelta]:
     """The sum of the updates of one tied weight."""
     heads = " and ".join(ledger.tied[name])
-    alone = len(found) == 1
+    alone = len(updates) == 1
     note = (
         f"the update of {heads}, tied to this weight"
         if alone
         else f"the sum of its own update and that of {heads}, tied to it"
     )
-    summed = found[0] if alone else _sum(ledger, found, heads)
+    summed = updates[0] if alone else _sum(ledger, updates, heads)
     return [replace(summed, note="; ".join(filter(None, (summed.note, note))))] if summed.recipe else [summed]
 
 
-def _sum(ledger: Ledger, found: list[WeightDelta], heads: str) -> WeightDelta:
-    first = found[0]
-    refused = [delta for delta in found if delta.recipe is None]
-    recipes: tuple[Recipe, ...] = tuple(delta.recipe for delta in found if delta.recipe is not None)
+def _sum(ledger: Ledger, updates: list[WeightDelta], heads: str) -> WeightDelta:
+    first = updates[0]
+    refused = [delta for delta in updates if delta.recipe is None]
+    recipes: tuple[Recipe, ...] = tuple(delta.recipe for delta in updates if delta.recipe is not None)
     if refused:
         why = f"it is tied to {heads}, and one of their updates has no number: {refused[0].reason}"
-    elif any(_depends_on_base(delta) for delta in found):
+    elif any(_depends_on_base(delta) for delta in updates):
         why = f"it is tied to {heads}, and one of their updates depends on the weight, so they do not add up"
     else:
-        rank = min(sum(delta.max_rank for delta in found), *first.shape)
+        rank = min(sum(delta.max_rank for delta in updates), *first.shape)
         return replace(first, recipe=Summed(recipes), max_rank=rank)
     ledger.unsupported[first.name] = why
     return WeightDelta.refused(first.name, first.shape, "unsupported", why)
@@ -99,9 +99,9 @@ def _are_equal(one: TensorRef, other: TensorRef) -> bool | None:
     if len(one.shape) != 2 or not one.numel or {one.container, other.container} - {"safetensors", "archive"}:
         return None
     rows = range(0, one.shape[0], max(one.shape[0] // _COMPARED_ROWS, 1))
-    found = [[_bytes_of(ref.rows(row, row + 1)) for row in rows] for ref in (one, other)]
-    varied = any(len(set(row)) > 1 for row in found[0])  # rows of zeros are equal in any two models
-    return found[0] == found[1] if varied else None
+    samples = [[_bytes_of(ref.rows(row, row + 1)) for row in rows] for ref in (one, other)]
+    varied = any(len(set(row)) > 1 for row in samples[0])  # rows of zeros are equal in any two models
+    return samples[0] == samples[1] if varied else None
 
 
 def _bytes_of(ref: TensorRef) -> bytes:

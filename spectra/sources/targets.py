@@ -59,8 +59,8 @@ def targets(ledger: Ledger, shapes: Mapping[str, tuple[int, int] | None]) -> dic
     module that the base lacks, or has in another shape, has no number. Several modules whose weights are one
     have one target.
     """
-    found = weight_targets(ledger, {f"{module}.weight": shape for module, shape in shapes.items()})
-    return {name.removesuffix(".weight"): target for name, target in found.items()}
+    weights = weight_targets(ledger, {f"{module}.weight": shape for module, shape in shapes.items()})
+    return {name.removesuffix(".weight"): target for name, target in weights.items()}
 
 
 def weight_targets(ledger: Ledger, shapes: Mapping[str, tuple[int, int] | None]) -> dict[str, Target]:
@@ -70,7 +70,7 @@ def weight_targets(ledger: Ledger, shapes: Mapping[str, tuple[int, int] | None])
     base = ledger.base
     held = {name: Target.of(name, ref, base.config_of(name)) for name, ref in base.tensors.items()}
     names = align_file(ledger, shapes, {name: target.ref.shape for name, target in held.items() if target.ref})
-    found: dict[str, Target] = {}
+    by_weight: dict[str, Target] = {}
     for own, shape in shapes.items():
         name = names[own]
         other = shared_weight(ledger, name)
@@ -87,10 +87,10 @@ def weight_targets(ledger: Ledger, shapes: Mapping[str, tuple[int, int] | None])
             ledger.refuse(name, (), "unreadable", base.unusable[name])
         elif name in base.unusable:
             ledger.warnings.append(f"{name}: the norm of the base weight is unknown: {base.unusable[name]}")
-            found[own] = Target(name)
+            by_weight[own] = Target(name)
         else:
-            _enter(ledger, found, own, shape, held[name])
-    return found
+            _enter(ledger, by_weight, own, shape, held[name])
+    return by_weight
 
 
 def _inside(ledger: Ledger, name: str, shape: tuple[int, int] | None) -> Target:
@@ -102,13 +102,15 @@ def _inside(ledger: Ledger, name: str, shape: tuple[int, int] | None) -> Target:
     return target if target.ref is not None and shape in (None, target.ref.shape) else Target(name)
 
 
-def _enter(ledger: Ledger, found: dict[str, Target], own: str, shape: tuple[int, int] | None, target: Target) -> None:
+def _enter(
+    ledger: Ledger, by_weight: dict[str, Target], own: str, shape: tuple[int, int] | None, target: Target
+) -> None:
     there = target.ref.shape if target.ref else ()
     if shape is not None and there != shape:
         why = f"the update is {list(shape)}, the base weight {list(there)}"
         ledger.refuse(target.name, shape, "shape_mismatch", why)
     else:
-        found[own] = target
+        by_weight[own] = target
 
 
 def align_file(
@@ -157,8 +159,8 @@ def shared_weight(ledger: Ledger, name: str) -> str | None:
     """The stored weight that a weight of the base is where it has another name, unless the adapter unties the two."""
     assert ledger.base is not None
     base = ledger.base
-    found = tied.stored_as(name, base.tensors.keys(), base.same, base.config_of(name))
-    return None if found is None or saves_whole(ledger, name) or saves_whole(ledger, found) else found
+    stored = tied.stored_as(name, base.tensors.keys(), base.same, base.config_of(name))
+    return None if stored is None or saves_whole(ledger, name) or saves_whole(ledger, stored) else stored
 
 
 def saves_whole(ledger: Ledger, name: str) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spectra.deltas.thin import times
 from spectra.engine.solvers import topk
+from spectra.engine.solvers.calibration import eigenvalues
 
 Moment = tuple[float, float]  # Σσ⁴ and what it may be off by
 _NOTED: ContextVar[list[list[Moment]] | None] = ContextVar("noted", default=None)
@@ -115,14 +116,6 @@ def _upper_triangle(rows: Tensor, product: Tensor) -> None:
     torch.mm(rows[:half], rows[half:].T, out=product[:half, half:])
 
 
-def eigenvalues(gram: Float64[Tensor, "*batch s s"]) -> Float64[Tensor, "*batch s"]:
-    """Eigenvalues of a Gram matrix, descending, none negative; only its upper triangle is read.
-
-    The transpose is already in LAPACK's order, which saves a strided copy.
-    """
-    return torch.linalg.eigvalsh(gram.mT, UPLO="L").flip(-1).clamp(min=0)
-
-
 def gram_values(matrix: Float64[Tensor, "*batch m n"]) -> Float64[Tensor, "*batch s"]:
     r"""All singular values, descending: σ = √λ of the float64 Gram matrix.
 
@@ -172,8 +165,8 @@ def lanczos_top(matrix: Float64[Tensor, "m n"], top: int, product: Float64[Tenso
     if not topk.promising(product, top):
         raise topk.NotConvergedError(f"{top} vectors are too many for so flat a spectrum")
     values = eigenvalues(product)
-    found = topk.leading_eigenvectors(product, top, values)
-    return _with_rest(values.sqrt(), lift(matrix, found.vectors))
+    leading = topk.leading_eigenvectors(product, top, values)
+    return _with_rest(values.sqrt(), lift(matrix, leading.vectors))
 
 
 def lanczos_only_top(
@@ -185,10 +178,10 @@ def lanczos_only_top(
         NotConvergedError: the target was not reached, or the proof failed.
     """
     product = gram(matrix) if product is None else product
-    found = topk.leading_eigenvectors(product, top)
-    if not topk.certify(product, found):
+    leading = topk.leading_eigenvectors(product, top)
+    if not topk.certify(product, leading):
         raise topk.NotConvergedError("a larger singular value was missed")
-    return lift(matrix, found.vectors)
+    return lift(matrix, leading.vectors)
 
 
 def lift(matrix: Float64[Tensor, "*batch m n"], short: Float64[Tensor, "*batch s k"]) -> Triplets:

@@ -222,10 +222,10 @@ def leading_eigenvectors(gram: Float64[Tensor, "s s"], k: int, values: Float64[T
     stages = plan_stages(known, k)
     if stages is None:
         raise NotConvergedError("the eigenvalues around k are too close together for a Krylov space to be worth it")
-    found = Leading(gram.new_zeros(0), gram.new_zeros((size, 0)), 0)
+    best = Leading(gram.new_zeros(0), gram.new_zeros((size, 0)), 0)
     for stage in stages:
-        found = _run(gram, stage, found, values)
-    return found
+        best = _run(gram, stage, best, values)
+    return best
 
 
 def _run(gram: Tensor, stage: Stage, before: Leading, values: Tensor) -> Leading:
@@ -239,9 +239,9 @@ def _run(gram: Tensor, stage: Stage, before: Leading, values: Tensor) -> Leading
         if space.dimension < max(check_at, count + stage.width):
             continue
         check_at = space.dimension + max(2 * stage.width, space.dimension // 16)
-        found, coefficients, bounds = space.ritz(count)
+        values_found, coefficients, bounds = space.ritz(count)
         if stage.shift is not None:  # r of the inverse becomes (μI − G) r / θ, which is at most μ r / θ
-            bounds = stage.shift * bounds / found.clamp(min=1 / stage.shift)
+            bounds = stage.shift * bounds / values_found.clamp(min=1 / stage.shift)
         if float(bounds.max()) <= _HOPE * stage.target:
             vectors = torch.cat([before.vectors, space.vectors(coefficients)], 1)
             leading, residual = _rayleigh_ritz(gram, vectors, before.columns + space.dimension)
@@ -311,7 +311,7 @@ def _rayleigh_ritz(gram: Tensor, block: Tensor, columns: int) -> tuple[Leading, 
     return Leading(values, vectors, columns + block.shape[1]), residual
 
 
-def certify(gram: Float64[Tensor, "s s"], found: Leading) -> bool:
+def certify(gram: Float64[Tensor, "s s"], leading: Leading) -> bool:
     r"""Whether no eigenvalue above the smallest found one was missed.
 
     μI − (G − V Θ Vᵀ) has a Cholesky factor only if every eigenvalue of the deflated G is below μ, and
@@ -324,6 +324,6 @@ def certify(gram: Float64[Tensor, "s s"], found: Leading) -> bool:
         >>> certify(gram, Leading(torch.tensor([3.0, 1.0]).double(), eye[:, [0, 2]], 0))
         False
     """
-    hair = max(1e-9 * float(found.values[-1]), 16 * _FLOOR * float(found.values[0]))
-    shifted = _below(gram, float(found.values[-1]) + hair, found)
+    hair = max(1e-9 * float(leading.values[-1]), 16 * _FLOOR * float(leading.values[0]))
+    shifted = _below(gram, float(leading.values[-1]) + hair, leading)
     return int(torch.linalg.cholesky_ex(shifted).info) == 0

@@ -177,15 +177,17 @@ class EightBit(Coded):
 
 def find(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> list[Candidate]:
     """Weights with block maxima, and int8 weights with SCB; the config is not needed."""
-    found = []
+    candidates = []
     for weight, parts in modules(tensors, _PARTS_4, rf"absmax|{_STATE}").items():
         codes = {weight: tensors[weight]} if weight in tensors else {}
         names = (*codes, *full_names(weight, parts, "absmax"))
-        found.append(Candidate(weight, f"{TITLE} 4-bit", names, partial(_four_bit, weight, codes.get(weight), parts)))
+        candidates.append(
+            Candidate(weight, f"{TITLE} 4-bit", names, partial(_four_bit, weight, codes.get(weight), parts))
+        )
     for module, parts in modules(tensors, "weight|SCB|weight_format", "SCB|weight_format").items():
         names = full_names(module, parts, "weight")
-        found.append(Candidate(f"{module}.weight", f"{TITLE} 8-bit", names, partial(_eight_bit, parts)))
-    return found
+        candidates.append(Candidate(f"{module}.weight", f"{TITLE} 8-bit", names, partial(_eight_bit, parts)))
+    return candidates
 
 
 def _eight_bit(parts: Mapping[str, TensorRef]) -> EightBit:

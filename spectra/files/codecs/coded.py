@@ -129,12 +129,14 @@ def modules(tensors: Mapping[str, TensorRef], parts: str, marker: str) -> dict[s
         marker: one for those that tell it.
     """
     pattern = re.compile(rf"(.+)\.({parts})")
-    found: dict[str, dict[str, TensorRef]] = {}
+    by_module: dict[str, dict[str, TensorRef]] = {}
     for name, ref in tensors.items():
         if match := pattern.fullmatch(name):
-            found.setdefault(match[1], {})[match[2]] = ref
+            by_module.setdefault(match[1], {})[match[2]] = ref
     return {
-        module: mine for module, mine in found.items() if any(re.fullmatch(marker, part) is not None for part in mine)
+        module: mine
+        for module, mine in by_module.items()
+        if any(re.fullmatch(marker, part) is not None for part in mine)
     }
 
 
@@ -149,9 +151,9 @@ def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     places = (config, text) if isinstance(text, Mapping) else (config,)
     for place in places:
         for key in ("quantization_config", "compression_config"):
-            found = place.get(key)
-            if isinstance(found, Mapping):
-                return found
+            settings = place.get(key)
+            if isinstance(settings, Mapping):
+                return settings
     return {}
 
 

@@ -104,17 +104,17 @@ class CompressedTensors(Coded):
 def find(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> list[Candidate]:
     """Modules with `weight_packed`, and int8 weights where the config says whose they are."""
     settings = settings_of(config)
-    found = []
+    candidates = []
     for module, parts in modules(tensors, _PACKED, "weight_packed|weight_shape").items():
         names = full_names(module, parts, "weight_packed")
-        found.append(Candidate(f"{module}.weight", TITLE, names, partial(_packed, parts, settings)))
+        candidates.append(Candidate(f"{module}.weight", TITLE, names, partial(_packed, parts, settings)))
     if settings.get("quant_method") != TITLE:
-        return found
+        return candidates
     for module, parts in modules(tensors, _PLAIN, "weight|weight_scale").items():
         if "weight" not in parts or parts["weight"].dtype not in _FLOATS:
             names = full_names(module, parts, "weight")
-            found.append(Candidate(f"{module}.weight", TITLE, names, partial(_plain, parts, settings)))
-    return found
+            candidates.append(Candidate(f"{module}.weight", TITLE, names, partial(_plain, parts, settings)))
+    return candidates
 
 
 def _packed(parts: Mapping[str, TensorRef], settings: Mapping[str, Any]) -> CompressedTensors:

@@ -79,16 +79,16 @@ class Fp8(Coded):
 
 def find(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> list[Candidate]:
     """Every tensor in fp8, and scales that miss theirs."""
-    found = []
+    candidates = []
     for name, ref in tensors.items():
         if ref.dtype in DTYPES:
             scale = _scale_of(name, tensors)
             names = (name, scale) if scale else (name,)
-            found.append(Candidate(name, TITLE, names, partial(_fp8, ref, tensors.get(scale or ""), config)))
+            candidates.append(Candidate(name, TITLE, names, partial(_fp8, ref, tensors.get(scale or ""), config)))
         stem = name.removesuffix(_SCALES[0])
         if stem != name and stem not in tensors:
-            found.append(Candidate(stem, TITLE, (name,), _missing))
-    return found
+            candidates.append(Candidate(stem, TITLE, (name,), _missing))
+    return candidates
 
 
 def _scale_of(name: str, tensors: Mapping[str, TensorRef]) -> str | None:

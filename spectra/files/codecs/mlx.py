@@ -96,17 +96,17 @@ def find(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> list[Ca
     """Weights in uint32, which nobody else writes, and scales with biases that miss theirs."""
     own = config.get("quantization")
     settings = next((given for given in (own, config.get("quantization_config")) if isinstance(given, Mapping)), {})
-    found = modules(tensors, "weight|scales|biases", "scales")
+    by_module = modules(tensors, "weight|scales|biases", "scales")
     for name, ref in tensors.items():
         module, _, part = name.rpartition(".")
-        if ref.dtype == "U32" and part == "weight" and module not in found:
+        if ref.dtype == "U32" and part == "weight" and module not in by_module:
             biases = tensors.get(f"{module}.biases")
-            found[module] = {part: ref} | ({"biases": biases} if biases is not None else {})
+            by_module[module] = {part: ref} | ({"biases": biases} if biases is not None else {})
     return [
         Candidate(
             f"{module}.weight", TITLE, full_names(module, parts, "weight"), partial(_mlx, module, parts, settings)
         )
-        for module, parts in found.items()
+        for module, parts in by_module.items()
         if _is_mlx(parts, isinstance(own, Mapping))
     ]
 
@@ -151,10 +151,10 @@ def _mxfp4(codes: TensorRef, scales: TensorRef, groups: tuple[int, ...], bits: i
 def _settings_of(module: str, settings: Mapping[str, Any]) -> tuple[int, int, str]:
     """Bits, group size and mode of a module: its own where it is named, else everybody's."""
     own = settings.get(module)
-    found = own if isinstance(own, Mapping) else settings
+    mine = own if isinstance(own, Mapping) else settings
     if own is False:
         raise SourceError("config.json says that this module is not quantised")
-    bits, size, mode = found.get("bits"), found.get("group_size"), found.get("mode", settings.get("mode", "affine"))
+    bits, size, mode = mine.get("bits"), mine.get("group_size"), mine.get("mode", settings.get("mode", "affine"))
     if type(bits) is not int or bits not in _BITS or type(size) is not int or size < 1:
         raise SourceError(
             f"config.json gives bits = {bits!r} and group_size = {size!r} under quantization; "

@@ -90,12 +90,12 @@ class Mxfp4(Coded):
 def find(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> list[Candidate]:
     """Pairs of `_blocks` and `_scales`, and either that is alone; the config is not needed."""
     stems = {name.rpartition("_")[0] for name, ref in tensors.items() if _PART.search(name) and ref.dtype == "U8"}
-    found = []
+    candidates = []
     for stem in sorted(stems):
         parts = {end: tensors[f"{stem}_{end}"] for end in ("blocks", "scales") if f"{stem}_{end}" in tensors}
         names = tuple(f"{stem}_{end}" for end in parts)
-        found.append(Candidate(stem, TITLE, names, partial(_mxfp4, parts)))
-    return found
+        candidates.append(Candidate(stem, TITLE, names, partial(_mxfp4, parts)))
+    return candidates
 
 
 def _mxfp4(parts: Mapping[str, TensorRef]) -> Mxfp4:

@@ -25,19 +25,21 @@ _FORMATS: tuple[tuple[str, str, str, str], ...] = (
 
 def find(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> list[Candidate]:
     """Weights of known formats, and int8 codes with a scale of which nobody says how they belong together."""
-    found = []
+    candidates = []
     for title, parts, marker, dtype in _FORMATS:
         for module, mine in modules(tensors, parts, marker).items():
             told = next(part for part in mine if re.fullmatch(marker, part))
             if not dtype or mine[told].dtype == dtype:
                 names = full_names(module, mine, "weight" if "weight" in mine else told)
-                found.append(Candidate(f"{module}.weight", title, names, partial(_refuse, "this format is not read")))
+                candidates.append(
+                    Candidate(f"{module}.weight", title, names, partial(_refuse, "this format is not read"))
+                )
     for name, ref in tensors.items():
         if ref.dtype == "I8" and f"{name}_scale" in tensors:
             companions = [other for end in ("_scale", "_zero_point") if (other := name + end) in tensors]
             why = "config.json does not say whose they are"
-            found.append(Candidate(name, "int8", (name, *companions), partial(_refuse, why)))
-    return found
+            candidates.append(Candidate(name, "int8", (name, *companions), partial(_refuse, why)))
+    return candidates
 
 
 def _refuse(why: str) -> NoReturn:

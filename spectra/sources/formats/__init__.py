@@ -65,13 +65,13 @@ class Format:
 
     def modules(self, folder: Folder) -> list[str]:
         """The modules that a folder adapts, by the tensors' names alone: what stands before a mark."""
-        found: dict[str, None] = {}
+        names: dict[str, None] = {}
         for name in folder.tensors:
             line = f"\n{name}\n"
             places = [place for mark in self.marks if (place := line.find(mark)) > 0]
             if places:
-                found[unwrap(line[1 : min(places)].rstrip("."))] = None
-        return list(found)
+                names[unwrap(line[1 : min(places)].rstrip("."))] = None
+        return list(names)
 
     def open(
         self,

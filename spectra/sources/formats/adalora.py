@@ -43,6 +43,6 @@ def _kept_ranks(ledger: Ledger) -> dict[str, int]:
         raise SourceError(f"{ledger.where}: rank_pattern is not an object of module: mask; mend adapter_config.json")
     kept = {}
     for name, mask in pattern.items():
-        module, found, _ = name.rpartition(".lora_E")
-        kept[module if found else name] = sum(entry is True or entry == 1 for entry in mask)
+        module, end, _ = name.rpartition(".lora_E")
+        kept[module if end else name] = sum(entry is True or entry == 1 for entry in mask)
     return kept

@@ -57,10 +57,10 @@ class Scales:
             Refusal: what the file says does not fit the factors.
             SourceError: it is unusable.
         """
-        for found in (self._of_diffusers(module, rank), self._of_kohya(convolution, rank), self._beside(module, rank)):
-            if found is not None:
+        for factor in (self._of_diffusers(module, rank), self._of_kohya(convolution, rank), self._beside(module, rank)):
+            if factor is not None:
                 self.told.append(module)
-                return found
+                return factor
         if self.ledger.scale is None and self._has_convention(module):
             self.folded.append(module)
             return 1.0
@@ -133,10 +133,10 @@ class Scales:
     @cached_property
     def _network_arguments(self) -> Mapping[str, Any]:
         try:
-            found = json.loads(self._notes.get("ss_network_args", "{}"))
+            arguments = json.loads(self._notes.get("ss_network_args", "{}"))
         except (ValueError, RecursionError):
             return {}
-        return found if isinstance(found, Mapping) else {}
+        return arguments if isinstance(arguments, Mapping) else {}
 
     @property
     def _network_dim(self) -> int | None:
@@ -235,8 +235,8 @@ def _lora_options(content: Mapping[str, Any], component: str, depth: int = 2) ->
         return {**content, "lora_alpha": content[alpha], **({"r": content[rank]} if rank else {})}
     objects = {key: value for key, value in content.items() if isinstance(value, Mapping)} if depth else {}
     inner = {key: _lora_options(value, component, depth - 1) for key, value in objects.items()}
-    found = {key: options for key, options in inner.items() if options is not None}
-    return found.get(component) or (next(iter(found.values())) if len(found) == 1 else None)
+    of_components = {key: options for key, options in inner.items() if options is not None}
+    return of_components.get(component) or (next(iter(of_components.values())) if len(of_components) == 1 else None)
 
 
 def _listed(modules: list[str]) -> str:

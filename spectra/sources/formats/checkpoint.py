@@ -71,11 +71,11 @@ def _paired(ledger: Ledger, tuned: Folder, base: Folder) -> _Pairs:
     names, rule = align(_shapes(tuned_weights), _shapes(base_weights))
     if rule:
         ledger.warnings.append(rule)
-    found = renumbered({names[key]: weight for key, weight in tuned_weights.items()}, base_weights)
-    ledger.tuned_only.update(found.tuned_only)
-    ledger.base_only.update(found.base_only)
-    ledger.warnings += found.warnings
-    pairs = _Pairs(ledger, tuned, base, found.tuned, found.base, moved=found.notes)
+    joined = renumbered({names[key]: weight for key, weight in tuned_weights.items()}, base_weights)
+    ledger.tuned_only.update(joined.tuned_only)
+    ledger.base_only.update(joined.base_only)
+    ledger.warnings += joined.warnings
+    pairs = _Pairs(ledger, tuned, base, joined.tuned, joined.base, moved=joined.notes)
     _note_tied(pairs)
     return pairs
 

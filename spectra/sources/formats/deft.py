@@ -69,8 +69,8 @@ def read(ledger: Ledger) -> None:
         removed_only = config.flag("para")
         if removed_only and "deft_R" in slots:
             raise Refusal(f"the config says that {module} has no deft_R (para), and {ledger.where} holds one")
-        directions, *found = slots.real("deft_P", *(() if removed_only else ("deft_R",)))
-        written = found[0] if found else None
+        directions, *residual = slots.real("deft_P", *(() if removed_only else ("deft_R",)))
+        written = residual[0] if residual else None
         r = min(config.count("r"), base.shape[0])
         if directions.shape != (base.shape[0], r) or (written and written.shape != (r, base.shape[1])):
             shapes = " and ".join(f"{name} {list(ref.shape)}" for name, ref in slots.items())

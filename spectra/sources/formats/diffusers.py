@@ -33,9 +33,9 @@ def matches(folder: Folder) -> bool:
     """Factors in words that PEFT does not use, or in its words where only such a file says α or has such components."""
     if declared_type(folder) not in (None, "LORA"):
         return False
-    found = list(_found(folder))
-    has_alpha = "lora_adapter_metadata" in folder.metadata or any(suffix == "alpha" for _, suffix in found)
-    for module, suffix in found:
+    pairs = list(_found(folder))
+    has_alpha = "lora_adapter_metadata" in folder.metadata or any(suffix == "alpha" for _, suffix in pairs)
+    for module, suffix in pairs:
         if _SHARED.fullmatch(suffix):
             continue
         if not _OF_PEFT.fullmatch(suffix):
@@ -49,9 +49,9 @@ def matches(folder: Folder) -> bool:
 def _found(folder: Folder) -> Iterator[tuple[str, str]]:
     """Module and suffix of every tensor that is named as a part of an adapter."""
     for name in folder.tensors:
-        found = _match(name)
-        if found:
-            yield found["module"], found["suffix"]
+        match = _match(name)
+        if match:
+            yield match["module"], match["suffix"]
 
 
 def _match(name: str) -> re.Match[str] | None:
@@ -77,10 +77,10 @@ def read(ledger: Ledger) -> None:
 
 def parted(name: str) -> lycoris.Part | None:
     """A dotted name's path, its module in the base's words, and slot; None if it is no part of an adapter."""
-    found = _match(name)
-    if not found:
+    match = _match(name)
+    if not match:
         return None
-    path, suffix = found["module"], found["suffix"].replace(".default", "")
+    path, suffix = match["module"], match["suffix"].replace(".default", "")
     old = _PROCESSOR.search(path)
     if old is None:
         return lycoris.Part(path, path, lycoris.slot(suffix))

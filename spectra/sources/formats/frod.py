@@ -116,8 +116,8 @@ def _bases(ledger: Ledger) -> dict[str, Slots]:
     """role → V and the places of S, which lie under `base_model` and not under a module."""
     bases: dict[str, Slots] = {}
     for name, ref in ledger.tuned.tensors.items():
-        found = _OF_A_ROLE.fullmatch(name)
-        if found:
-            bases.setdefault(found["role"], Slots())[found["slot"]] = ref
+        match = _OF_A_ROLE.fullmatch(name)
+        if match:
+            bases.setdefault(match["role"], Slots())[match["slot"]] = ref
     ledger.use(ref for shared in bases.values() for ref in shared.values())
     return bases

@@ -51,17 +51,17 @@ def read(ledger: Ledger) -> None:
             "is no one ΔW to analyse"
         )
     alpha = _alpha(ledger)
-    found = _architecture(ledger)
+    names = _architecture(ledger)
     terms: dict[str, Term] = {}
     for module, slots in ledger.modules(r"weight\.(?P<slot>lora_[ab])").items():
         stored = f"{module}.weight"
-        name = (gguf_names.plain_name(stored, found) if found else None) or stored
+        name = (gguf_names.plain_name(stored, names) if names else None) or stored
         factors = None
         with ledger.attempt(name):
             factors = _factors(ledger, module, slots)
         if factors is not None:
             with ledger.attempt(name, () if len(factors[1].shape) > 2 else _shape(stored, *factors)):
-                for own, term in _terms(ledger, stored, found, alpha, *factors).items():
+                for own, term in _terms(ledger, stored, names, alpha, *factors).items():
                     terms[(own or name).removesuffix(".weight")] = term
     for module, target in targets(ledger, {module: term.shape for module, term in terms.items()}).items():
         add_factored(ledger, target, [terms[module]])
@@ -93,13 +93,13 @@ def _architecture(ledger: Ledger) -> gguf_names.Architecture | None:
     """How the names map; None, with a warning, where that is not known."""
     name = str(ledger.config.get("general.architecture"))
     mixture = any("_exps." in stored or ".ffn_gate_inp." in stored for stored in ledger.tuned.tensors)
-    found = gguf_names.architecture(name, mixture=mixture)
-    if found is None:
+    names = gguf_names.architecture(name, mixture=mixture)
+    if names is None:
         ledger.warnings.append(
             f"{ledger.where}: GGUF architecture {name!r} is not in the table, so updates keep llama.cpp's names and "
             "row order"
         )
-    return found
+    return names
 
 
 def _factors(ledger: Ledger, module: str, slots: Slots) -> tuple[TensorRef, TensorRef]:

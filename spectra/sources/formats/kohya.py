@@ -66,12 +66,12 @@ def _resolved(ledger: Ledger, modules: Mapping[str, Slots]) -> dict[str, str]:
     for module, slots in modules.items():
         if module in dotted:
             continue
-        found = _candidates(module, by_flat)
-        fitting = [name for name in found if len(found) == 1 or _fits(slots, ledger.base.tensors[name])]
+        candidates = _candidates(module, by_flat)
+        fitting = [name for name in candidates if len(candidates) == 1 or _fits(slots, ledger.base.tensors[name])]
         if len(fitting) == 1:
             claimed.setdefault(fitting[0], []).append(module)
-        elif found:
-            why = f"the flat name can be {' or '.join(found)}, and {len(fitting)} of them have the factors' shape"
+        elif candidates:
+            why = f"the flat name can be {' or '.join(candidates)}, and {len(fitting)} of them have the factors' shape"
             ledger.refuse(f"{module}.weight", (), "unsupported", why)
         else:
             ledger.lack(f"{module}.weight", "not in the base")
@@ -98,10 +98,10 @@ def _candidates(module: str, by_flat: Mapping[str, list[str]]) -> list[str]:
     """The base's weights that a flat name can stand for."""
     start, places = components.of_flat(module)
     path = module.removeprefix(start)
-    found = [
+    paths = [
         name for place in places for name in by_flat.get(place.replace(".", "_") + path, ()) if name.startswith(place)
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(paths))
 
 
 def _fits(slots: Slots, weight: TensorRef) -> bool:

@@ -37,10 +37,10 @@ def hadamard_product(slots: Slots) -> HadamardProduct:
     """
     slots.real(*_FACTORS, *(_CORES if slots.keys() & set(_CORES) else ()))
     first, second = (cp_product(slots[f"hada_w{i}_a"], slots[f"hada_w{i}_b"], slots.get(f"hada_t{i}")) for i in (1, 2))
-    found = HadamardProduct(first, second)
-    if found.fault:
-        raise Refusal(found.fault)
-    return found
+    product = HadamardProduct(first, second)
+    if product.fault:
+        raise Refusal(product.fault)
+    return product
 
 
 def cp_product(a: TensorRef, b: TensorRef, core: TensorRef | None) -> Product:

@@ -34,10 +34,10 @@ def read(ledger: Ledger) -> None:
 def _product(slots: Slots) -> KroneckerProduct:
     """The product for s = 1; a tensor that is one too many is as wrong as one that is missing."""
     slots.real(*slots)
-    found = KroneckerProduct(_side(slots, "1"), _side(slots, "2"))
-    if found.fault:
-        raise Refusal(found.fault)
-    return found
+    product = KroneckerProduct(_side(slots, "1"), _side(slots, "2"))
+    if product.fault:
+        raise Refusal(product.fault)
+    return product
 
 
 def _side(slots: Slots, index: str) -> TensorRef | Product:

@@ -82,21 +82,21 @@ def read(ledger: Ledger) -> None:
         ledger.warnings.append("layer_replication: names are those of the enlarged model, and the base was not used")
     groups = _with_latent(ledger, ledger.modules(_SLOTS))
     stacks = {m: slots for m, slots in groups.items() if lora_experts.parameters_of(ledger.config, m)}
-    found: dict[str, _Module] = {}
+    modules: dict[str, _Module] = {}
     for module in groups:
         if module not in stacks:
             name, owner, twice = _place(module, groups)
             with ledger.attempt(name):
                 item = _module(ledger, owner, groups[module])
-                found[name] = _twice(item) if twice else item
-    if any(item.magnitude is not None for item in found.values()):
+                modules[name] = _twice(item) if twice else item
+    if any(item.magnitude is not None for item in modules.values()):
         if ledger.config.get("layer_replication"):
             raise UnsupportedFormatError(
                 f"{ledger.where}: ΔW of DoRA depends on the base weights, and after layer_replication the layers have "
                 "other numbers than the base's, which is not read: compare what PEFT makes of the adapter instead"
             )
         ledger.need_base()
-    _add_modules(ledger, found)
+    _add_modules(ledger, modules)
     lora_experts.add_stacks(ledger, stacks)
     add_tokens(ledger)
     for name in ledger.tuned.tensors:
@@ -106,20 +106,20 @@ def read(ledger: Ledger) -> None:
 
 def _with_latent(ledger: Ledger, groups: dict[str, Slots]) -> dict[str, Slots]:
     """The modules with the R that LoRA-XS trains between frozen factors, which every module has or none."""
-    found = False
+    latent = False
     for name in (*ledger.tuned.tensors, *ledger.tuned.broken):
         path, mark, rest = unwrap(name).partition(_LATENT)
         module = path if path in groups else path.rpartition(".")[0]
         if not mark or rest not in ("", ".weight") or module not in groups:
             continue
-        found = True
+        latent = True
         ledger.owners[name] = module
         if name in ledger.tuned.broken:
             ledger.refuse(f"{module}.weight", (), "unreadable", ledger.tuned.broken[name])
             del groups[module]
         else:
             groups[module]["lora_latent_mapping"] = ledger.tuned.tensors[name]
-    for module in [m for m, slots in groups.items() if found and "lora_latent_mapping" not in slots]:
+    for module in [m for m, slots in groups.items() if latent and "lora_latent_mapping" not in slots]:
         why = f"the other modules are LoRA-XS, and lora_latent_mapping of {module} is missing in {ledger.where}"
         ledger.refuse(f"{module}.weight", (), "unsupported", why)
         del groups[module]
@@ -180,8 +180,8 @@ def _with_variants(config: Config, module: str, slots: Slots, plain: _Module) ->
     for option, key in (("kasa_config", "lora_diag"), ("use_dora", "lora_magnitude_vector")):
         claimed, there = bool(config.get(option)), key in slots
         if config and claimed != there and not (plain.embedding and option == "kasa_config"):
-            found = "is there" if there else "is missing"
-            raise Refusal(f"the config says {option} = {config.get(option)!r}, and {key} of {module} {found}")
+            presence = "is there" if there else "is missing"
+            raise Refusal(f"the config says {option} = {config.get(option)!r}, and {key} of {module} {presence}")
     if diagonal is not None:
         if not diagonal.is_float or diagonal.shape != (width,):
             raise Refusal(f"lora_diag {list(diagonal.shape)} of {module} ({diagonal.dtype}) does not fit its factors")
@@ -211,9 +211,9 @@ def _block_diagonal(ledger: Ledger, module: str, down: TensorRef, up: TensorRef)
     return (down.block_diagonal(count) if sides[0] else down), (up.block_diagonal(count) if sides[1] else up)
 
 
-def _add_modules(ledger: Ledger, found: Mapping[str, _Module]) -> None:
-    for name, target in weight_targets(ledger, {name: item.term.shape for name, item in found.items()}).items():
-        item = found[name]
+def _add_modules(ledger: Ledger, modules: Mapping[str, _Module]) -> None:
+    for name, target in weight_targets(ledger, {name: item.term.shape for name, item in modules.items()}).items():
+        item = modules[name]
         with ledger.attempt(target.name, item.term.shape):
             ref = target.real
             method = _method(ledger.config, item) if ref is not None else None

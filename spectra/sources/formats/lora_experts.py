@@ -73,12 +73,12 @@ def parameters_of(config: Config, module: str) -> list[str]:
     """The parameters of a module that `target_parameters` means, by PEFT's rule: a suffix of whole words."""
     listed = config.get("target_parameters")
     owner = owner_of(module)
-    found = []
+    names = []
     for entry in listed if isinstance(listed, list) else []:
         path, _, parameter = str(entry).rpartition(".")
         if owner == path or owner.endswith(f".{path}"):
-            found.append(parameter)
-    return sorted(set(found))
+            names.append(parameter)
+    return sorted(set(names))
 
 
 def owner_of(module: str) -> str:
@@ -251,10 +251,10 @@ def _fits(level: _Level, stored: _Stored) -> bool:
 
 def _swapped(config: Config) -> bool | None:
     """Whether the adapter is from a PEFT that swapped in and out of 3-D parameters; None where that is not known."""
-    found = re.match(r"(\d+)\.(\d+)(?:\.\d+)?(\.?dev)?", str(config.get("peft_version") or "0.17"))
-    if found is None or (found[3] and (int(found[1]), int(found[2])) == _SWAPPED_UNTIL):
+    version = re.match(r"(\d+)\.(\d+)(?:\.\d+)?(\.?dev)?", str(config.get("peft_version") or "0.17"))
+    if version is None or (version[3] and (int(version[1]), int(version[2])) == _SWAPPED_UNTIL):
         return None
-    return (int(found[1]), int(found[2])) <= _SWAPPED_UNTIL
+    return (int(version[1]), int(version[2])) <= _SWAPPED_UNTIL
 
 
 def _crossed(config: Config, level: _Level, stored: _Stored) -> bool | None:

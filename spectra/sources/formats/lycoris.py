@@ -204,16 +204,16 @@ def add(ledger: Ledger, modules: Mapping[str, Slots], names: Mapping[str, str]) 
         BaseRequiredError: a module has a DoRA magnitude, and there is no base.
         SourceError: no module has an α, and the user gave no scale.
     """
-    found = _built(ledger, modules, names)
-    if any(item.magnitude is not None for item in found.values()):
+    built = _built(ledger, modules, names)
+    if any(item.magnitude is not None for item in built.values()):
         ledger.need_base("ΔW of DoRA depends on the base weights")
     # LyCORIS stores an α where nothing is factored, too: no recipe reads it.
     ledger.use(slots["alpha"] for slots in modules.values() if "alpha" in slots)
     here: dict[str, _Module] = {}
-    for name, place in components.names_in_base(ledger, {n: item.update.shape for n, item in found.items()}).items():
+    for name, place in components.names_in_base(ledger, {n: item.update.shape for n, item in built.items()}).items():
         if place in here:
             ledger.refuse(place, (), "unsupported", f"{name} and another module both stand for this weight")
-        here[place] = found[name]
+        here[place] = built[name]
     here = {place: item for place, item in here.items() if place not in ledger.unsupported}
     for name, target in weight_targets(ledger, {name: item.update.shape for name, item in here.items()}).items():
         item = here[name]
@@ -228,23 +228,23 @@ def _built(ledger: Ledger, modules: Mapping[str, Slots], names: Mapping[str, str
         SourceError: that is so for all of them, as no α is known.
     """
     scales = Scales(ledger, modules)
-    found: dict[str, _Module] = {}
+    built: dict[str, _Module] = {}
     unknown: dict[str, UnknownScale] = {}
     for module, name in names.items():
         try:
-            found[name] = _module(scales, module, modules[module])
+            built[name] = _module(scales, module, modules[module])
         except UnknownScale as why:
             unknown[module] = why
         except Refusal as why:
             ledger.refuse(name, (), why.status, f"{module}: {why}")
     scales.say()
-    if unknown and not found:
+    if unknown and not built:
         module, reason = next(iter(unknown.items()))
         count = f"{len(unknown)} modules, such as {module}" if len(unknown) > 1 else module
         raise SourceError(f"{ledger.where}: {count}: {reason}")
     for module, reason in unknown.items():
         ledger.refuse(names[module], (), reason.status, f"{module}: {reason}")
-    return found
+    return built
 
 
 def _module(scales: Scales, module: str, slots: Slots) -> _Module:
@@ -329,13 +329,13 @@ def _lokr(slots: Slots) -> tuple[Update, int | None]:
     known = {f"lokr_w{i}{part}" for i in "12" for part in ("", "_a", "_b")} | {"lokr_t2"}
     if set(slots) - known:
         raise Refusal(f"{sorted(set(slots) - known)[0]} is no part of LoKr")
-    found = KroneckerProduct(first, second)
+    product = KroneckerProduct(first, second)
     ranks = {side.right.shape[0] for side in (first, second) if isinstance(side, Product) and side.right.shape}
     if len(ranks) > 1:
         raise Refusal(f"the factors have different ranks: {sorted(ranks)}")
-    if found.fault:
-        raise Refusal(found.fault)
-    return found, next(iter(ranks), None)
+    if product.fault:
+        raise Refusal(product.fault)
+    return product, next(iter(ranks), None)
 
 
 def _side(slots: Slots, index: str) -> TensorRef | Product:

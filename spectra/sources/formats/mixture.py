@@ -127,15 +127,15 @@ def read(ledger: Ledger) -> None:
         raise UnsupportedFormatError(
             f"{ledger.where} holds several pairs per module under DoRA, which is not supported"
         )
-    found: dict[str, _Members] = {}
+    members: dict[str, _Members] = {}
     for module, slots in ledger.modules(_SLOTS).items():
         name = re.sub(r"^mixlora\.", "model.", module)
         with ledger.attempt(f"{name}.weight"):
-            found[name] = _members(_Scales(ledger, name), slots)
+            members[name] = _members(_Scales(ledger, name), slots)
             ledger.use(slots.values())  # a router, the second name of a factor, members that heads= leaves out
-    for name, target in targets(ledger, {name: item.each[0].shape for name, item in found.items()}).items():
-        with ledger.attempt(target.name, found[name].each[0].shape):
-            _add(ledger, target, found[name])
+    for name, target in targets(ledger, {name: item.each[0].shape for name, item in members.items()}).items():
+        with ledger.attempt(target.name, members[name].each[0].shape):
+            _add(ledger, target, members[name])
     for name in ledger.tuned.tensors:
         if name.endswith("moe_gate.weight"):
             ledger.skip(name, "a router's weight, which chooses experts and changes none")
@@ -183,14 +183,14 @@ def _members(scales: _Scales, slots: Slots) -> _Members:
 
 def _numbered(slots: Mapping[str, TensorRef], pattern: str) -> tuple[TensorRef, ...]:
     """Tensors 0, 1, …, whose slots fit the pattern with the index as its group."""
-    found = {}
+    by_number = {}
     for slot, ref in slots.items():
         match = re.fullmatch(pattern, slot)
         if match:
-            found[int(match[1])] = ref
-    if sorted(found) != list(range(len(found))) or not found:
-        raise Refusal(f"members {sorted(found)} of {pattern.partition('(')[0]} are not 0, 1, …")
-    return tuple(found[index] for index in sorted(found))
+            by_number[int(match[1])] = ref
+    if sorted(by_number) != list(range(len(by_number))) or not by_number:
+        raise Refusal(f"members {sorted(by_number)} of {pattern.partition('(')[0]} are not 0, 1, …")
+    return tuple(by_number[index] for index in sorted(by_number))
 
 
 def _pairs(downs: tuple[TensorRef, ...], ups: tuple[TensorRef, ...]) -> tuple[Term, ...]:
@@ -288,23 +288,23 @@ def _stacked(scales: _Scales, slots: Slots) -> _Members:
     return _Members(tuple(Factors((t,)) for t in terms), "stacked pairs", {"sum": Factors(terms)}, why)
 
 
-def _add(ledger: Ledger, target: Target, found: _Members) -> None:
-    heads, count = ledger.heads, len(found.each)
-    if not found.noun:
-        add_update(ledger, target, found.each[0])
+def _add(ledger: Ledger, target: Target, members: _Members) -> None:
+    heads, count = ledger.heads, len(members.each)
+    if not members.noun:
+        add_update(ledger, target, members.each[0])
         return
     if heads in ("mean", "sum"):
-        update = found.together.get(str(heads))
+        update = members.together.get(str(heads))
         if update is None:
-            why = f"{found.why}: pass heads= (--heads) an index from 0 to {count - 1}, or each"
-            known = " or ".join(found.together)
+            why = f"{members.why}: pass heads= (--heads) an index from 0 to {count - 1}, or each"
+            known = " or ".join(members.together)
             raise Refusal(why + (f", or {known}" if known else ""))
-        add_update(ledger, target, update, note=f"{heads} of {count} {found.noun}")
+        add_update(ledger, target, update, note=f"{heads} of {count} {members.noun}")
         return
     if heads != "each" and (not isinstance(heads, int) or not 0 <= heads < count):
         raise SelectionError(
-            f"{target.name} has {count} {found.noun}, 0 to {count - 1}; heads={heads!r} is none of them"
+            f"{target.name} has {count} {members.noun}, 0 to {count - 1}; heads={heads!r} is none of them"
         )
     for index in range(count) if heads == "each" else [int(heads)]:
         part = replace(target, name=f"{target.name}[head{index}]")
-        add_update(ledger, part, found.each[index], note=f"number {index} of {count} {found.noun}", whole=True)
+        add_update(ledger, part, members.each[index], note=f"number {index} of {count} {members.noun}", whole=True)

@@ -30,10 +30,10 @@ _EXPERTS = re.compile(r"(?P<before>.*\.)(?:switch_mlp|experts)\.(?P<part>gate_pr
 def matches(folder: Folder) -> bool:
     """Factors `lora_a` and `lora_b` that are parameters of their own, or mlx-vlm's `A` and `B`."""
     for name in folder.tensors:
-        found = _FACTOR.fullmatch(name)
-        if found and not found["module"].endswith(".weight"):
-            other = f"{found['module']}.{_SECOND[found['slot']]}"
-            if found["slot"] == "lora_a" or other in folder.unusable or other in folder.tensors:
+        match = _FACTOR.fullmatch(name)
+        if match and not match["module"].endswith(".weight"):
+            other = f"{match['module']}.{_SECOND[match['slot']]}"
+            if match["slot"] == "lora_a" or other in folder.unusable or other in folder.tensors:
                 return True
     return False
 
@@ -182,17 +182,17 @@ def _expert_targets(ledger: Ledger, module: str, terms: list[Term]) -> Iterator[
         yield from (Target(f"{module}.weight[{index}]") for index in range(len(terms)))
         return
     held = weights_of(ledger.base, ledger.base, split_experts=True)
-    found = _EXPERTS.fullmatch(module)
-    keys = [_key(found, module, index) for index in range(len(terms))]
+    match = _EXPERTS.fullmatch(module)
+    keys = [_key(match, module, index) for index in range(len(terms))]
     shapes = {key: weight.shape for key, weight in held.items()}
     names = align_file(ledger, {key: term.shape for key, term in zip(keys, terms, strict=True)}, shapes)
     for key in keys:
         yield _target(held.get(names[key]))
 
 
-def _key(found: re.Match[str] | None, module: str, index: int) -> str:
+def _key(match: re.Match[str] | None, module: str, index: int) -> str:
     """What layouts of experts share: `….experts.3.gate_proj.weight`."""
-    return f"{found['before']}experts.{index}.{found['part']}.weight" if found else f"{module}.weight[{index}]"
+    return f"{match['before']}experts.{index}.{match['part']}.weight" if match else f"{module}.weight[{index}]"
 
 
 def _target(weight: Weight | None) -> Target | None:

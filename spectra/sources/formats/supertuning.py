@@ -66,8 +66,8 @@ def read(ledger: Ledger) -> None:
         places, values = slots.get("supertuning_indices"), slots["supertuning_values"]
         integers = places is not None and places.dtype in ("I32", "I64") and len(places.shape) == 1
         if places is None or not integers or places.shape != values.shape:
-            found = f"{list(places.shape)} of {places.dtype}" if places else "missing"
-            raise Refusal(f"supertuning_indices of {module} are {found}, for values {list(values.shape)}")
+            given = f"{list(places.shape)} of {places.dtype}" if places else "missing"
+            raise Refusal(f"supertuning_indices of {module} are {given}, for values {list(values.shape)}")
         shape = (base.shape[0], base.shape[1])
         if not with_lora:
             return SparsePlusLowRank(shape, places, values)

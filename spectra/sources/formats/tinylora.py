@@ -133,7 +133,7 @@ def _groups(ledger: Ledger) -> Groups:
     """The trained vectors, as many as the config makes for the modules of the file."""
     config, tuned = ledger.config, ledger.tuned
     modules = len([name for name in (*tuned.tensors, *tuned.broken) if ".tinylora_A" in name])
-    vectors = {int(found[1]): name for name in tuned.tensors if (found := _VECTOR.search(name))}
+    vectors = {int(match[1]): name for name in tuned.tensors if (match := _VECTOR.search(name))}
     tying, seed = config.real("weight_tying"), config.get("projection_seed")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**62:
         raise SourceError(f"{ledger.where}: projection_seed = {seed!r} is no seed; mend adapter_config.json")

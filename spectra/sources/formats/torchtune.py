@@ -60,18 +60,18 @@ def _add_fused(ledger: Ledger, terms: dict[str, Term], magnitudes: Mapping[str, 
     """Enter those that the base fuses, and take them out of the terms."""
     fused: dict[str, dict[str, Part]] = {}
     for name in list(terms) if ledger.base is not None else ():
-        found = torchtune_names.fused_module(name)
-        ref = ledger.base.tensors.get(f"{found[0]}.weight") if found and ledger.base else None
-        if found is None or ref is None or len(ref.shape) != 2:
+        module = torchtune_names.fused_module(name)
+        ref = ledger.base.tensors.get(f"{module[0]}.weight") if module and ledger.base else None
+        if module is None or ref is None or len(ref.shape) != 2:
             continue
-        term, weight = terms.pop(name), f"{found[0]}.weight"
+        term, weight = terms.pop(name), f"{module[0]}.weight"
         cuts = architectures.parts(ledger.base.config_of(weight), weight, ref.shape[0]) if ledger.base else {}
-        with ledger.attempt(f"{weight}[{found[1]}]", term.shape):
+        with ledger.attempt(f"{weight}[{module[1]}]", term.shape):
             if name in magnitudes:
-                raise Refusal(f"DoRA of {found[1]} alone, which the base fuses into {weight}, is not read")
-            if found[1] not in cuts:
-                raise Refusal(f"which rows of {weight} are {found[1]} does not follow from the base's config.json")
-            fused.setdefault(weight, {})[found[1]] = Part(term, cuts[found[1]])
+                raise Refusal(f"DoRA of {module[1]} alone, which the base fuses into {weight}, is not read")
+            if module[1] not in cuts:
+                raise Refusal(f"which rows of {weight} are {module[1]} does not follow from the base's config.json")
+            fused.setdefault(weight, {})[module[1]] = Part(term, cuts[module[1]])
     for weight, target in weight_targets(ledger, dict.fromkeys(fused)).items():
         add_parts(ledger, target, fused[weight], target.ref.shape[0] if target.ref is not None else None)
 

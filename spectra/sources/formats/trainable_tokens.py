@@ -126,13 +126,13 @@ def _replaced(indices: tuple[int, ...], values: TensorRef, base: TensorRef) -> R
 
 def _indices(ledger: Ledger, module: str) -> tuple[int, ...]:
     """Which rows of a module's weight were trained: one list for all, or one per module's ending."""
-    found = ledger.config.get("token_indices") or ledger.config.get("trainable_token_indices")
-    if isinstance(found, dict):
-        found = next((rows for ending, rows in found.items() if module.endswith(ending)), None)
-    whole = isinstance(found, list) and all(type(index) is int and index >= 0 for index in found)
-    if not whole or not found or len(set(found)) < len(found):
+    indices = ledger.config.get("token_indices") or ledger.config.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        indices = next((rows for ending, rows in indices.items() if module.endswith(ending)), None)
+    whole = isinstance(indices, list) and all(type(index) is int and index >= 0 for index in indices)
+    if not whole or not indices or len(set(indices)) < len(indices):
         raise SourceError(
             f"{ledger.where}: the config does not say which rows of {module} were trained, each once; "
             "mend token_indices in adapter_config.json"
         )
-    return tuple(found)
+    return tuple(indices)

@@ -138,8 +138,8 @@ def _mixture(side: str, slots: Slots, topk: int, vectors: int) -> Mixture:
     if name in slots:
         raise Refusal(f"{name} is stored both as logits and as the mixture they give")
     if indices.dtype not in _INDEX_TYPES or len(indices.shape) != 3 or indices.shape[2] != topk:
-        found = f"{name}_topk_indices {list(indices.shape)} of {indices.dtype}"
-        raise Refusal(f"{found} are not {topk} whole numbers for each piece")
+        given = f"{name}_topk_indices {list(indices.shape)} of {indices.dtype}"
+        raise Refusal(f"{given} are not {topk} whole numbers for each piece")
     if weights.shape != (*indices.shape[:2], topk - 1):
         raise Refusal(f"{name}_topk_weights {list(weights.shape)} do not fit the indices {list(indices.shape)}")
     return Mixture(None, indices, weights, topk)

@@ -55,13 +55,13 @@ def read(ledger: Ledger) -> None:
     apart = ledger.base is not None and any(".attn.add_q_proj." in name for name in ledger.base.tensors)
     items: dict[str, _Item] = {}
     for module, slots in ledger.modules(r"(?P<slot>down|up)\.weight").items():
-        found = _MODULE.fullmatch(module)
+        match = _MODULE.fullmatch(module)
         with ledger.attempt(f"{module}.weight"):
             term = _term(module, slots)
-            key = (found["kind"], found["own"]) if found else ("", "")
-            if found is None or key not in _FLUX:
+            key = (match["kind"], match["own"]) if match else ("", "")
+            if match is None or key not in _FLUX:
                 raise Refusal(f"{module} is no processor of Flux that is known")
-            items |= _placed(found["before"], key, found["n"], term, apart)
+            items |= _placed(match["before"], key, match["n"], term, apart)
     shapes = {name: item.term.shape for name, item in items.items()}
     names = components.names_in_base(ledger, shapes)
     whole = {names[name]: None if items[name].first_rows else shape for name, shape in shapes.items()}
