@@ -29,7 +29,7 @@ from spectra.engine.solvers.calibration import calibrate
 from spectra.engine.solvers.eigenvalues import Library, numpy_on_one_core
 from spectra.errors import SelectionError
 from spectra.files.far import expected
-from spectra.files.http import give_up
+from spectra.files.patience import give_up
 from spectra.spectrum import Spectrum
 
 _PER_WORKER = 2  # tasks in flight per worker of another process: one at work, one waiting

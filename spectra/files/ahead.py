@@ -9,7 +9,7 @@ what has no room is read when it is asked for, and again if need be.
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -62,7 +62,8 @@ class Ahead:
             for members in runs(spans):
                 run = _Run({span: spans[span] for span in members}, order[path, members[0]].fetch)
                 self._runs |= dict.fromkeys(((path, span) for span in members), run)
-        self._order = iter(dict.fromkeys(self._runs[key] for key in order))
+        in_order = dict.fromkeys(self._runs[key] for key in order)
+        self._order = deque(run for run in in_order if run.size <= self._limit)  # others come when they are asked for
         for _ in range(_AT_ONCE if fetches else 0):
             threading.Thread(target=self._fetch_ahead, name="spectra-ahead", daemon=True).start()
 
@@ -81,7 +82,7 @@ class Ahead:
         span = (offset, offset + len(buffer))
         run = self._runs[path, span]
         with run.lock:
-            if run.content or (run.is_shared and run.left[span] and self._has_come(run, self._room)):
+            if run.content or (run.is_shared and run.left[span] and self._has_come(run)):
                 buffer[:] = memoryview(run.content)[offset - run.start : offset - run.start + len(buffer)]
                 self._mark_read(run, span)
                 return len(buffer)
@@ -98,40 +99,41 @@ class Ahead:
     def _fetch_ahead(self) -> None:
         """Fetch one run after another, as long as there is room."""
         while (run := self._next()) is not None:
+            has_come = False
             try:
                 if run.lock.acquire(blocking=False):  # else it is being read this moment
                     with _released(run.lock), suppress(SourceError):  # who reads it will be told
-                        if not run.content and any(run.left.values()):
-                            self._has_come(run, self._limit)
+                        has_come = not run.content and any(run.left.values()) and _fill(run)
             finally:
                 with self._changed:
                     self._fetching -= 1
+                if not has_come:
+                    self._release(run.size)
 
     def _next(self) -> _Run | None:
-        """The next run once there is room for it; None if there is none, or nobody wants it any more."""
+        """The next run once there is room for it, which it has then; None if there is none, or nobody waits for it."""
         with self._changed:
-            run = next(self._order, None)
-            while run and not self._stopped and self._held and self._held + run.size > self._limit >= run.size:
+            while self._order and not self._stopped and self._held and self._held + self._order[0].size > self._limit:
                 self._changed.wait()
-            if run is None or self._stopped:
+            if not self._order or self._stopped:
                 return None
             self._fetching += 1
-            return run
+            self._held += self._order[0].size
+            return self._order.popleft()
 
-    def _has_come(self, run: _Run, room: int) -> bool:
+    def _has_come(self, run: _Run) -> bool:
         """Fetch a run; False where too much is held already, or the file ends in it."""
         with self._changed:
-            if self._held + run.size > room:
+            if self._held + run.size > self._room:
                 return False
             self._held += run.size
-        content = bytearray(run.size)
+        has_come = False
         try:
-            if run.fetch(run.start, memoryview(content)) == run.size:
-                run.content = content
+            has_come = _fill(run)
         finally:
-            if not run.content:
+            if not has_come:
                 self._release(run.size)
-        return bool(run.content)
+        return has_come
 
     def _mark_read(self, run: _Run, span: Span) -> None:
         run.left[span] -= 1
@@ -147,6 +149,15 @@ class Ahead:
 
 def _size_of(matrix: Iterable[Wanted]) -> int:
     return sum(stop - start for start, stop in {(item.path, item.span): item.span for item in matrix}.values())
+
+
+def _fill(run: _Run) -> bool:
+    """Fetch a run's bytes; False where the file ends in it."""
+    content = bytearray(run.size)
+    if run.fetch(run.start, memoryview(content)) < run.size:
+        return False
+    run.content = content
+    return True
 
 
 @contextmanager

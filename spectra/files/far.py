@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 
-from spectra.files import http
 from spectra.files.ahead import Ahead, Wanted
+from spectra.files.patience import give_up
 from spectra.files.storage import Place, Stamp
 from spectra.files.tensors import TensorRef
 
@@ -98,7 +98,7 @@ def expected(matrices: Iterable[Iterable[TensorRef]], room: int = _ROOM, *, fetc
     finally:
         _ahead.remove(ahead)
         if ahead.stop():
-            http.give_up()  # of what nobody waits for any more
+            give_up()  # of what nobody waits for any more
 
 
 def dropped(refs: Iterable[TensorRef]) -> None:
@@ -123,7 +123,7 @@ def _all_of(piece: Callable[[int], int], starts: range) -> list[int]:
     try:
         return list(pool.map(piece, starts))
     except KeyboardInterrupt:
-        http.give_up()
+        give_up()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -15,7 +15,7 @@ from support.memory import in_fsspecs_memory
 
 import spectra
 from spectra.errors import NotFoundError, SourceError
-from spectra.files import copies, http, hub
+from spectra.files import copies, hub, patience
 
 constants = pytest.importorskip("huggingface_hub.constants")
 
@@ -26,8 +26,8 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv("SPECTRA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(http, "PATIENCE", 1.0)
-    monkeypatch.setattr(http, "_answered", set())
+    monkeypatch.setattr(patience, "PATIENCE", 1.0)
+    monkeypatch.setattr(patience, "answered", set())
     with HubServer() as running:
         monkeypatch.setenv("HF_ENDPOINT", running.endpoint)
         yield running
