@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,17 +20,21 @@ from spectra.cli.options import (
     table_option,
     tuned_argument,
 )
-from spectra.cli.table import View, print_rows, table_view
+from spectra.cli.table import Layout, View, print_rows, table_view
 
 if TYPE_CHECKING:
     from spectra.results.tables import Row
 
-_SHOWN = {
-    "intruders": "intruders",
-    "amplification": "amplified",
-    "left_in_top": "left",
-    "right_in_top": "right",
-}
+_LAYOUT = Layout(
+    shown={
+        "intruders": "intruders",
+        "amplification": "amplified",
+        "left_in_top": "left",
+        "right_in_top": "right",
+    },
+    group={"role": "role", "matrices": "matrices", "unchanged_matrices": "unchanged"},
+)
+_COUNTS = Layout(shown={"k": "k", "intruders": "intruders", "decided_by": "decided by"}, most=sys.maxsize)
 
 
 @click.command("alignment", short_help="What an update does to the directions of W₀.")
@@ -78,7 +83,7 @@ def command(
         from spectra.results import intruders
         from spectra.results.alignment import COLUMNS, alignment_rows
 
-    view.check(intruders.COLUMNS if intruders_only else COLUMNS, len(source))
+    view.check(intruders.COLUMNS if intruders_only else COLUMNS)
 
     make, name = (intruders.intruder_rows, "intruders") if intruders_only else (alignment_rows, "alignment")
     rows: list[Row] = []
@@ -108,15 +113,14 @@ def command(
 
 def _print_counts(rows: list[Row], view: View) -> None:
     """A line per matrix, and what the counts rest on."""
-    shown = {"k": "k", "intruders": "intruders", "decided_by": "decided by"}
-    print_rows(rows, shown, replace(view, every=True))
+    print_rows(rows, _COUNTS, view)
     done = [row["intruders"] for row in rows if row["status"] == "ok"]
     report.note(f"{sum(done)} intruders in {len(done)} matrices")
 
 
 def _print(rows: list[Row], view: View) -> None:
     """A line per matrix, or the medians of a role where there are many; chance levels as a note."""
-    if print_rows(rows, _SHOWN, view):
+    if print_rows(rows, _LAYOUT, view):
         report.note("medians over the changed matrices of a role; --all lists every matrix, and so do --out and --json")
     done = [row for row in rows if row["status"] == "ok"]
     if done:

@@ -21,14 +21,15 @@ from spectra.cli.options import (
     layer_option,
     scale_option,
 )
+from spectra.cli.table import Layout, View, print_rows, table_view
 from spectra.extraction.options import DTYPES, FORMATS, DType, Format, Options
+
+_SHOWN = ("rank", "relative_error", "parameters")
 
 if TYPE_CHECKING:
     from spectra.deltas.source import Source
     from spectra.extraction.extract import Extraction, Row
     from spectra.results.collection import Spectra
-
-_MOST_LINES = 12
 
 
 class _WeightsCommand(click.Command):
@@ -109,6 +110,7 @@ def _is_number(word: str) -> bool:
 @download_option
 @compute_options
 @json_option
+@table_view
 def command(
     given: tuple[str, ...],
     base: str | None,
@@ -129,6 +131,7 @@ def command(
     download: bool,
     compute: Compute,
     as_json: bool,
+    view: View,
 ) -> None:
     """Write the update ΔW = tuned − base as a LoRA: the best approximation of each rank, matrix by matrix.
 
@@ -137,6 +140,7 @@ def command(
     """
     tuned = (*given, *tuned)
     _check_usage([rank, energy, parameters, above_noise or None], tuned, weights, out, dry_run)
+    _check_view(view)
     if save_modules and file_format != "peft":
         raise click.UsageError("--save-modules needs --format peft: kohya's files keep no module whole")
     tuned = tuple(fetched(path, download) for path in tuned)
@@ -156,7 +160,7 @@ def command(
     if as_json:
         report.print_json(_document(found, tuned, base, None if dry_run else out, options.format, dtype))
     else:
-        _print(found.rows)
+        _print(found.rows, view)
     _close(found, None if dry_run else out)
 
 
@@ -175,6 +179,15 @@ def _check_usage(
         raise click.UsageError(f"{len(weights)} --weights for {len(tuned)} --tuned: give each its own")
 
 
+def _check_view(view: View) -> None:
+    if view.chosen:
+        from dataclasses import fields
+
+        from spectra.extraction.extract import Row
+
+        view.check([*(item.name for item in fields(Row)), "role", "layer"])
+
+
 def _given(
     tuned: Sequence[str], base: str | None, layers: Sequence[str], settings: dict[str, Any]
 ) -> list[Source] | Spectra:
@@ -191,6 +204,7 @@ def _given(
         source = open_source(each, base, **settings)
         for line in source.coverage.warnings:
             report.warning(f"warning: {line}")
+        report.lacking(source.lacking(layers))
         sources.append(source.select(layers) if layers else source)
     return sources
 
@@ -218,27 +232,40 @@ def _document(
     }
 
 
-def _print(rows: Sequence[Row]) -> None:
+def _print(rows: Sequence[Row], view: View) -> None:
     """A line per matrix, or per role where there are many."""
-    from spectra import naming, text
+    from dataclasses import asdict
+
+    from spectra import naming
+
+    def pool(lines: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
+        roles: dict[str, list[Row]] = {}
+        for row in rows:
+            roles.setdefault(naming.role_of(row.name), []).append(row)
+        return [{"role": role, **_total(roles[role])} for role in naming.in_model_order(roles)]
+
+    layout = Layout(
+        shown={column: column for column in _SHOWN},
+        behind={"dtype_error": "dtype_error", "clamped": "clamped"},
+        pool=pool,
+        pooled=_SHOWN,
+    )
+    lines = [asdict(row) | {"role": naming.role_of(row.name), "layer": naming.layer_of(row.name)} for row in rows]
+    if print_rows(lines, layout, view):
+        report.note("errors over all matrices of a role; --all lists every matrix, and so does --json")
+
+
+def _total(rows: Sequence[Row]) -> dict[str, Any]:
+    """What is said of all matrices of a role."""
+    from spectra import text
     from spectra.extraction.ranks import total_error
 
-    if len(rows) <= _MOST_LINES:
-        report.print_table(
-            ["matrix", "rank", "relative_error", "parameters", "dtype_error", "clamped"],
-            [[row.name, row.rank, row.relative_error, row.parameters, row.dtype_error, row.clamped] for row in rows],
-        )
-        return
-    roles: dict[str, list[Row]] = {}
-    for row in rows:
-        roles.setdefault(naming.role_of(row.name), []).append(row)
-    lines = []
-    for role in naming.in_model_order(roles):
-        members = roles[role]
-        ranks = str(text.number_range([row.rank for row in members]))
-        lines.append([role, len(members), ranks, total_error(members), sum(row.parameters for row in members)])
-    report.print_table(["role", "matrices", "rank", "relative_error", "parameters"], lines)
-    report.note("errors over all matrices of a role; --json lists every matrix")
+    return {
+        "matrices": len(rows),
+        "rank": str(text.number_range([row.rank for row in rows])),
+        "relative_error": total_error(rows),
+        "parameters": sum(row.parameters for row in rows),
+    }
 
 
 def _close(found: Extraction, out: str | None) -> None:

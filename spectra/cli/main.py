@@ -71,7 +71,10 @@ class _Commands(click.Group):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")  # σ on a latin-1 terminal is no reason to stop
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            if talk.left_undone(ctx):
+                ctx.exit(1)
+            return result
         except OSError as problem:
             if problem.errno != errno.ENOSPC:  # a pipe that is closed is click's affair
                 raise

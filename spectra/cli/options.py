@@ -157,16 +157,36 @@ class Opening:
     def open(self, tuned: str, base: str | None) -> Source:
         """The source with the matrices that --layer means; what it left out is said."""
         from spectra.cli import report
+
+        source = self.opened(tuned, base)
+        report.coverage_notes(source.coverage)
+        return self.chosen(source)
+
+    def opened(self, tuned: str, base: str | None) -> Source:
+        """All of it, without a word."""
         from spectra.sources import open_source
 
         for option, given in (("TUNED", tuned), ("--base", base)):
             if given is not None and not given.strip():
                 raise click.UsageError(f"{option} is empty: give a path, hub id or alias")
         tuned, base = fetched(tuned, self.download), fetched(base, self.download) if base else None
-        source = open_source(tuned, base, **self.settings)
-        source = source.select(self.layers) if self.layers else source
-        report.coverage_notes(source.coverage)
-        return source
+        return open_source(tuned, base, **self.settings)
+
+    def chosen(self, source: Source) -> Source:
+        """The matrices that --layer means; those among them that lack the base are said."""
+        from spectra.cli import report
+        from spectra.deltas.source import SAVED_WHOLE
+        from spectra.errors import SelectionError
+
+        lacking = source.lacking(self.layers)
+        try:
+            found = source.select(self.layers) if self.layers else source
+        except SelectionError:
+            if lacking:  # a pattern means these alone
+                raise SelectionError(f"{source.tuned}: {lacking[0]}: {SAVED_WHOLE}") from None
+            raise
+        report.lacking(lacking)
+        return found
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra.cli import report
+from spectra.cli.table import Layout, View, print_rows
 from spectra.cli.talk import say
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Wanted:
     figures: bool
     clustered: bool
     as_json: bool
+    view: View
 
 
 def compare(
@@ -51,7 +53,10 @@ def compare(
     if wanted.as_json:
         report.print_json(document)
     elif len(pairs):
-        _print(pairs, wanted.clustered)
+        if wanted.view.every or wanted.view.chosen:
+            _print_rows(pairs, wanted.view)
+        else:
+            _print(pairs, wanted.clustered)
     if wanted.out and len(pairs):
         _keep(wanted, pairs, document)
     _close(pairs)
@@ -102,6 +107,19 @@ def _squares(pairs: Pairs) -> list[dict[str, Any]]:
         for key in ("phi", "chance"):
             found[name, side][key][i][j] = found[name, side][key][j][i] = row[key]
     return list(found.values())
+
+
+def _print_rows(pairs: Pairs, view: View) -> None:
+    """A line for every pair and role, or with --all for every pair and matrix."""
+    layout = Layout(
+        shown={"k_used": "k", "phi": "φ(k,k)", "chance": "chance"},
+        first={"a": "a", "b": "b", "name": "matrix", "side": "side"},
+        group={"a": "a", "b": "b", "role": "role", "side": "side", "matrices": "matrices"},
+        pool=lambda rows, columns: pairs.pooled("role"),
+        pooled={"k_used", "phi", "chance"},
+    )
+    if print_rows(pairs.rows(), layout, view):
+        report.note("means over the matrices of a role; --all lists every matrix, and so do --out and --json")
 
 
 def _print(pairs: Pairs, clustered: bool) -> None:

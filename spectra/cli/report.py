@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spectra.cli import table
+from spectra.cli import table, talk
 from spectra.cli.progress import Progress
 from spectra.cli.talk import is_quiet, is_verbose, say
 from spectra.printing import printed, printed_json
@@ -58,7 +58,12 @@ def draw(out: str, *, names: Sequence[str], sides: Sequence[str] = ()) -> list[P
 
 
 def coverage_notes(coverage: Any, shown: int = _MOST_NAMES) -> None:
-    """Warnings in full; what was not used as counts with a few names. `inspect` lists everything."""
+    """Warnings in full; what was not used as counts with a few names. `inspect` lists everything.
+
+    What lacks the base alone is not among it, since `lacking` says that.
+    """
+    from spectra.deltas.source import SAVED_WHOLE
+
     for line in coverage.warnings:
         warning(f"warning: {line}")
     for key, title in (
@@ -68,7 +73,18 @@ def coverage_notes(coverage: Any, shown: int = _MOST_NAMES) -> None:
         ("unsupported", "not supported or unreadable"),
         ("skipped", "skipped"),
     ):
-        by_reason(title, getattr(coverage, key), shown)
+        listed = {name: reason for name, reason in getattr(coverage, key).items() if reason != SAVED_WHOLE}
+        by_reason(title, listed, shown)
+
+
+def lacking(names: Sequence[str]) -> None:
+    """Say what of the wanted matrices is not there for want of the base; the command ends with status 1 then."""
+    from spectra.deltas.source import SAVED_WHOLE
+
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warning(f"not done: {names[0]}{more}: {SAVED_WHOLE}")
+        talk.leave_undone()
 
 
 def by_reason(title: str, listed: Mapping[str, str], shown: int = _MOST_NAMES) -> None:

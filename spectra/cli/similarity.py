@@ -12,14 +12,15 @@ import click
 
 from spectra.cli import pairs, report
 from spectra.cli.options import Compute, Opening, compute_options, result_options, source_options
+from spectra.cli.table import Layout, View, print_rows, table_view
 
 if TYPE_CHECKING:
     from spectra.deltas.source import Source
     from spectra.metrics.similarity import SubspaceSimilarity
     from spectra.results.collection import Spectra
     from spectra.results.similarities import Compared, NotCompared
+    from spectra.results.tables import Row
 
-_MOST_LINES = 12
 _UNKEPT = "nothing is stored: with --out DIR the same command goes on"
 
 
@@ -39,6 +40,7 @@ _UNKEPT = "nothing is stored: with --out DIR the same command goes on"
 @source_options
 @compute_options
 @result_options
+@table_view
 def command(
     updates: tuple[str, ...],
     base: str | None,
@@ -51,6 +53,7 @@ def command(
     out: str | None,
     figures: bool,
     as_json: bool,
+    view: View,
 ) -> None:
     """Subspace similarity φ(i, j) of updates, two by two and matrix by matrix, with its chance level.
 
@@ -58,12 +61,13 @@ def command(
     compared and each update is decomposed once; --out keeps every pair, and the same command with more updates goes on.
     """
     _check(updates, against, opening, clustered)
+    _check_view(view, len(updates))
     sides = _sides(side, against)
     if len(updates) > 2:
         opened = _open(updates, base, [opening] * len(updates), top)
         sources: dict[str, Source | Spectra] = dict(zip(updates, opened, strict=True))
         heading = {"base": base, "options": opening.settings}
-        wanted = pairs.Wanted(top, sides, out, figures, clustered, as_json)
+        wanted = pairs.Wanted(top, sides, out, figures, clustered, as_json, view)
         with compute.keywords() as keywords:
             pairs.compare(sources, wanted, heading, keywords)
         return
@@ -82,7 +86,7 @@ def command(
         inputs = {"kind": "similarity", "a": a, "b": b, "base": base, "options": opening.settings}
         report.print_json(_document(inputs, done, undone))
     else:
-        _print(done)
+        _print(done, view)
     _close(done, undone, out, written)
 
 
@@ -98,6 +102,14 @@ def _check(updates: Sequence[str], against: str | None, opening: Opening, cluste
     twice = sorted({update for update in updates if updates.count(update) > 1}) if len(updates) > 2 else []
     if twice:
         raise click.UsageError(f"{twice[0]} is given twice: every pair is compared anyway")
+
+
+def _check_view(view: View, updates: int) -> None:
+    if view.chosen:
+        from spectra.results.pairs import COLUMNS
+        from spectra.results.tables import SIMILARITY_COLUMNS
+
+        view.check(COLUMNS if updates > 2 else SIMILARITY_COLUMNS)
 
 
 def _sides(side: str | None, against: str | None) -> tuple[Any, ...]:
@@ -121,7 +133,8 @@ def _open(
     opened: dict[str, Source] = {}
     for path in dict.fromkeys(updates):
         if path not in stored:
-            opened[path] = replace(openings[0], layers=()).open(path, base)
+            opened[path] = openings[0].opened(path, base)
+            report.coverage_notes(opened[path].coverage)
             continue
         opened[path] = recorded_source(stored[path], top + 1)
         made_of = f"computed from {opened[path].tuned}, which it was made of"
@@ -129,8 +142,7 @@ def _open(
             report.note(f"{path} holds no vectors: {made_of}; spectra svd … --top {top + 1} --out DIR keeps them")
         else:
             report.note(f"{path} is compared with weights: {made_of}")
-    sources = ((opened[path], how.layers) for path, how in zip(updates, openings, strict=True))
-    return [source.select(layers) if layers else source for source, layers in sources]
+    return [how.chosen(opened[path]) for path, how in zip(updates, openings, strict=True)]
 
 
 def _gather(
@@ -181,19 +193,33 @@ def _document(inputs: dict[str, Any], done: list[SubspaceSimilarity], undone: li
     }
 
 
-def _print(done: list[SubspaceSimilarity]) -> None:
-    from spectra.results.partners import apart
+def _print(done: list[SubspaceSimilarity], view: View) -> None:
     from spectra.results.similarities import pool_by_role
+    from spectra.results.tables import SIMILARITY_COLUMNS
+
+    def pool(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
+        return [row | {"role": row["name"]} for row in map(_row, pool_by_role(done))]
+
+    layout = Layout(
+        shown={"side": "side", "k_used": "k", "phi": "φ(k,k)", "chance": "chance", "phi_1_1": "φ(1,1)", "note": "note"},
+        group={"role": "role"},
+        pool=pool,
+        pooled=set(SIMILARITY_COLUMNS) - {"name", "other"},
+    )
+    if print_rows([_row(item) for item in done], layout, view):
+        report.note("means over the matrices of a role; --all lists every matrix, and so do --out and --json")
+
+
+def _row(item: SubspaceSimilarity) -> Row:
+    """A line of the table, whose name says what it is compared with where that has another."""
+    from spectra.results.partners import apart, weight_of
     from spectra.results.tables import similarity_row
 
-    by_role = len(done) > _MOST_LINES
-    rows = [similarity_row(item) for item in (pool_by_role(done) if by_role else done)]
-    for row in rows:
-        own = apart(row["name"], row["other"]) or row["other"]
-        row["title"] = f"{row['name']} against {own}" if own else row["name"]
-    keys = ("title", "side", "k_used", "phi", "chance", "phi_1_1", "note")
-    header = ["role" if by_role else "matrix", "side", "k", "φ(k,k)", "chance", "φ(1,1)", "note"]
-    report.print_table(header, [[row[key] for key in keys] for row in rows])
+    row = similarity_row(item)
+    name, other = row["name"], row["other"]
+    if not other or other == weight_of(name):  # a head against the whole weight of the same name
+        return row
+    return row | {"name": f"{name} against {apart(name, other) or other}"}
 
 
 def _close(done: list[SubspaceSimilarity], undone: list[NotCompared], out: str | None, written: list[Path]) -> None:

@@ -12,7 +12,7 @@ import click
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
 from spectra.cli.options import Compute, Opening, compute_options, result_options, source_options, tuned_argument
-from spectra.cli.table import View, print_rows, table_view
+from spectra.cli.table import Layout, View, print_rows, table_view
 
 if TYPE_CHECKING:
     from spectra.deltas.source import Source
@@ -27,6 +27,11 @@ _SHOWN = (
     "signal_effective_rank",
     "signal_rank_90",
     "top_8_share",
+)
+_LAYOUT = Layout(
+    shown={name: name for name in _SHOWN},
+    beside={"shape": "shape", "status": "status"},
+    group={"role": "role", "matrices": "matrices", "unchanged_matrices": "unchanged"},
 )
 
 
@@ -66,7 +71,7 @@ def command(
     everything there: summary.csv, the arrays, run.json, the −ln σ histogram and the picture over layers and roles.
     """
     source = opening.open(tuned, base)
-    _check(view, len(source))
+    _check(view)
     with compute.keywords() as keywords:
         rows, values = _run(source, top, out, keywords | {"rehash": rehash}, keep_values=as_json)
     written = report.draw(out, names=[delta.name for delta in source]) if out and figures else []
@@ -94,12 +99,12 @@ def _say_what_moved(rows: list[Row]) -> None:
         report.note("over all matrices: " + "; ".join(said))
 
 
-def _check(view: View, matrices: int) -> None:
-    if view.columns or view.key:
+def _check(view: View) -> None:
+    if view.chosen:
         from spectra.results import tables
         from spectra.spectrum import Spectrum
 
-        view.check([*tables.row(Spectrum("", (0, 0), "failed")), "shape"], matrices)
+        view.check([*tables.row(Spectrum("", (0, 0), "failed")), "shape"])
 
 
 def _warn(source: Source, rows: list[Row]) -> None:
@@ -154,7 +159,7 @@ def _document(source: Source, rows: list[Row], values: dict[str, list[float]]) -
 
 def _print(rows: list[Row], view: View) -> None:
     sized = [row | {"shape": f"{row['out']}×{row['in']}"} for row in rows]
-    if print_rows(sized, {name: name for name in _SHOWN}, view, beside=("shape", "status")):
+    if print_rows(sized, _LAYOUT, view):
         report.note("medians over the changed matrices of a role; --all lists every matrix, and so do --out and --json")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -10,13 +11,16 @@ import click
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
 from spectra.cli.options import HeadsType, download_option, fetched, json_option, layer_option, scale_option
+from spectra.cli.table import Layout, View, print_rows, table_view
 from spectra.cli.talk import say
 
 if TYPE_CHECKING:
     from spectra.merges.report import MatrixCheck, MergeReport
+    from spectra.results.tables import Row
 
 _MOST_LINES = 12
 _WIDTH = 78
+_NUMBERS = ("scale", "residual", "rounding")
 
 
 @click.command("verify", short_help="Is the adapter really in the merged model?")
@@ -48,6 +52,7 @@ _WIDTH = 78
     "--memory", metavar="SIZE", help="Budget for the matrices at work, such as 4GiB.  [default: half of what is free]"
 )
 @json_option
+@table_view
 def command(
     base: str,
     adapter: str,
@@ -58,6 +63,7 @@ def command(
     download: bool,
     memory: str | None,
     as_json: bool,
+    view: View,
 ) -> None:
     """Check a merged model against its base and adapter, matrix by matrix.
 
@@ -66,8 +72,10 @@ def command(
     """
     with heavy_imports():
         from spectra.merges.claims import open_claims
+        from spectra.merges.report import COLUMNS
         from spectra.merges.verify import check_claims, report_of
 
+    view.check(COLUMNS)
     base, adapter, merged = (fetched(path, download) for path in (base, adapter, merged))
     claims = open_claims(base, adapter, merged, layers=layers, heads=heads, scale=scale)
     for line in claims.notes:
@@ -81,7 +89,7 @@ def command(
     if as_json:
         report.print_json(_document(found))
     else:
-        _print(found)
+        _print(found, view)
     _close(found)
 
 
@@ -102,8 +110,8 @@ def _document(found: MergeReport) -> dict[str, object]:
     }
 
 
-def _print(found: MergeReport) -> None:
-    """What is wrong first, matrix by matrix, then the counts by role and verdict."""
+def _print(found: MergeReport, view: View) -> None:
+    """What is wrong first, matrix by matrix, then the counts by role and verdict, or all matrices."""
     wrong = [row for row in found.worst_first if not row.ok]
     for row in wrong[:_MOST_LINES]:
         _print_wrong(row)
@@ -111,14 +119,23 @@ def _print(found: MergeReport) -> None:
         say(f"… and {len(wrong) - _MOST_LINES:,} more; --json lists all")
     if wrong:
         say()
-    report.print_table(
-        ["role", "verdict", "matrices", "scale", "residual", "rounding"],
-        [
-            [role, verdict, count, *_medians(found, role, verdict)]
+
+    def pool(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
+        return [
+            {"role": role, "verdict": verdict, "matrices": count, **_medians(found, role, verdict)}
             for role, counts in found.by_role().items()
             for verdict, count in counts.items()
-        ],
+        ]
+
+    layout = Layout(
+        shown={number: number for number in _NUMBERS},
+        first={"name": "matrix", "verdict": "verdict"},
+        group={"role": "role", "verdict": "verdict", "matrices": "matrices"},
+        pool=pool,
+        pooled=_NUMBERS,
+        most=0,
     )
+    print_rows([dict(row) for row in found.matrices], layout, view)
 
 
 def _print_wrong(row: MatrixCheck) -> None:
@@ -131,12 +148,12 @@ def _print_wrong(row: MatrixCheck) -> None:
             say(f"    {line}")
 
 
-def _medians(found: MergeReport, role: str, verdict: str) -> list[float | None]:
+def _medians(found: MergeReport, role: str, verdict: str) -> dict[str, float | None]:
     """The medians of the numbers of a role under a verdict; None where there are none."""
     from statistics import median
 
     rows = [row for row in found.matrices if row.role == role and row.verdict == verdict and row.scale is not None]
-    return [median(row[key] for row in rows) if rows else None for key in ("scale", "residual", "rounding")]
+    return {key: median(row[key] for row in rows) if rows else None for key in _NUMBERS}
 
 
 def _close(found: MergeReport) -> None:

@@ -57,6 +57,9 @@ class Coverage:
 _COVERAGE_LISTS = tuple(item.name for item in fields(Coverage) if item.name != "warnings")
 
 
+SAVED_WHOLE = "saved whole, so ΔW needs the base weight: pass base= (--base)"
+
+
 @dataclass(frozen=True)
 class Source:
     """The updates that one tuned model or adapter holds: metadata only, lazily read.
@@ -88,6 +91,18 @@ class Source:
     def names(self) -> tuple[str, ...]:
         """The weights' names, in order."""
         return tuple(delta.name for delta in self.deltas)
+
+    def lacking(self, patterns: str | Sequence[str] = ()) -> list[str]:
+        """The weights whose update is not here for want of the base alone; with patterns, of those that they mean.
+
+        Raises:
+            SelectionError: a pattern matches nothing, in this source or among these.
+        """
+        found = [name for name, reason in self.coverage.skipped.items() if reason == SAVED_WHOLE]
+        if not found or not patterns:
+            return found
+        wanted = set(naming.select(patterns, [*self.names, *found]))
+        return [name for name in found if name in wanted]
 
     def __iter__(self) -> Iterator[WeightDelta]:
         return iter(self.deltas)

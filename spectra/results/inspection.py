@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 NEEDS_BASE = "needs the base"
+COLUMNS = ("name", "role", "layer", "shape", "max_rank", "factored", "status", "reason")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +58,7 @@ class Inspection:
                 for name, ref in self.folder.tensors.items()
                 if len(ref.shape) >= 2
             ]
-        columns = ("name", "role", "layer", "shape", "max_rank", "factored", "status", "reason")
-        return [{column: getattr(delta, column) for column in columns} for delta in self.source]
+        return [{column: getattr(delta, column) for column in COLUMNS} for delta in self.source]
 
     @property
     def by_role(self) -> list[Row]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from spectra.results.tables import Row
 
 ALONE = "alone"  # the status of a matrix that only one update has
+COLUMNS = ("name", "role", "layer", "status", "updates", *INTERFERENCE, "reason", "note")
 
 
 def interference(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from spectra.results.tables import Row
 
+COLUMNS = ("a", "b", "name", "side", "k_used", "phi", "chance", "other", "note")
 Pooling = Literal["all", "role", "layer", "matrix"]
 
 

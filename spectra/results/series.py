@@ -36,6 +36,8 @@ KIND = "series"
 TABLE = "series.csv"
 MEASURED = ("norm", "relative_norm", "stable_rank", "top_1_share", "effective_rank")
 COMPARED = ("phi_to_last", "phi_to_previous", "start_left", "start_right")  # each with its chance level
+_LEVELS = tuple(column for name in COMPARED for column in (name, f"{name}_chance"))
+COLUMNS = ("step", "checkpoint", "name", "role", "layer", "status", *MEASURED, "k", *_LEVELS, "reason", "note")
 _STEPS = "checkpoints"
 _FOLDER = "step-"
 _PROBLEMS_OF_ALL = (StoreError, DeviceError)  # not one checkpoint's
@@ -142,8 +144,8 @@ def is_series(directory: str | Path) -> bool:
     return Path(directory, TABLE).is_file() and Path(directory, _STEPS).is_dir()
 
 
-def by_role(rows: Sequence[Row]) -> list[Row]:
-    """One row per step and role: how many matrices, and the median of every column over those that have a value.
+def by_role(rows: Sequence[Row], columns: Sequence[str] = (*MEASURED, *_LEVELS)) -> list[Row]:
+    """One row per step and role: how many matrices, and the median of each column over those that have a value.
 
     Example:
         >>> rows = [{"step": 1, "role": "q_proj", "status": "ok", "norm": norm} for norm in (1.0, 2.0, 6.0)]
@@ -155,7 +157,6 @@ def by_role(rows: Sequence[Row]) -> list[Row]:
     for line in rows:
         if line["status"] == "ok":
             groups.setdefault((line["step"], line["role"]), []).append(line)
-    columns = [*MEASURED, *COMPARED, *(f"{name}_chance" for name in COMPARED)]
     return [
         {"step": step, "role": role, "matrices": len(lines)}
         | {name: _median(line.get(name) for line in lines) for name in columns}
@@ -318,7 +319,7 @@ def row(
         "status": spectrum.status,
         **{name: numbers[name] for name in MEASURED},
         "k": min(top, spectrum.k, spectrum.rank),
-        **{column: None for name in COMPARED for column in (name, f"{name}_chance")},
+        **dict.fromkeys(_LEVELS),
         "reason": spectrum.reason,
         "note": spectrum.note,
     }

@@ -27,6 +27,10 @@ Row = dict[str, Any]
 By = Literal["matrix", "role"]
 Whole = Literal["matrix", "role", "model"]
 _SIZES = ("norm", "sigma_1", "relative_norm", "signal_norm")  # what grows with ΔW; the other metrics are ratios
+SIMILARITY_COLUMNS = (
+    *("name", "role", "side", "k_used", "phi", "chance", "phi_1_1", "smallest_angle", "largest_angle", "gap"),
+    *("note", "other"),
+)
 MOVED = ("moved", "moved_1e-6", "moved_1e-5")  # the shares of entries with |ΔW| above `spectra.deltas.forms.MOVED`
 
 

@@ -93,6 +93,17 @@ def test_stored_values_alone_are_one_sentence_in_python(llama):
         list(spectra.compare(values, values))
 
 
+def test_python_takes_stored_runs_by_their_paths_as_the_command_does(llama):
+    write_checkpoint(llama / "other", nudged(llama_tensors(), seed=9))
+    for name in ("ckpt", "other"):
+        run("svd", "--base", "llama-7b", "--tuned", name, "--layer", "v_proj", "--out", f"run-{name}", "--no-figures")
+    sources = [spectra.open_source(name, "llama-7b").select("v_proj") for name in ("ckpt", "other")]
+    wanted = {item.name: item.phi for item in spectra.compare(*sources, top=2)}
+    assert len(wanted) == 2
+    for first, second in (("run-ckpt", "run-other"), ("run-ckpt", sources[1]), (sources[0], llama / "run-other")):
+        assert {item.name: item.phi for item in spectra.compare(first, second, top=2)} == wanted
+
+
 def test_query_against_key_within_one_model(llama, drawn):
     words = ["--base", "llama-7b", "--layer", "q_proj", "--against", "k_proj", "--top", 4]
     _, err = run("similarity", "ckpt", *words, "--out", "qk")
