@@ -92,7 +92,8 @@ layer_option = click.option(
     "or re:REGEX. Repeatable: what any of them means.",
 )  # fmt: skip
 download_option = click.option(
-    "--download", is_flag=True, help="Download models of the hub into its cache, instead of reading what is needed.",
+    "--download", is_flag=True,
+    help="Download models of the hub or a URL into a cache, instead of reading what is needed.",
 )  # fmt: skip
 scale_option = click.option("--scale", type=float, help="The scale s where the adapter does not carry α/r.")
 table_option = click.option(
@@ -154,10 +155,14 @@ def _figures_of(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fetched(path: str, download: bool) -> str:
-    """A path, hub id or alias as it is; with --download, where it lies on this machine then."""
+    """A path, hub id, URL or alias as it is; with --download, where it lies on this machine then."""
+    from spectra.cli.progress import downloading
     from spectra.files import hub
 
-    return str(hub.resolve(path, fetch=True)) if download else path
+    if not download:
+        return path
+    with downloading(path) as progress:
+        return str(hub.resolve(path, fetch=True, progress=progress))
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,14 @@ from spectra.deltas.forms import Dense
 from spectra.engine.devices import device_named, resolve_device
 from spectra.engine.executors.device import decompose_batches
 from spectra.engine.executors.threads import keep_freed_memory, thread_executor
-from spectra.engine.memory import memory_budget, readable_size
+from spectra.engine.memory import READ_AHEAD, memory_budget, readable_size
 from spectra.engine.schedule import Plan, Task, batches, plan, side_by_side
 from spectra.engine.solve import Wanted, solve
 from spectra.engine.solvers.calibration import calibrate
 from spectra.engine.solvers.eigenvalues import Library, numpy_on_one_core
 from spectra.errors import SelectionError
-from spectra.files.http import give_up
-from spectra.files.remote import expected, is_remote
+from spectra.files.far import expected
+from spectra.files.patience import give_up
 from spectra.spectrum import Spectrum
 
 _PER_WORKER = 2  # tasks in flight per worker of another process: one at work, one waiting
@@ -64,8 +64,7 @@ def decompose_indexed(
         raise SelectionError(f"top = {top} is not a positive number of vectors; leave it out for values only")
     if only_top and top is None:
         raise SelectionError("only_top needs top: how many triplets?")
-    with expected(ref for delta in deltas for ref in delta.refs):
-        yield from _scheduled(deltas, Work(top, only_top, device), executor, budget, threads)
+    yield from _scheduled(deltas, Work(top, only_top, device), executor, budget, threads)
 
 
 def _scheduled(
@@ -80,13 +79,19 @@ def _scheduled(
         reason = f"needs {readable_size(bytes_needed)}, the budget is {there}; raise memory_budget= (--memory)"
         delta = deltas[index]
         yield index, Spectrum(delta.name, delta.shape, "too_large", max_rank=delta.max_rank, reason=reason)
-    if executor is not None:
-        yield from _through(executor, deltas, schedule, Work(top, only_top, where))
-    elif where.startswith("cuda"):
-        wanted = Wanted(top or 0, only_top, device_named(where), together=True)
-        yield from decompose_batches(deltas, batches(deltas, schedule), wanted)
-    else:
-        yield from _side_by_side(deltas, schedule, Work(top, only_top, where), threads)
+    work = replace(work, device=where)
+    if executor is not None and not isinstance(executor, ThreadPoolExecutor):
+        yield from _through(executor, deltas, schedule, work)  # others read, each for itself
+        return
+    in_turn = [deltas[task.index].refs for task in schedule.tasks]
+    with expected(in_turn, schedule.budget // READ_AHEAD, fetches=len(in_turn) > 1):
+        if executor is not None:
+            yield from _through(executor, deltas, schedule, work)
+        elif where.startswith("cuda"):
+            wanted = Wanted(top or 0, only_top, device_named(where), together=True)
+            yield from decompose_batches(deltas, batches(deltas, schedule), wanted)
+        else:
+            yield from _side_by_side(deltas, schedule, work, threads)
 
 
 def threads_for(
@@ -129,7 +134,8 @@ class Work:
 
     def __call__(self, delta: WeightDelta) -> Spectrum:
         """Solve it where this runs."""
-        return solve(delta, top=self.top, only_top=self.only_top, device=resolve_device(self.device))
+        with expected([delta.refs]):
+            return solve(delta, top=self.top, only_top=self.only_top, device=resolve_device(self.device))
 
 
 def _side_by_side(
@@ -140,21 +146,14 @@ def _side_by_side(
     cores = torch.get_num_threads()
     workers = side_by_side(schedule, cores)
     share = threads or max(1, cores // workers)
-    waiting = _waiting(deltas)
     libraries_for([deltas[task.index] for task in schedule.tasks], share)
     with numpy_on_one_core() if share == 1 else nullcontext():
-        if workers == 1 and share == cores and not waiting:
+        if workers == 1 and share == cores:
             for task in schedule.tasks:
                 yield task.index, work(deltas[task.index])
             return
-        with thread_executor(min(workers, max(1, cores // share)) + waiting, share) as pool:
+        with thread_executor(min(workers, max(1, cores // share)), share) as pool:
             yield from _through(pool, deltas, schedule, work)
-
-
-def _waiting(deltas: Sequence[WeightDelta]) -> int:
-    """How many matrices more to have at work than the cores are for: one waits for a server while the others solve."""
-    files = {part.file for delta in deltas for ref in delta.refs for part in ref.parts}
-    return int(len(deltas) > 1 and any(map(is_remote, files)))
 
 
 def _through(

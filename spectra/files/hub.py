@@ -12,7 +12,9 @@ from typing import Any
 from spectra.errors import NotFoundError, SourceError
 from spectra.files import remote, snapshots
 from spectra.files.choice import WEIGHT_SUFFIXES
-from spectra.files.download import download, offline
+from spectra.files.copies import Progress, copy
+from spectra.files.download import SAID, download, offline
+from spectra.files.far import Far
 from spectra.files.storage import Place
 from spectra.printing import shortened
 
@@ -37,7 +39,7 @@ _LONGEST = 400  # characters of what was tried, which may be a path of thousands
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
-def resolve(name: str | Path | Place, *, fetch: bool = False) -> Place:
+def resolve(name: str | Path | Place, *, fetch: bool = False, progress: Progress | None = None) -> Place:
     """The folder or file that a path, URL, alias or hub id means; a place means itself.
 
     Tried in order: a URL; the path; the user's aliases; the folder `$SPECTRA_MODELS`; the built-in aliases;
@@ -46,7 +48,9 @@ def resolve(name: str | Path | Place, *, fetch: bool = False) -> Place:
 
     Args:
         name: one of these.
-        fetch: download a model of the hub into its cache, instead of reading there what is needed when it is.
+        fetch: download a model of the hub into its cache, or what a URL leads to into ours, instead of reading there
+            what is needed when it is.
+        progress: is told how far a download from a URL is.
 
     Raises:
         NotFoundError: nothing was found; the message lists what was tried.
@@ -56,11 +60,22 @@ def resolve(name: str | Path | Place, *, fetch: bool = False) -> Place:
     if not str(name).strip():
         raise NotFoundError("an empty name was given instead of a path, hub id or alias; is a shell variable not set?")
     if remote.is_url(str(name)):
-        return remote.open_url(str(name))
+        return _of_url(str(name), fetch=fetch, progress=progress)
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):
         return Place.of(path)
     return Place.of(_by_name(str(name), [f"the path {path}{_how_far(path)}"], fetch=fetch))
+
+
+def _of_url(url: str, *, fetch: bool, progress: Progress | None) -> Place:
+    place = remote.open_url(url)
+    if not fetch or not isinstance(place.storage, Far):
+        return place
+    if isinstance(place.storage, remote.Hub):
+        whole = Place.of(download(place.storage.repo, place.storage.commit))
+        inner = place.path.removeprefix(place.storage.root).strip("/")
+        return whole / inner if inner else whole
+    return Place.of(copy(place, progress))
 
 
 def _by_name(name: str, tried: list[str], *, fetch: bool) -> Path | Place:
@@ -74,7 +89,7 @@ def _by_name(name: str, tried: list[str], *, fetch: bool) -> Path | Place:
         if os.path.exists(target):
             return target
         if remote.is_url(aliases[text]):
-            return remote.open_url(aliases[text])
+            return _of_url(aliases[text], fetch=fetch, progress=None)
         text, tried = aliases[text], [*tried, f"its alias {aliases[text]}"]
     models = os.environ.get("SPECTRA_MODELS")
     if models and os.path.exists(Path(os.path.expanduser(models)) / text):
@@ -186,6 +201,8 @@ def _from_hub(name: str, repo: str, revision: str, tried: list[str], *, meant: s
     try:
         return download(repo, revision) if fetch else remote.open_hub(repo, revision)
     except NotFoundError as problem:
+        if str(problem) == SAID["GatedRepoError"]:
+            raise NotFoundError(f"{repo}: {problem}") from None
         asked = f"a download of {repo}" if fetch else f"{repo} on the hub"
         raise _not_found(name, [*tried, f"{asked} ({problem})"]) from None
 

@@ -17,6 +17,7 @@ from spectra.report.paths import shorter, without_places
 from spectra.results import tables
 from spectra.results.all_pairs import PAIRS, load_pairs
 from spectra.results.collection import Spectra
+from spectra.results.fingerprint import version_of
 from spectra.results.store import Store, nothing_stored
 from spectra.spectrum import Spectrum
 
@@ -83,7 +84,7 @@ class Run:
             {
                 "path": shorter(path),
                 "size": file.get("size"),
-                "version": _time(file.get("mtime_ns")),
+                "version": _time(version_of(file)),
                 "hash": str(file.get("head_sha256", "")),
             }
             for path, file in files.items()

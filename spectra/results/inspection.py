@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from spectra import naming, text
 from spectra.deltas.source import Source
 from spectra.errors import BaseRequiredError
+from spectra.files.far import is_remote
 from spectra.files.folder import Folder
-from spectra.files.remote import is_remote
 from spectra.files.tensors import TensorRef
 from spectra.models.opening import Openable, open_any
 from spectra.sources import format_of, source_of

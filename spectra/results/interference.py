@@ -16,8 +16,10 @@ from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense
 from spectra.deltas.relatedness import unrelated_note
 from spectra.engine.devices import device_named, resolve_device
+from spectra.engine.memory import READ_AHEAD
 from spectra.engine.solve import Wanted, solve, solve_forms
 from spectra.errors import SelectionError
+from spectra.files.far import expected
 from spectra.metrics.alignment import Triplets
 from spectra.metrics.interference import INTERFERENCE, Together, sum_of
 from spectra.metrics.sides import Side
@@ -80,8 +82,15 @@ def interference_rows(
         (name, {place: update[name] for place, update in enumerate(updates) if name in update}) for name in names
     )
     if executor is None:
-        return (_row(name, there, len(updates), where) for name, there in of_each)
+        return _one_by_one(list(of_each), len(updates), where)
     return _ahead(executor, of_each, len(updates), where)
+
+
+def _one_by_one(of_each: Sequence[tuple[str, Mapping[int, WeightDelta]]], count: int, device: str) -> Iterator[Row]:
+    together = [[ref for delta in there.values() for ref in delta.refs] for _, there in of_each if len(there) > 1]
+    with expected(together, device_named(device).budget() // READ_AHEAD, fetches=len(together) > 1):
+        for name, there in of_each:
+            yield _row(name, there, count, device)
 
 
 def _ahead(
@@ -103,6 +112,11 @@ def _ahead(
 
 def _row(name: str, there: Mapping[int, WeightDelta], count: int, device: str) -> Row:
     """One matrix over the updates that have it, by their places among `count`."""
+    with expected([delta.refs for delta in there.values()]):
+        return _done(name, there, count, device)
+
+
+def _done(name: str, there: Mapping[int, WeightDelta], count: int, device: str) -> Row:
     missing = [str(place + 1) for place in range(count) if place not in there]
     note = f"not in update {', '.join(missing)}" if missing else ""
     if len(there) == 1:

@@ -6,7 +6,9 @@ import signal
 from concurrent.futures import Future
 
 import pytest
+from support.checkpoints import llama_tensors, nudged, write_checkpoint
 from support.dask_processes import dask_cluster
+from support.hub_server import HubServer
 from support.spectra_kinds import slow_deltas
 
 import spectra
@@ -21,6 +23,35 @@ pytest.importorskip("distributed")
 def cluster(tmp_path_factory):
     with dask_cluster(tmp_path_factory.mktemp("dask")) as place:
         yield place.address, [place.worker() for _ in range(2)]
+
+
+def test_workers_read_from_a_server_for_themselves(cluster, tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    from spectra.engine.executors.dask_cluster import cluster_executor
+    from spectra.files import http
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "*")
+    base = {name: tensor.repeat(*[4] * tensor.ndim) for name, tensor in llama_tensors().items()}
+    write_checkpoint(tmp_path / "base", base, shards=2)
+    write_checkpoint(tmp_path / "tuned", nudged(base), shards=2)
+    with HubServer() as server, cluster_executor(cluster[0]) as executor:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        for name in ("base", "tuned"):
+            server.add(f"org/{name}", tmp_path / name)
+        source = spectra.open_source("org/tuned", "org/base")
+        here, start = http.received(), len(server.seen)
+        found = {item.name: item for item in spectra.decompose(source, device="cpu", executor=executor)}
+        checked = http.received() - here
+        largest = max(sum(ref.nbytes for ref in delta.refs) for delta in source)
+        assert checked <= 2 * largest, "one result of each worker is read again by this process, and nothing else"
+        sent = sum(seen.sent for seen in server.seen[start:] if seen.server == "cdn")
+        chosen = sum(ref.nbytes for delta in source for ref in delta.refs)
+        assert chosen <= sent - checked <= 1.02 * chosen
+    for spectrum in spectra.decompose(spectra.open_source(tmp_path / "tuned", tmp_path / "base")):
+        assert found[spectrum.name].status == "ok", found[spectrum.name].reason
+        assert pytest.approx(spectrum.S, rel=1e-12) == found[spectrum.name].S
 
 
 def test_a_worker_killed_in_the_middle_costs_nothing(cluster, tmp_path):

@@ -48,7 +48,8 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         """In which its processes run."""
         paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-        return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        reach = {"HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}  # of servers on this machine
+        return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | reach
 
     def _start(self, what: str, words: Sequence[str], before: str = "") -> subprocess.Popen:
         log = (self.folder / f"{what}.log").open("ab")
