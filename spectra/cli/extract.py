@@ -156,12 +156,12 @@ def command(
     with compute.keywords() as keywords:
         inputs = inputs_of(updates, weights or None, **keywords)
         with report.progress(len(inputs.gathered.weights), "spectra extract", otherwise="nothing was written") as bar:
-            found = run(inputs, None if dry_run else out, rule, options, bar.update)
+            extraction = run(inputs, None if dry_run else out, rule, options, bar.update)
     if as_json:
-        report.print_json(_document(found, tuned, base, None if dry_run else out, options.format, dtype))
+        report.print_json(_document(extraction, tuned, base, None if dry_run else out, options.format, dtype))
     else:
-        _print(found.rows, view)
-    _close(found, None if dry_run else out)
+        _print(extraction.rows, view)
+    _close(extraction, None if dry_run else out)
 
 
 def _check_usage(
@@ -210,7 +210,7 @@ def _given(
 
 
 def _document(
-    found: Extraction, tuned: Sequence[str], base: str | None, out: str | None, file_format: str, dtype: str
+    extraction: Extraction, tuned: Sequence[str], base: str | None, out: str | None, file_format: str, dtype: str
 ) -> dict[str, Any]:
     from dataclasses import asdict
 
@@ -224,11 +224,11 @@ def _document(
         "out": out,
         "format": file_format,
         "dtype": dtype,
-        "parameters": sum(row.parameters for row in found.rows),
-        "relative_error": total_error(found.rows),
-        "matrices": [asdict(row) for row in found.rows],
-        "not_carried": found.not_carried,
-        "modules_to_save": found.whole,
+        "parameters": sum(row.parameters for row in extraction.rows),
+        "relative_error": total_error(extraction.rows),
+        "matrices": [asdict(row) for row in extraction.rows],
+        "not_carried": extraction.not_carried,
+        "modules_to_save": extraction.whole,
     }
 
 
@@ -268,25 +268,27 @@ def _total(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _close(found: Extraction, out: str | None) -> None:
+def _close(extraction: Extraction, out: str | None) -> None:
     """What was written and what was not, and the exit status."""
     from spectra.extraction.ranks import total_error
 
-    for text in sorted({row.note for row in found.rows if row.note}):
+    for text in sorted({row.note for row in extraction.rows if row.note}):
         report.note(f"note: {text}")
-    clamped = [row for row in found.rows if row.clamped]
+    clamped = [row for row in extraction.rows if row.clamped]
     if clamped:
         report.note(f"note: {clamped[0].name}: {clamped[0].clamped} ({len(clamped)} matrices)")
-    report.by_reason("not carried", found.not_carried)
-    for module in found.whole[:1]:
-        report.note(f"kept whole: {module} ({len(found.whole)} modules)")
-    parameters = sum(row.parameters for row in found.rows)
-    worst = max((row.dtype_error for row in found.rows if row.dtype_error == row.dtype_error), default=0.0)
+    report.by_reason("not carried", extraction.not_carried)
+    for module in extraction.whole[:1]:
+        report.note(f"kept whole: {module} ({len(extraction.whole)} modules)")
+    parameters = sum(row.parameters for row in extraction.rows)
+    worst = max((row.dtype_error for row in extraction.rows if row.dtype_error == row.dtype_error), default=0.0)
     report.note(
-        f"{parameters:,} parameters, relative error {total_error(found.rows):.4g}"
+        f"{parameters:,} parameters, relative error {total_error(extraction.rows):.4g}"
         + (f", and at most {worst:.1e} more in a matrix from storing it" if worst else "")
     )
     report.note(f"adapter: {out}" if out else "nothing was written (--dry-run)")
-    if found.undone:
-        report.warning(f"{len(found.undone)} of {len(found.undone) + len(found.rows)} matrices could not be done")
+    if extraction.undone:
+        report.warning(
+            f"{len(extraction.undone)} of {len(extraction.undone) + len(extraction.rows)} matrices could not be done"
+        )
         sys.exit(1)

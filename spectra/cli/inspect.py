@@ -55,14 +55,14 @@ def _verify(path: str, as_json: bool) -> None:
     from spectra.results.soundness import check_results
 
     findings = check_results(path)
-    counts = Counter(found.state for found in findings)
+    counts = Counter(finding.state for finding in findings)
     if as_json:
-        report.print_json({"path": path, "counts": dict(counts), "files": [asdict(found) for found in findings]})
+        report.print_json({"path": path, "counts": dict(counts), "files": [asdict(finding) for finding in findings]})
     else:
         say(f"{path}: {len(findings)} files: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
-        for found in findings:
-            if found.state == "damaged":
-                say(f"damaged: {found.file}: {found.reason}")
+        for finding in findings:
+            if finding.state == "damaged":
+                say(f"damaged: {finding.file}: {finding.reason}")
     if counts["no checksum"]:
         report.note("files without a checksum were written before there were any: they are read as they are")
     if counts["damaged"]:

@@ -91,12 +91,12 @@ def _squares(pairs: Pairs) -> list[dict[str, Any]]:
 
     rows = pairs.pooled("matrix")
     place = {label: i for i, label in enumerate(pairs.labels)}
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    squares: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         name, side = row["name"], row["side"]
-        if (name, side) not in found:
+        if (name, side) not in squares:
             empty = [[None] * len(place) for _ in place]
-            found[name, side] = {
+            squares[name, side] = {
                 "name": name,
                 "role": naming.role_of(name),
                 "layer": naming.layer_of(name),
@@ -106,8 +106,8 @@ def _squares(pairs: Pairs) -> list[dict[str, Any]]:
             }
         i, j = place[row["a"]], place[row["b"]]
         for key in ("phi", "chance"):
-            found[name, side][key][i][j] = found[name, side][key][j][i] = row[key]
-    return list(found.values())
+            squares[name, side][key][i][j] = squares[name, side][key][j][i] = row[key]
+    return list(squares.values())
 
 
 def _print_rows(pairs: Pairs, view: View) -> None:

@@ -161,7 +161,7 @@ def _print(rows: list[Row], view: View) -> None:
         report.note("medians over the changed matrices of a role; --all lists every matrix, and so do --out and --json")
     levels = [(name, [line[f"{name}_chance"] for line in table if line[f"{name}_chance"]]) for name in _SHOWN
               if f"{name}_chance" in table[0]]  # fmt: skip
-    told = [f"{_SHOWN[name]} {min(found):.2g} – {max(found):.2g}" for name, found in levels if found]
+    told = [f"{_SHOWN[name]} {min(values):.2g} – {max(values):.2g}" for name, values in levels if values]
     if told:
         report.note(f"by chance: {', '.join(told)}")
 

@@ -98,39 +98,39 @@ def command(
         for pair in check_claims(claims.claims, memory_budget=memory):
             checked.append(pair)
             bar.update()
-    found = report_of(claims, checked)
-    document = _document(found)
+    merge = report_of(claims, checked)
+    document = _document(merge)
     if as_json:
         report.print_json(document)
     else:
-        _print(found, view)
+        _print(merge, view)
     if out:
         report.keep_table(out, "verify", document)
         for path in report.draw(out, names=(), size=figures) if figures else []:
             report.note(f"figure: {path}")
-    _close(found)
+    _close(merge)
 
 
-def _document(found: MergeReport) -> dict[str, Any]:
+def _document(merge: MergeReport) -> dict[str, Any]:
     from spectra._version import __version__
 
     return {
         "spectra": __version__,
-        "kind": found.kind,
-        "base": found.base,
-        "adapter": found.adapter,
-        "merged": found.merged,
-        "verdict": found.verdict,
-        "counts": found.counts,
-        "untouched": found.untouched,
-        "matrices": [dict(row) for row in found.matrices],
-        "notes": list(found.notes),
+        "kind": merge.kind,
+        "base": merge.base,
+        "adapter": merge.adapter,
+        "merged": merge.merged,
+        "verdict": merge.verdict,
+        "counts": merge.counts,
+        "untouched": merge.untouched,
+        "matrices": [dict(row) for row in merge.matrices],
+        "notes": list(merge.notes),
     }
 
 
-def _print(found: MergeReport, view: View) -> None:
+def _print(merge: MergeReport, view: View) -> None:
     """What is wrong first, matrix by matrix, then the counts by role and verdict, or all matrices."""
-    wrong = [row for row in found.worst_first if not row.ok]
+    wrong = [row for row in merge.worst_first if not row.ok]
     for row in wrong[:_MOST_LINES]:
         _print_wrong(row)
     if len(wrong) > _MOST_LINES:
@@ -140,8 +140,8 @@ def _print(found: MergeReport, view: View) -> None:
 
     def pool(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
         return [
-            {"role": role, "verdict": verdict, "matrices": count, **_medians(found, role, verdict)}
-            for role, counts in found.by_role().items()
+            {"role": role, "verdict": verdict, "matrices": count, **_medians(merge, role, verdict)}
+            for role, counts in merge.by_role().items()
             for verdict, count in counts.items()
         ]
 
@@ -153,7 +153,7 @@ def _print(found: MergeReport, view: View) -> None:
         pooled=_NUMBERS,
         most=0,
     )
-    print_rows([dict(row) for row in found.matrices], layout, view)
+    print_rows([dict(row) for row in merge.matrices], layout, view)
 
 
 def _print_wrong(row: MatrixCheck) -> None:
@@ -166,25 +166,25 @@ def _print_wrong(row: MatrixCheck) -> None:
             say(f"    {line}")
 
 
-def _medians(found: MergeReport, role: str, verdict: str) -> dict[str, float | None]:
+def _medians(merge: MergeReport, role: str, verdict: str) -> dict[str, float | None]:
     """The medians of the numbers of a role under a verdict; None where there are none."""
     from statistics import median
 
-    rows = [row for row in found.matrices if row.role == role and row.verdict == verdict and row.scale is not None]
+    rows = [row for row in merge.matrices if row.role == role and row.verdict == verdict and row.scale is not None]
     return {key: median(row[key] for row in rows) if rows else None for key in _NUMBERS}
 
 
-def _close(found: MergeReport) -> None:
+def _close(merge: MergeReport) -> None:
     """Notes, the verdict in one line, and the exit status."""
-    for text in sorted({row.note for row in found.matrices if row.note}):
+    for text in sorted({row.note for row in merge.matrices if row.note}):
         report.note(f"note: {text}")
-    for replay in sorted({row.replay for row in found.matrices if row.verdict == "exact"}):
-        count = sum(row.replay == replay for row in found.matrices)
+    for replay in sorted({row.replay for row in merge.matrices if row.verdict == "exact"}):
+        count = sum(row.replay == replay for row in merge.matrices)
         report.note(f"bit for bit ({count:,} matrices): {replay}")
-    good = sum(row.ok for row in found.matrices)
+    good = sum(row.ok for row in merge.matrices)
     report.note(
-        f"{good:,} of {len(found):,} matrices are as merged; {found.untouched:,} that the adapter does not touch "
+        f"{good:,} of {len(merge):,} matrices are as merged; {merge.untouched:,} that the adapter does not touch "
         "equal the base"
     )
-    if not found.ok:
+    if not merge.ok:
         sys.exit(1)

@@ -33,8 +33,8 @@ class FromTensors:
     @property
     def refs(self) -> tuple[TensorRef, ...]:
         """Every stored tensor among the fields, in tuples and in recipes that are fields; each once."""
-        found = (ref for item in fields(self) for ref in _refs(getattr(self, item.name)))  # type: ignore[arg-type]
-        return tuple(dict.fromkeys(found))
+        nested = (ref for item in fields(self) for ref in _refs(getattr(self, item.name)))  # type: ignore[arg-type]
+        return tuple(dict.fromkeys(nested))
 
 
 def _refs(value: object) -> Iterator[TensorRef]:

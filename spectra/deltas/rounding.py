@@ -217,8 +217,8 @@ def rounding_edge(stored: Tensor, dtype: str) -> float | None:
         >>> round(edge / (2**-7 / 12**0.5 * 2 * 1000**0.5), 2)
         1.03
     """
-    found = rounding_noise(stored, dtype, stored, dtype)
-    return found[-1].edge if found else None
+    noise = rounding_noise(stored, dtype, stored, dtype)
+    return noise[-1].edge if noise else None
 
 
 def _finite(matrix: Tensor) -> bool:
@@ -257,14 +257,14 @@ def separable_edge(rows: np.ndarray, columns: np.ndarray) -> float:
 
 def _resolvent(a: np.ndarray, w: np.ndarray) -> np.ndarray:
     """Σ aᵢ/(1 − w aᵢ) for every w."""
-    found = np.zeros(len(w))
+    total = np.zeros(len(w))
     for start in range(0, len(a), _MOST_TERMS):
         some = a[start : start + _MOST_TERMS]
         terms = np.multiply.outer(some, -w)  # one array for all steps: fresh memory is what takes the time here
         terms += 1
         np.divide(some[:, None], terms, out=terms)
-        found += terms.sum(0)
-    return found
+        total += terms.sum(0)
+    return total
 
 
 def _noise(steps: Steps, shape: torch.Size, roundings: int, said: str, delta: Tensor | None) -> Noise:
@@ -309,10 +309,10 @@ def _sums(entries: Steps, shape: torch.Size) -> tuple[np.ndarray, np.ndarray, np
     rows, highest, columns = [], [], torch.zeros(())
     height = max(1, _BLOCK_ENTRIES // shape[1])
     for start in range(0, shape[0], height):
-        found = entries(slice(start, start + height))
-        rows.append(found.sum(1))
-        highest.append(found.amax(1))
-        columns = found.sum(0) if start == 0 else columns.add_(found.sum(0))
+        steps = entries(slice(start, start + height))
+        rows.append(steps.sum(1))
+        highest.append(steps.amax(1))
+        columns = steps.sum(0) if start == 0 else columns.add_(steps.sum(0))
     # Only now: on a card every number that is looked at waits for all that was asked before.
     return torch.cat(rows).cpu().numpy(), columns.cpu().numpy(), torch.cat(highest).cpu().numpy()
 

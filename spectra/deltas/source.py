@@ -43,12 +43,12 @@ class Coverage:
         return f"Coverage({_left_out(self) or 'everything was paired and used'}{warnings})"
 
     def _repr_html_(self) -> str:
-        found: dict[tuple[str, str], list[Any]] = {}
+        groups: dict[tuple[str, str], list[Any]] = {}
         for key in self.counts:
             listed: Mapping[str, str] = getattr(self, key)
             for name, reason in listed.items():
-                found.setdefault((key, reason), [0, name])[0] += 1
-        rows = [(key, reason, count, example) for (key, reason), (count, example) in found.items()]
+                groups.setdefault((key, reason), [0, name])[0] += 1
+        rows = [(key, reason, count, example) for (key, reason), (count, example) in groups.items()]
         warnings = [f"warning: {line}" for line in self.warnings]
         heading = f"Coverage: {_left_out(self) or 'everything was paired and used'}"
         return text.page(heading, {}, ("list", "reason", "entries", "for example"), rows, text.first_lines(warnings))
@@ -164,6 +164,6 @@ def _by_role(deltas: Iterable[WeightDelta]) -> list[Row]:
     for delta in deltas:
         ranks.setdefault((delta.role, text.size(delta.shape), delta.status), []).append(delta.max_rank)
     return [
-        (role, len(found), shape, text.number_range(found) if status == "ok" else "–", status)
-        for (role, shape, status), found in ranks.items()
+        (role, len(group), shape, text.number_range(group) if status == "ok" else "–", status)
+        for (role, shape, status), group in ranks.items()
     ]

@@ -32,9 +32,9 @@ def download(repo: str, revision: str) -> Path:
         NotFoundError: it cannot be had; the message says why, without naming the model.
     """
     client, errors = library()
-    found = info(repo, revision)
+    listing = info(repo, revision)
     try:
-        files = [file.rfilename for file in found.siblings or ()]
+        files = [file.rfilename for file in listing.siblings or ()]
         wanted = _WEIGHTS_AND_JSON[:2] if any(file.endswith(".safetensors") for file in files) else _WEIGHTS_AND_JSON
         there = client.snapshot_download(repo, revision=revision, allow_patterns=wanted, etag_timeout=_seconds())
     except _families(errors) as problem:

@@ -182,10 +182,10 @@ def _to_skip(response: Any, url: str, start: int, stop: int, stamp: Stamp) -> in
         if stop > max(_SKIPPED, stop - start):
             raise SourceError(f"{url}: the server sends whole files only, not ranges: download it and pass the path")
         return start
-    found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-    if not found or found[1] is None or not int(found[1]) <= start <= int(found[2]):
+    match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if not match or match[1] is None or not int(match[1]) <= start <= int(match[2]):
         raise TryAgainError("the answer is another range than was asked for")
-    return start - int(found[1])
+    return start - int(match[1])
 
 
 @contextmanager
@@ -274,10 +274,10 @@ def _no_access(url: str, target: str, status: int) -> str:
 
 def _next(url: str, target: str, location: str) -> str:
     """Where a redirect leads."""
-    found = urljoin(target, location)
-    if urlsplit(target).scheme == "https" and urlsplit(found).scheme != "https":
+    address = urljoin(target, location)
+    if urlsplit(target).scheme == "https" and urlsplit(address).scheme != "https":
         raise SourceError(f"{url} leads to an address without encryption, which is not followed")
-    return found
+    return address
 
 
 def _headers(target: str) -> dict[str, str]:
@@ -305,9 +305,9 @@ def _plain(tag: str) -> str:
 
 def _size(response: Any) -> int | None:
     """The size of the whole file, as the answer to a range tells it."""
-    found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-    if found:
-        return None if found[3] == "*" else int(found[3])
+    match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if match:
+        return None if match[3] == "*" else int(match[3])
     length = response.headers.get("Content-Length", "") if response.status_code == 200 else ""
     return int(length) if length.isdigit() else None
 
@@ -328,8 +328,8 @@ def _asked_to_wait(headers: Any) -> float | None:
 def _transport_error() -> type[Exception]:
     """What the HTTP client behind the hub's session raises where a request does not come through."""
     module = sys.modules[type(library()[0].get_session()).__module__.partition(".")[0]]
-    found: type[Exception] = module.TransportError
-    return found
+    error: type[Exception] = module.TransportError
+    return error
 
 
 def _said(problem: Exception) -> str:

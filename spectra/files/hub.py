@@ -98,10 +98,10 @@ def _by_name(name: str, tried: list[str], *, fetch: bool) -> Path | Place:
     if resolve_alias(text) != text:
         tried.append(f"the built-in alias {text} = {resolve_alias(text)}")
         text = resolve_alias(text)
-    found = _HUB_ID.fullmatch(text)
-    if not found:
+    match = _HUB_ID.fullmatch(text)
+    if not match:
         raise _not_found(name, tried)
-    repo, revision, meant = found["repo"], found["revision"] or "main", _is_a_path(text)
+    repo, revision, meant = match["repo"], match["revision"] or "main", _is_a_path(text)
     return _from_hub(name, repo, revision, tried, meant=meant, fetch=fetch)
 
 

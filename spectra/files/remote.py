@@ -67,10 +67,10 @@ class Hub(Far):
 
     def stamp(self, path: str) -> Stamp:
         """Size, and the hash by which the hub knows the content: of the file, or of its blob in git."""
-        found = self._listing().get(self._name(path))
-        if found is None:
+        stamp = self._listing().get(self._name(path))
+        if stamp is None:
             raise NotFoundError(f"{path} is not among the files of {self.repo}")
-        return found
+        return stamp
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> int:
         """As `Storage.read_into`, from the cache where it has the file."""
@@ -117,13 +117,15 @@ class Web(Far):
                 return False
 
         with ThreadPoolExecutor(LANES) as pool:
-            found = [name for name, is_there in zip(KNOWN_NAMES, pool.map(there, KNOWN_NAMES), strict=True) if is_there]
-        if not found and refused:
+            present = [
+                name for name, is_there in zip(KNOWN_NAMES, pool.map(there, KNOWN_NAMES), strict=True) if is_there
+            ]
+        if not present and refused:
             raise SourceError(refused[0])
-        if not found:
+        if not present:
             raise NotFoundError(f"{folder} has none of the names that models have, and a server lists no others: "
                                 "name the file of weights")  # fmt: skip
-        return sorted(found)
+        return sorted(present)
 
     def is_file(self, path: str) -> bool:
         """Whether the server gives something for the URL."""
@@ -161,11 +163,11 @@ class Web(Far):
             return None
         try:
             with lanes:
-                found = http.stat(url)
+                stat = http.stat(url)
         except http.AbsentError:
             _absent[url] = time.monotonic()
             return None
-        return _pins.setdefault(url, found)
+        return _pins.setdefault(url, stat)
 
 
 WEB = Web()
@@ -257,8 +259,8 @@ def place_of(path: str) -> Place:
     """The place that a stored path of this kind means, without looking whether it is there."""
     if not path.startswith(("http://", "https://")):
         return Place(Cloud(path.partition("://")[0]), path)
-    found = _RESOLVED.fullmatch(path)
-    return Place(Hub(found["hub"], found["repo"], found["commit"]) if found else WEB, path)
+    match = _RESOLVED.fullmatch(path)
+    return Place(Hub(match["hub"], match["repo"], match["commit"]) if match else WEB, path)
 
 
 def model_of(path: str) -> str:
@@ -267,8 +269,8 @@ def model_of(path: str) -> str:
     >>> model_of("https://huggingface.co/org/name/resolve/" + 40 * "a")
     'org/name'
     """
-    found = _RESOLVED.fullmatch(path)
-    return found["repo"] if found else ""
+    match = _RESOLVED.fullmatch(path)
+    return match["repo"] if match else ""
 
 
 def _is_a_file(url: str) -> bool:

@@ -63,8 +63,8 @@ def chosen(file: Place, stamp: Stamp) -> tuple[dict[str, Tensor], list[str]]:
 
 def _not_opened(said: str) -> str:
     """What to say where `weights_only=True` refuses a file; never torch's own advice, which is to do without it."""
-    found = re.search(r"GLOBAL ([\w.]+)|Unsupported class ([\w.]+)|instantiate type <class '([\w.]+)'>", said)
-    what = next(filter(None, found.groups())) if found else ""
+    match = re.search(r"GLOBAL ([\w.]+)|Unsupported class ([\w.]+)|instantiate type <class '([\w.]+)'>", said)
+    what = next(filter(None, match.groups())) if match else ""
     if not what:
         return "is damaged or holds more than tensors, and was not opened; download it again, or save its state dict"
     return (

@@ -74,14 +74,14 @@ def listed(file: Place) -> Listing:
     content = archive.content()
     if not isinstance(content, Mapping):
         raise SourceError(f"{file} holds a {named(content) or type(content).__name__}, not a state dict of tensors")
-    found = Listing()
+    listing = Listing()
     for name, value in content.items():
         if isinstance(value, Inert):
             try:
-                _enter(archive, found, str(name), value)
+                _enter(archive, listing, str(name), value)
             except SourceError as problem:
-                found.broken[str(name)] = str(problem)
-    return found
+                listing.broken[str(name)] = str(problem)
+    return listing
 
 
 def _enter(archive: Archive, found: Listing, name: str, value: Inert) -> None:
@@ -124,8 +124,8 @@ def _ref(tensor: Lying) -> TensorRef:
     )
 
 
-def _placement(found: Any) -> Placement:
-    if not isinstance(found, Inert):
+def _placement(value: Any) -> Placement:
+    if not isinstance(value, Inert):
         return Placement("unknown")
-    dim = found.get("dim") if found.get("dim") is not None else next(iter(found.args), None)
-    return Placement(named(found), dim if type(dim) is int else None)
+    dim = value.get("dim") if value.get("dim") is not None else next(iter(value.args), None)
+    return Placement(named(value), dim if type(dim) is int else None)

@@ -97,15 +97,15 @@ def arithmetics(weights: Weights) -> list[Arithmetic]:
 
     ΔW is formed in 16 bits only where the sum is kept, or the adapter stored, in them.
     """
-    found, change, stored = [], weights.change, weights.base.dtype
+    ways, change, stored = [], weights.change, weights.base.dtype
     own = _HALF_STEPS if change.term is not None else _HALF_STEPS_UNKNOWN
     steps = _HALF_STEPS_FROM_BASE if change.multiplies else own
     for kept in weights.kept:
         halves = ({kept} if kept.itemsize == 2 else set()) | change.halves
         formed = [(torch.float32, change.steps), *((half, steps) for half in sorted(halves, key=str))]
         casts = (False,) if stored == kept or stored.itemsize < kept.itemsize else (False, True)
-        found += [Arithmetic(kept, cast, *how) for how in formed for cast in casts]
-    return found
+        ways += [Arithmetic(kept, cast, *how) for how in formed for cast in casts]
+    return ways
 
 
 def inside(weights: Weights, how: Arithmetic, scale: float = 1.0, slack: float = 0.0) -> Iterator[Tensor]:

@@ -62,10 +62,10 @@ def fit(weights: Weights) -> Fit:
     16-bit weights are summed up in float32, whose rounding is nothing beside theirs; others in float64.
     """
     narrow = weights.merged.dtype.itemsize == 2 and weights.base.dtype.itemsize == 2
-    found = _sums(weights, torch.float32) if narrow else None
-    if found is None or not _SAFE[0] < found.change < _SAFE[1]:
-        found = _sums(weights, torch.float64)
-    return found
+    sums = _sums(weights, torch.float32) if narrow else None
+    if sums is None or not _SAFE[0] < sums.change < _SAFE[1]:
+        sums = _sums(weights, torch.float64)
+    return sums
 
 
 def _sums(weights: Weights, work: torch.dtype) -> Fit:

@@ -123,8 +123,8 @@ class MergeReport:
     @property
     def counts(self) -> dict[str, int]:
         """Verdict → number of matrices, the worst verdict first."""
-        found = Counter(row.verdict for row in self.matrices)
-        return {verdict: found[verdict] for verdict in VERDICTS if found[verdict]}
+        counted = Counter(row.verdict for row in self.matrices)
+        return {verdict: counted[verdict] for verdict in VERDICTS if counted[verdict]}
 
     @property
     def worst_first(self) -> list[MatrixCheck]:

@@ -83,8 +83,8 @@ def _cosine(inner: float, lengths: float) -> float:
 
 def mean_cosine(seen: Together) -> float:
     """The mean of `cosines` over the pairs of updates that have one; 0 by chance."""
-    found = [value for s, row in enumerate(cosines(seen)) for value in row[s + 1 :] if not math.isnan(value)]
-    return math.fsum(found) / len(found) if found else math.nan
+    values = [value for s, row in enumerate(cosines(seen)) for value in row[s + 1 :] if not math.isnan(value)]
+    return math.fsum(values) / len(values) if values else math.nan
 
 
 def norms(seen: Together) -> list[float]:
@@ -140,8 +140,8 @@ def sar(seen: Together) -> list[float]:
 
 def mean_sar(seen: Together) -> float:
     """The mean of `sar` over the updates that have one."""
-    found = [value for value in sar(seen) if not math.isnan(value)]
-    return math.fsum(found) / len(found) if found else math.nan
+    values = [value for value in sar(seen) if not math.isnan(value)]
+    return math.fsum(values) / len(values) if values else math.nan
 
 
 def sar_chance(seen: Together) -> float:

@@ -98,11 +98,11 @@ class SharedBasis:
         """‖P(Δ_t − Δ̄)‖²/‖Δ_t − Δ̄‖² of each update, P on the top k directions; NaN where an update is the mean."""
         axes = self._eigen[1][:, : self.k]
         mean = float(self._square.trace()) / len(self.values) ** 2
-        found = []
+        shares = []
         for apart, energy in zip(self._apart(), self._energy, strict=True):
             inside, whole = float(((apart @ axes) * axes).sum()), float(apart.trace())
-            found.append(min(inside / whole, 1.0) if whole > _ROUNDING * (energy + mean) else math.nan)
-        return found
+            shares.append(min(inside / whole, 1.0) if whole > _ROUNDING * (energy + mean) else math.nan)
+        return shares
 
     def null(self) -> float:
         """`share`, of as many directions, of random updates, each with the leading values that it has without the mean.

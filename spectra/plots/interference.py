@@ -176,13 +176,13 @@ def _mean(squares: Sequence[np.ndarray]) -> np.ndarray:
 
 def _by_role(table: Sequence[Mapping[str, Any]], column: str) -> dict[str, dict[int, float]]:
     """Role → layer → the mean of a column; of matrices in layers that have a number there."""
-    found: dict[str, dict[int, list[float]]] = {}
+    by_role: dict[str, dict[int, list[float]]] = {}
     for row in table:
         value, layer = row.get(column), row.get("layer")
         if value is None or layer is None or math.isnan(value) or math.isnan(layer):
             continue
-        found.setdefault(row["role"], {}).setdefault(int(layer), []).append(float(value))
+        by_role.setdefault(row["role"], {}).setdefault(int(layer), []).append(float(value))
     return {
         role: {layer: math.fsum(values) / len(values) for layer, values in sorted(layers.items())}
-        for role, layers in found.items()
+        for role, layers in by_role.items()
     }

@@ -70,12 +70,12 @@ def draw_tables(
         label: what tells the figures' files from those of other directories; "" for nothing.
         style: of the figures.
     """
-    found = [_draw_series] if is_series(directory) else []
-    found += [_draw_alignment] if (directory / ALIGNMENT_TABLE).is_file() else []
-    found += [_draw_verdicts] if (directory / VERIFIED).is_file() else []
-    if not found:
+    drawers = [_draw_series] if is_series(directory) else []
+    drawers += [_draw_alignment] if (directory / ALIGNMENT_TABLE).is_file() else []
+    drawers += [_draw_verdicts] if (directory / VERIFIED).is_file() else []
+    if not drawers:
         return None
-    drawn = [draw(directory, Path(target), layers, label, style) for draw in found]
+    drawn = [draw(directory, Path(target), layers, label, style) for draw in drawers]
     return Drawn(tuple(file for one in drawn for file in one.files), tuple(note for one in drawn for note in one.notes))
 
 

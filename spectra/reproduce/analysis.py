@@ -50,12 +50,12 @@ def looks(plan: Plan) -> list[Look]:
 def pairs(plan: Plan) -> list[tuple[Look, Look]]:
     """What is compared: every look to full fine-tuning at the same step; second seeds and origins to their run."""
     there = {look.name: look for look in looks(plan)}
-    found = []
+    pairs_of_looks = []
     for look in there.values():
         itself = set() if look.origin else {look.run.name}
         partners = {REFERENCE, look.run.name.removesuffix(SECOND_SEED)} - itself
-        found += [(look, there[f"{name}-step-{look.step}"]) for name in sorted(partners)]
-    return found
+        pairs_of_looks += [(look, there[f"{name}-step-{look.step}"]) for name in sorted(partners)]
+    return pairs_of_looks
 
 
 def decompose(

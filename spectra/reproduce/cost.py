@@ -60,13 +60,13 @@ def measure_costs(
                 done(False)
                 continue
             try:
-                found = pool.submit(measure, base, method, row_of, plan.cost_steps, device).result()
+                costs = pool.submit(measure, base, method, row_of, plan.cost_steps, device).result()
             except RuntimeError as problem:  # torch's own, or a process that was ended
                 raise SpectraError(f"measuring {method.label} failed: {problem}") from None
-            rows.append({"label": method.label, "kind": method.kind, "n": method.n, "r": method.r, **found})
+            rows.append({"label": method.label, "kind": method.kind, "n": method.n, "r": method.r, **costs})
             write(kept, json.dumps(rows, indent=1).encode())
             done(True)
-            say(f"  {method.label}: {found['tokens_per_second']:.0f} tokens/s, {found['peak_mib']:.0f} MiB")
+            say(f"  {method.label}: {costs['tokens_per_second']:.0f} tokens/s, {costs['peak_mib']:.0f} MiB")
     return rows
 
 

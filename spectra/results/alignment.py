@@ -253,15 +253,15 @@ class Work:
         """The top k triplets of a form that are more than rounding, by the engine with its checks; none of 0."""
         device = resolve_device(self.device)
         wanted = Wanted(k, only_top=True, device=device_named(device))
-        (found,) = solve_forms([delta], [form], wanted)
-        if found.status == "unchanged":
+        (spectrum,) = solve_forms([delta], [form], wanted)
+        if spectrum.status == "unchanged":
             return Triplets(
                 *(torch.zeros(size, dtype=torch.float64) for size in ((form.shape[0], 0), 0, (0, form.shape[1])))
             )
-        if found.status != "ok" or found.U is None or found.Vh is None:
-            raise UndoneError(found)
-        kept = min(found.rank, k, found.k)
-        arrays = (found.U[:, :kept], found.S[:kept], found.Vh[:kept])
+        if spectrum.status != "ok" or spectrum.U is None or spectrum.Vh is None:
+            raise UndoneError(spectrum)
+        kept = min(spectrum.rank, k, spectrum.k)
+        arrays = (spectrum.U[:, :kept], spectrum.S[:kept], spectrum.Vh[:kept])
         return Triplets(*(torch.as_tensor(array, device=device) for array in arrays))
 
     def _row(self, delta: WeightDelta, outcome: Spectrum, numbers: Row | None = None) -> Row:

@@ -83,7 +83,7 @@ def triplets_of_base(weight: BaseWeight, matrix: Tensor, cache: BaseCache | None
     fault = check.value_fault(S, float(matrix.norm()), 0.0)
     if fault:
         raise SpectraError(f"the SVD of the base's {weight.name} gave {fault}; try another device= (--device)")
-    found = Triplets(U, S, Vh)
+    triplets = Triplets(U, S, Vh)
     if cache:
-        cache.put(weight, found)
-    return found
+        cache.put(weight, triplets)
+    return triplets

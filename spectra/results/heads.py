@@ -77,8 +77,8 @@ def heads_of(source: Iterable[WeightDelta]) -> dict[str, list[WeightDelta]]:
 
 def _row(name: str, heads: Sequence[WeightDelta]) -> Row:
     try:
-        found = _numbers(heads)
-        return _line(name, "ok") | found
+        numbers = _numbers(heads)
+        return _line(name, "ok") | numbers
     except SpectraError as problem:
         broken = next((head for head in heads if head.recipe is None), None)
         return _line(name, broken.status, broken.reason) if broken else _line(name, "unreadable", str(problem))

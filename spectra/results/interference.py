@@ -181,8 +181,8 @@ def _sum(name: str, total: Tensor, device: str) -> Spectrum:
     form = Dense(total)
     blank = WeightDelta(name, form.shape, None, form.max_rank)
     wanted = Wanted(form.max_rank, only_top=True, device=device_named(device))
-    (found,) = solve_forms([blank], [form], wanted)
-    return found
+    (spectrum,) = solve_forms([blank], [form], wanted)
+    return spectrum
 
 
 def _in_their_places(numbers: Row, places: Sequence[int], count: int) -> Row:

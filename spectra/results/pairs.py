@@ -205,8 +205,8 @@ class Pairs:
 
     def groups(self, by: Pooling = "role") -> list[str | int | None]:
         """The roles, layers or matrices that there are: layers ascending, the others as they come."""
-        found = list(dict.fromkeys(_GROUPS[by](kept)[1] for kept in self._kept))
-        return sorted(found, key=lambda layer: (layer is None, layer)) if by == "layer" else found
+        present = list(dict.fromkeys(_GROUPS[by](kept)[1] for kept in self._kept))
+        return sorted(present, key=lambda layer: (layer is None, layer)) if by == "layer" else present
 
     def square(
         self, side: Side = "left", by: Pooling = "all", group: str | int | None = "all", *, value: str = "phi"
@@ -220,16 +220,16 @@ class Pairs:
             value: another column of `pooled`: "chance", "k_used".
         """
         place = {label: i for i, label in enumerate(self.labels)}
-        found = np.full((len(place), len(place)), np.nan)
+        grid = np.full((len(place), len(place)), np.nan)
         if value == "phi":
-            np.fill_diagonal(found, 1.0)
+            np.fill_diagonal(grid, 1.0)
         members: dict[tuple[str, str], list[_Kept]] = {}
         for kept in self._kept:
             if kept.side == side and _GROUPS[by](kept)[1] == group:
                 members.setdefault((kept.a, kept.b), []).append(kept)
         for (a, b), some in members.items():
-            found[place[a], place[b]] = found[place[b], place[a]] = _mean(some)[value]
-        return found
+            grid[place[a], place[b]] = grid[place[b], place[a]] = _mean(some)[value]
+        return grid
 
     def order(self, side: Side | None = None) -> list[int]:
         """The updates' places in clustered order: those that share directions stand together.
@@ -273,8 +273,8 @@ def clustered(similarity: np.ndarray) -> list[int]:
     distance = 1.0 - similarity
     np.fill_diagonal(distance, 0.0)
     tree = linkage(squareform(np.clip(distance, 0.0, None), checks=False), "average", optimal_ordering=True)
-    found = [int(place) for place in leaves_list(tree)]
-    return found if found[0] <= found[-1] else found[::-1]  # the two directions of a tree are one order
+    order = [int(place) for place in leaves_list(tree)]
+    return order if order[0] <= order[-1] else order[::-1]  # the two directions of a tree are one order
 
 
 def _mean(members: Sequence[_Kept]) -> Row:

@@ -130,8 +130,8 @@ def series_rows(
 
 def stored_steps(directory: Path) -> dict[int, Path]:
     """Step → the results directory of its checkpoint, for those that a series' directory holds."""
-    found = (folder for folder in directory.glob(f"{_STEPS}/{_FOLDER}*") if (folder / "spectra").is_dir())
-    numbered = {folder.name.removeprefix(_FOLDER): folder for folder in found}
+    folders = (folder for folder in directory.glob(f"{_STEPS}/{_FOLDER}*") if (folder / "spectra").is_dir())
+    numbered = {folder.name.removeprefix(_FOLDER): folder for folder in folders}
     return {int(number): numbered[number] for number in sorted(numbered, key=len) if number.isdigit()}
 
 
@@ -311,7 +311,7 @@ def row(
         side: of φ.
     """
     numbers = tables.row(spectrum, {name: METRICS[name] for name in MEASURED})
-    found = {
+    cells = {
         "step": step,
         "checkpoint": path,
         "name": spectrum.name,
@@ -327,23 +327,23 @@ def row(
     for name, other in others.items():
         similarity = _similarity(spectrum, other, top, side)
         if similarity is not None:
-            found |= {f"phi_to_{name}": similarity.phi, f"phi_to_{name}_chance": float(similarity.chance[-1, -1])}
-            found["note"] = "; ".join(
-                filter(None, (found["note"], similarity.note and f"φ to {name}: {similarity.note}"))
+            cells |= {f"phi_to_{name}": similarity.phi, f"phi_to_{name}_chance": float(similarity.chance[-1, -1])}
+            cells["note"] = "; ".join(
+                filter(None, (cells["note"], similarity.note and f"φ to {name}: {similarity.note}"))
             )
     for where in SIDES:
         basis = start.basis(spectrum.name, where) if start is not None else None
         if basis is not None and spectrum.U is not None:
-            found[f"start_{where}"] = start_share(spectrum, basis, top=top, side=where)
-            found[f"start_{where}_chance"] = basis.shape[1] / basis.shape[0]
-    return found
+            cells[f"start_{where}"] = start_share(spectrum, basis, top=top, side=where)
+            cells[f"start_{where}_chance"] = basis.shape[1] / basis.shape[0]
+    return cells
 
 
 def _failed(step: int, moment: Moment | None, problem: SpectraError) -> Row:
     """The row of a checkpoint that cannot be read."""
     nothing = Spectrum("", (), "unreadable", reason=str(problem))
-    found = row(step, moment.path if moment else "", nothing, top=1)
-    return found | {"role": "", "layer": None, "k": None}
+    cells = row(step, moment.path if moment else "", nothing, top=1)
+    return cells | {"role": "", "layer": None, "k": None}
 
 
 def _similarity(a: Spectrum, b: Spectrum, top: int, side: Side) -> SubspaceSimilarity | None:

@@ -333,10 +333,10 @@ def sweep(directory: Path) -> None:
 
 
 def _is_abandoned(partial: Path) -> bool:
-    found = _PARTIAL.fullmatch(partial.name)
-    if found and found[1] == _HOST:
+    match = _PARTIAL.fullmatch(partial.name)
+    if match and match[1] == _HOST:
         try:
-            os.kill(int(found[2]), 0)
+            os.kill(int(match[2]), 0)
         except ProcessLookupError:
             return True
         except (OSError, OverflowError):
@@ -352,7 +352,7 @@ def json_text(content: Any, indent: int | None = None) -> str:
     '{"σ": null, "name": "\\\\ud800"}'
     """
     text = json.dumps(tables.strict(content), indent=indent, allow_nan=False, ensure_ascii=False)
-    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -60,14 +60,14 @@ def in_order(paths: Sequence[str | Path], steps: Sequence[int] | None = None) ->
         raise SelectionError(f"steps = {list(steps)} are not all whole numbers from 0: give each checkpoint's step")
     counted = [(int(step), "step") for step in steps] if steps is not None else [_said(name) for name in names]
     _refuse_two_units(names, [unit for _, unit in counted])
-    found: dict[int, str] = {}
+    by_step: dict[int, str] = {}
     for name, (step, _) in zip(names, counted, strict=True):
-        if step in found:
+        if step in by_step:
             raise SelectionError(
-                f"{found[step]} and {name} are both of step {step}: leave one out, or give steps= (--step) for each"
+                f"{by_step[step]} and {name} are both of step {step}: leave one out, or give steps= (--step) for each"
             )
-        found[step] = name
-    return [Moment(step, found[step]) for step in sorted(found)]
+        by_step[step] = name
+    return [Moment(step, by_step[step]) for step in sorted(by_step)]
 
 
 def _said(name: str) -> tuple[int, str]:

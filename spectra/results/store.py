@@ -113,8 +113,8 @@ class Store:
         try:
             return self.run()
         except StoreError as problem:
-            found = {str(piece.record.get("key")) for _, piece in self.pieces() if piece is not None}
-            if not found <= set(keys):
+            stored = {str(piece.record.get("key")) for _, piece in self.pieces() if piece is not None}
+            if not stored <= set(keys):
                 raise StoreError(
                     f"{problem}; and not all that is stored there is of these inputs and matrices, so it cannot be "
                     f"written anew: choose {ANOTHER_PLACE}"
@@ -137,14 +137,14 @@ class Store:
         if version is None:
             return None
         try:
-            header, found = self._read(name)
+            header, spectrum = self._read(name)
         except StoreError as problem:
             self.notes.append(f"computed again: {problem}")
             return None
         if not header.holds(key, top, only_top):
             return None
-        self._seen[name] = version, tables.row(found)
-        return found
+        self._seen[name] = version, tables.row(spectrum)
+        return spectrum
 
     def kept(self, name: str) -> tuple[int, int]:
         """How many values and vectors are stored for a matrix; none if what is stored is missing or damaged."""
@@ -196,11 +196,11 @@ class Store:
         if not self.similarity.path(label).exists():
             return None
         try:
-            found, made_from = self.compared(label)
+            similarity, made_from = self.compared(label)
         except StoreError as problem:
             self.notes.append(f"compared again: {problem}")
             return None
-        return found if made_from == key else None
+        return similarity if made_from == key else None
 
     def put_similarity(self, similarity: SubspaceSimilarity, key: str = "") -> None:
         """Store one comparison."""

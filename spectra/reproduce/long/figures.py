@@ -140,8 +140,8 @@ def _panels(table: pd.DataFrame, quantities: tuple[str, ...], target: Path, agai
             limits = [limit for ax in places for limit in ax.get_ylim()]
             for ax in places:
                 ax.set_ylim(min(limits), max(limits))
-        found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns, fontsize=8.5)
+        handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=8.5)
     save_figure(figure, target)
 
 

@@ -130,8 +130,8 @@ def _kept(directory: Path, name: str, make: Callable[[], pd.DataFrame]) -> pd.Da
 
 
 def _record(directory: Path, run: LongRun, step: int) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(losses_of(directory, run.name, step).read_text())
-    return found
+    losses: dict[str, Any] = json.loads(losses_of(directory, run.name, step).read_text())
+    return losses
 
 
 def _summary(there: Mapping[LongRun, list[int]], matrices: pd.DataFrame, directory: Path) -> pd.DataFrame:

@@ -55,12 +55,12 @@ _OF_PAIRS = {
 
 def verdicts(summary: pd.DataFrame, plan: LongPlan) -> list[Verdict]:
     """The rule, applied to MultiLoRA's two repetitions and its run at the high rate, at their last snapshots."""
-    found = []
+    judged = []
     for run in (MULTILORA, MULTILORA + SECOND, "multilora-fast"):
         reached = {name: set(summary.loc[summary["run"] == name, "step"]) for name in (run, LORA)}
         common = [step for step in plan.snapshots[1:] if all(step in steps for steps in reached.values())]
-        found.append(judge(summary, run, common[-1] if common else plan.first))
-    return found
+        judged.append(judge(summary, run, common[-1] if common else plan.first))
+    return judged
 
 
 def tables(numbers: Numbers, plan: LongPlan) -> str:
