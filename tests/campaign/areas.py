@@ -1,0 +1,8 @@
+"""All areas of the campaign, in the order of the table."""
+
+from __future__ import annotations
+
+from campaign.case import Area
+from campaign.kills import Kills
+
+AREAS: dict[str, Area] = {area.name: area for area in (Kills(),)}
