@@ -6,22 +6,22 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, from_numpy
 
 from spectra._version import __version__
 from spectra.deltas.base import BaseWeight
 from spectra.engine import check
 from spectra.engine.solvers.dense import svd_top
-from spectra.errors import SpectraError
+from spectra.errors import SpectraError, StoreError
 from spectra.metrics.alignment import Triplets
-from spectra.results.shelf import write
+from spectra.results.shelf import Shelf
+
+_ARRAYS = ("U", "S", "Vh")
 
 
 @dataclass(frozen=True)
 class BaseCache:
-    """A directory with a file per base weight, named after what the weight was read from.
+    """A directory with a file per base weight, named after what the weight was read from, with checksums.
 
     Attributes:
         directory: where the files are; made when the first is kept.
@@ -37,9 +37,9 @@ class BaseCache:
     def get(self, weight: BaseWeight) -> Triplets | None:
         """What is kept of this very weight; None where there is nothing whole."""
         try:
-            kept = load(self._path(weight).read_bytes())
-            return Triplets(kept["U"], kept["S"], kept["Vh"])
-        except (OSError, SafetensorError, KeyError):
+            arrays, _ = Shelf(self.directory).get(_key(weight), _ARRAYS)
+            return Triplets(*(from_numpy(arrays[name]) for name in _ARRAYS))
+        except (StoreError, KeyError):
             return None
 
     def put(self, weight: BaseWeight, triplets: Triplets) -> None:
@@ -48,13 +48,13 @@ class BaseCache:
         Raises:
             StoreError: the directory cannot be written to.
         """
-        arrays = {"U": triplets.U, "S": triplets.S, "Vh": triplets.Vh}
-        write(self._path(weight), save({name: array.cpu().contiguous() for name, array in arrays.items()}))
+        arrays = {name: getattr(triplets, name).cpu().numpy() for name in _ARRAYS}
+        Shelf(self.directory).put(_key(weight), arrays, {"name": weight.name})
 
-    def _path(self, weight: BaseWeight) -> Path:
-        """Changes with the file's size and time, the tensor, how it is turned and cut, and the code's version."""
-        key = hashlib.sha256(f"{__version__}|{weight.ref!r}".encode()).hexdigest()
-        return self.directory / f"{key[:32]}.safetensors"
+
+def _key(weight: BaseWeight) -> str:
+    """Changes with the file's size and time, the tensor, how it is turned and cut, and the code's version."""
+    return hashlib.sha256(f"{__version__}|{weight.ref!r}".encode()).hexdigest()[:32]
 
 
 def triplets_of_base(weight: BaseWeight, matrix: Tensor, cache: BaseCache | None = None) -> Triplets:
@@ -78,7 +78,8 @@ def triplets_of_base(weight: BaseWeight, matrix: Tensor, cache: BaseCache | None
     fault = check.value_fault(S, float(matrix.norm()), 0.0)
     if fault:
         raise SpectraError(f"the SVD of the base's {weight.name} gave {fault}; try another device= (--device)")
-    found = Triplets(U, S, Vh)
+    # In the order in which the cache keeps them: products of another order differ in their last bits.
+    found = Triplets(U.contiguous(), S, Vh.contiguous())
     if cache:
         cache.put(weight, found)
     return found

@@ -21,7 +21,7 @@ from spectra.results import fingerprint
 from spectra.results.comparison import compare_links, one_sided, pair_links
 from spectra.results.partners import By, Link
 from spectra.results.similarities import Compared
-from spectra.results.store import Store
+from spectra.results.store import NO_KEY, Store
 from spectra.spectrum import Spectrum
 
 
@@ -194,7 +194,7 @@ def keep_comparisons(
         StoreError: the directory holds results of other inputs, or cannot be written to.
     """
     store = Store(out)
-    store.begin({**inputs, "top": top}, {"command": sys.argv, "sides": sides})
+    store.begin({**inputs, "top": top}, {"command": sys.argv, "sides": sides}, [NO_KEY])
     for item in comparisons:
         if isinstance(item, SubspaceSimilarity):
             store.put_similarity(item)

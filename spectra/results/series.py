@@ -362,7 +362,7 @@ def _whole_path(path: str | Path | None) -> str | None:
 def _claim(home: Path, inputs: dict[str, Any], stored: dict[int, Path], given: set[int]) -> None:
     """Make the directory this series', or raise if it is another run's or its base has changed since."""
     store = Store(home)
-    if store.run() and store.run().get("inputs", {}).get("kind") != KIND:
+    if store.kind() not in (None, KIND):
         raise StoreError(f"{home} holds results of another command; choose {ANOTHER_PLACE}")
     for step in sorted(set(stored) - given):
         changed = run_file.changed_file(Store(stored[step]).run().get("inputs", {}))

@@ -40,6 +40,7 @@ from spectra.spectrum import Spectrum
 RUN = "run.json"
 SUMMARY = "summary.csv"
 COMPARED = "similarity.csv"
+NO_KEY = ""  # the fingerprint of what was not made from files
 _CONFIGS = ("config.json", "adapter_config.json", "model_index.json")
 
 
@@ -70,6 +71,14 @@ class Store:
             StoreError: it is damaged.
         """
         return run_file.read(self.directory / RUN)
+
+    def kind(self) -> str | None:
+        """What kind of results `run.json` speaks of; None where there is none, or it is damaged."""
+        try:
+            run = self.run()
+        except StoreError:
+            return None
+        return str(run.get("inputs", {}).get("kind", "")) if run else None
 
     def begin(self, inputs: Mapping[str, Any], details: Mapping[str, Any], keys: Collection[str] = ()) -> None:
         """Claim the directory for these inputs, or resume if it already holds their results.
@@ -163,7 +172,7 @@ class Store:
         except ValueError as problem:
             raise damaged(self.spectra.path(name), str(problem)) from None
 
-    def put(self, spectrum: Spectrum, key: str = "") -> None:
+    def put(self, spectrum: Spectrum, key: str = NO_KEY) -> None:
         """Store one spectrum in its final place, with the vectors that are loaded."""
         arrays = {name: getattr(spectrum, name) for name in records.ARRAYS if getattr(spectrum, name) is not None}
         self.spectra.put(spectrum.name, arrays, records.record_of(spectrum, key))
@@ -194,7 +203,7 @@ class Store:
             return None
         return found if made_from == key else None
 
-    def put_similarity(self, similarity: SubspaceSimilarity, key: str = "") -> None:
+    def put_similarity(self, similarity: SubspaceSimilarity, key: str = NO_KEY) -> None:
         """Store one comparison."""
         arrays = {name: getattr(similarity, name) for name in records.SIMILARITY_ARRAYS}
         label = _label(similarity.name, similarity.side, similarity.other)

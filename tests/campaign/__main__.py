@@ -60,7 +60,7 @@ def campaign(areas: Mapping[str, Area], journal: Journal, seed: int, minutes: fl
     while sum(spent.values()) < 60 * minutes:
         name = min(areas, key=lambda name: spent[name] / areas[name].share)
         kinds = areas[name].kinds()
-        kind = min(kinds, key=lambda kind: numbers[f"{name}/{kind}"])  # noqa: B023
+        kind = min(kinds, key=lambda kind: numbers[f"{name}/{kind}"])
         case = Case(name, kind, seed, numbers[f"{name}/{kind}"])
         begun = time.monotonic()
         line, why = attempt(areas[name], case, work / "home")
@@ -75,7 +75,7 @@ def campaign(areas: Mapping[str, Area], journal: Journal, seed: int, minutes: fl
 def last_line(why: str) -> str:
     """What to print of a failure: the last line that says something."""
     lines = [line for line in why.splitlines() if line.strip()]
-    named = [line for line in lines if line.startswith(("campaign.case.Failure", "AssertionError"))]
+    named = [line for line in lines if line.startswith(("campaign.case.HarmError", "AssertionError"))]
     return (named or lines or ["no word"])[-1][:300]
 
 
@@ -97,7 +97,11 @@ def main() -> int:
         if options.case:
             return again([Case.parse(case) for case in options.case], AREAS, work, options.keep)
         going = None if options.seed is not None else Journal.unfinished(options.keep, options.minutes)
-        seed = going[0] if going else (options.seed if options.seed is not None else random.SystemRandom().randrange(10**6))
+        seed = (
+            going[0]
+            if going
+            else (options.seed if options.seed is not None else random.SystemRandom().randrange(10**6))
+        )
         journal = Journal.of(options.keep / str(seed), seed, options.minutes)
         print(f"campaign {seed}: {options.minutes:g} minutes, {journal.seconds() / 60:.1f} done before", flush=True)
         areas = {name: AREAS[name] for name in options.areas}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from campaign.case import Area
+from campaign.flips import Flips
 from campaign.kills import Kills
 
-AREAS: dict[str, Area] = {area.name: area for area in (Kills(),)}
+AREAS: dict[str, Area] = {area.name: area for area in (Kills(), Flips())}

@@ -11,7 +11,7 @@ from pathlib import Path
 SEPARATOR = "/"
 
 
-class Failure(AssertionError):
+class HarmError(AssertionError):
     """What must not happen, happened."""
 
 
@@ -75,5 +75,5 @@ class Area(ABC):
         """One case in an empty folder, which is the working folder: a word on what came of it.
 
         Raises:
-            Failure: harm was done. Any other exception counts as that, too.
+            HarmError: harm was done. Any other exception counts as that, too.
         """

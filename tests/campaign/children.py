@@ -103,9 +103,7 @@ class Child:
             os.close(descriptor)
 
 
-def start(
-    work: Work, home: Path, *, seconds: float = 120, memory: int | None = None, leads: bool = False
-) -> Child:
+def start(work: Work, home: Path, *, seconds: float = 120, memory: int | None = None, leads: bool = False) -> Child:
     """Fork a process that works in a folder.
 
     Args:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from campaign import children
-from campaign.case import Failure
 from support.checkpoints import llama_tensors, nudged, write_checkpoint
 from support.command_line import lora_folder
+
+from campaign import children
+from campaign.case import HarmError
 
 OUT = "out"
 TIME = 100  # seconds for one command on a busy machine; most take two
@@ -44,7 +45,9 @@ COMMANDS = {
     "extract-kohya": Command("extract {lora} --rank 2 --format kohya --out out"),
     "interference": Command("interference {lora} {other} --out out --no-figures"),
     "interference-figures": Command("interference {a} {b} {c} --base {base} --layer q_proj --out out"),
-    "series": Command("series {a} {b} {c} --step 1 --step 2 --step 3 --base {base} --layer attn --out out --no-figures"),
+    "series": Command(
+        "series {a} {b} {c} --step 1 --step 2 --step 3 --base {base} --layer attn --out out --no-figures"
+    ),
     "series-figures": Command("series {a} {b} --step 1 --step 2 --base {base} --layer q_proj --out out"),
     "alignment": Command("alignment {a} --base {base} --k 3 --layer attn --out out --no-figures --cache out/cache"),
     "report": Command("report out --out out/page.html", before="svd"),
@@ -67,7 +70,6 @@ class Bench:
         for seed, name in enumerate(("lora", "other")):
             if not self.inputs[name].exists():
                 lora_folder(self.inputs[name], seed)
-        self._seconds: dict[str, float] = {}
 
     def words(self, name: str) -> list[str]:
         """The command line of a command."""
@@ -89,11 +91,19 @@ class Bench:
             self.set_up(name, making)
             ended = children.call(spectra_command(self.words(name)), making, seconds=TIME)
             if ended.status:
-                raise Failure(f"undisturbed, spectra {COMMANDS[name].words} ends with {ended.status}:\n{ended.err}")
-            self._seconds[name] = ended.seconds
+                raise HarmError(f"undisturbed, spectra {COMMANDS[name].words} ends with {ended.status}:\n{ended.err}")
             done.parent.mkdir(exist_ok=True)
+            self._clock(name).write_text(str(ended.seconds))
             making.rename(done)
         return done
+
+    def time_of(self, name: str) -> float:
+        """How many seconds it took undisturbed."""
+        self.undisturbed(name)
+        return float(self._clock(name).read_text())
+
+    def _clock(self, name: str) -> Path:
+        return self.shelf / "undisturbed" / f"{name}.seconds"
 
 
 def spectra_command(words: list[str], first: Callable[[], object] = lambda: None) -> children.Work:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import spectra
-from campaign.case import Failure
+from campaign.case import HarmError
 from campaign.children import Ended
 from spectra.errors import StoreError
 
@@ -21,21 +21,21 @@ _TRACES = re.compile(r"^Traceback \(most recent|^Fatal Python error|^Exception i
 def one_message(ended: Ended, what: str = "the command") -> None:
     """It ended by itself: with 0, or with one line that begins with Error and says something."""
     if ended.late:
-        raise Failure(f"{what} was not done after {ended.seconds:.0f} s:\n{ended.err}")
+        raise HarmError(f"{what} was not done after {ended.seconds:.0f} s:\n{ended.err}")
     if ended.status < 0 or ended.raised or _TRACES.search(ended.err):
-        raise Failure(f"{what} ended with {ended.status}:\n{ended.err}")
+        raise HarmError(f"{what} ended with {ended.status}:\n{ended.err}")
     errors = [line for line in ended.err.splitlines() if line.startswith(("Error", "spectra: error"))]
     if len(errors) > 1 or (ended.status == 2) or any(len(line) < 20 for line in errors):
-        raise Failure(f"{what} ended with {ended.status} and not with one message:\n{ended.err}")
+        raise HarmError(f"{what} ended with {ended.status} and not with one message:\n{ended.err}")
     if ended.status and not errors and not ended.err.strip():
-        raise Failure(f"{what} ended with {ended.status} and no word")
+        raise HarmError(f"{what} ended with {ended.status} and no word")
 
 
 def done(ended: Ended, what: str = "the command") -> None:
     """It did all it was asked for."""
     one_message(ended, what)
     if ended.status:
-        raise Failure(f"{what} ended with {ended.status}:\n{ended.err}")
+        raise HarmError(f"{what} ended with {ended.status}:\n{ended.err}")
 
 
 def same_folders(found: Path, right: Path) -> None:
@@ -44,12 +44,12 @@ def same_folders(found: Path, right: Path) -> None:
         {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} for folder in (found, right)
     )
     if here != there:
-        raise Failure(f"too many files: {sorted(here - there)}; missing: {sorted(there - here)}")
+        raise HarmError(f"too many files: {sorted(here - there)}; missing: {sorted(there - here)}")
     for name in sorted(here):
         a, b = (folder / name for folder in (found, right))
         same = _run(a) == _run(b) if a.name == "run.json" else a.read_bytes() == b.read_bytes()
         if not same:
-            raise Failure(f"{name} is not as in an undisturbed run")
+            raise HarmError(f"{name} is not as in an undisturbed run")
 
 
 def _run(path: Path) -> dict[str, Any]:
@@ -87,13 +87,13 @@ def same_spectrum(found: spectra.Spectrum, wanted: spectra.Spectrum) -> None:
     for key in ("S", "U", "Vh"):
         a, b = getattr(found, key), getattr(wanted, key)
         if (a is None) != (b is None) or (a is not None and not np.array_equal(a, b, equal_nan=True)):
-            raise Failure(f"a wrong {key} of {wanted.name} was loaded")
+            raise HarmError(f"a wrong {key} of {wanted.name} was loaded")
     for key in ("status", "norm", "method", "reason", "base_norm", "noise_edge", "max_rank"):
         if getattr(found, key) != getattr(wanted, key):
-            raise Failure(f"a wrong {key} of {wanted.name} was loaded: {getattr(found, key)!r}")
+            raise HarmError(f"a wrong {key} of {wanted.name} was loaded: {getattr(found, key)!r}")
 
 
 def _says_something(problem: Exception) -> None:
     text = str(problem)
     if not text.strip() or "\n" in text:
-        raise Failure(f"not one message: {text!r}")
+        raise HarmError(f"not one message: {text!r}")

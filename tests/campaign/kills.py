@@ -11,7 +11,7 @@ from pathlib import Path
 
 import spectra
 from campaign import children, judges
-from campaign.case import Area, Case, Failure
+from campaign.case import Area, Case, HarmError
 from campaign.commands import COMMANDS, OUT, TIME, Bench, spectra_command
 from spectra.errors import StoreError
 
@@ -25,8 +25,7 @@ def on_change(count: int, act: Callable[[], object]) -> Callable[[], None]:
         left = [count]
 
         def watch(event: str, given: tuple) -> None:
-            opened = event == "open" and isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR)
-            if opened or event in _CHANGES:
+            if event in _CHANGES or (event == "open" and given[2] & (os.O_WRONLY | os.O_RDWR)):
                 left[0] -= 1
                 if left[0] == 0:
                     act()
@@ -34,27 +33,6 @@ def on_change(count: int, act: Callable[[], object]) -> Callable[[], None]:
         sys.addaudithook(watch)
 
     return install
-
-
-def changes(words: list[str], home: Path) -> int:
-    """How many changes of the disk a command makes."""
-    made = [0]
-
-    def count(event: str, given: tuple) -> None:
-        opened = event == "open" and isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR)
-        made[0] += bool(opened or event in _CHANGES)
-
-    def work() -> int:
-        sys.addaudithook(count)
-        try:
-            spectra_command(words)()
-        except SystemExit:
-            pass
-        print(made[0], file=sys.stderr)
-        return 0
-
-    ended = children.call(work, home, seconds=TIME)
-    return int(ended.err.split()[-1])
 
 
 class Kills(Area):
@@ -74,24 +52,28 @@ class Kills(Area):
         rng, command = case.rng, case.kind
         right = self.bench.undisturbed(command)
         self.bench.set_up(command, home)
-        words = self.bench.words(command)
-        hits = sum(self._disturb(words, home, rng) for _ in range(rng.choice([1, 1, 2, 3])))
+        words, hits = self.bench.words(command), 0
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            hits += self._disturb(command, home, rng)
+        whole = command.startswith("extract") and (home / OUT).exists()
         if not COMMANDS[command].before and (home / OUT).exists():
             readable(home / OUT, right / OUT)
         ended = children.call(spectra_command(words), home, seconds=TIME)
-        if hits or not command.startswith("extract"):  # else it is all there, which extract refuses to touch
+        if whole:  # a killed extraction leaves no folder, so this one is finished, and not touched any more
+            judges.one_message(ended, "the same command again")
+        else:
             judges.done(ended, "the same command again")
         judges.same_folders(home, right)
         return "killed and made up for" if hits else "too late to kill"
 
-    def _disturb(self, words: list[str], home: Path, rng: random.Random) -> bool:
+    def _disturb(self, command: str, home: Path, rng: random.Random) -> bool:
         """Run it and kill it; whether that was in time."""
+        words = self.bench.words(command)
         if rng.random() < 0.7:
-            number = min(rng.randint(1, 60), rng.randint(1, 60))
-            kill = on_change(number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            kill = on_change(1 + int(60 * rng.random() ** 2), lambda: os.kill(os.getpid(), signal.SIGKILL))
             return children.call(spectra_command(words, kill), home, seconds=TIME).killed
         child = children.start(spectra_command(words), home, seconds=TIME)
-        if not child.ends_within(rng.uniform(0, 1.5)):
+        if not child.ends_within(rng.uniform(0, 1.2 * self.bench.time_of(command))):
             child.kill()
         return child.wait().killed
 
@@ -105,4 +87,4 @@ def readable(found: Path, right: Path) -> None:
             spectra.check_results(found)
         except StoreError as problem:
             if not str(problem).strip():
-                raise Failure("an error without a message") from None
+                raise HarmError("an error without a message") from None
