@@ -39,6 +39,7 @@ def compare_all(
     executor: Executor | None = None,
     memory_budget: int | str | None = None,
     out: str | Path | None = None,
+    notes: list[str] | None = None,
 ) -> Iterator[Pair]:
     """Subspace similarity of every two of several updates, matrix by matrix, as `compare` gives it for two.
 
@@ -56,6 +57,7 @@ def compare_all(
         memory_budget: as for `decompose`.
         out: a results directory with one for each pair in `pairs/`, as `compare(…, out=)` makes it. Only what is
             missing is computed: after a kill, for new matrices, for new updates.
+        notes: gets what was found damaged there, as far as the stream has come.
 
     Raises:
         SelectionError: fewer than two updates, not of a kind, no two share a matrix, or out for deltas of no source.
@@ -76,9 +78,9 @@ def compare_all(
     if any(stored) and not all(stored):
         raise SelectionError("some of the updates are spectra and the others weights: give updates of a kind")
     if all(stored):
-        return _of_spectra(labels, sources, top, sides, out)  # type: ignore[arg-type]
+        return _of_spectra(labels, sources, top, sides, out, notes)  # type: ignore[arg-type]
     compute: dict[str, Any] = {"device": device, "executor": executor, "memory_budget": memory_budget}
-    return _of_weights(labels, sources, top, sides, out, compute)  # type: ignore[arg-type]
+    return _of_weights(labels, sources, top, sides, out, notes, compute)  # type: ignore[arg-type]
 
 
 def load_pairs(directory: str | Path, *, layers: str | Sequence[str] = (), sides: Sequence[Side] = SIDES) -> Pairs:
@@ -120,11 +122,12 @@ def _of_weights(
     top: int,
     sides: Sequence[Side],
     out: str | Path | None,
+    notes: list[str] | None,
     compute: Mapping[str, Any],
 ) -> Iterator[Pair]:
     deltas = [{delta.name: delta for delta in source} for source in sources]
     links = _checked(labels, [list(update) for update in deltas])
-    kept = None if out is None else _begin(out, labels, sources, links, top, sides)
+    kept = None if out is None else _begin(out, labels, sources, links, top, sides, notes)
     yield from _one_sided(labels, [list(update) for update in deltas], links)
     missing: list[Link] = []
     for link in links:
@@ -140,14 +143,20 @@ def _of_weights(
 
 
 def _of_spectra(
-    labels: Sequence[str], runs: Sequence[Spectra], top: int, sides: Sequence[Side], out: str | Path | None
+    labels: Sequence[str],
+    runs: Sequence[Spectra],
+    top: int,
+    sides: Sequence[Side],
+    out: str | Path | None,
+    notes: list[str] | None,
 ) -> Iterator[Pair]:
     check_vectors(runs, top)
     links = _checked(labels, [run.names for run in runs])
     stores: dict[tuple[int, int], Store] = {}
     if out is not None:
         options = runs[0].run.get("inputs", {}).get("options", {})
-        stores = _stores(out, labels, {"base": None, "options": options, "top": top}, [{}] * len(runs), sides, {})
+        inputs = {"base": None, "options": options, "top": top}
+        stores = _stores(out, labels, inputs, [{}] * len(runs), sides, {}, notes)
     yield from _one_sided(labels, [run.names for run in runs], links)
     for link, item in compare_spectra_links(runs, links, top=top, sides=sides):
         if stores and not isinstance(item, NotCompared):
@@ -188,6 +197,7 @@ def _begin(
     links: Sequence[Link],
     top: int,
     sides: Sequence[Side],
+    notes: list[str] | None,
 ) -> Kept:
     for source in sources:
         if not isinstance(source, Source):
@@ -201,7 +211,7 @@ def _begin(
     keys: dict[tuple[int, int], set[str]] = {}
     for link in links:
         keys.setdefault((link.a[0], link.b[0]), set()).add(compared.key(link))
-    return replace(compared, stores=_stores(out, labels, inputs, files, sides, keys))
+    return replace(compared, stores=_stores(out, labels, inputs, files, sides, keys, notes))
 
 
 def _stores(
@@ -211,10 +221,11 @@ def _stores(
     files: Sequence[Mapping[str, Any]],
     sides: Sequence[Side],
     keys: Mapping[tuple[int, int], Collection[str]],
+    notes: list[str] | None,
 ) -> dict[tuple[int, int], Store]:
     """A results directory per pair, and what the whole is in `run.json`; keys: fingerprints of each pair's results."""
     details = {"command": sys.argv, "sides": sides}
-    whole = Store(out)
+    whole = Store(out, notes=notes)
     known = _known(whole)
     folders = {(i, j): pair_folder(a, labels[j]) for i, a in enumerate(labels) for j in range(i + 1, len(labels))}
     named = {folder: [labels[i], labels[j]] for (i, j), folder in folders.items()}
@@ -222,7 +233,7 @@ def _stores(
     whole.begin({"kind": "similarities", **inputs, "files": everything}, {**details, "pairs": known | named})
     stores = {}
     for (i, j), folder in folders.items():
-        stores[i, j] = Store(whole.directory / PAIRS / folder)
+        stores[i, j] = Store(whole.directory / PAIRS / folder, notes=notes)
         pair = {"kind": "similarity", "a": labels[i], "b": labels[j], **inputs, "files": {**files[i], **files[j]}}
         stores[i, j].begin(pair, details, keys.get((i, j), [NO_KEY]))
     return stores

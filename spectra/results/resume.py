@@ -60,8 +60,7 @@ def decompose_into(
         SelectionError: a matrix comes from no file.
     """
     check_files(source)
-    store = Store(out)
-    store.notes = notes
+    store = Store(out, notes=notes)
     threads = None if executor else _threads(store, source, top, device, budget)
     keys = [fingerprint.of_delta(delta) for delta in source]
     store.begin(_inputs(source, rehash), _details(source, top, device, threads), keys)
@@ -118,8 +117,7 @@ def compare_into(
     """
     check_files(a)
     check_files(b)
-    store = Store(out)
-    store.notes = notes
+    store = Store(out, notes=notes)
     links = pair_links(a.names, b.names, by)
     kept = Kept({(0, 1): store}, [delta_keys(source) for source in (a, b)], sides, top)
     files = fingerprint.of_files(a) | fingerprint.of_files(b)

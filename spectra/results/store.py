@@ -50,16 +50,17 @@ class Store:
     Args:
         directory: where it is.
         verify: False takes stored arrays as they are, without their checksums.
+        notes: gets what is found damaged; None for a list of its own.
 
     Attributes:
         notes: what was found damaged or without checksums, as far as it was read.
     """
 
-    def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
+    def __init__(self, directory: str | Path, *, verify: bool = True, notes: list[str] | None = None) -> None:
         self.directory = home_of(directory)
         self.spectra = Shelf(self.directory / "spectra", verify)
         self.similarity = Shelf(self.directory / "similarity", verify)
-        self.notes: list[str] = []
+        self.notes: list[str] = [] if notes is None else notes
         self._claimed: Mapping[str, Any] | None = None
         self._seen: set[str] = set()
         self._wrote = False

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,8 +60,8 @@ def campaign(areas: Mapping[str, Area], journal: Journal, seed: int, minutes: fl
     spent = {name: journal.seconds(f"{name}/") for name in areas}
     while sum(spent.values()) < 60 * minutes:
         name = min(areas, key=lambda name: spent[name] / areas[name].share)
-        kinds = areas[name].kinds()
-        kind = min(kinds, key=lambda kind: numbers[f"{name}/{kind}"])
+        kinds = Counter(areas[name].kinds())  # one that is named twice has twice as many cases
+        kind = min(kinds, key=lambda kind: numbers[f"{name}/{kind}"] / kinds[kind])
         case = Case(name, kind, seed, numbers[f"{name}/{kind}"])
         begun = time.monotonic()
         line, why = attempt(areas[name], case, work / "home")
@@ -120,10 +121,12 @@ def ready(areas: Mapping[str, Area], work: Path) -> None:
     """Import and make what all cases share, so that a forked process has it from its first moment on."""
     import matplotlib as mpl
     import torch
+    from tqdm import tqdm
 
     import spectra
 
     mpl.use("Agg")
+    tqdm.monitor_interval = 0  # a process with threads is not forked
     torch.set_num_threads(1)
     for module in pkgutil.walk_packages(spectra.__path__, "spectra."):
         if not module.name.startswith(("spectra.reproduce", "spectra.training")) and "__main__" not in module.name:
