@@ -14,7 +14,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from campaign import children
@@ -80,7 +80,7 @@ def last_line(why: str) -> str:
     return (named or lines or ["no word"])[-1][:300]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, prepare, run."""
     from campaign.areas import AREAS
 
@@ -90,7 +90,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="of a campaign; else an unfinished one goes on, or a new one begins")
     parser.add_argument("--case", nargs="*", default=[], help="only these cases, by the names that were printed")
     parser.add_argument("--keep", type=Path, default=Path("build/campaign"), help="where journals and failures go")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     os.environ |= {"HF_HUB_OFFLINE": "1", "SPECTRA_CONFIG": os.devnull, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     with tempfile.TemporaryDirectory(prefix="campaign-") as name:

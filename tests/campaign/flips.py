@@ -78,11 +78,12 @@ def damage(file: Path, others: list[Path], rng: random.Random) -> str:
     """Do one thing to a file; says what."""
     content = bytearray(file.read_bytes())
     kind = rng.choice(["bit", "bit", "bits", "zeros", "cut", "longer", "swapped", "empty", "noise"])
-    place = rng.randrange(len(content)) if content else 0
+    start = _numbers(content) if rng.random() < 0.5 else 0
+    place = rng.randrange(start, len(content)) if start < len(content) else 0
     if kind in ("bit", "bits") and content:
-        for _ in range(1 if kind == "bit" else rng.randint(2, 9)):
-            bit = rng.randrange(8 * len(content))
-            content[bit // 8] ^= 1 << bit % 8
+        content[place] ^= 1 << rng.randrange(8)
+        for _ in range(0 if kind == "bit" else rng.randint(1, 8)):
+            content[rng.randrange(start, len(content))] ^= 1 << rng.randrange(8)
     elif kind == "zeros":
         end = min(len(content), place + rng.choice([1, 8, 512]))
         content[place:end] = bytes(end - place)
@@ -101,6 +102,12 @@ def damage(file: Path, others: list[Path], rng: random.Random) -> str:
         kind = f"swapped with {other.name}"
     file.write_bytes(content)
     return f"{kind} in {file.name}"
+
+
+def _numbers(content: bytes) -> int:
+    """Where the numbers of a safetensors file begin; 0 in any other."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    return start if start < len(content) else 0
 
 
 def noticed(changed: list[Path], folders: list[Path]) -> None:

@@ -38,7 +38,7 @@ class Journal:
         self.home = home
         path = home / _LINES
         said = path.read_text().splitlines() if path.exists() else []
-        self.lines = [Line(**json.loads(line)) for line in said if line.endswith("}")]  # a last one may be cut
+        self.lines = [Line(**json.loads(line)) for line in said if line.endswith("}")]  # one may be cut by a kill
 
     @classmethod
     def of(cls, home: Path, seed: int, minutes: float) -> Journal:
@@ -61,7 +61,7 @@ class Journal:
         """Keep one more."""
         self.lines.append(line)
         with (self.home / _LINES).open("a") as file:
-            file.write(json.dumps(asdict(line)) + "\n")
+            file.write("\n" + json.dumps(asdict(line)))  # what a kill cut off before stays a line of its own
 
     def seconds(self, area: str = "") -> float:
         """How long the cases of an area took, or all."""

@@ -27,7 +27,7 @@ def one_message(ended: Ended, what: str = "the command") -> None:
     errors = [line for line in ended.err.splitlines() if line.startswith(("Error", "spectra: error"))]
     if len(errors) > 1 or (ended.status == 2) or any(len(line) < 20 for line in errors):
         raise HarmError(f"{what} ended with {ended.status} and not with one message:\n{ended.err}")
-    if ended.status and not errors and not ended.err.strip():
+    if ended.status and not errors and not (ended.err + ended.out).strip():
         raise HarmError(f"{what} ended with {ended.status} and no word")
 
 

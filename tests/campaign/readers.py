@@ -29,6 +29,7 @@ from spectra.errors import SpectraError
 from spectra.files.folder import open_folder
 
 RAW = ("raw-safetensors", "raw-torch", "raw-legacy", "raw-gguf", "raw-dcp", "raw-index")
+MORE = ("LoRA-XS",)  # is a plain LoRA and a tensor more: without that it is another valid file
 Tensors = dict[str, torch.Tensor]
 
 
@@ -64,7 +65,7 @@ class Readers(Area):
         if oracle is not None and chance < 0.2:
             return harmless(home, oracle, rng)
         if oracle is not None and chance < 0.5:
-            return without_one(home, oracle, rng)
+            return without_one(home, oracle, rng, case.kind in MORE)
         for _ in range(rng.choice([1, 1, 2, 3])):
             print(fuzz.mutate(home / ("tuned" if rng.random() < 0.85 else "base"), rng), file=sys.stderr)
         return fuzz.attempt(home / "tuned", home / "base" if rng.random() < 0.8 else None, rng).split(",")[0]
@@ -115,7 +116,7 @@ def _other_order(file: Path, rng: random.Random) -> None:
     file.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(blocks))
 
 
-def without_one(home: Path, oracle: Oracle, rng: random.Random) -> str:
+def without_one(home: Path, oracle: Oracle, rng: random.Random, only_renamed: bool = False) -> str:
     """One tensor is gone or has another name: what still has a number has the oracle's."""
     files = weight_files(home / "tuned")
     if len(files) != 1:
@@ -123,7 +124,7 @@ def without_one(home: Path, oracle: Oracle, rng: random.Random) -> str:
     tensors = stored_tensors(home / "tuned")
     name = rng.choice(sorted(tensors))
     tensor = tensors.pop(name)
-    if rng.random() < 0.5:
+    if rng.random() < 0.5 or only_renamed:
         words = name.split(".")
         place = rng.randrange(len(words))
         words[place] = rng.choice([words[place] + "x", "x" + words[place], words[place].upper(), ""])
