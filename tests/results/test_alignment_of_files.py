@@ -89,11 +89,24 @@ def test_the_cache_spares_the_bases_decomposition_until_the_base_changes(tmp_pat
     (kept,) = (tmp_path / "kept").iterdir()
     kept.write_bytes(kept.read_bytes()[:100])
     assert table(cache=tmp_path / "kept") == plain, "half a file counts as none"
+    content = bytearray(kept.read_bytes())
+    content[-3] ^= 64
+    kept.write_bytes(content)
+    assert table(cache=tmp_path / "kept") == plain, "nor does one with another number"
     write_checkpoint(base, llama_tensors(seed=8))
     assert table(cache=tmp_path / "kept") != plain
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be written"):
         table(cache=tmp_path / "file")
+
+
+def test_the_cache_does_not_change_the_last_bits(tmp_path):
+    base = llama_tensors()
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "tuned", nudged(base))
+    source = spectra.open_source(tmp_path / "tuned", tmp_path / "base")
+    tables = [spectra.alignment(source, k=3, cache=cache).to_csv() for cache in (None, tmp_path / "kept")]
+    assert spectra.alignment(source, k=3, cache=tmp_path / "kept").to_csv() == tables[0] == tables[1]
 
 
 def test_a_metric_is_one_function_and_one_line_as_contributing_says(tmp_path, base, monkeypatch):
