@@ -150,7 +150,7 @@ def test_a_campaign_that_was_stopped_goes_on(tmp_path):
     journal.write(Line("kill/svd/12-0", "killed", 2.0, 5))
     journal.write(Line("flip/svd/12-0", "FAILED", 1.0, 7, failed=True))
     with (tmp_path / "12" / "cases.jsonl").open("a") as file:
-        file.write('{"case": "kill/svd/12-1", "outc')  # killed while it wrote
+        file.write('\n{"case": "kill/svd/12-1", "outc')  # killed while it wrote
     assert Journal.unfinished(tmp_path, 60) is None
     seed, again = Journal.unfinished(tmp_path, 30)
     assert (seed, again.seconds(), again.seconds("kill/")) == (12, 3.0, 2.0)

@@ -48,8 +48,8 @@ class Ended:
 
     @property
     def killed(self) -> bool:
-        """Whether somebody else's SIGKILL ended it."""
-        return self.status == -signal.SIGKILL and not self.late
+        """Whether a kill that was meant for it ended it: SIGKILL, or a file that grew beyond its limit."""
+        return self.status in (-signal.SIGKILL, -signal.SIGXFSZ) and not self.late
 
 
 @dataclass

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from support.checkpoints import llama_tensors, nudged, write_checkpoint
 from support.command_line import lora_folder
 
-from campaign import children
+from campaign import children, disk
 from campaign.case import HarmError
 
 OUT = "out"
@@ -89,7 +90,9 @@ class Bench:
             shutil.rmtree(making, ignore_errors=True)
             making.mkdir(parents=True)
             self.set_up(name, making)
-            ended = children.call(spectra_command(self.words(name)), making, seconds=TIME)
+            with (self.shelf / f"{name}.changes").open("wb", buffering=0) as made:  # a byte for each
+                count = partial(disk.watch, partial(made.write, b"."))
+                ended = children.call(spectra_command(self.words(name), count), making, seconds=TIME)
             if ended.status:
                 raise HarmError(f"undisturbed, spectra {COMMANDS[name].words} ends with {ended.status}:\n{ended.err}")
             done.parent.mkdir(exist_ok=True)
@@ -101,6 +104,11 @@ class Bench:
         """How many seconds it took undisturbed."""
         self.undisturbed(name)
         return float(self._clock(name).read_text())
+
+    def changes_of(self, name: str) -> int:
+        """How many changes of the disk it made undisturbed."""
+        self.undisturbed(name)
+        return (self.shelf / f"{name}.changes").stat().st_size
 
     def _clock(self, name: str) -> Path:
         return self.shelf / "undisturbed" / f"{name}.seconds"

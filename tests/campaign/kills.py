@@ -1,42 +1,21 @@
-"""SIGKILL at a random moment or before a random change of the disk; the same command then ends as if nothing was."""
+"""Killed at a random moment, before a change of the disk or amid one; the same command then ends as if nothing was."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import spectra
-from campaign import children, judges
+from campaign import children, disk, judges
 from campaign.case import Area, Case, HarmError
 from campaign.commands import COMMANDS, OUT, TIME, Bench, spectra_command
 from spectra.errors import StoreError
 
-_CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
-
-
-def on_change(count: int, act: Callable[[], object]) -> Callable[[], None]:
-    """Do something just before the count-th change of the disk: a file opened for writing, renamed, removed, …"""
-
-    def install() -> None:
-        left = [count]
-
-        def watch(event: str, given: tuple) -> None:
-            if event in _CHANGES or (event == "open" and given[2] & (os.O_WRONLY | os.O_RDWR)):
-                left[0] -= 1
-                if left[0] == 0:
-                    act()
-
-        sys.addaudithook(watch)
-
-    return install
-
 
 class Kills(Area):
-    """SIGKILL, once to three times, and the same command again."""
+    """Killed once to three times, and the same command again."""
 
     name = "kill"
     share = 2.0
@@ -68,14 +47,19 @@ class Kills(Area):
 
     def _disturb(self, command: str, home: Path, rng: random.Random) -> bool:
         """Run it and kill it; whether that was in time."""
-        words = self.bench.words(command)
-        if rng.random() < 0.7:
-            kill = on_change(1 + int(60 * rng.random() ** 2), lambda: os.kill(os.getpid(), signal.SIGKILL))
-            return children.call(spectra_command(words, kill), home, seconds=TIME).killed
-        child = children.start(spectra_command(words), home, seconds=TIME)
-        if not child.ends_within(rng.uniform(0, 1.2 * self.bench.time_of(command))):
-            child.kill()
-        return child.wait().killed
+        words, how = self.bench.words(command), rng.choice(["change", "change", "middle", "time"])
+        if how == "time":
+            child = children.start(spectra_command(words), home, seconds=TIME)
+            if not child.ends_within(rng.uniform(0, 1.2 * self.bench.time_of(command))):
+                child.kill()
+            return child.wait().killed
+        if how == "change":
+            number = rng.randint(1, self.bench.changes_of(command))
+            first = disk.on_change(number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        else:  # of a file that is being written, which then has so many bytes
+            size = int(2 ** rng.uniform(4, 17))
+            first = lambda: disk.limit(size, fatal=True)  # noqa: E731
+        return children.call(spectra_command(words, first), home, seconds=TIME).killed
 
 
 def readable(found: Path, right: Path) -> None:

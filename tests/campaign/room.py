@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import errno
-import os
-import resource
 import shutil
 from pathlib import Path
 
 from campaign import children, judges
 from campaign.case import Area, Case, HarmError
 from campaign.commands import COMMANDS, OUT, TIME, Bench, spectra_command
-from campaign.kills import on_change, readable
+from campaign.disk import limit, no_room, on_change
+from campaign.kills import readable
 
 _NEW_MOUNTS = 0x00020000  # CLONE_NEWNS
 _PRIVATE, _REMOUNT = (1 << 18) | (1 << 14), 32  # MS_PRIVATE | MS_REC, MS_REMOUNT
@@ -43,7 +41,11 @@ class Room(Area):
             self.bench.set_up(command, place)
         except shutil.Error:
             return "no room to begin"
-        before = {"error": on_change(rng.randint(1, 30), no_room), "limit": lambda: limit(size), "disk": lambda: None}
+        before = {
+            "error": on_change(rng.randint(1, self.bench.changes_of(command)), no_room),
+            "limit": lambda: limit(size),
+            "disk": lambda: None,
+        }
         ended = children.call(spectra_command(words, before[how]), place, seconds=TIME)
         judges.one_message(ended, f"{how} of {size} bytes: the command")
         if ended.status and not says_where(ended.err):
@@ -62,16 +64,6 @@ class Room(Area):
 def says_where(words: str) -> bool:
     """Whether the message is about writing."""
     return any(said in words for said in ("cannot be written", "cannot be made", "No space", "too large"))
-
-
-def no_room() -> None:
-    """What the system says of a full disk."""
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def limit(size: int) -> None:
-    """No file of this process grows beyond a size."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def small_disk(home: Path, size: int) -> bool:
