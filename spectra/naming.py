@@ -106,8 +106,8 @@ def layer_of(name: str) -> int | None:
     17
     """
     module = module_of(name)
-    found = _LAYER.search(module) or _ANY_NUMBER.search(module)
-    return int(found.group(1)) if found else None
+    match = _LAYER.search(module) or _ANY_NUMBER.search(module)
+    return int(match.group(1)) if match else None
 
 
 def role_of(name: str) -> str:
@@ -125,9 +125,9 @@ def role_of(name: str) -> str:
         if part in _PART_ROLES:
             return _PART_ROLES[part]
     for pattern, role in _ROLES:
-        found = pattern.search(module)
-        if found:
-            return found.expand(role)
+        match = pattern.search(module)
+        if match:
+            return match.expand(role)
     words = [word for word in module.split(".") if word and not word.isdigit()] or [module]
     return ".".join(words[-2:]) if len(words) > 1 and words[-1] in {"dense", "linear", "proj"} else words[-1]
 

@@ -57,6 +57,12 @@ def source(tmp_path: Path) -> Source:
 
 
 @pytest.fixture(autouse=True)
+def _not_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same solver on every machine, and nothing kept in the cache of whoever runs the tests."""
+    monkeypatch.setenv("SPECTRA_CALIBRATE", "0")
+
+
+@pytest.fixture(autouse=True)
 def _no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test reaches the network, the user's cache or the user's config."""
     empty = tmp_path_factory.mktemp("home")

@@ -5,7 +5,7 @@ A decorator adds a group of options to a command, and hands the command one obje
     @click.command("mine")
     @click.argument("tuned")
     @source_options                    # --layer, --heads, --scale, --split, … → opening
-    @compute_options                   # --device, --workers, --cluster, --memory → compute
+    @compute_options                   # --device, --workers, --cluster, --memory → compute; --calibrate
     def command(tuned: str, opening: Opening, compute: Compute) -> None: ...
 """
 
@@ -115,6 +115,9 @@ _COMPUTE = (
     click.option("--cluster", metavar="ADDRESS", help="Address of a Dask scheduler to run on."),
     click.option("--memory", metavar="SIZE", help="Budget for matrices at work, such as 4GiB."
                  "  [default: half of what is free]"),
+    click.option("--calibrate/--no-calibrate", default=True, show_default=True, expose_value=False,
+                 callback=lambda _context, _option, wanted: _calibrating(wanted),
+                 help="Solve by the library that is faster here; measured once, kept in the cache."),
 )  # fmt: skip
 _RESULT = (
     click.option("--out", type=click.Path(file_okay=False), metavar="DIR",
@@ -190,13 +193,19 @@ def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compute_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--device, --workers, --cluster, --memory; the command gets them as `compute`."""
+    """--device, --workers, --cluster, --memory; the command gets them as `compute`. --calibrate is the library's."""
 
     @functools.wraps(command)
     def bundled(*, device: str, workers: int | None, cluster: str | None, memory: str | None, **others: Any) -> Any:
         return command(compute=Compute(device, workers, cluster, memory), **others)
 
     return _apply(bundled, _COMPUTE)
+
+
+def _calibrating(wanted: bool) -> None:
+    """The switch is the environment's, which the library and its workers read."""
+    if not wanted:
+        os.environ["SPECTRA_CALIBRATE"] = "0"
 
 
 def result_options(command: _Command) -> _Command:

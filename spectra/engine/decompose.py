@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     BrokenExecutor,
@@ -12,17 +12,21 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     wait,
 )
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 
 from spectra.deltas.delta import WeightDelta
+from spectra.deltas.forms import Dense
 from spectra.engine.devices import device_named, resolve_device
 from spectra.engine.executors.device import decompose_batches
 from spectra.engine.executors.threads import keep_freed_memory, thread_executor
 from spectra.engine.memory import memory_budget, readable_size
 from spectra.engine.schedule import Plan, Task, batches, plan, side_by_side
 from spectra.engine.solve import Wanted, solve
+from spectra.engine.solvers.calibration import calibrate
+from spectra.engine.solvers.eigenvalues import Library, numpy_on_one_core
 from spectra.errors import SelectionError
 from spectra.files.http import give_up
 from spectra.files.remote import expected, is_remote
@@ -96,6 +100,19 @@ def threads_for(
     return max(1, torch.get_num_threads() // side_by_side(schedule, torch.get_num_threads()))
 
 
+def libraries_for(deltas: Iterable[WeightDelta], threads: int | None) -> dict[int, Library]:
+    """Whose eigenvalues dense matrices of each size get on this machine's CPU; measured first if nobody has.
+
+    Args:
+        threads: that each matrix has; none but torch's are used where it is not one.
+    """
+    if threads != 1:
+        return {}
+    sizes = [min(delta.shape) for delta in deltas if delta.form is Dense]
+    with numpy_on_one_core(), thread_executor(1, 1) as one_core:
+        return one_core.submit(calibrate, sizes).result()
+
+
 @dataclass(frozen=True)
 class Work:
     """What to do with every delta; travels to executors.
@@ -124,12 +141,14 @@ def _side_by_side(
     workers = side_by_side(schedule, cores)
     share = threads or max(1, cores // workers)
     waiting = _waiting(deltas)
-    if workers == 1 and share == cores and not waiting:
-        for task in schedule.tasks:
-            yield task.index, work(deltas[task.index])
-        return
-    with thread_executor(min(workers, max(1, cores // share)) + waiting, share) as pool:
-        yield from _through(pool, deltas, schedule, work)
+    libraries_for([deltas[task.index] for task in schedule.tasks], share)
+    with numpy_on_one_core() if share == 1 else nullcontext():
+        if workers == 1 and share == cores and not waiting:
+            for task in schedule.tasks:
+                yield task.index, work(deltas[task.index])
+            return
+        with thread_executor(min(workers, max(1, cores // share)) + waiting, share) as pool:
+            yield from _through(pool, deltas, schedule, work)
 
 
 def _waiting(deltas: Sequence[WeightDelta]) -> int:

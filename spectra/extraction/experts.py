@@ -56,11 +56,11 @@ def expert_of(config: Mapping[str, Any], delta: WeightDelta) -> ExpertMatrix | N
         own = "".join(f"[{part}]" for part in parts)
         members = experts.unstacked(config, name, delta.base.stored, split=len(parts) > 1)
         key = next((member.key for member in members if member.part == own), None)
-    found = _KEY.fullmatch(key or "")
-    if not found:
+    match = _KEY.fullmatch(key or "")
+    if not match:
         return None
-    half = found["part"] if found["part"] in ("gate", "up") else ""
-    return ExpertMatrix(found["owner"], "gate_up_proj" if half else f"{found['part']}_proj", int(found["index"]), half)
+    half = match["part"] if match["part"] in ("gate", "up") else ""
+    return ExpertMatrix(match["owner"], "gate_up_proj" if half else f"{match['part']}_proj", int(match["index"]), half)
 
 
 def place_of(config: Mapping[str, Any], matrix: ExpertMatrix, shape: tuple[int, ...]) -> tuple[tuple[int, int], Place]:
@@ -81,15 +81,15 @@ def is_crossed(config: Mapping[str, Any], stack: str) -> bool:
 
 def counts(config: Mapping[str, Any], stored: Mapping[str, TensorRef]) -> dict[str, int]:
     """How many experts each stack of a base has: stack → number."""
-    found: dict[str, int] = {}
+    counted: dict[str, int] = {}
     for stored_name, ref in stored.items():
         name = renames.current(config, unwrap(stored_name))
         key = experts.single(config, name)
         last = _KEY.fullmatch(key or "")
         if last:
             stack = experts.stack_of(key or "") or ""
-            found[stack] = max(found.get(stack, 0), int(last["index"]) + 1)
+            counted[stack] = max(counted.get(stack, 0), int(last["index"]) + 1)
         elif experts.is_stacked(config, name) and len(ref.shape) == 3:
             first = next(iter(experts.unstacked(config, name, ref, split=False)), None)
-            found[experts.stack_of(first.key if first else "") or name] = ref.shape[0]
-    return found
+            counted[experts.stack_of(first.key if first else "") or name] = ref.shape[0]
+    return counted

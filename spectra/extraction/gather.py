@@ -79,14 +79,14 @@ def gather(sources: Sequence[Source], factors: Sequence[float], base: Folder | N
     bases = {source.base for source in sources if source.base}
     if len(bases) > 1:
         raise SelectionError(f"updates of different bases cannot be added: {' and '.join(sorted(bases))}")
-    found = Gathered()
+    gathered = Gathered()
     members: dict[tuple[str, int], dict[int, list[WeightDelta]]] = {}
     config = base.config if base else {}
     for place, source in enumerate(sources):
         for delta in source:
             if delta.recipe is None:
-                found.not_carried[delta.name] = f"{delta.status}: {delta.reason}"
-                found.undone.append(delta.name)
+                gathered.not_carried[delta.name] = f"{delta.status}: {delta.reason}"
+                gathered.undone.append(delta.name)
                 continue
             expert = experts.expert_of(config, delta)
             key = (expert.stack, expert.index) if expert else (naming.split_parts(delta.name)[0], 0)
@@ -99,10 +99,10 @@ def gather(sources: Sequence[Source], factors: Sequence[float], base: Folder | N
         by_name.setdefault(name, {})[index] = by_source
     for name, blocks in by_name.items():
         try:
-            found.weights.append(_weight(name, blocks, factors, architecture, adapters, counts.get(name)))
+            gathered.weights.append(_weight(name, blocks, factors, architecture, adapters, counts.get(name)))
         except NotCarriedError as why:
-            found.not_carried[name] = str(why)
-    return found
+            gathered.not_carried[name] = str(why)
+    return gathered
 
 
 def _weight(
@@ -166,12 +166,12 @@ def _places(architecture: Architecture, deltas: Sequence[WeightDelta]) -> tuple[
     first = deltas[0]
     expert = experts.expert_of(architecture.config, first)
     if expert is not None:
-        found = [
+        places = [
             experts.place_of(architecture.config, matrix, delta.shape)
             for delta in deltas
             if (matrix := experts.expert_of(architecture.config, delta))
         ]
-        return found[0][0], [place for _, place in found]
+        return places[0][0], [place for _, place in places]
     if first.base is None and any(_PART.fullmatch(part) for part in naming.split_parts(first.name)[1]):
         raise NotCarriedError("where this part lies in the whole weight only the base tells: pass it (--base)")
     shape = first.shape if first.base is None else base_of_whole(first.base).shape

@@ -95,13 +95,15 @@ def inputs_of(given: Given, factors: Sequence[float] | None, **compute: Any) -> 
 
 def _replication(tuned: Sequence[Folder | None]) -> Sequence[Any]:
     """`layer_replication` of the adapters: their layers have the numbers of the model that it makes of the base."""
-    found = [((folder.adapter_config if folder else None) or {}).get("layer_replication") or [] for folder in tuned]
-    if any(each != found[0] for each in found):
+    replications = [
+        ((folder.adapter_config if folder else None) or {}).get("layer_replication") or [] for folder in tuned
+    ]
+    if any(each != replications[0] for each in replications):
         raise SelectionError(
             "the updates are of models with different layer_replication, so layers of one number are not the same "
             "layer: extract each on its own"
         )
-    return found[0] if found else []
+    return replications[0] if replications else []
 
 
 def _refuse_in_memory(sources: Iterable[Source]) -> None:
@@ -148,9 +150,9 @@ def _base_model(path: str | None, tuned: Iterable[Folder | None]) -> str:
     if path and is_url(path):
         return model_of(path) or path
     if path:
-        found = _HUB_SNAPSHOT.fullmatch(path)
+        match = _HUB_SNAPSHOT.fullmatch(path)
         place = Path(path)
-        return f"{found['owner']}/{found['name']}" if found else str(place.resolve()) if place.exists() else path
+        return f"{match['owner']}/{match['name']}" if match else str(place.resolve()) if place.exists() else path
     configs = (folder.adapter_config or {} for folder in tuned if folder is not None)
     return next((str(name) for config in configs if (name := config.get("base_model_name_or_path"))), "")
 

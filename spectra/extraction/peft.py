@@ -178,13 +178,13 @@ def component_of(paths: Iterable[str], components: Collection[str]) -> str:
         >>> component_of(["unet.mid_block.conv"], ["unet", "vae"])
         'unet'
     """
-    found = sorted({path.partition(".")[0] for path in paths} & set(components))
-    if len(found) > 1:
+    named = sorted({path.partition(".")[0] for path in paths} & set(components))
+    if len(named) > 1:
         raise SelectionError(
-            f"a PEFT adapter is of one model, and these are {' and '.join(found)} of a pipeline: choose one with "
-            f"--layer 're:^{found[0]}\\.', or all with --format kohya"
+            f"a PEFT adapter is of one model, and these are {' and '.join(named)} of a pipeline: choose one with "
+            f"--layer 're:^{named[0]}\\.', or all with --format kohya"
         )
-    return found[0] if found else ""
+    return named[0] if named else ""
 
 
 def _ends_with_any(path: str, ends: Collection[str]) -> bool:

@@ -70,10 +70,10 @@ class Computed:
             yield from self._decomposed(deltas, top, only_top=not is_factored)
 
     def _decomposed(self, deltas: Sequence[WeightDelta], top: int | None, *, only_top: bool) -> Iterator[Spectrum]:
-        found = decompose_indexed(
+        spectra = decompose_indexed(
             deltas, top=top, only_top=only_top, device=self.device, executor=self.executor, budget=self.memory_budget
         )
-        return (spectrum for _, spectrum in found)
+        return (spectrum for _, spectrum in spectra)
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,11 @@ class Stored:
                 yield self._of(block, self.spectra)
 
     def _of(self, block: Block, spectra: Spectra) -> Spectrum:
-        found = [spectra[delta.name] for delta, _ in block.pieces]
-        undone = next((spectrum for spectrum in found if spectrum.status not in DONE), None)
-        if undone is not None or (len(found) == 1 and found[0].shape == block.delta.shape):
-            return replace(undone or found[0], name=block.delta.name)
-        return _joined(block, found)
+        pieces = [spectra[delta.name] for delta, _ in block.pieces]
+        undone = next((spectrum for spectrum in pieces if spectrum.status not in DONE), None)
+        if undone is not None or (len(pieces) == 1 and pieces[0].shape == block.delta.shape):
+            return replace(undone or pieces[0], name=block.delta.name)
+        return _joined(block, pieces)
 
 
 def _joined(block: Block, parts: Sequence[Spectrum]) -> Spectrum:

@@ -93,8 +93,8 @@ def named(folder: Place) -> list[Place]:
 
 def weight_files(folder: Place) -> list[Place]:
     """What may be weights by its suffix, and is not known to be something else."""
-    found = [file for file in folder.items() if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
-    return [file for file in found if not file.name.startswith(_NOT_WEIGHTS) and not training_state.what(file.name)]
+    files = [file for file in folder.items() if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
+    return [file for file in files if not file.name.startswith(_NOT_WEIGHTS) and not training_state.what(file.name)]
 
 
 def _left_out(folder: Place, taken: list[Place]) -> list[str]:
@@ -110,19 +110,19 @@ def _pattern(file: Place) -> str:
 
 def _unnamed(folder: Place) -> list[Place]:
     """The one file of weights, or the numbered shards of one model, whatever their name."""
-    found = weight_files(folder)
+    files = weight_files(folder)
     for suffix in (".safetensors", ".gguf"):
-        found = [file for file in found if file.suffix == suffix] or found
-    models = {_pattern(file) for file in found}
-    if not found:
+        files = [file for file in files if file.suffix == suffix] or files
+    models = {_pattern(file) for file in files}
+    if not files:
         raise NotFoundError(f"{folder} holds no weights ({', '.join(WEIGHT_SUFFIXES)}){_hint(folder)}")
-    if len(models) == 1 and (len(found) == 1 or _SHARD.search(found[0].name)):
-        _check_shards(folder, found)
-        return found
+    if len(models) == 1 and (len(files) == 1 or _SHARD.search(files[0].name)):
+        _check_shards(folder, files)
+        return files
     plain = {name for name in models if not re.search(r"\.(?:fp16|bf16|fp32|non_ema|ema)\.", name)}
     if len(plain) == 1 and len(models) > 1:
-        return [file for file in found if _pattern(file) in plain]
-    raise SourceError(f"{folder} holds {len(found)} weight files: {', '.join(f.name for f in found[:8])}; name one")
+        return [file for file in files if _pattern(file) in plain]
+    raise SourceError(f"{folder} holds {len(files)} weight files: {', '.join(f.name for f in files[:8])}; name one")
 
 
 def _check_shards(folder: Place, files: list[Place]) -> None:

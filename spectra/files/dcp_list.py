@@ -56,15 +56,15 @@ def listed(file: Place, stamp: Stamp) -> Mapping[str, Listed | str]:
         if isinstance(index, Inert) and isinstance(info, Inert):
             stored[str(index.get("fqn")), sizes_of(index.get("offset"))] = info
     paths = content.get("planner_data")
-    found: dict[str, Listed | str] = {}
+    entries: dict[str, Listed | str] = {}
     for key, entry in content.get("state_dict_metadata").items():
         if isinstance(key, str) and named(entry) == "TensorStorageMetadata":
             path = paths.get(key) if isinstance(paths, Mapping) else None
             try:
-                found[key] = _entry(key, entry, stored, path)
+                entries[key] = _entry(key, entry, stored, path)
             except SourceError as problem:
-                found[key] = f"{key} in {file} {problem}; {_CONVERT}"
-    return found
+                entries[key] = f"{key} in {file} {problem}; {_CONVERT}"
+    return entries
 
 
 def _entry(key: str, entry: Inert, stored: Mapping[tuple[Any, Any], Inert], path: Any) -> Listed:

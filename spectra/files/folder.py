@@ -210,7 +210,7 @@ def open_tensors(
 
 
 def _first(homes: Sequence[Place], name: str) -> dict[str, Any] | None:
-    return next((found for home in homes if (found := _beside(home, name)) is not None), None)
+    return next((content for home in homes if (content := _beside(home, name)) is not None), None)
 
 
 def _without_empty(read: Folder) -> Folder:
@@ -261,13 +261,13 @@ def _with_settings(folder: Folder, home: Place) -> Folder:
 
 def decoded(folder: Folder) -> Folder:
     """The same folder with quantised weights as what their codes stand for."""
-    found = quantised.decode(folder.tensors, folder.config, folder.broken)
+    plain = quantised.decode(folder.tensors, folder.config, folder.broken)
     return replace(
         folder,
-        tensors=found.tensors,
-        broken=found.broken,
-        packed=found.packed,
-        warnings=(*folder.warnings, *found.warnings),
+        tensors=plain.tensors,
+        broken=plain.broken,
+        packed=plain.packed,
+        warnings=(*folder.warnings, *plain.warnings),
     )
 
 
@@ -291,15 +291,15 @@ def _read_all(choice: Choice) -> Folder:
 
 def _astray(choice: Choice, whole: Header) -> dict[str, str]:
     """The tensors that lie in another file than the index says → why they are not taken: one of the two is stale."""
-    found = {}
+    astray = {}
     for name, shard in choice.expected.items():
         ref = whole.tensors.get(name)
         if ref is not None and choice.home is not None and ref.file != choice.home / shard:
-            found[name] = (
+            astray[name] = (
                 f"the index says that {shard} holds {name}, and {ref.path} does: index and shards are not of "
                 f"one save; {_SAVE_AGAIN}"
             )
-    return found
+    return astray
 
 
 def _not_there(choice: Choice, whole: Header, lost: dict[str, str]) -> dict[str, str]:
@@ -341,14 +341,14 @@ def _pipeline(place: Place, components: Sequence[str], depth: int) -> Folder:
         if not part.is_folder():
             continue
         try:
-            found = _opened(inside(place, part), depth + 1)
+            part_of = _opened(inside(place, part), depth + 1)
         except SourceError as problem:
             # Tokenizers, schedulers and feature extractors have no weights, and a denoiser has.
             if not isinstance(problem, NotFoundError) or _COMPONENT.fullmatch(component):
                 whole = replace(whole, warnings=(*whole.warnings, f"{component} was left out: {problem}"))
             continue
-        adapters += [component] if found.is_adapter else []
-        whole = _joined(whole, component, found)
+        adapters += [component] if part_of.is_adapter else []
+        whole = _joined(whole, component, part_of)
     if adapters:
         raise SourceError(f"{place}: what lies in {' and in '.join(adapters)} is an adapter; name one of these folders")
     if not whole.tensors:

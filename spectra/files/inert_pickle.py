@@ -55,11 +55,11 @@ class Inert:
 
     def get(self, name: str) -> Any:
         """An attribute that the object would have; None where it has none."""
-        found = None
+        value = None
         for part in self.state if isinstance(self.state, tuple) else (self.state,):  # (attributes, slots)
             if isinstance(part, dict):
-                found = part.get(name, found)
-        return found
+                value = part.get(name, value)
+        return value
 
 
 def load(content: bytes | bytearray, where: str, persistent: Callable[[Any], Any] | None = None) -> Any:
@@ -85,30 +85,30 @@ def load(content: bytes | bytearray, where: str, persistent: Callable[[Any], Any
         raise SourceError(f"{where} is damaged ({first}); download or save it again") from None
 
 
-def named(found: Any) -> str:
+def named(value: Any) -> str:
     """The name of the class or function that an object, or a class itself, stands for; "" for plain data.
 
     >>> named(load(pickle.dumps(print), "a file"))
     'print'
     """
-    kind = found if isinstance(found, type) else type(found)
+    kind = value if isinstance(value, type) else type(value)
     return kind.__name__ if issubclass(kind, Inert) else ""
 
 
-def sizes_of(found: Any) -> tuple[int, ...] | None:
+def sizes_of(value: Any) -> tuple[int, ...] | None:
     """A shape, stride or place: natural numbers of a sensible size; None for anything else.
 
     >>> sizes_of([3, 4]), sizes_of((3, -1)), sizes_of("34")
     ((3, 4), None, None)
     """
-    good = isinstance(found, tuple | list) and all(type(size) is int and 0 <= size < 2**62 for size in found)
-    return tuple(found) if good else None
+    good = isinstance(value, tuple | list) and all(type(size) is int and 0 <= size < 2**62 for size in value)
+    return tuple(value) if good else None
 
 
 def _remembers_too_much(content: bytes | bytearray) -> bool:
     """Whether a pickle gives an object a number beyond its own length: the unpickler makes room for all below it."""
-    for found in re.finditer(rb"r(....)", content, re.DOTALL):  # LONG_BINPUT, or those bytes within a string
-        if int.from_bytes(found[1], "little") > len(content):
+    for match in re.finditer(rb"r(....)", content, re.DOTALL):  # LONG_BINPUT, or those bytes within a string
+        if int.from_bytes(match[1], "little") > len(content):
             break
     else:
         return False

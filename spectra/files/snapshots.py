@@ -31,8 +31,8 @@ def repository(folder: Place) -> str:
     >>> repository(Place.of("hub/models--org--name/snapshots/5e0a/unet"))
     'org/name'
     """
-    found = [match for name in folder.path.split("/") if (match := _REPOSITORY.fullmatch(name))]
-    return f"{found[-1][1]}/{found[-1][2]}" if found else ""
+    matches = [match for name in folder.path.split("/") if (match := _REPOSITORY.fullmatch(name))]
+    return f"{matches[-1][1]}/{matches[-1][2]}" if matches else ""
 
 
 def dangling(folder: Place) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from spectra._version import __version__
 from spectra.deltas.recipes import InMemory
 from spectra.deltas.source import Source
-from spectra.engine.decompose import decompose_indexed, threads_for
+from spectra.engine.decompose import decompose_indexed, libraries_for, threads_for
 from spectra.errors import SelectionError, StoreError
 from spectra.files.memory import CONTAINER
 from spectra.metrics.similarity import Side, SubspaceSimilarity
@@ -244,6 +244,7 @@ def _details(source: Source, top: int | None, device: str, threads: int | None) 
         "top": top,
         "device": device,
         "threads_per_matrix": threads,
+        "eigenvalues": {str(size): library for size, library in libraries_for(source, threads).items()},
         "coverage": asdict(source.coverage),
         "versions": {
             "spectra": __version__,

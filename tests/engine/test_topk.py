@@ -9,7 +9,7 @@ from support.spectra_kinds import angle, matrix_of, oracle
 from spectra.deltas.delta import WeightDelta
 from spectra.engine.ladder import GRAM_CERTIFIED, GRAM_EIGH, GRAM_LANCZOS
 from spectra.engine.solve import solve
-from spectra.engine.solvers import dense, topk
+from spectra.engine.solvers import calibration, dense, topk
 from spectra.engine.solvers.lanczos import Krylov
 
 SIZE, K = 320, 8
@@ -72,7 +72,7 @@ def test_finds_the_leading_subspace(grams, kind, known, patient):
 def test_hard_spectra_are_exact_where_the_values_are_known(case, patient):
     exact, k = HARD[case]
     gram, basis = _with_eigenvalues(exact)
-    values = dense.eigenvalues(gram)
+    values = calibration.eigenvalues(gram)
     found = topk.leading_eigenvectors(gram, k, values)
     largest, kth = float(values[0]), max(float(exact[k - 1]), 1e-14 * float(values[0]))
     gap = kth - float(exact[k])
@@ -102,7 +102,7 @@ def test_a_missed_copy_is_seen_by_the_known_values(monkeypatch, patient):
     exact = torch.where(PLACE < 40, 1.0, 0.1 / (1 + PLACE))
     gram, _ = _with_eigenvalues(exact)
     try:
-        found = topk.leading_eigenvectors(gram, 30, dense.eigenvalues(gram))
+        found = topk.leading_eigenvectors(gram, 30, calibration.eigenvalues(gram))
     except topk.NotConvergedError:
         return
     assert (found.values - 1).abs().max() <= 1e-12
@@ -207,6 +207,6 @@ def test_many_vectors_of_a_flat_spectrum_cost_no_eigenvalues_first(monkeypatch):
 
 def test_the_same_input_gives_the_same_bits(grams):
     gram = grams["power"]
-    values = dense.eigenvalues(gram)
+    values = calibration.eigenvalues(gram)
     runs = [topk.leading_eigenvectors(gram, K, values).vectors for _ in range(2)]
     assert torch.equal(*runs)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spectra.deltas.thin import times
 from spectra.engine.solvers import topk
+from spectra.engine.solvers.calibration import eigenvalues
 
 Moment = tuple[float, float]  # Σσ⁴ and what it may be off by
 _NOTED: ContextVar[list[list[Moment]] | None] = ContextVar("noted", default=None)
@@ -113,14 +114,6 @@ def _upper_triangle(rows: Tensor, product: Tensor) -> None:
     _upper_triangle(rows[:half], product[:half, :half])
     _upper_triangle(rows[half:], product[half:, half:])
     torch.mm(rows[:half], rows[half:].T, out=product[:half, half:])
-
-
-def eigenvalues(gram: Float64[Tensor, "*batch s s"]) -> Float64[Tensor, "*batch s"]:
-    """Eigenvalues of a Gram matrix, descending, none negative; only its upper triangle is read.
-
-    The transpose is already in LAPACK's order, which saves a strided copy.
-    """
-    return torch.linalg.eigvalsh(gram.mT, UPLO="L").flip(-1).clamp(min=0)
 
 
 def gram_values(matrix: Float64[Tensor, "*batch m n"]) -> Float64[Tensor, "*batch s"]:

@@ -1,0 +1,197 @@
+"""Whose eigenvalues: the same numbers from both libraries, one choice per machine and size, none where it is off."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+from threadpoolctl import threadpool_info
+
+from spectra.deltas.delta import WeightDelta
+from spectra.engine.decompose import decompose_indexed
+from spectra.engine.solvers import calibration, dense, eigenvalues
+
+NUMPY_WINS = {"torch": 1.0, "numpy": 0.5}
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """Calibration on, in a cache of its own."""
+    monkeypatch.delenv(calibration.SWITCH)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calibration._kept.cache_clear()
+    yield tmp_path / "spectra" / "eigenvalues"
+    calibration._kept.cache_clear()
+
+
+@pytest.fixture
+def one_core():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def gram(size, seed=0):
+    return dense.gram(torch.randn((size, 2 * size), generator=torch.Generator().manual_seed(seed)).double())
+
+
+def of_time(monkeypatch, seconds):
+    asked = []
+    monkeypatch.setattr(calibration, "measured", lambda size: asked.append(size) or seconds)
+    return asked
+
+
+@pytest.mark.parametrize("size", [1, 2, 64, 300])
+def test_both_libraries_agree_with_the_svd(size):
+    product = gram(size)
+    exact = torch.linalg.svdvals(product).flip(-1)
+    for solve in eigenvalues.BY.values():
+        assert (solve(product) - exact).abs().max() <= 1e-13 * exact[-1] * size
+
+
+def test_only_the_upper_triangle_is_read():
+    product = gram(40)
+    spoiled = product + torch.full((40, 40), 7.0).double().tril(-1)
+    for solve in eigenvalues.BY.values():
+        assert torch.equal(solve(spoiled), solve(product))
+
+
+def test_what_does_not_converge_is_told_as_by_torch(monkeypatch):
+    def diverges(*_, **__):
+        raise np.linalg.LinAlgError("Eigenvalues did not converge")
+
+    monkeypatch.setattr(np.linalg, "eigvalsh", diverges)
+    with pytest.raises(RuntimeError, match="did not converge"):
+        eigenvalues.by_numpy(gram(3))
+
+
+def threads_of_numpy():
+    return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+
+def test_threads_of_numpy_are_as_they_were():
+    """Also where they are limited twice, and where somebody is done by an error."""
+    before = threads_of_numpy()
+    with suppress(ZeroDivisionError), eigenvalues.numpy_on_one_core():
+        with eigenvalues.numpy_on_one_core():
+            assert threads_of_numpy() == {1}
+        assert threads_of_numpy() == {1}
+        assert eigenvalues.is_numpy_limited()
+        raise ZeroDivisionError
+    assert threads_of_numpy() == before
+    assert not eigenvalues.is_numpy_limited()
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_a_run_leaves_numpy_as_it_was(cores, monkeypatch):
+    """Whether matrices are solved in this thread or in a pool, and also if it is given up half way."""
+    before, inside = threads_of_numpy(), []
+    values = calibration.by_torch
+    monkeypatch.setattr(calibration, "by_torch", lambda g: inside.append(threads_of_numpy()) or values(g))
+    monkeypatch.setattr(calibration, "BY", {"torch": calibration.by_torch})
+    deltas = [WeightDelta.from_tensor(f"layers.{i}.q_proj.weight", torch.randn(9, 9)) for i in range(4)]
+    running = torch.get_num_threads()
+    torch.set_num_threads(cores)
+    try:
+        run = decompose_indexed(deltas, threads=1)
+        next(run)
+        run.close()
+    finally:
+        torch.set_num_threads(running)
+    assert {1} in inside
+    assert threads_of_numpy() == before
+
+
+@pytest.mark.parametrize(("seconds", "chosen"), [(NUMPY_WINS, "numpy"), ({"torch": 1.0, "numpy": 0.95}, "torch")])
+def test_what_was_measured_is_kept_and_used(cache, monkeypatch, seconds, chosen):
+    asked = of_time(monkeypatch, seconds)
+    assert calibration.calibrate([300] * 8) == {256: chosen}
+    assert calibration.calibrate([300] * 8) == {256: chosen}
+    assert asked == [256], "once"
+    assert [calibration.library_for(size) for size in (191, 192, 310, 320, 1793)] == ["torch", chosen, chosen] + [
+        "torch"
+    ] * 2
+    (file,) = cache.iterdir()
+    assert json.loads(file.read_text())["seconds"] == seconds
+
+
+def test_few_matrices_are_not_worth_measuring_for(cache, monkeypatch):
+    asked = of_time(monkeypatch, NUMPY_WINS)
+    assert calibration.calibrate([300] * 7 + [100] * 50 + [4096] * 50) == {256: "torch"}
+    assert asked == []
+
+
+def test_what_another_process_measured_first_stays(cache, monkeypatch):
+    """It may have begun by it."""
+
+    def meanwhile(size):
+        calibration._file_of(size).write_text(json.dumps({"seconds": {"torch": 1.0, "numpy": 2.0}}))
+        return NUMPY_WINS
+
+    monkeypatch.setattr(calibration, "measured", meanwhile)
+    assert calibration.calibrate([300] * 8) == {256: "torch"}
+    assert len(list(cache.iterdir())) == 1, "nothing half-written is left"
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"seconds": {"torch": "x"}}', '{"seconds": {}}'])
+def test_a_damaged_file_counts_as_torch(cache, monkeypatch, damage):
+    of_time(monkeypatch, NUMPY_WINS)
+    calibration.calibrate([300] * 8)
+    next(cache.iterdir()).write_text(damage)
+    calibration._kept.cache_clear()
+    assert calibration.calibrate([300] * 8) == {256: "torch"}
+
+
+def test_where_nothing_can_be_kept_nothing_is_measured(cache, monkeypatch):
+    asked = of_time(monkeypatch, NUMPY_WINS)
+    cache.parent.parent.joinpath("spectra").write_text("a file where the folder would be")
+    assert calibration.calibrate([300] * 8) == {256: "torch"}
+    assert asked == []
+
+
+def test_switched_off(cache, monkeypatch):
+    of_time(monkeypatch, NUMPY_WINS)
+    calibration.calibrate([300] * 8)
+    monkeypatch.setenv(calibration.SWITCH, "off")
+    assert calibration.calibrate([300] * 8) == {}
+    assert calibration.library_for(300) == "torch"
+
+
+def test_a_run_measures_uses_it_and_gets_the_same_numbers(cache, monkeypatch, one_core):
+    deltas = [
+        WeightDelta.from_tensor(
+            f"layers.{i}.q_proj.weight", torch.randn((260, 256), generator=torch.Generator().manual_seed(i))
+        )
+        for i in range(8)
+    ]
+    asked = of_time(monkeypatch, NUMPY_WINS)
+    calls = []
+    by_numpy = eigenvalues.by_numpy
+    monkeypatch.setattr(calibration, "BY", {**eigenvalues.BY, "numpy": lambda g: calls.append(g.shape) or by_numpy(g)})
+    there = dict(decompose_indexed(deltas))
+    assert asked == [256]
+    assert len(calls) == 8
+    monkeypatch.setenv(calibration.SWITCH, "0")
+    for place, spectrum in decompose_indexed(deltas):
+        assert spectrum.status == there[place].status == "ok"
+        assert np.abs(spectrum.S**2 - there[place].S ** 2).max() <= 1e-13 * spectrum.S[0] ** 2
+    assert len(calls) == 8, "torch's this time"
+
+
+def test_several_cores_for_one_matrix_are_torchs(cache, monkeypatch):
+    of_time(monkeypatch, NUMPY_WINS)
+    calibration.calibrate([300] * 8)
+    monkeypatch.setattr(calibration, "BY", {"numpy": lambda _: pytest.fail("on one core only")})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with eigenvalues.numpy_on_one_core():
+        assert calibration.eigenvalues(gram(300)).shape == (300,)
+
+
+def test_measuring_is_of_both():
+    seconds = calibration.measured(64)
+    assert set(seconds) == {"torch", "numpy"}
+    assert all(0 < value < 5 for value in seconds.values())
