@@ -93,28 +93,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     os.environ |= {"HF_HUB_OFFLINE": "1", "SPECTRA_CONFIG": os.devnull, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    with tempfile.TemporaryDirectory(prefix="campaign-") as name:
-        work = Path(name)
+    with tempfile.TemporaryDirectory(prefix="campaign-", ignore_cleanup_errors=True) as name:
         if options.case:
-            return again([Case.parse(case) for case in options.case], AREAS, work, options.keep)
-        going = None if options.seed is not None else Journal.unfinished(options.keep, options.minutes)
-        seed = (
-            going[0]
-            if going
-            else (options.seed if options.seed is not None else random.SystemRandom().randrange(10**6))
-        )
-        journal = Journal.of(options.keep / str(seed), seed, options.minutes)
+            return again([Case.parse(case) for case in options.case], AREAS, Path(name), options.keep)
+        seed, journal = begin(options.keep, options.seed, options.minutes)
         print(f"campaign {seed}: {options.minutes:g} minutes, {journal.seconds() / 60:.1f} done before", flush=True)
         areas = {name: AREAS[name] for name in options.areas}
-        ready(areas, work)
         try:
-            campaign(areas, journal, seed, options.minutes, work)
+            ready(areas, Path(name))
+            campaign(areas, journal, seed, options.minutes, Path(name))
         except KeyboardInterrupt:
             print("stopped; the same command goes on")
         print(journal.table(options.areas))
         for line in journal.failures:
             print(f"python -m campaign --case {line.case}")
         return int(bool(journal.failures))
+
+
+def begin(place: Path, seed: int | None, minutes: float) -> tuple[int, Journal]:
+    """The campaign of a seed, or an unfinished one, or a new one."""
+    if seed is None and (going := Journal.unfinished(place, minutes)):
+        return going
+    chosen = random.SystemRandom().randrange(10**6) if seed is None else seed
+    return chosen, Journal.of(place / str(chosen), chosen, minutes)
 
 
 def ready(areas: Mapping[str, Area], work: Path) -> None:

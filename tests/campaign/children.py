@@ -128,8 +128,14 @@ def start(work: Work, home: Path, *, seconds: float = 120, memory: int | None = 
 
 
 def call(work: Work, home: Path, *, seconds: float = 120, memory: int | None = None, leads: bool = False) -> Ended:
-    """Start a process and wait for it."""
-    return start(work, home, seconds=seconds, memory=memory, leads=leads).wait()
+    """Start a process and wait for it; it ends with the wait."""
+    child = start(work, home, seconds=seconds, memory=memory, leads=leads)
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        child.kill()
+        child.wait()
+        raise
 
 
 def _live(work: Work, home: Path, memory: int | None, leads: bool) -> NoReturn:

@@ -96,7 +96,7 @@ def damage(file: Path, others: list[Path], rng: random.Random) -> str:
     elif kind == "noise":
         content[place:] = rng.randbytes(len(content) - place)
     elif kind == "swapped":
-        other = rng.choice(others)
+        other = rng.choice([one for one in others if one.parent == file.parent])
         content, mine = bytearray(other.read_bytes()), bytes(content)
         other.write_bytes(mine)
         kind = f"swapped with {other.name}"

@@ -18,6 +18,7 @@ from spectra.cli import main
 from spectra.errors import BaseRequiredError, SelectionError, SourceError, StoreError
 from spectra.results import streams
 from spectra.results.series import by_role, series_rows, step_folder
+from spectra.results.shelf import Shelf
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 STEPS = (100, 200, 1000)
@@ -250,6 +251,16 @@ def test_what_is_damaged_is_said_and_made_anew(run):
         main, ["series", *paths(), "--base", "base", "--layer", "q_proj", "--top", "3", "--out", "out"]
     )
     assert "warning: computed again" in shown.stderr
+
+
+@pytest.mark.parametrize("origin", [1e-320, [], ["step 100", False], ["step 100", 1, 3], [None, False, 3]])
+def test_a_basis_of_the_start_that_does_not_say_what_it_is_of_is_taken_anew(run, origin):
+    right = spectra.series(paths(), "base", layers="q_proj", top=3, out="out")
+    start = Shelf(run / "out" / "start")
+    arrays, origins = start.get(NAME)
+    start.put(NAME, arrays, origins | {"right": origin})
+    pd.testing.assert_frame_equal(spectra.series(paths(), "base", layers="q_proj", top=3, out="out"), right)
+    assert start.get(NAME)[1] == origins
 
 
 def test_fewer_directions_than_asked_for_are_said(run):
