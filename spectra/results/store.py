@@ -227,7 +227,10 @@ class Store:
         """
         arrays, record = self.similarity.get(label)
         try:
-            return records.parse_similarity(arrays, record), str(record.get("key"))
+            found = records.parse_similarity(arrays, record)
+            if _label(found.name, found.side, found.other) != label:
+                raise ValueError("it is the record of another comparison")
+            return found, str(record.get("key"))
         except ValueError as problem:
             raise damaged(self.similarity.path(label), str(problem)) from None
 

@@ -105,6 +105,15 @@ def test_a_record_that_does_not_fit_counts_as_not_stored(stored, changed):
     same_spectrum(spectra.load(stored)[VECTORS], made()[0])
 
 
+@pytest.mark.parametrize("changed", [{"name": ""}, {"side": "right"}, {"other": "layers.9.v_proj.weight"}])
+def test_a_comparison_that_does_not_fit_its_place_counts_as_not_stored(stored, changed):
+    (path,) = (stored / "similarity").iterdir()
+    _resigned(path, **changed)
+    with pytest.raises(StoreError, match="the record of another comparison"):
+        Store(stored).similarities()
+    assert "damaged" in {item.state for item in spectra.check_results(stored)}
+
+
 @pytest.mark.parametrize("deep", ['{"a":' * 100_000 + "1" + "}" * 100_000, "[" * 100_000, "3", "NaN", '"x"'])
 def test_a_run_file_that_says_nothing_is_damaged_and_the_rest_loads(stored, deep):
     (stored / "run.json").write_text(deep)
