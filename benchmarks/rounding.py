@@ -3,8 +3,9 @@
     python -m benchmarks.rounding [--weights model.safetensors] [--size 384] [--draws 2]
 
 Random updates of a known rank are added to weights of several kinds, stored in several ways, and given to the toolkit
-as files. True is the number of values of the stored difference, up to the rank, above the largest value that its
-errors leave outside the update's own directions. A few minutes on one core at the default size.
+as files. True is the number of pairs of singular vectors of the stored difference, among the first as many as the
+rank, that are mostly of the update: the lengths of their parts in its two spaces have a product above one half. A few
+minutes on one core at the default size.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ RANKS = (1, 2, 8, 16)
 SHARES = (1e-1, 1e-2, 3e-3, 1e-3, 1e-4)
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 E4M3 = torch.float8_e4m3fn
+_MOSTLY = 0.5
 
 Stored = tuple[Tensor, Tensor]  # tuned, base
 
@@ -34,7 +36,7 @@ def families(size: int, generator: torch.Generator, real: Tensor | None) -> dict
     def gaussian() -> Tensor:
         return 0.04 * torch.randn(size, size, generator=generator)
 
-    chi = sum(torch.randn(size, size, generator=generator).square() for _ in range(3)) / 3
+    chi = torch.stack([torch.randn(size, size, generator=generator).square() for _ in range(3)]).mean(0)
     sparse, outlier = gaussian(), gaussian()
     sparse[::2] *= 1e-2
     outlier[:, torch.randperm(size, generator=generator)[:4]] *= 50
@@ -76,17 +78,20 @@ def ways(W: Tensor, U: Tensor) -> dict[str, Stored]:
 
 def claimed_and_true(stored: Stored, U: Tensor, rank: int, folder: Path) -> tuple[int, int]:
     """The toolkit's count of directions, and the count with U known."""
+    found = _found(stored, folder)
+    u, _, vh = torch.linalg.svd(U, full_matrices=False)
+    u, v = u[:, :rank], vh[:rank].T
+    left, _, right = torch.linalg.svd(stored[0].double() - stored[1].double(), full_matrices=False)
+    shares = (u.T @ left).norm(dim=0) * (right @ v).norm(dim=1)
+    return found.signal_rank, int((shares[:rank] > _MOSTLY).sum())
+
+
+def _found(stored: Stored, folder: Path) -> spectra.Spectrum:
     for side, weights in zip(("tuned", "base"), stored, strict=True):
         (folder / side).mkdir(exist_ok=True)
         save_file({"a.weight": weights.contiguous()}, folder / side / "model.safetensors")
     (found,) = spectra.decompose(spectra.open_source(folder / "tuned", folder / "base"))
-    u, _, vh = torch.linalg.svd(U, full_matrices=False)
-    u, v = u[:, :rank], vh[:rank].T
-    outside = stored[0].double() - stored[1].double()
-    outside -= u @ (u.T @ outside)
-    outside -= (outside @ v) @ v.T
-    noise = float(torch.linalg.matrix_norm(outside, 2))
-    return found.signal_rank, min(int((noise < found.S).sum()), rank)
+    return found
 
 
 def cell(pairs: list[tuple[int, int]]) -> str:
@@ -132,8 +137,8 @@ def by_storage(size: int, seeds: range, real: Callable[[int], Tensor] | None, fo
             U = update(W, 8, share, generator)
             for way, stored in ways(W, U).items():
                 counts.setdefault(way, [[] for _ in shares])[place].append(claimed_and_true(stored, U, 8, folder))
-    for way, found in counts.items():
-        yield f"| {way} | " + " | ".join(cell(pairs) for pairs in found) + " |"
+    for way, drawn in counts.items():
+        yield f"| {way} | " + " | ".join(cell(pairs) for pairs in drawn) + " |"
 
 
 def by_decay(size: int, seeds: range, real: Callable[[int], Tensor] | None, folder: Path) -> Iterator[str]:
@@ -158,8 +163,33 @@ def by_decay(size: int, seeds: range, real: Callable[[int], Tensor] | None, fold
         yield f"| {rate} | " + " | ".join(cells) + " |"
 
 
+def by_fine_tune(base: Path, tuned: Path, folder: Path) -> Iterator[str]:
+    """One row per way of storing a real full fine-tune: counts of four matrices; true is above the errors' largest."""
+    first, second = load_file(base), load_file(tuned)
+    keys = [key for key, w in sorted(first.items()) if ".layer." in key and w.dim() == 2 and key in second]
+    yield "| how it was stored | roundings told | claimed | true |"
+    yield "|---|---|---|---|"
+    counts: dict[str, list[tuple[int, int, int]]] = {}
+    for key in keys[1::8][:4]:
+        W, T = first[key].double(), second[key].double()
+        b = W.bfloat16()
+        for way, (stored, beside) in {
+            "both cast to bf16 (two roundings)": (T.bfloat16(), b),
+            "bf16 base, cast to bf16 (one)": ((b.double() + T - W).bfloat16(), b),
+            "float32 base, cast to bf16 (one)": (T.bfloat16(), first[key]),
+            "float32 base, merged in bf16 (two)": ((b.double() + T - W).bfloat16(), first[key]),
+        }.items():
+            found = _found((stored, beside), folder)
+            delta = stored.double() - beside.double()
+            error = float(torch.linalg.matrix_norm(delta - (T - W), 2))
+            true = int((torch.linalg.svdvals(delta) > error).sum())
+            counts.setdefault(way, []).append((2 if "base" in found.rounding else 1, found.signal_rank, true))
+    for way, rows in counts.items():
+        yield "| " + " | ".join([way, *(", ".join(str(row[i]) for row in rows) for i in range(3))]) + " |"
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="a safetensors file of real weights, such as MiniLM's")
     parser.add_argument("--size", type=int, default=384)
@@ -167,6 +197,7 @@ def main() -> None:
     parser.add_argument(
         "--first", type=int, default=1000, help="seed of the first draw; thresholds were set on 0 and 1"
     )
+    parser.add_argument("--tuned", type=Path, help="a full fine-tune of --weights")
     options = parser.parse_args()
     real = None
     if options.weights:
@@ -181,6 +212,9 @@ def main() -> None:
             for line in table(options.size, seeds, real, Path(folder)):
                 print(line, flush=True)
             print()
+        if options.weights and options.tuned:
+            for line in by_fine_tune(options.weights, options.tuned, Path(folder)):
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

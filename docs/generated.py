@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -20,6 +21,7 @@ from sphinx.writers.html5 import HTML5Translator
 
 import spectra
 
+ROOT = Path(__file__).resolve().parent.parent
 # The rooms of public names, in the order of the pipeline; another room comes last, under its own name.
 ROOMS = {
     "spectra.sources": "Open",
@@ -147,10 +149,28 @@ def block_math(writer: HTML5Translator, node: nodes.math_block) -> None:
 
 def repository_links(app: Sphinx, docname: str, content: list[str]) -> None:
     """Links that are right in the repository, to what has a page of its own on the site; folders have none."""
+    content[0] = _whole(docname) or content[0]
     text = re.sub(r"\]\((?:\.\./)+notebooks/", f"]({'../' * docname.count('/')}notebooks/", content[0])
     text = re.sub(r"\]\(\.\./(?:docs/)(\w)", r"](../\1", text)  # notebooks are read from a folder here
     text = re.sub(r"\]\(\.\./README\.md\)", "](../index.md)" if "/" in docname else "](index.md)", text)
     content[0] = re.sub(r"\[([^\]]+)\]\(\.\./figures/reproduction\)", r"\1", text)
+
+
+def _whole(docname: str) -> str:
+    """The file that a page of `docs/` only leads to, for the site; "" for every other page."""
+    if docname == "contributing":
+        return re.sub(r"\]\(docs/", "](", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    if docname == "benchmarks":
+        text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+        tables = {name: path.read_text(encoding="utf-8") for name, path in _results().items()}
+        parts = [f"## On {name}\n\n{table}" for name, table in tables.items()]
+        return "\n\n".join([re.sub(r"\]\(results/([\w-]+)/table\.md\)", r"](#on-\1)", text), *parts])
+    return ""
+
+
+def _results() -> dict[str, Path]:
+    """Machine → the table of what was measured on it."""
+    return {path.parent.name: path for path in sorted((ROOT / "benchmarks" / "results").glob("*/table.md"))}
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -56,6 +56,7 @@ _HOMES = {
         "similarity_figure",
         "squares_figure",
         "tops_figure",
+        "verdicts_figure",
     ),
     "spectra.report": ("write_report",),
     "spectra.results.alignment": ("alignment",),
@@ -121,6 +122,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.plots import similarity_figure as similarity_figure
     from spectra.plots import squares_figure as squares_figure
     from spectra.plots import tops_figure as tops_figure
+    from spectra.plots import verdicts_figure as verdicts_figure
     from spectra.report import write_report as write_report
     from spectra.results.alignment import alignment as alignment
     from spectra.results.all_pairs import compare_all as compare_all

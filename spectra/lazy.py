@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ else:
             self._name = name
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(importlib.import_module(self._name), name)
+            # Not by import_module each time: a small matrix asks for a hundred things of torch.
+            return getattr(sys.modules.get(self._name) or importlib.import_module(self._name), name)
 
     torch, numpy = _Lazy("torch"), _Lazy("numpy")

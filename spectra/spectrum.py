@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from spectra import naming, text
@@ -113,7 +114,7 @@ class Spectrum:
         """Whether S holds every singular value that can differ from zero."""
         return self.status in DONE and len(self.S) >= (self.max_rank or 0)
 
-    @property
+    @cached_property
     def resolved(self) -> np.ndarray:
         """The singular values above the method's resolution, descending."""
         return self.S[self.resolution < self.S]

@@ -120,9 +120,19 @@ def test_a_stdout_that_lacks_letters_shows_their_numbers(model, encoding):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
-def test_a_full_stdout_is_one_message(model):
+@pytest.mark.parametrize("words", [["inspect", None], ["--help"], ["svd", "--help"], ["--version"]])
+def test_a_full_stdout_is_one_message(model, words):
     with open("/dev/full", "wb") as full:
-        command = [sys.executable, "-m", "spectra", "inspect", model[0]]
+        command = [sys.executable, "-m", "spectra", *(word or model[0] for word in words)]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False, text=True)
     assert done.returncode == 1
     assert done.stderr == "Error: stdout cannot be written: No space left on device; make room or use a pipe\n"
+
+
+def test_letters_that_a_terminal_does_not_know_are_escaped(model):
+    for words in (["--help"], ["svd", *model[:1], "--base", model[1]]):
+        environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+        command = [sys.executable, "-m", "spectra", *words]
+        done = subprocess.run(command, env=environment, capture_output=True, check=False)
+        assert b"Traceback" not in done.stderr
+        assert done.stdout

@@ -173,3 +173,13 @@ def test_the_readme_leads_with_the_two_commands_and_they_exist():
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
     assert {"demo", "test", "docs", "lint"} <= set(targets)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_only_one_arrow_points_up_and_it_has_a_name():
+    """A collection's own .report(): other exceptions of the contracts are libraries."""
+    ignored = re.findall(
+        r'^\s*(?:ignore_imports = \[)?"(spectra\S* -> spectra\S*)"', (ROOT / "pyproject.toml").read_text(), re.M
+    )
+    assert set(ignored) == {"spectra.results.collection -> spectra.report"}
+    hidden = [path.name for path in MODULES if 'import_module("spectra")' in path.read_text()]
+    assert hidden == []

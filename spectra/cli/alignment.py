@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,23 +14,27 @@ from spectra.cli.options import (
     Compute,
     Opening,
     compute_options,
-    figures_option,
+    figures_options,
     json_option,
     source_options,
     table_option,
     tuned_argument,
 )
-from spectra.cli.table import View, print_rows, table_view
+from spectra.cli.table import Layout, View, print_rows, table_view
 
 if TYPE_CHECKING:
     from spectra.results.tables import Row
 
-_SHOWN = {
-    "intruders": "intruders",
-    "amplification": "amplified",
-    "left_in_top": "left",
-    "right_in_top": "right",
-}
+_LAYOUT = Layout(
+    shown={
+        "intruders": "intruders",
+        "amplification": "amplified",
+        "left_in_top": "left",
+        "right_in_top": "right",
+    },
+    group={"role": "role", "matrices": "matrices", "unchanged_matrices": "unchanged"},
+)
+_COUNTS = Layout(shown={"k": "k", "intruders": "intruders", "decided_by": "decided by"}, most=sys.maxsize)
 
 
 @click.command("alignment", short_help="What an update does to the directions of W₀.")
@@ -51,7 +56,7 @@ _SHOWN = {
 @source_options
 @compute_options
 @table_option
-@figures_option
+@figures_options
 @json_option
 @table_view
 def command(
@@ -64,7 +69,7 @@ def command(
     opening: Opening,
     compute: Compute,
     out: str | None,
-    figures: bool,
+    figures: str | None,
     as_json: bool,
     view: View,
 ) -> None:
@@ -78,7 +83,7 @@ def command(
         from spectra.results import intruders
         from spectra.results.alignment import COLUMNS, alignment_rows
 
-    view.check(intruders.COLUMNS if intruders_only else COLUMNS, len(source))
+    view.check(intruders.COLUMNS if intruders_only else COLUMNS)
 
     make, name = (intruders.intruder_rows, "intruders") if intruders_only else (alignment_rows, "alignment")
     rows: list[Row] = []
@@ -101,22 +106,21 @@ def command(
         _print(rows, view)
     if out:
         report.keep_table(out, name, document)
-        for path in report.draw(out, names=source.names) if figures and not intruders_only else []:
+        for path in report.draw(out, names=source.names, size=figures) if figures and not intruders_only else []:
             report.note(f"figure: {path}")
     report.close(rows)
 
 
 def _print_counts(rows: list[Row], view: View) -> None:
     """A line per matrix, and what the counts rest on."""
-    shown = {"k": "k", "intruders": "intruders", "decided_by": "decided by"}
-    print_rows(rows, shown, replace(view, every=True))
+    print_rows(rows, _COUNTS, view)
     done = [row["intruders"] for row in rows if row["status"] == "ok"]
     report.note(f"{sum(done)} intruders in {len(done)} matrices")
 
 
 def _print(rows: list[Row], view: View) -> None:
     """A line per matrix, or the medians of a role where there are many; chance levels as a note."""
-    if print_rows(rows, _SHOWN, view):
+    if print_rows(rows, _LAYOUT, view):
         report.note("medians over the changed matrices of a role; --all lists every matrix, and so do --out and --json")
     done = [row for row in rows if row["status"] == "ok"]
     if done:

@@ -21,14 +21,15 @@ from spectra.cli.options import (
     layer_option,
     scale_option,
 )
+from spectra.cli.table import Layout, View, print_rows, table_view
 from spectra.extraction.options import DTYPES, FORMATS, DType, Format, Options
+
+_SHOWN = ("rank", "relative_error", "parameters")
 
 if TYPE_CHECKING:
     from spectra.deltas.source import Source
     from spectra.extraction.extract import Extraction, Row
     from spectra.results.collection import Spectra
-
-_MOST_LINES = 12
 
 
 class _WeightsCommand(click.Command):
@@ -109,6 +110,7 @@ def _is_number(word: str) -> bool:
 @download_option
 @compute_options
 @json_option
+@table_view
 def command(
     given: tuple[str, ...],
     base: str | None,
@@ -129,6 +131,7 @@ def command(
     download: bool,
     compute: Compute,
     as_json: bool,
+    view: View,
 ) -> None:
     """Write the update ΔW = tuned − base as a LoRA: the best approximation of each rank, matrix by matrix.
 
@@ -137,6 +140,7 @@ def command(
     """
     tuned = (*given, *tuned)
     _check_usage([rank, energy, parameters, above_noise or None], tuned, weights, out, dry_run)
+    _check_view(view)
     if save_modules and file_format != "peft":
         raise click.UsageError("--save-modules needs --format peft: kohya's files keep no module whole")
     tuned = tuple(fetched(path, download) for path in tuned)
@@ -152,12 +156,12 @@ def command(
     with compute.keywords() as keywords:
         inputs = inputs_of(updates, weights or None, **keywords)
         with report.progress(len(inputs.gathered.weights), "spectra extract", otherwise="nothing was written") as bar:
-            found = run(inputs, None if dry_run else out, rule, options, bar.update)
+            extraction = run(inputs, None if dry_run else out, rule, options, bar.update)
     if as_json:
-        report.print_json(_document(found, tuned, base, None if dry_run else out, options.format, dtype))
+        report.print_json(_document(extraction, tuned, base, None if dry_run else out, options.format, dtype))
     else:
-        _print(found.rows)
-    _close(found, None if dry_run else out)
+        _print(extraction.rows, view)
+    _close(extraction, None if dry_run else out)
 
 
 def _check_usage(
@@ -173,6 +177,15 @@ def _check_usage(
         raise click.UsageError("--out names the adapter's folder; --dry-run writes nothing")
     if weights and len(weights) != len(tuned):
         raise click.UsageError(f"{len(weights)} --weights for {len(tuned)} --tuned: give each its own")
+
+
+def _check_view(view: View) -> None:
+    if view.chosen:
+        from dataclasses import fields
+
+        from spectra.extraction.extract import Row
+
+        view.check([*(item.name for item in fields(Row)), "role", "layer"])
 
 
 def _given(
@@ -191,12 +204,13 @@ def _given(
         source = open_source(each, base, **settings)
         for line in source.coverage.warnings:
             report.warning(f"warning: {line}")
+        report.lacking(source.lacking(layers))
         sources.append(source.select(layers) if layers else source)
     return sources
 
 
 def _document(
-    found: Extraction, tuned: Sequence[str], base: str | None, out: str | None, file_format: str, dtype: str
+    extraction: Extraction, tuned: Sequence[str], base: str | None, out: str | None, file_format: str, dtype: str
 ) -> dict[str, Any]:
     from dataclasses import asdict
 
@@ -210,56 +224,71 @@ def _document(
         "out": out,
         "format": file_format,
         "dtype": dtype,
-        "parameters": sum(row.parameters for row in found.rows),
-        "relative_error": total_error(found.rows),
-        "matrices": [asdict(row) for row in found.rows],
-        "not_carried": found.not_carried,
-        "modules_to_save": found.whole,
+        "parameters": sum(row.parameters for row in extraction.rows),
+        "relative_error": total_error(extraction.rows),
+        "matrices": [asdict(row) for row in extraction.rows],
+        "not_carried": extraction.not_carried,
+        "modules_to_save": extraction.whole,
     }
 
 
-def _print(rows: Sequence[Row]) -> None:
+def _print(rows: Sequence[Row], view: View) -> None:
     """A line per matrix, or per role where there are many."""
-    from spectra import naming, text
+    from dataclasses import asdict
+
+    from spectra import naming
+
+    def pool(lines: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
+        roles: dict[str, list[Row]] = {}
+        for row in rows:
+            roles.setdefault(naming.role_of(row.name), []).append(row)
+        return [{"role": role, **_total(roles[role])} for role in naming.in_model_order(roles)]
+
+    layout = Layout(
+        shown={column: column for column in _SHOWN},
+        behind={"dtype_error": "dtype_error", "clamped": "clamped"},
+        pool=pool,
+        pooled=_SHOWN,
+    )
+    lines = [asdict(row) | {"role": naming.role_of(row.name), "layer": naming.layer_of(row.name)} for row in rows]
+    if print_rows(lines, layout, view):
+        report.note("errors over all matrices of a role; --all lists every matrix, and so does --json")
+
+
+def _total(rows: Sequence[Row]) -> dict[str, Any]:
+    """What is said of all matrices of a role."""
+    from spectra import text
     from spectra.extraction.ranks import total_error
 
-    if len(rows) <= _MOST_LINES:
-        report.print_table(
-            ["matrix", "rank", "relative_error", "parameters", "dtype_error", "clamped"],
-            [[row.name, row.rank, row.relative_error, row.parameters, row.dtype_error, row.clamped] for row in rows],
-        )
-        return
-    roles: dict[str, list[Row]] = {}
-    for row in rows:
-        roles.setdefault(naming.role_of(row.name), []).append(row)
-    lines = []
-    for role in naming.in_model_order(roles):
-        members = roles[role]
-        ranks = str(text.number_range([row.rank for row in members]))
-        lines.append([role, len(members), ranks, total_error(members), sum(row.parameters for row in members)])
-    report.print_table(["role", "matrices", "rank", "relative_error", "parameters"], lines)
-    report.note("errors over all matrices of a role; --json lists every matrix")
+    return {
+        "matrices": len(rows),
+        "rank": str(text.number_range([row.rank for row in rows])),
+        "relative_error": total_error(rows),
+        "parameters": sum(row.parameters for row in rows),
+    }
 
 
-def _close(found: Extraction, out: str | None) -> None:
+def _close(extraction: Extraction, out: str | None) -> None:
     """What was written and what was not, and the exit status."""
     from spectra.extraction.ranks import total_error
 
-    for text in sorted({row.note for row in found.rows if row.note}):
+    for text in sorted({row.note for row in extraction.rows if row.note}):
         report.note(f"note: {text}")
-    clamped = [row for row in found.rows if row.clamped]
+    clamped = [row for row in extraction.rows if row.clamped]
     if clamped:
         report.note(f"note: {clamped[0].name}: {clamped[0].clamped} ({len(clamped)} matrices)")
-    report.by_reason("not carried", found.not_carried)
-    for module in found.whole[:1]:
-        report.note(f"kept whole: {module} ({len(found.whole)} modules)")
-    parameters = sum(row.parameters for row in found.rows)
-    worst = max((row.dtype_error for row in found.rows if row.dtype_error == row.dtype_error), default=0.0)
+    report.by_reason("not carried", extraction.not_carried)
+    for module in extraction.whole[:1]:
+        report.note(f"kept whole: {module} ({len(extraction.whole)} modules)")
+    parameters = sum(row.parameters for row in extraction.rows)
+    worst = max((row.dtype_error for row in extraction.rows if row.dtype_error == row.dtype_error), default=0.0)
     report.note(
-        f"{parameters:,} parameters, relative error {total_error(found.rows):.4g}"
+        f"{parameters:,} parameters, relative error {total_error(extraction.rows):.4g}"
         + (f", and at most {worst:.1e} more in a matrix from storing it" if worst else "")
     )
     report.note(f"adapter: {out}" if out else "nothing was written (--dry-run)")
-    if found.undone:
-        report.warning(f"{len(found.undone)} of {len(found.undone) + len(found.rows)} matrices could not be done")
+    if extraction.undone:
+        report.warning(
+            f"{len(extraction.undone)} of {len(extraction.undone) + len(extraction.rows)} matrices could not be done"
+        )
         sys.exit(1)

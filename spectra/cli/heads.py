@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +10,11 @@ import click
 
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import Opening, figures_option, json_option, layer_option, scale_option, table_option
+from spectra.cli.options import Opening, figures_options, json_option, layer_option, scale_option, table_option
+from spectra.cli.table import Layout, View, print_rows, table_view
 
 if TYPE_CHECKING:
     from spectra.results.tables import Row
-
-_MOST_LINES = 12
-_SHOWN = {"heads": "heads", "cosine": "cosine", "chance": "chance ±", "norm": "‖B‖_F", "update_cosine": "of ΔW"}
 
 
 @click.command("heads", short_help="Are the heads of a multi-head LoRA alike?")
@@ -24,28 +23,34 @@ _SHOWN = {"heads": "heads", "cosine": "cosine", "chance": "chance ±", "norm": "
 @layer_option
 @scale_option
 @table_option
-@figures_option
+@figures_options
 @json_option
+@table_view
 def command(
     adapter: str,
     base: str | None,
     layers: tuple[str, ...],
     scale: float | None,
     out: str | None,
-    figures: bool,
+    figures: str | None,
     as_json: bool,
+    view: View,
 ) -> None:
     """The mean pairwise cosine of an adapter's heads B₁, B₂, … by role and depth, and their norms.
 
     ADAPTER is an R-LoRA, a HydraLoRA, a MultiLoRA or another with several heads per module. "of ΔW" is the cosine of
     the heads' own updates B·A, which does not depend on the basis that A is given in.
     """
-    source = Opening(layers, "each", scale, split=True).open(adapter, base)
     with heavy_imports():
-        from spectra.results.heads import head_rows, heads_of
+        from spectra.results.heads import COLUMNS, head_rows, heads_of
 
+    view.check(COLUMNS)
+    source = Opening(layers, "each", scale, split=True).opened(adapter, base)
+    source = source.select(layers) if layers else source
+    modules = heads_of(source)  # an adapter without heads is refused before anything is said of it
+    report.coverage_notes({adapter: source.coverage})
     rows: list[Row] = []
-    with report.progress(len(heads_of(source)), "spectra heads") as bar:
+    with report.progress(len(modules), "spectra heads") as bar:
         for row in head_rows(source):
             rows.append(row)
             bar.update()
@@ -53,28 +58,38 @@ def command(
     if as_json:
         report.print_json(document)
     else:
-        _print(rows)
+        _print(rows, view)
     if out:
         report.keep_table(out, "heads", document)
     if out and figures and any(row["status"] == "ok" and row["layer"] is not None for row in rows):
         from spectra.plots.heads import draw_heads
 
-        for path in draw_heads(rows, out):
+        for path in draw_heads(rows, out, size=figures):
             report.note(f"figure: {path}")
     report.close(rows)
 
 
-def _print(rows: list[Row]) -> None:
-    done = [row for row in rows if row["status"] == "ok"]
-    if len(done) <= _MOST_LINES:
-        report.print_table(["module", *_SHOWN.values()], [[row["name"], *map(row.get, _SHOWN)] for row in done])
-        return
+def _print(rows: list[Row], view: View) -> None:
+    layout = Layout(
+        shown={"heads": "heads", "cosine": "cosine", "chance": "chance ±", "norm": "‖B‖_F", "update_cosine": "of ΔW"},
+        first={"name": "module"},
+        group={"role": "role", "modules": "modules"},
+        pool=_means,
+    )
+    if print_rows([row for row in rows if row["status"] == "ok"], layout, view):
+        report.note(
+            "means over the modules of a role, as the papers give them; --all, --out and --json have every module"
+        )
+
+
+def _means(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
     roles: dict[str, list[Row]] = {}
-    for row in done:
+    for row in rows:
         roles.setdefault(row["role"], []).append(row)
-    lines = [[role, len(members), *(_mean(members, key) for key in _SHOWN)] for role, members in roles.items()]
-    report.print_table(["role", "modules", *_SHOWN.values()], lines)
-    report.note("means over the modules of a role, as the papers give them; every module is in --out and --json")
+    return [
+        {"role": role, "modules": len(members), **{column: _mean(members, column) for column in columns}}
+        for role, members in roles.items()
+    ]
 
 
 def _mean(rows: list[Row], key: str) -> Any:

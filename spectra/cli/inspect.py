@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from spectra.cli import report
 from spectra.cli.options import HeadsType, json_option, scale_option
+from spectra.cli.table import Layout, View, print_rows, table_view
 from spectra.cli.talk import say
 
 if TYPE_CHECKING:
     from spectra.results.inspection import Inspection
+    from spectra.results.tables import Row
 
 
 @click.command("inspect", short_help="What a model or adapter holds, from headers only.")
@@ -22,7 +25,10 @@ if TYPE_CHECKING:
 @scale_option
 @click.option("--verify", is_flag=True, help="PATH holds results: hold every stored file against its checksums.")
 @json_option
-def command(path: str, base: str | None, heads: str | int, scale: float | None, verify: bool, as_json: bool) -> None:
+@table_view
+def command(
+    path: str, base: str | None, heads: str | int, scale: float | None, verify: bool, as_json: bool, view: View
+) -> None:
     """What is in a model or adapter: kind, matrices, ranks, dtype and size, and what will not be used.
 
     Reads headers only. A full checkpoint is listed on its own, or paired where --base is given. Of stored results,
@@ -31,13 +37,14 @@ def command(path: str, base: str | None, heads: str | int, scale: float | None, 
     if verify:
         _verify(path, as_json)
         return
-    from spectra.results.inspection import inspect
+    from spectra.results.inspection import COLUMNS, inspect
 
+    view.check(COLUMNS)
     inspection = inspect(path, base, heads=heads, scale=scale)
     if as_json:
         report.print_json(inspection.to_dict())
     else:
-        _print(inspection)
+        _print(inspection, view)
 
 
 def _verify(path: str, as_json: bool) -> None:
@@ -48,14 +55,14 @@ def _verify(path: str, as_json: bool) -> None:
     from spectra.results.soundness import check_results
 
     findings = check_results(path)
-    counts = Counter(found.state for found in findings)
+    counts = Counter(finding.state for finding in findings)
     if as_json:
-        report.print_json({"path": path, "counts": dict(counts), "files": [asdict(found) for found in findings]})
+        report.print_json({"path": path, "counts": dict(counts), "files": [asdict(finding) for finding in findings]})
     else:
         say(f"{path}: {len(findings)} files: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
-        for found in findings:
-            if found.state == "damaged":
-                say(f"damaged: {found.file}: {found.reason}")
+        for finding in findings:
+            if finding.state == "damaged":
+                say(f"damaged: {finding.file}: {finding.reason}")
     if counts["no checksum"]:
         report.note("files without a checksum were written before there were any: they are read as they are")
     if counts["damaged"]:
@@ -75,8 +82,25 @@ def _say_what_is_read(inspection: Inspection) -> None:
     say(f"from the server: {readable_size(received())} read now; a command reads {total}{each}")
 
 
-def _print(inspection: Inspection) -> None:
+def _print_matrices(inspection: Inspection, view: View) -> None:
     from spectra import text
+    from spectra.results.inspection import COLUMNS
+
+    def sized(rows: Sequence[Row]) -> list[Row]:
+        unknown = dict.fromkeys(COLUMNS)
+        return [unknown | row | {"shape": text.size(row["shape"]), "status": row.get("status")} for row in rows]
+
+    layout = Layout(
+        shown={"shape": "shape", "max_rank": "rank ≤", "status": "status"},
+        group={"role": "role", "matrices": "matrices"},
+        pool=lambda rows, columns: sized(inspection.by_role),
+        pooled={"shape", "max_rank", "status"},
+        most=0,
+    )
+    print_rows(sized(inspection.matrices), layout, view)
+
+
+def _print(inspection: Inspection, view: View) -> None:
     from spectra.engine.memory import readable_size
 
     said = inspection.to_dict()
@@ -84,13 +108,7 @@ def _print(inspection: Inspection) -> None:
     say(f"{said['path']}: {said['kind']}" + (f" ({said['model_type']})" if said["model_type"] else ""))
     say(f"{said['tensors']} tensors ({dtypes}), {said['parameters']:,} parameters, {readable_size(said['bytes'])}")
     say()
-    report.print_table(
-        ["role", "shape", "rank ≤", "status", "matrices"],
-        [
-            [row["role"], text.size(row["shape"]), row["max_rank"], row["status"] or "–", row["matrices"]]
-            for row in inspection.by_role
-        ],
-    )
+    _print_matrices(inspection, view)
     _say_what_is_read(inspection)
     for line in said.get("notes", ()):
         say(f"note: {line}")

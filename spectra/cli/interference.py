@@ -12,25 +12,27 @@ from spectra.cli.heavy import heavy_imports
 from spectra.cli.options import (
     Opening,
     executor_of,
-    figures_option,
+    figures_options,
     json_option,
     source_options,
     table_option,
     workers_option,
 )
+from spectra.cli.table import Layout, View, print_rows, table_view
 
 if TYPE_CHECKING:
     from spectra.results.tables import Row
 
-_SHOWN = {
-    "mean_cosine": "cosine",
-    "norm_ratio": "ratio",
-    "sti": "STI",
-    "mean_sar": "SAR",
-    "shared": "shared",
-    "shared_null": "chance",
-}
-_MOST_LINES = 12
+_LAYOUT = Layout(
+    shown={
+        "mean_cosine": "cosine",
+        "norm_ratio": "ratio",
+        "sti": "STI",
+        "mean_sar": "SAR",
+        "shared": "shared",
+        "shared_null": "chance",
+    }
+)
 
 
 @click.command("interference", short_help="What several updates do to each other when added.")
@@ -40,8 +42,9 @@ _MOST_LINES = 12
 @source_options
 @workers_option
 @table_option
-@figures_option
+@figures_options
 @json_option
+@table_view
 def command(
     updates: tuple[str, ...],
     base: str | None,
@@ -49,8 +52,9 @@ def command(
     opening: Opening,
     workers: int | None,
     out: str | None,
-    figures: bool,
+    figures: str | None,
     as_json: bool,
+    view: View,
 ) -> None:
     """Cosines of updates, what their sum keeps of their norm, STI and SAR, and what they share, matrix by matrix.
 
@@ -60,10 +64,11 @@ def command(
     """
     if len(updates) < 2:
         raise click.UsageError("interference is between updates: give two or more")
-    sources = [opening.open(path, base) for path in updates]
     with heavy_imports():
-        from spectra.results.interference import ALONE, interference_rows
+        from spectra.results.interference import ALONE, COLUMNS, interference_rows
 
+    view.check(COLUMNS)
+    sources = opening.open_all(updates, base)
     rows: list[Row] = []
     names = {name for source in sources for name in source.names}
     with report.progress(len(names), "spectra interference") as bar, executor_of(workers, None) as executor:
@@ -80,13 +85,13 @@ def command(
     if as_json:
         report.print_json(document)
     else:
-        _print([row for row in rows if row["status"] != ALONE])
+        _print([row for row in rows if row["status"] != ALONE], view)
     if out:
         report.keep_table(out, "interference", document)
     if out and figures:
         from spectra.plots.interference import draw_interference
 
-        for path in draw_interference(rows, out, updates):
+        for path in draw_interference(rows, out, updates, size=figures):
             report.note(f"figure: {path}")
     alone = [row for row in rows if row["status"] == ALONE]
     if alone:
@@ -94,16 +99,7 @@ def command(
     report.close(rows, done=("ok", ALONE))
 
 
-def _print(rows: list[Row]) -> None:
-    if len(rows) <= _MOST_LINES:
-        lines = [[row["name"], *map(row.get, _SHOWN)] for row in rows]
-        report.print_table(["matrix", *_SHOWN.values()], lines)
-    else:
-        from spectra.results.tables import role_rows
-
-        lines = [
-            [value for key, value in line.items() if key != "unchanged_matrices"] for line in role_rows(rows, _SHOWN)
-        ]
-        report.print_table(["role", "matrices", *_SHOWN.values()], lines)
-        report.note("medians over the matrices of a role; every matrix is in --out and --json")
+def _print(rows: list[Row], view: View) -> None:
+    if print_rows(rows, _LAYOUT, view):
+        report.note("medians over the matrices of a role; --all lists every matrix, and so do --out and --json")
     report.note("by chance: cosine 0, norm ratio 1; SAR √(k/m), in --json as sar_chance; shared as beside it")

@@ -5,16 +5,19 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import os
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import click
 
 from spectra._version import __version__
 from spectra.cli import talk
+from spectra.cli.elsewhere import here
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.progress import STOPPED
+from spectra.cli.interrupts import STOPPED, heard
 from spectra.errors import SpectraError
 
 # Command → the module that holds it; imported when it is called or its help is asked for.
@@ -39,6 +42,22 @@ _MODELS = ("base", "tuned", "adapter", "merged")  # options that name a model
 
 class _Commands(click.Group):
     """Loads commands lazily and turns the library's errors into one line and exit status 1."""
+
+    def main(self, *given: Any, **named: Any) -> Any:
+        """As click's, where stdout may be full, or a terminal that does not know every letter."""
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # σ on a latin-1 terminal is no reason to stop
+        try:
+            return super().main(*given, **named)
+        except OSError as problem:
+            if problem.errno != errno.ENOSPC:  # a pipe that is closed is click's affair
+                raise
+            with suppress(OSError):
+                click.echo(f"Error: stdout cannot be written: {problem.strerror}; make room or use a pipe", err=True)
+            with suppress(OSError):  # what is left in its buffer would be written, and fail, on the way out
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -67,17 +86,16 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         start = time.monotonic()
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")  # σ on a latin-1 terminal is no reason to stop
+        # numpy's part here is small matrices, for which OpenBLAS' threads only wait, at full speed, on torch's cores.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         try:
-            return super().invoke(ctx)
-        except OSError as problem:
-            if problem.errno != errno.ENOSPC:  # a pipe that is closed is click's affair
-                raise
-            raise click.ClickException(
-                f"stdout cannot be written: {problem.strerror}; make room or use a pipe"
-            ) from None
+            with heard():
+                result = super().invoke(ctx)
+            if talk.left_undone(ctx):
+                ctx.exit(1)
+            return result
+        except click.NoSuchOption as problem:
+            raise _as_here(problem) from None
         except SpectraError as problem:
             raise click.ClickException(str(problem)) from None
         except KeyboardInterrupt:
@@ -86,6 +104,13 @@ class _Commands(click.Group):
         finally:
             if talk.is_verbose():
                 click.echo(f"took {time.monotonic() - start:.1f} s", err=True)
+
+
+def _as_here(problem: click.NoSuchOption) -> click.NoSuchOption:
+    """The same error, with the name that the option has here if other tools call it so."""
+    known = [name for option in problem.ctx.command.params for name in option.opts] if problem.ctx else []
+    meant = here(problem.option_name, known)
+    return click.NoSuchOption(problem.option_name, possibilities=meant, ctx=problem.ctx) if meant else problem
 
 
 def _refuse_repeated(command: click.Command, name: str, parent: click.Context, words: list[str]) -> None:

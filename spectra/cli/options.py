@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Option = Callable[[Any], Any]
+SIZES = ("column", "page", "slide")  # as in spectra.plots, which is not imported to print a help; a test compares
 
 
 class HeadsType(click.ParamType):
@@ -68,8 +69,17 @@ def tuned_argument(command: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
+def _at_home(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """A directory with the user's home in it, where the shell left that to us."""
+    place = os.path.expanduser(value) if value is not None else None
+    if place is not None and place.startswith("~"):
+        raise click.BadParameter(f"{value}: there is no such user (write ./{value} for a folder that is called so)")
+    return place
+
+
 def _no_models_folder(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Refuse to write tables among a model's files, before anything is computed."""
+    value = _at_home(ctx, param, value)
     for config in ("config.json", "adapter_config.json", "model_index.json"):
         if value and os.path.isfile(os.path.join(value, config)):
             raise click.BadParameter(f"{value} is a model's folder (it holds {config}): choose another directory")
@@ -82,15 +92,13 @@ layer_option = click.option(
     "or re:REGEX. Repeatable: what any of them means.",
 )  # fmt: skip
 download_option = click.option(
-    "--download", is_flag=True, help="Download models of the hub into its cache, instead of reading what is needed.",
+    "--download", is_flag=True,
+    help="Download models of the hub or a URL into a cache, instead of reading what is needed.",
 )  # fmt: skip
 scale_option = click.option("--scale", type=float, help="The scale s where the adapter does not carry α/r.")
 table_option = click.option(
     "--out", type=click.Path(file_okay=False), metavar="DIR", callback=_no_models_folder,
     help="Keep the table here, as csv and as json.",
-)  # fmt: skip
-figures_option = click.option(
-    "--figures/--no-figures", default=True, show_default=True, help="Draw figures into the --out directory.",
 )  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 _SOURCE = (
@@ -105,8 +113,14 @@ _SOURCE = (
 workers_option = click.option(
     "--workers", type=click.IntRange(1, 1024), metavar="N", help="Matrices at work side by side on the CPU.",
 )  # fmt: skip
-figures_option = click.option(
-    "--figures/--no-figures", default=True, show_default=True, help="Draw figures into the --out directory.",
+size_option = click.option(
+    "--size", type=click.Choice(SIZES), default=SIZES[1], show_default=True,
+    help="Figures for a paper's column (3.4 in), its page (7 in) or a slide (13.3 in): panels and text as they fit.",
+)  # fmt: skip
+_FIGURES = (
+    click.option("--figures/--no-figures", default=True, show_default=True,
+                 help="Draw figures into the --out directory."),
+    size_option,
 )  # fmt: skip
 _COMPUTE = (
     click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]",
@@ -120,18 +134,35 @@ _COMPUTE = (
                  help="Solve by the library that is faster here; measured once, kept in the cache."),
 )  # fmt: skip
 _RESULT = (
-    click.option("--out", type=click.Path(file_okay=False), metavar="DIR",
+    click.option("--out", type=click.Path(file_okay=False), metavar="DIR", callback=_at_home,
                  help="Keep tables, arrays and figures here; the same command resumes."),
-    figures_option,
+    *_FIGURES,
     json_option,
 )  # fmt: skip
 
 
+def figures_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--figures, --size; the command gets them as `figures`: the size, or None for no figures."""
+    return _apply(_figures_of(command), _FIGURES)
+
+
+def _figures_of(command: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(command)
+    def bundled(*, figures: bool, size: str, **others: Any) -> Any:
+        return command(figures=size if figures else None, **others)
+
+    return bundled
+
+
 def fetched(path: str, download: bool) -> str:
-    """A path, hub id or alias as it is; with --download, where it lies on this machine then."""
+    """A path, hub id, URL or alias as it is; with --download, where it lies on this machine then."""
+    from spectra.cli.progress import downloading
     from spectra.files import hub
 
-    return str(hub.resolve(path, fetch=True)) if download else path
+    if not download:
+        return path
+    with downloading(path) as progress:
+        return str(hub.resolve(path, fetch=True, progress=progress))
 
 
 @dataclass(frozen=True)
@@ -151,17 +182,46 @@ class Opening:
 
     def open(self, tuned: str, base: str | None) -> Source:
         """The source with the matrices that --layer means; what it left out is said."""
+        return self.open_all([tuned], base)[0]
+
+    def open_all(self, updates: Sequence[str], base: str | None) -> list[Source]:
+        """Several updates of one base, as `open` gives each."""
+        sources = self.opened_all(updates, base)
+        return [self.chosen(source) for source in sources]
+
+    def opened_all(self, updates: Sequence[str], base: str | None) -> list[Source]:
+        """All of several updates; what is left out of all of them is said once."""
         from spectra.cli import report
+
+        sources = [self.opened(tuned, base) for tuned in updates]
+        report.coverage_notes({update: source.coverage for update, source in zip(updates, sources, strict=True)})
+        return sources
+
+    def opened(self, tuned: str, base: str | None) -> Source:
+        """All of it, without a word."""
         from spectra.sources import open_source
 
         for option, given in (("TUNED", tuned), ("--base", base)):
             if given is not None and not given.strip():
                 raise click.UsageError(f"{option} is empty: give a path, hub id or alias")
         tuned, base = fetched(tuned, self.download), fetched(base, self.download) if base else None
-        source = open_source(tuned, base, **self.settings)
-        source = source.select(self.layers) if self.layers else source
-        report.coverage_notes(source.coverage)
-        return source
+        return open_source(tuned, base, **self.settings)
+
+    def chosen(self, source: Source) -> Source:
+        """The matrices that --layer means; those among them that lack the base are said."""
+        from spectra.cli import report
+        from spectra.deltas.source import SAVED_WHOLE
+        from spectra.errors import SelectionError
+
+        lacking = source.lacking(self.layers)
+        try:
+            found = source.select(self.layers) if self.layers else source
+        except SelectionError:
+            if lacking:  # a pattern means these alone
+                raise SelectionError(f"{source.tuned}: {lacking[0]}: {SAVED_WHOLE}") from None
+            raise
+        report.lacking(lacking)
+        return found
 
 
 @dataclass(frozen=True)
@@ -208,9 +268,9 @@ def _calibrating(wanted: bool) -> None:
         os.environ["SPECTRA_CALIBRATE"] = "0"
 
 
-def result_options(command: _Command) -> _Command:
-    """--out, --figures, --json; the command gets them as `out`, `figures` and `as_json`."""
-    return _apply(command, _RESULT)
+def result_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--out, --figures, --size, --json; the command gets them as `out`, `figures` (a size, or None) and `as_json`."""
+    return _apply(_figures_of(command), _RESULT)
 
 
 def _apply(command: _Command, options: tuple[_Option, ...]) -> _Command:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra.cli import report
+from spectra.cli.table import Layout, View, print_rows
 from spectra.cli.talk import say
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from spectra.results.collection import Spectra
     from spectra.results.pairs import Pairs
 
+_STATUSES = ("failed", "unchanged", "one_sided")
 _MOST_SQUARE = 8  # updates whose square fits into a terminal
 
 
@@ -27,9 +29,10 @@ class Wanted:
     top: int
     sides: tuple[Side, ...]
     out: str | None
-    figures: bool
+    figures: str | None
     clustered: bool
     as_json: bool
+    view: View
 
 
 def compare(
@@ -53,7 +56,10 @@ def compare(
     if wanted.as_json:
         report.print_json(document)
     elif len(pairs):
-        _print(pairs, wanted.clustered)
+        if wanted.view.every or wanted.view.chosen:
+            _print_rows(pairs, wanted.view)
+        else:
+            _print(pairs, wanted.clustered)
     if wanted.out and len(pairs):
         _keep(wanted, pairs, document)
     _close(pairs)
@@ -75,8 +81,8 @@ def _document(heading: dict[str, Any], pairs: Pairs, *, clustered: bool) -> dict
         "pooled_by_layer": pairs.pooled("layer"),
         "overall": pairs.pooled("all"),
         "not_compared": [
-            {"a": pair.a, "b": pair.b, "name": pair.outcome.name, "reason": pair.reason}
-            for pair in pairs.failed + pairs.one_sided
+            {"a": pair.a, "b": pair.b, "name": pair.outcome.name, "status": pair.status, "reason": pair.reason}
+            for pair in sorted(pairs.not_compared, key=lambda pair: _STATUSES.index(pair.status))
         ],
     }
 
@@ -87,12 +93,12 @@ def _squares(pairs: Pairs) -> list[dict[str, Any]]:
 
     rows = pairs.pooled("matrix")
     place = {label: i for i, label in enumerate(pairs.labels)}
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    squares: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         name, side = row["name"], row["side"]
-        if (name, side) not in found:
+        if (name, side) not in squares:
             empty = [[None] * len(place) for _ in place]
-            found[name, side] = {
+            squares[name, side] = {
                 "name": name,
                 "role": naming.role_of(name),
                 "layer": naming.layer_of(name),
@@ -102,8 +108,21 @@ def _squares(pairs: Pairs) -> list[dict[str, Any]]:
             }
         i, j = place[row["a"]], place[row["b"]]
         for key in ("phi", "chance"):
-            found[name, side][key][i][j] = found[name, side][key][j][i] = row[key]
-    return list(found.values())
+            squares[name, side][key][i][j] = squares[name, side][key][j][i] = row[key]
+    return list(squares.values())
+
+
+def _print_rows(pairs: Pairs, view: View) -> None:
+    """A line for every pair and role, or with --all for every pair and matrix."""
+    layout = Layout(
+        shown={"k_used": "k", "phi": "φ(k,k)", "chance": "chance"},
+        first={"a": "a", "b": "b", "name": "matrix", "side": "side"},
+        group={"a": "a", "b": "b", "role": "role", "side": "side", "matrices": "matrices"},
+        pool=lambda rows, columns: pairs.pooled("role"),
+        pooled={"k_used", "phi", "chance"},
+    )
+    if print_rows(pairs.rows(), layout, view):
+        report.note("means over the matrices of a role; --all lists every matrix, and so do --out and --json")
 
 
 def _print(pairs: Pairs, clustered: bool) -> None:
@@ -171,7 +190,7 @@ def _keep(wanted: Wanted, pairs: Pairs, document: dict[str, Any]) -> None:
     if wanted.figures:
         from spectra.plots.several import draw_pairs
 
-        for path in draw_pairs(out, pairs, sides=wanted.sides, clustered=wanted.clustered):
+        for path in draw_pairs(out, pairs, sides=wanted.sides, clustered=wanted.clustered, size=wanted.figures):
             report.note(f"figure: {path}")
 
 
@@ -186,8 +205,13 @@ def _close(pairs: Pairs) -> None:
             f"{len(alone)} matrices of pairs are in one update only, such as {one.outcome.name} of {one.a} and "
             f"{one.b}: {one.reason}"
         )
+    for label, names in pairs.unchanged.items():
+        report.note(f"unchanged in {label}, and in none of its pairs: {report.few(names)}")
     listed = {f"{pair.a}, {pair.b}: {pair.outcome.name}": pair.reason for pair in failed}
     report.by_reason("not compared", listed)
-    if failed or not len(pairs):
+    if failed:
         report.warning(f"{len(failed)} of {len(pairs) + len(failed)} pairs of matrices could not be compared")
+    elif not len(pairs):
+        report.warning("nothing is left to compare")
+    if failed or not len(pairs):
         sys.exit(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from spectra.cli import report
-from spectra.cli.options import layer_option
+from spectra.cli.options import layer_option, size_option
 from spectra.cli.talk import say
 
 # As in spectra.plots, which is not imported to print a help; a test holds them together.
@@ -18,7 +18,7 @@ FORMATS = ("png", "pdf", "svg")
 @click.argument("directories", nargs=-1, required=True, metavar="DIR…", type=click.Path())
 @layer_option
 @click.option("--label", "labels", multiple=True, help="Name of a DIR in the figure, in order.  [default: its folder]")
-@click.option("--title", default="", metavar="TEXT", help="Title of the figure.  [default: a single run's label]")
+@click.option("--title", default="", metavar="TEXT", help="A title above each figure, beside what its numbers say.")
 @click.option(
     "--out", type=click.Path(file_okay=False), metavar="DIR", help="Where to put figures.  [default: first DIR]"
 )
@@ -37,6 +37,7 @@ FORMATS = ("png", "pdf", "svg")
     multiple=True,
     help="What to write; repeatable.  [default: png, pdf]",
 )
+@size_option
 def command(
     directories: tuple[str, ...],
     layers: tuple[str, ...],
@@ -48,6 +49,7 @@ def command(
     side: str,
     per_layer: bool,
     formats: tuple[str, ...],
+    size: str,
 ) -> None:
     """Redraw the figures of stored results; nothing is computed again.
 
@@ -76,6 +78,7 @@ def command(
         close_up=close_up,
         per_layer=per_layer,
         formats=formats or DEFAULT_FORMATS,
+        size=size,
     )
     for line in drawn.notes:
         report.note(line)

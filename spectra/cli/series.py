@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import click
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
 from spectra.cli.options import Compute, Opening, compute_options, fetched, result_options, source_options
+from spectra.cli.table import Layout, View, print_rows, table_view
 
 if TYPE_CHECKING:
     from spectra.deltas.source import Coverage, Source
@@ -46,6 +48,7 @@ _MOST_NOTES = 4
 @source_options
 @compute_options
 @result_options
+@table_view
 def command(
     checkpoints: tuple[str, ...],
     base: str | None,
@@ -56,8 +59,9 @@ def command(
     opening: Opening,
     compute: Compute,
     out: str | None,
-    figures: bool,
+    figures: str | None,
     as_json: bool,
+    view: View,
 ) -> None:
     """The update ΔW along training: norms, ranks and directions, from the first checkpoint to the last.
 
@@ -69,12 +73,13 @@ def command(
     if not checkpoints and not out:
         raise click.UsageError("give the checkpoints of one run, or --out with what is stored")
     with heavy_imports():
-        from spectra.results.series import series_rows
+        from spectra.results.series import COLUMNS, series_rows
 
+    view.check(COLUMNS)
     checkpoints = tuple(fetched(path, opening.download) for path in checkpoints)
     base = fetched(base, opening.download) if base else None
     rows: list[Row] = []
-    notes = _Notes()
+    notes = _Notes(opening.layers)
     with report.progress(len(checkpoints), "spectra series", kept=out or "") as bar, compute.keywords() as keywords:
         stream = series_rows(
             checkpoints, base, layers=opening.layers, top=top, side=side, steps=steps or None, start=start, out=out,
@@ -85,25 +90,27 @@ def command(
                 bar.update()
             rows.append(row)
     notes.print()
-    written = report.draw(out, names=()) if out and figures else []
+    written = report.draw(out, names=(), size=figures) if out and figures else []
     if as_json:
         report.print_json(_document(rows, base, {"top": top, "side": side}))
     else:
-        _print(rows)
+        _print(rows, view)
     _close(rows, checkpoints, out, written)
 
 
 class _Notes:
     """What the checkpoints' coverage says: the last one's in full, of the others what it warns of besides."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Sequence[str]) -> None:
+        self.layers = layers
+        self.source: Source | None = None
         self.first: Coverage | None = None
         self.warnings: list[str] = []
 
     def see(self, source: Source) -> None:
         """One more checkpoint was opened."""
         if self.first is None:
-            self.first = source.coverage
+            self.first, self.source = source.coverage, source
             return
         said = {*self.first.warnings, *self.warnings}
         self.warnings += [line for line in source.coverage.warnings if line not in said]
@@ -111,7 +118,9 @@ class _Notes:
     def print(self) -> None:
         """Say it, when the bar is gone."""
         if self.first is not None:
-            report.coverage_notes(self.first)
+            report.coverage_notes({"": self.first})
+        if self.source is not None:
+            report.lacking(self.source.lacking(self.layers))
         for line in self.warnings:
             report.warning(f"warning: {line}")
 
@@ -134,20 +143,25 @@ def _document(rows: list[Row], base: str | None, options: dict[str, Any]) -> dic
     }
 
 
-def _print(rows: list[Row]) -> None:
+def _print(rows: list[Row], view: View) -> None:
     from spectra.results.series import by_role
 
-    table = by_role(rows)
-    report.print_table(
-        ["step", "role", "matrices", *_SHOWN.values()],
-        [[str(line["step"]), line["role"], line["matrices"], *map(line.get, _SHOWN)] for line in table],
+    layout = Layout(
+        shown=_SHOWN,
+        first={"step": "step", "name": "matrix"},
+        group={"step": "step", "role": "role", "matrices": "matrices"},
+        pool=by_role,
+        most=0,
     )
+    grouped = print_rows([row for row in rows if row["name"]], layout, view)
+    table = by_role(rows)
     if not table:
         return
-    report.note("medians over the changed matrices of a role; every matrix is in --out and --json")
+    if grouped:
+        report.note("medians over the changed matrices of a role; --all lists every matrix, and so do --out and --json")
     levels = [(name, [line[f"{name}_chance"] for line in table if line[f"{name}_chance"]]) for name in _SHOWN
               if f"{name}_chance" in table[0]]  # fmt: skip
-    told = [f"{_SHOWN[name]} {min(found):.2g} – {max(found):.2g}" for name, found in levels if found]
+    told = [f"{_SHOWN[name]} {min(values):.2g} – {max(values):.2g}" for name, values in levels if values]
     if told:
         report.note(f"by chance: {', '.join(told)}")
 

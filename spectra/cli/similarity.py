@@ -12,14 +12,15 @@ import click
 
 from spectra.cli import pairs, report
 from spectra.cli.options import Compute, Opening, compute_options, result_options, source_options
+from spectra.cli.table import Layout, View, print_rows, table_view
 
 if TYPE_CHECKING:
     from spectra.deltas.source import Source
     from spectra.metrics.similarity import SubspaceSimilarity
     from spectra.results.collection import Spectra
     from spectra.results.similarities import Compared, NotCompared
+    from spectra.results.tables import Row
 
-_MOST_LINES = 12
 _UNKEPT = "nothing is stored: with --out DIR the same command goes on"
 
 
@@ -39,6 +40,7 @@ _UNKEPT = "nothing is stored: with --out DIR the same command goes on"
 @source_options
 @compute_options
 @result_options
+@table_view
 def command(
     updates: tuple[str, ...],
     base: str | None,
@@ -49,8 +51,9 @@ def command(
     opening: Opening,
     compute: Compute,
     out: str | None,
-    figures: bool,
+    figures: str | None,
     as_json: bool,
+    view: View,
 ) -> None:
     """Subspace similarity φ(i, j) of updates, two by two and matrix by matrix, with its chance level.
 
@@ -58,12 +61,13 @@ def command(
     compared and each update is decomposed once; --out keeps every pair, and the same command with more updates goes on.
     """
     _check(updates, against, opening, clustered)
+    _check_view(view, len(updates))
     sides = _sides(side, against)
     if len(updates) > 2:
         opened = _open(updates, base, [opening] * len(updates), top)
         sources: dict[str, Source | Spectra] = dict(zip(updates, opened, strict=True))
         heading = {"base": base, "options": opening.settings}
-        wanted = pairs.Wanted(top, sides, out, figures, clustered, as_json)
+        wanted = pairs.Wanted(top, sides, out, figures, clustered, as_json, view)
         with compute.keywords() as keywords:
             pairs.compare(sources, wanted, heading, keywords)
         return
@@ -76,13 +80,17 @@ def command(
         by: Any = "layer" if against else "name"
         stream = compare(first, second, top=top, sides=sides, out=out, labels=(a, b), by=by, **keywords)
         done, undone = _gather(stream, first.names, second.names, len(sides), out, across=bool(against))
-    report.reused(len(stream.reused), len({item.title for item in done}), out, stream.notes)
-    written = report.draw(out, names=[item.title for item in done], sides=sides) if out and figures and done else []
+    titles = [item.title for item in done]
+    report.reused(len(stream.reused), len(set(titles)), out, stream.notes)
+    finished = len(stream.reused) == len(set(titles))
+    written: list[Path] = []
+    if out and figures and done:
+        written = report.draw(out, names=titles, sides=sides, size=figures, finished=finished)
     if as_json:
         inputs = {"kind": "similarity", "a": a, "b": b, "base": base, "options": opening.settings}
         report.print_json(_document(inputs, done, undone))
     else:
-        _print(done)
+        _print(done, view)
     _close(done, undone, out, written)
 
 
@@ -100,6 +108,14 @@ def _check(updates: Sequence[str], against: str | None, opening: Opening, cluste
         raise click.UsageError(f"{twice[0]} is given twice: every pair is compared anyway")
 
 
+def _check_view(view: View, updates: int) -> None:
+    if view.chosen:
+        from spectra.results.pairs import COLUMNS
+        from spectra.results.tables import SIMILARITY_COLUMNS
+
+        view.check(COLUMNS if updates > 2 else SIMILARITY_COLUMNS)
+
+
 def _sides(side: str | None, against: str | None) -> tuple[Any, ...]:
     """Both sides, one, or the one that updates share: matrices of two roles have their inputs in common."""
     if side is None:
@@ -111,26 +127,23 @@ def _open(
     updates: Sequence[str], base: str | None, openings: Sequence[Opening], top: int
 ) -> list[Source] | list[Spectra]:
     """All as stored results, if they hold vectors; else all as weights, stored ones from what they were made of."""
-    from spectra.results.collection import load
+    from spectra.results.collection import holds_results, load
     from spectra.results.recorded import recorded_source
 
-    stored = {path: load(path) for path in updates if Path(path, "run.json").is_file()}
+    stored = {path: load(path) for path in updates if holds_results(path)}
     if all(path in stored and not stored[path].lacks_vectors for path in updates):
         runs = [stored[path] for path in updates]
         return [run.select(how.layers) if how.layers else run for run, how in zip(runs, openings, strict=True)]
-    opened: dict[str, Source] = {}
-    for path in dict.fromkeys(updates):
-        if path not in stored:
-            opened[path] = replace(openings[0], layers=()).open(path, base)
-            continue
+    weights = [path for path in dict.fromkeys(updates) if path not in stored]
+    opened = dict(zip(weights, openings[0].opened_all(weights, base), strict=True))
+    for path in stored:
         opened[path] = recorded_source(stored[path], top + 1)
         made_of = f"computed from {opened[path].tuned}, which it was made of"
         if stored[path].lacks_vectors:
             report.note(f"{path} holds no vectors: {made_of}; spectra svd … --top {top + 1} --out DIR keeps them")
         else:
             report.note(f"{path} is compared with weights: {made_of}")
-    sources = ((opened[path], how.layers) for path, how in zip(updates, openings, strict=True))
-    return [source.select(layers) if layers else source for source, layers in sources]
+    return [how.chosen(opened[path]) for path, how in zip(updates, openings, strict=True)]
 
 
 def _gather(
@@ -177,23 +190,37 @@ def _document(inputs: dict[str, Any], done: list[SubspaceSimilarity], undone: li
         ],
         "pairs": [row | {"b": b} for row in as_pairs.rows()],
         "pooled": [row | {"b": b} for row in as_pairs.pooled("role")],
-        "not_compared": [{"name": item.name, "reason": item.reason} for item in undone],
+        "not_compared": [{"name": item.name, "status": item.status, "reason": item.reason} for item in undone],
     }
 
 
-def _print(done: list[SubspaceSimilarity]) -> None:
-    from spectra.results.partners import apart
+def _print(done: list[SubspaceSimilarity], view: View) -> None:
     from spectra.results.similarities import pool_by_role
+    from spectra.results.tables import SIMILARITY_COLUMNS
+
+    def pool(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
+        return [row | {"role": row["name"]} for row in map(_row, pool_by_role(done))]
+
+    layout = Layout(
+        shown={"side": "side", "k_used": "k", "phi": "φ(k,k)", "chance": "chance", "phi_1_1": "φ(1,1)", "note": "note"},
+        group={"role": "role"},
+        pool=pool,
+        pooled=set(SIMILARITY_COLUMNS) - {"name", "other"},
+    )
+    if print_rows([_row(item) for item in done], layout, view):
+        report.note("means over the matrices of a role; --all lists every matrix, and so do --out and --json")
+
+
+def _row(item: SubspaceSimilarity) -> Row:
+    """A line of the table, whose name says what it is compared with where that has another."""
+    from spectra.results.partners import apart, weight_of
     from spectra.results.tables import similarity_row
 
-    by_role = len(done) > _MOST_LINES
-    rows = [similarity_row(item) for item in (pool_by_role(done) if by_role else done)]
-    for row in rows:
-        own = apart(row["name"], row["other"]) or row["other"]
-        row["title"] = f"{row['name']} against {own}" if own else row["name"]
-    keys = ("title", "side", "k_used", "phi", "chance", "phi_1_1", "note")
-    header = ["role" if by_role else "matrix", "side", "k", "φ(k,k)", "chance", "φ(1,1)", "note"]
-    report.print_table(header, [[row[key] for key in keys] for row in rows])
+    row = similarity_row(item)
+    name, other = row["name"], row["other"]
+    if not other or other == weight_of(name):  # a head against the whole weight of the same name
+        return row
+    return row | {"name": f"{name} against {apart(name, other) or other}"}
 
 
 def _close(done: list[SubspaceSimilarity], undone: list[NotCompared], out: str | None, written: list[Path]) -> None:
@@ -202,12 +229,15 @@ def _close(done: list[SubspaceSimilarity], undone: list[NotCompared], out: str |
     for path in written:
         report.note(f"figure: {path}")
     only_one = [item for item in undone if item.one_sided]
-    failed = [item for item in undone if not item.one_sided]
+    failed = [item for item in undone if item.status == "failed"]
     if only_one:
         report.note(
             f"{len(only_one)} matrices are in one update only, such as {only_one[0].name}: {only_one[0].reason}"
         )
-    report.by_reason("not compared", {item.name: item.reason for item in failed})
-    if failed or not done:
+    report.by_reason("not compared", {item.name: item.reason for item in undone if not item.one_sided})
+    if failed:
         report.warning(f"{len(failed)} of {len(done) + len(failed)} matrices could not be compared")
+    elif not done:
+        report.warning("nothing is left to compare")
+    if failed or not done:
         sys.exit(1)

@@ -12,7 +12,7 @@ import click
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
 from spectra.cli.options import Compute, Opening, compute_options, result_options, source_options, tuned_argument
-from spectra.cli.table import View, print_rows, table_view
+from spectra.cli.table import Layout, View, print_rows, table_view
 
 if TYPE_CHECKING:
     from spectra.deltas.source import Source
@@ -27,6 +27,11 @@ _SHOWN = (
     "signal_effective_rank",
     "signal_rank_90",
     "top_8_share",
+)
+_LAYOUT = Layout(
+    shown={name: name for name in _SHOWN},
+    beside={"shape": "shape", "status": "status"},
+    group={"role": "role", "matrices": "matrices", "unchanged_matrices": "unchanged"},
 )
 
 
@@ -56,7 +61,7 @@ def command(
     opening: Opening,
     compute: Compute,
     out: str | None,
-    figures: bool,
+    figures: str | None,
     as_json: bool,
     view: View,
 ) -> None:
@@ -66,10 +71,11 @@ def command(
     everything there: summary.csv, the arrays, run.json, the −ln σ histogram and the picture over layers and roles.
     """
     source = opening.open(tuned, base)
-    _check(view, len(source))
+    _check(view)
     with compute.keywords() as keywords:
-        rows, values = _run(source, top, out, keywords | {"rehash": rehash}, keep_values=as_json)
-    written = report.draw(out, names=[delta.name for delta in source]) if out and figures else []
+        rows, values, finished = _run(source, top, out, keywords | {"rehash": rehash}, keep_values=as_json)
+    names = [delta.name for delta in source]
+    written = report.draw(out, names=names, size=figures, finished=finished) if out and figures else []
     if as_json:
         report.print_json(_document(source, rows, values))
     else:
@@ -94,12 +100,12 @@ def _say_what_moved(rows: list[Row]) -> None:
         report.note("over all matrices: " + "; ".join(said))
 
 
-def _check(view: View, matrices: int) -> None:
-    if view.columns or view.key:
+def _check(view: View) -> None:
+    if view.chosen:
         from spectra.results import tables
         from spectra.spectrum import Spectrum
 
-        view.check([*tables.row(Spectrum("", (0, 0), "failed")), "shape"], matrices)
+        view.check([*tables.row(Spectrum("", (0, 0), "failed")), "shape"])
 
 
 def _warn(source: Source, rows: list[Row]) -> None:
@@ -112,8 +118,8 @@ def _warn(source: Source, rows: list[Row]) -> None:
 
 def _run(
     source: Source, top: int | None, out: str | None, compute: dict[str, Any], keep_values: bool
-) -> tuple[list[Row], dict[str, list[float]]]:
-    """Rows in the source's order, and the singular values if they are wanted; vectors are not kept here."""
+) -> tuple[list[Row], dict[str, list[float]], bool]:
+    """Rows in the source's order, the singular values if they are wanted, and whether all was there before."""
     with heavy_imports():
         from spectra.results import tables
         from spectra.results.streams import decompose
@@ -131,7 +137,7 @@ def _run(
             bar.update()
     report.reused(len(stream.reused), len(rows), out, stream.notes)
     rows.sort(key=lambda line: order[line["name"]])
-    return rows, values
+    return rows, values, len(stream.reused) == len(rows)
 
 
 def _document(source: Source, rows: list[Row], values: dict[str, list[float]]) -> dict[str, Any]:
@@ -154,7 +160,7 @@ def _document(source: Source, rows: list[Row], values: dict[str, list[float]]) -
 
 def _print(rows: list[Row], view: View) -> None:
     sized = [row | {"shape": f"{row['out']}×{row['in']}"} for row in rows]
-    if print_rows(sized, {name: name for name in _SHOWN}, view, beside=("shape", "status")):
+    if print_rows(sized, _LAYOUT, view):
         report.note("medians over the changed matrices of a role; --all lists every matrix, and so do --out and --json")
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 MOST_LINES = 12  # more matrices than this are shown by role
 _GAP = "  "
-_WORDS = ("name", "role", "shape", "status", "method", "reason", "note")
+_PLAIN = ("step",)  # numbers that count nothing: 1000, not 1,000
 _NARROWEST = 20  # characters of a name or note, before columns go
 _LONGEST_HEAD, _LONGEST_LINE = 7, 9  # characters of a heading that is not wrapped, and of a line of one that is
 
@@ -44,23 +45,25 @@ class View:
         """The column to sort by; "" for none."""
         return self.sort.removeprefix("+")
 
-    def check(self, there: Collection[str], matrices: int) -> None:
-        """Refuse what cannot be shown, before anything is computed.
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The columns that the user named, to show or to sort by."""
+        return tuple(filter(None, (*self.columns, self.key)))
+
+    def check(self, there: Collection[str]) -> None:
+        """Refuse what is no column, before anything is computed.
 
         Args:
             there: the columns that the table will have.
-            matrices: how many rows it will have.
 
         Raises:
-            click.UsageError: a column is not among them, or is of single matrices where roles are shown.
+            click.UsageError: a column is not among them.
         """
-        for column in filter(None, (*self.columns, self.key)):
+        for column in self.chosen:
             if column not in there:
                 similar = difflib.get_close_matches(column, there, n=3)
                 meant = f"did you mean {' or '.join(similar)}?" if similar else f"there are {', '.join(there)}"
                 raise click.UsageError(f"{column!r} is no column (--columns, --sort): {meant}")
-            if column in _WORDS and matrices > MOST_LINES and not self.every:
-                raise click.UsageError(f"{column!r} is no number, and {matrices} matrices are shown by role: add --all")
 
 
 def table_view(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,39 +77,88 @@ def table_view(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--all", "every", is_flag=True, help="A line for every matrix, however many there are."),
         click.option("--sort", metavar="COLUMN", help="Sort by it, largest first; +COLUMN for smallest first."),
-        click.option("--columns", metavar="A,B,…", help="Which columns of the csv to show."),
+        click.option("--columns", metavar="A,B,…", help="Which columns to show, by their names in the csv and --json."),
     ):
         bundled = option(bundled)
     return bundled
 
 
-def print_rows(rows: Sequence[Row], shown: Mapping[str, str], view: View, *, beside: Sequence[str] = ()) -> bool:
-    """A line per matrix, or the medians of each role where there are many.
+def medians(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
+    """A row per role with the medians over its changed matrices."""
+    from spectra.results.tables import role_rows
+
+    return role_rows(rows, columns)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a command become a table.
+
+    Attributes:
+        shown: column → heading, unless the user chose others.
+        beside: column → heading of what stands before these where each row has a line, unless the user chose.
+        behind: the same, and after them.
+        first: column → heading of what each row's line begins with.
+        group: column → heading of what the line of a group begins with.
+        pool: the rows and the columns that are wanted → a row per group.
+        pooled: the columns that a group has; None for every column of numbers.
+        most: of more rows, the groups are shown.
+    """
+
+    shown: Mapping[str, str]
+    beside: Mapping[str, str] = field(default_factory=dict)
+    behind: Mapping[str, str] = field(default_factory=dict)
+    first: Mapping[str, str] = field(default_factory=lambda: {"name": "matrix"})
+    group: Mapping[str, str] = field(default_factory=lambda: {"role": "role", "matrices": "matrices"})
+    pool: Callable[[Sequence[Row], Sequence[str]], list[Row]] = medians
+    pooled: Collection[str] | None = None
+    most: int = MOST_LINES
+
+    def heading(self, column: str) -> str:
+        """What a column is called."""
+        return {**self.behind, **self.shown}.get(column, column)
+
+    def groups(self, rows: Sequence[Row], view: View) -> bool:
+        """Whether groups are shown: of many rows, unless a line for each or a column of single rows was asked for."""
+        return not view.every and len(rows) > self.most and all(self._has(column, rows) for column in view.chosen)
+
+    def _has(self, column: str, rows: Sequence[Row]) -> bool:
+        if column in self.group:
+            return True
+        if self.pooled is not None:
+            return column in self.pooled
+        return all(row[column] is None or isinstance(row[column], int | float) for row in rows)
+
+
+def print_rows(rows: Sequence[Row], layout: Layout, view: View) -> bool:
+    """A line per row, or per group where there are many.
 
     Args:
         rows: of the command's table, a matrix each.
-        shown: column → heading, unless the user chose others.
+        layout: the command's own way to show them.
         view: what the user chose.
-        beside: columns that stand before these where each matrix has a line.
 
     Returns:
-        Whether roles were shown.
+        Whether groups were shown.
     """
-    from spectra.results.tables import role_rows
-
-    columns = list(view.columns or shown)
-    by_role = not view.every and len(rows) > MOST_LINES
-    if by_role:
-        lines = role_rows(rows, dict.fromkeys(filter(None, [*columns, view.key])))
-        leading = {"role": "role", "matrices": "matrices", "unchanged_matrices": "unchanged"}
+    by_group = layout.groups(rows, view)
+    columns = list(view.columns or [*layout.shown, *(() if by_group else layout.behind)])
+    if by_group:
+        wanted = [column for column in (*columns, view.key) if column and column not in layout.group]
+        lines = layout.pool(rows, list(dict.fromkeys(wanted)))
+        leading = dict(layout.group)
     else:
         lines = list(rows)
-        leading = {"name": "matrix", **({} if view.columns else {column: column for column in beside})}
-    heads = leading | {column: shown.get(column, column) for column in columns}
+        leading = dict(layout.first) | ({} if view.columns else dict(layout.beside))
+    heads = leading | {column: layout.heading(column) for column in columns}
     if view.key:
         lines = _sorted(lines, view.key, smallest_first=view.sort.startswith("+"))
-    print_table(list(heads.values()), [[line.get(column) for column in heads] for line in lines])
-    return by_role
+    print_table(list(heads.values()), [[_plain(column, line.get(column)) for column in heads] for line in lines])
+    return by_group
+
+
+def _plain(column: str, value: Any) -> Any:
+    return str(value) if column in _PLAIN else value
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -228,6 +280,8 @@ def colours(stream: Any) -> bool:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(_text, value))
     if value is None or value != value:  # NaN
         return "–"
     if isinstance(value, float):
@@ -236,8 +290,15 @@ def _text(value: Any) -> str:
 
 
 def _sorted(rows: list[Row], key: str, *, smallest_first: bool) -> list[Row]:
-    """Rows by a column; those without a value last."""
+    """Rows by a column, words by the alphabet; those without a value last."""
     missing = [row for row in rows if row[key] is None or row[key] != row[key]]
     known = [row for row in rows if row[key] is not None and row[key] == row[key]]
-    words = any(isinstance(row[key], str) for row in known)
-    return sorted(known, key=lambda row: row[key], reverse=not smallest_first and not words) + missing
+    words = any(isinstance(row[key], str) and not row[key][:1].isdigit() for row in known)
+    return sorted(known, key=lambda row: _order(row[key]), reverse=not smallest_first and not words) + missing
+
+
+def _order(value: Any) -> Any:
+    """What a value is sorted by: layers.2 stands before layers.10."""
+    if not isinstance(value, str):
+        return value
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", value))]

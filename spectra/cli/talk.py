@@ -7,6 +7,7 @@ import click
 from spectra.printing import printed_lines
 
 _KEY = "spectra.talk"
+_UNDONE = "spectra.undone"
 
 
 def is_quiet() -> bool:
@@ -17,6 +18,18 @@ def is_quiet() -> bool:
 def is_verbose() -> bool:
     """Whether the command that runs was given -v."""
     return _given() == "verbose"
+
+
+def leave_undone() -> None:
+    """Let the command that runs end with status 1 when it is through: something that was asked for is not there."""
+    context = click.get_current_context(silent=True)
+    if context:
+        context.meta[_UNDONE] = True
+
+
+def left_undone(context: click.Context) -> bool:
+    """Whether something that was asked for is not there."""
+    return bool(context.meta.get(_UNDONE))
 
 
 def say(text: object = "", *, err: bool = False) -> None:

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import HeadsType, download_option, fetched, json_option, layer_option, scale_option
+from spectra.cli.options import (
+    HeadsType,
+    download_option,
+    fetched,
+    figures_options,
+    json_option,
+    layer_option,
+    scale_option,
+    table_option,
+)
+from spectra.cli.table import Layout, View, print_rows, table_view
 from spectra.cli.talk import say
 
 if TYPE_CHECKING:
     from spectra.merges.report import MatrixCheck, MergeReport
+    from spectra.results.tables import Row
 
 _MOST_LINES = 12
 _WIDTH = 78
+_NUMBERS = ("scale", "residual", "rounding")
 
 
 @click.command("verify", short_help="Is the adapter really in the merged model?")
@@ -47,7 +60,10 @@ _WIDTH = 78
 @click.option(
     "--memory", metavar="SIZE", help="Budget for the matrices at work, such as 4GiB.  [default: half of what is free]"
 )
+@table_option
+@figures_options
 @json_option
+@table_view
 def command(
     base: str,
     adapter: str,
@@ -57,7 +73,10 @@ def command(
     scale: float | None,
     download: bool,
     memory: str | None,
+    out: str | None,
+    figures: str | None,
     as_json: bool,
+    view: View,
 ) -> None:
     """Check a merged model against its base and adapter, matrix by matrix.
 
@@ -66,8 +85,10 @@ def command(
     """
     with heavy_imports():
         from spectra.merges.claims import open_claims
+        from spectra.merges.report import COLUMNS
         from spectra.merges.verify import check_claims, report_of
 
+    view.check(COLUMNS)
     base, adapter, merged = (fetched(path, download) for path in (base, adapter, merged))
     claims = open_claims(base, adapter, merged, layers=layers, heads=heads, scale=scale)
     for line in claims.notes:
@@ -77,48 +98,62 @@ def command(
         for pair in check_claims(claims.claims, memory_budget=memory):
             checked.append(pair)
             bar.update()
-    found = report_of(claims, checked)
+    merge = report_of(claims, checked)
+    document = _document(merge)
     if as_json:
-        report.print_json(_document(found))
+        report.print_json(document)
     else:
-        _print(found)
-    _close(found)
+        _print(merge, view)
+    if out:
+        report.keep_table(out, "verify", document)
+        for path in report.draw(out, names=(), size=figures) if figures else []:
+            report.note(f"figure: {path}")
+    _close(merge)
 
 
-def _document(found: MergeReport) -> dict[str, object]:
+def _document(merge: MergeReport) -> dict[str, Any]:
     from spectra._version import __version__
 
     return {
         "spectra": __version__,
-        "kind": found.kind,
-        "base": found.base,
-        "adapter": found.adapter,
-        "merged": found.merged,
-        "verdict": found.verdict,
-        "counts": found.counts,
-        "untouched": found.untouched,
-        "matrices": [dict(row) for row in found.matrices],
-        "notes": list(found.notes),
+        "kind": merge.kind,
+        "base": merge.base,
+        "adapter": merge.adapter,
+        "merged": merge.merged,
+        "verdict": merge.verdict,
+        "counts": merge.counts,
+        "untouched": merge.untouched,
+        "matrices": [dict(row) for row in merge.matrices],
+        "notes": list(merge.notes),
     }
 
 
-def _print(found: MergeReport) -> None:
-    """What is wrong first, matrix by matrix, then the counts by role and verdict."""
-    wrong = [row for row in found.worst_first if not row.ok]
+def _print(merge: MergeReport, view: View) -> None:
+    """What is wrong first, matrix by matrix, then the counts by role and verdict, or all matrices."""
+    wrong = [row for row in merge.worst_first if not row.ok]
     for row in wrong[:_MOST_LINES]:
         _print_wrong(row)
     if len(wrong) > _MOST_LINES:
         say(f"… and {len(wrong) - _MOST_LINES:,} more; --json lists all")
     if wrong:
         say()
-    report.print_table(
-        ["role", "verdict", "matrices", "scale", "residual", "rounding"],
-        [
-            [role, verdict, count, *_medians(found, role, verdict)]
-            for role, counts in found.by_role().items()
+
+    def pool(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
+        return [
+            {"role": role, "verdict": verdict, "matrices": count, **_medians(merge, role, verdict)}
+            for role, counts in merge.by_role().items()
             for verdict, count in counts.items()
-        ],
+        ]
+
+    layout = Layout(
+        shown={number: number for number in _NUMBERS},
+        first={"name": "matrix", "verdict": "verdict"},
+        group={"role": "role", "verdict": "verdict", "matrices": "matrices"},
+        pool=pool,
+        pooled=_NUMBERS,
+        most=0,
     )
+    print_rows([dict(row) for row in merge.matrices], layout, view)
 
 
 def _print_wrong(row: MatrixCheck) -> None:
@@ -131,25 +166,25 @@ def _print_wrong(row: MatrixCheck) -> None:
             say(f"    {line}")
 
 
-def _medians(found: MergeReport, role: str, verdict: str) -> list[float | None]:
+def _medians(merge: MergeReport, role: str, verdict: str) -> dict[str, float | None]:
     """The medians of the numbers of a role under a verdict; None where there are none."""
     from statistics import median
 
-    rows = [row for row in found.matrices if row.role == role and row.verdict == verdict and row.scale is not None]
-    return [median(row[key] for row in rows) if rows else None for key in ("scale", "residual", "rounding")]
+    rows = [row for row in merge.matrices if row.role == role and row.verdict == verdict and row.scale is not None]
+    return {key: median(row[key] for row in rows) if rows else None for key in _NUMBERS}
 
 
-def _close(found: MergeReport) -> None:
+def _close(merge: MergeReport) -> None:
     """Notes, the verdict in one line, and the exit status."""
-    for text in sorted({row.note for row in found.matrices if row.note}):
+    for text in sorted({row.note for row in merge.matrices if row.note}):
         report.note(f"note: {text}")
-    for replay in sorted({row.replay for row in found.matrices if row.verdict == "exact"}):
-        count = sum(row.replay == replay for row in found.matrices)
+    for replay in sorted({row.replay for row in merge.matrices if row.verdict == "exact"}):
+        count = sum(row.replay == replay for row in merge.matrices)
         report.note(f"bit for bit ({count:,} matrices): {replay}")
-    good = sum(row.ok for row in found.matrices)
+    good = sum(row.ok for row in merge.matrices)
     report.note(
-        f"{good:,} of {len(found):,} matrices are as merged; {found.untouched:,} that the adapter does not touch "
+        f"{good:,} of {len(merge):,} matrices are as merged; {merge.untouched:,} that the adapter does not touch "
         "equal the base"
     )
-    if not found.ok:
+    if not merge.ok:
         sys.exit(1)

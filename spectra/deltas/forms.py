@@ -122,7 +122,10 @@ class Form(ABC):
 
     @property
     def moved(self) -> tuple[float, ...] | None:
-        """The share of entries with |ΔW| above each of `MOVED`; None of factors, which are not multiplied out."""
+        """The share of entries with |ΔW| above each of `MOVED`; None of factors, which are not multiplied out.
+
+        A product of trained factors has no zeros anyway: what of it moves a stored weight, the merged model can tell.
+        """
         return None
 
     def rows(self, start: int, stop: int) -> Form:
@@ -153,7 +156,8 @@ class Dense(Form):
         noise_edge: the largest singular value that storage rounding alone would give at most, or None.
         unchanged: the fraction of entries that are equal in both files, or None.
         noise: what rounding would give by every story of how the weights were stored, the most noise first.
-        rounded: an update ↦ what would be left of it, had it been stored as a story tells; it reads W₀ again.
+        rounded: an update ↦ what would be left of it, had it been stored as a story tells; it reads W₀ again, or keeps
+            it where that lies on a server.
     """
 
     matrix: Tensor

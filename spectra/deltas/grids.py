@@ -20,6 +20,8 @@ _FEWEST = 256  # entries without which nothing is concluded: of 2⁻²⁵⁶ tha
 _FEWEST_DISTINCT = 16  # values without which a matrix is a pattern, such as ones or signs, rather than rounded
 _STRAY = 1e-3  # share of the entries that may lie off the grid
 _BOUND = 1e-2  # share of the entries below which the smallest step is a tail and no limit
+_RUN, _RUNS = 128, 64  # entries of a row that share a scale in every format; rows that are looked at
+_FEW_DIFFERENT = 0.6  # of a run's values
 _MANTISSA = 52
 _BIAS = 1023
 
@@ -102,7 +104,7 @@ def grid_of(stored: Tensor, dtype: str) -> Grid | None:
         return nominal
     values = _sample(stored)
     values = values[values.isfinite() & (values != 0)]
-    if values.numel() < _FEWEST or len(torch.unique(values[:4096].abs())) < _FEWEST_DISTINCT:
+    if values.numel() < _FEWEST or not _are_various(values):
         return nominal
     pattern = values.view(torch.int64)
     exponents = ((pattern >> _MANTISSA) & 0x7FF) - _BIAS
@@ -115,6 +117,35 @@ def grid_of(stored: Tensor, dtype: str) -> Grid | None:
         return Grid(bits, nominal.floor)
     # Of multiples of one step, the rare large ones have the long significands.
     return Grid(min(int(lengths[exponents - lengths >= floor].max()), nominal.bits), floor)
+
+
+def _are_various(values: Tensor) -> bool:
+    """Whether they have enough different sizes; most weights show it in the first few of them."""
+    few = values[: 4 * _FEWEST_DISTINCT].abs().tolist()
+    return len(set(few)) >= _FEWEST_DISTINCT or len(torch.unique(values[:4096].abs())) >= _FEWEST_DISTINCT
+
+
+def is_coded(stored: Tensor, grid: Grid) -> bool:
+    """Whether the values are codes of eight bits or fewer times scales: a run of a row holds few different ones.
+
+    Scales that are no powers of two leave no short significands, so such values look as fine as their type. Of 128
+    neighbours that were rounded to bf16 some 110 are different, of e4m3 codes 40, of int8 ones 60.
+
+    Example:
+        >>> weights = torch.linspace(-1, 1, 64 * 256).reshape(256, 64).T
+        >>> codes = (weights / 0.3).to(torch.float8_e4m3fn)
+        >>> is_coded(weights, GRIDS["F32"]), is_coded(codes.float() * 0.3, GRIDS["F32"])
+        (False, True)
+    """
+    if grid.bits < GRIDS["BF16"].bits or stored.ndim != 2 or stored.shape[1] < _RUN:
+        return False
+    rows = stored[:: max(1, stored.shape[0] // _RUNS), :_RUN].to(torch.float64).abs()
+    if len(torch.unique(rows)) < _FEWEST_DISTINCT:
+        return False
+    ordered = rows.sort(dim=1).values
+    different = (ordered.diff(dim=1) > 0).sum(1) + (ordered[:, 0] > 0)
+    share = different / (rows > 0).sum(1).clamp(min=1)
+    return bool(share.median() < _FEW_DIFFERENT)
 
 
 def _sample(stored: Tensor) -> Tensor:

@@ -34,5 +34,5 @@ class Recipe(Protocol):
 
 def form_of(recipe: Recipe) -> type[Form]:
     """The class of what a recipe's `read` gives."""
-    found: type[Form] = getattr(recipe, "form", LowRank if recipe.factored else Dense)
-    return found
+    form: type[Form] = getattr(recipe, "form", LowRank if recipe.factored else Dense)
+    return form

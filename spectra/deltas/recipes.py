@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from spectra.deltas.forms import Dense, Form, LowRank
 from spectra.deltas.recipe import Recipe
+from spectra.files.far import is_remote
 from spectra.files.tensors import TensorRef
 from spectra.lazy import torch
 
@@ -31,8 +33,8 @@ class FromTensors:
     @property
     def refs(self) -> tuple[TensorRef, ...]:
         """Every stored tensor among the fields, in tuples and in recipes that are fields; each once."""
-        found = (ref for item in fields(self) for ref in _refs(getattr(self, item.name)))  # type: ignore[arg-type]
-        return tuple(dict.fromkeys(found))
+        nested = (ref for item in fields(self) for ref in _refs(getattr(self, item.name)))  # type: ignore[arg-type]
+        return tuple(dict.fromkeys(nested))
 
 
 def _refs(value: object) -> Iterator[TensorRef]:
@@ -107,6 +109,7 @@ class Difference(FromTensors):
         # What codes stand for has the codes' precision only before it is scaled: no grid is known of it.
         stored_as, base_stored_as = ("" if ref.codec else ref.dtype for ref in (self.tuned, self.base))
         noise = rounding_noise(tuned, stored_as, base, base_stored_as, delta)
+        held = base if any(is_remote(part.file) for part in self.base.parts) else None  # a server is asked once
         del base
         return Dense(
             matrix=delta,
@@ -114,13 +117,19 @@ class Difference(FromTensors):
             base_inner=float(inner),
             noise_edge=noise[0].edge if noise else None,
             noise=noise,
-            rounded=self.rounded,
+            rounded=partial(self.rounded, base=held),
             unchanged=(delta.numel() - int(moved)) / delta.numel() if delta.numel() else None,
         )
 
-    def rounded(self, noise: Noise, update: Tensor) -> Tensor:
-        """What would be left of an update of this base, had it been stored as the noise tells; written over it."""
-        base = self.base.read_real(str(update.device))
+    def rounded(self, noise: Noise, update: Tensor, *, base: Tensor | None = None) -> Tensor:
+        """What would be left of an update of this base, had it been stored as the noise tells; written over it.
+
+        Args:
+            noise: how it was stored.
+            update: the update, float64.
+            base: the base, as stored; None to read it.
+        """
+        base = self.base.read_real(str(update.device)) if base is None else base
         height = max(1, _BLOCK_ENTRIES // max(1, update.shape[1]))
         for start in range(0, update.shape[0], height):
             rows = update[start : start + height]

@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from spectra.deltas.grids import UNLIMITED, Grid, grid_of
+from spectra.deltas.grids import UNLIMITED, Grid, grid_of, is_coded
+from spectra.deltas.jumps import Jump, jump
 from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _BLOCK_ENTRIES = 2**16  # half a MiB, which stays in the cache
+_SAMPLE = 2**18  # entries in which a jump is looked for
 _GRID = 400
 _MOST_TERMS = 4096  # rows or columns at once, 13 MB
 # The 99 % quantile of the Tracy–Widom law (real case) is 2.02; relative to the edge of σ for a square matrix
@@ -56,6 +58,7 @@ class Noise:
         far_fetched: whether nothing in the files suggests it, so that it takes an exact fit to believe it.
         grid: where the tuned values were rounded to after the update was added.
         base_too: whether the base's own rounding adds to the errors.
+        jump: how much of the second rounding, which the first story has and the last has not, is in the update.
     """
 
     edge: float
@@ -64,6 +67,7 @@ class Noise:
     far_fetched: bool = False
     grid: Grid | None = None
     base_too: bool = False
+    jump: Jump | None = None
 
     def scaled(self, factor: float) -> Noise:
         """So many times as much."""
@@ -105,41 +109,62 @@ def rounding_noise(
     """
     if tuned.numel() == 0 or not (_finite(tuned) and _finite(base)):
         return ()
-    last = grid_of(tuned, dtype)
+    last, first = grid_of(tuned, dtype), grid_of(base, base_dtype)
     if last is None:
         return ()
-    first = grid_of(base, base_dtype)
+    if is_coded(tuned, last):
+        return (Noise(0.0, 0.0, "tuned holds codes times scales, whose rounding is not known"),)
 
     def once(part: Part) -> Tensor:
         return last.squared_steps(tuned[part])
 
     said = f"tuned on the {last.name} grid"
+    if first is not None and is_coded(base, first):
+        said += ", base of codes times scales taken as exact"
     fewest = replace(_noise(once, tuned.shape, 1, said, delta), grid=last)
-    if first is None:
-        return (fewest,)
-    copied = replace(
-        fewest.scaled(math.sqrt(2)),
-        said=f"{said}, base a copy rounded to it",
-        grid=None,
-        far_fetched=True,
-        base_too=True,
-    )
+    return (fewest,) if first is None else _stories(fewest, once, tuned, base, (last, first), delta)
+
+
+def _stories(
+    fewest: Noise, once: Steps, tuned: Tensor, base: Tensor, grids: tuple[Grid, Grid], delta: Tensor | None
+) -> tuple[Noise, ...]:
+    """What a second rounding would add to the first one, on the grids of the tuned and of the base."""
+    last, first = grids
+    said = fewest.said
     if _alike(first, last):
-        return (copied, fewest)
+        return (_copied(fewest, _jump(delta, base, once, once)), fewest)
+
+    def more(part: Part) -> Tensor:
+        before = base[part]
+        return last.squared_steps(before).sub_(first.squared_steps(before)).abs_()
 
     def twice(part: Part) -> Tensor:
-        before = base[part]
-        more = last.squared_steps(before).sub_(first.squared_steps(before)).abs_()
-        return more.add_(last.squared_steps(tuned[part]))
+        return more(part).add_(last.squared_steps(tuned[part]))
 
     copy = first.bits < last.bits
     how = "taken for a rounded copy" if copy else "rounded to it first"
     most = _noise(twice, tuned.shape, 1 if copy else 2, f"{said}, base ({first.name}) {how}", delta)
-    most = replace(most, grid=None if copy else last, base_too=True)
     if most.energy > (1 + _NEGLIGIBLE) * fewest.energy:
-        return (most, fewest)
+        seen = _jump(delta, base, once, more)
+        return (replace(most, grid=None if copy else last, base_too=True, jump=seen), fewest)
     # Grids that differ in their floors alone, where hardly a value lies: bf16, and bf16 values in an fp16 file.
-    return (copied, fewest) if first.bits == last.bits else (fewest,)
+    return (_copied(fewest, _jump(delta, base, once, once)), fewest) if first.bits == last.bits else (fewest,)
+
+
+def _copied(fewest: Noise, seen: Jump | None) -> Noise:
+    """The story of a base that was rounded to the tuned one's grid, too."""
+    said = f"{fewest.said}, base a copy rounded to it"
+    return replace(fewest.scaled(math.sqrt(2)), said=said, grid=None, far_fetched=True, base_too=True, jump=seen)
+
+
+def _jump(delta: Tensor | None, base: Tensor, once: Steps, more: Steps) -> Jump | None:
+    """On rows from all over the matrix."""
+    if delta is None:
+        return None
+    every = max(1, delta.numel() // _SAMPLE)
+    rows = slice(None, None, every)
+    parts = (delta[rows].square(), base[rows].to(torch.float64).abs(), once(rows) / 12, more(rows) / 12)
+    return jump(*(part.flatten() for part in parts))
 
 
 def _alike(first: Grid, second: Grid) -> bool:
@@ -192,8 +217,8 @@ def rounding_edge(stored: Tensor, dtype: str) -> float | None:
         >>> round(edge / (2**-7 / 12**0.5 * 2 * 1000**0.5), 2)
         1.03
     """
-    found = rounding_noise(stored, dtype, stored, dtype)
-    return found[-1].edge if found else None
+    noise = rounding_noise(stored, dtype, stored, dtype)
+    return noise[-1].edge if noise else None
 
 
 def _finite(matrix: Tensor) -> bool:
@@ -232,18 +257,19 @@ def separable_edge(rows: np.ndarray, columns: np.ndarray) -> float:
 
 def _resolvent(a: np.ndarray, w: np.ndarray) -> np.ndarray:
     """Σ aᵢ/(1 − w aᵢ) for every w."""
-    found = np.zeros(len(w))
+    total = np.zeros(len(w))
     for start in range(0, len(a), _MOST_TERMS):
         some = a[start : start + _MOST_TERMS]
         terms = np.multiply.outer(some, -w)  # one array for all steps: fresh memory is what takes the time here
         terms += 1
         np.divide(some[:, None], terms, out=terms)
-        found += terms.sum(0)
-    return found
+        total += terms.sum(0)
+    return total
 
 
 def _noise(steps: Steps, shape: torch.Size, roundings: int, said: str, delta: Tensor | None) -> Noise:
     """The story's noise, from the squared steps at the entries; no row or column has more of it than energy."""
+    steps = _kept(steps, shape)
     rows, columns, highest = _variance_sums(steps, shape)
     if delta is not None:
         row_energies, column_energies, largest = _energies(delta)
@@ -264,6 +290,14 @@ def _noise(steps: Steps, shape: torch.Size, roundings: int, said: str, delta: Te
     return Noise(edge, float(rows.sum()), said)
 
 
+def _kept(steps: Steps, shape: torch.Size) -> Steps:
+    """The same steps, of a matrix of one block computed once: for small ones asking again costs more than they do."""
+    if math.prod(shape) > _BLOCK_ENTRIES:
+        return steps
+    whole = steps(slice(None))
+    return lambda part: whole[part]
+
+
 def _variance_sums(steps: Steps, shape: torch.Size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row and column sums of step²/12 and each row's largest step²."""
     rows, columns, highest = _sums(steps, shape)
@@ -275,10 +309,10 @@ def _sums(entries: Steps, shape: torch.Size) -> tuple[np.ndarray, np.ndarray, np
     rows, highest, columns = [], [], torch.zeros(())
     height = max(1, _BLOCK_ENTRIES // shape[1])
     for start in range(0, shape[0], height):
-        found = entries(slice(start, start + height))
-        rows.append(found.sum(1))
-        highest.append(found.amax(1))
-        columns = found.sum(0) if start == 0 else columns.add_(found.sum(0))
+        steps = entries(slice(start, start + height))
+        rows.append(steps.sum(1))
+        highest.append(steps.amax(1))
+        columns = steps.sum(0) if start == 0 else columns.add_(steps.sum(0))
     # Only now: on a card every number that is looked at waits for all that was asked before.
     return torch.cat(rows).cpu().numpy(), columns.cpu().numpy(), torch.cat(highest).cpu().numpy()
 
@@ -310,13 +344,17 @@ def _spike(
     √((θ² + rᵢ)(θ² + cⱼ))/θ (Benaych-Georges & Nadakuditi 2012).
     """
     largest, least = 0.0, columns[columns > 0].min(initial=math.inf)
-    for i in np.flatnonzero(np.square(highest * roundings / 4) > rows * least):
-        largest_errors = steps(int(i)).mul(roundings / 4)
+    suspect = np.square(highest * roundings / 4) > rows * least
+    at_once = len(rows) * len(columns) <= _BLOCK_ENTRIES
+    blocks = [slice(0, len(rows))] if at_once else [slice(i, i + 1) for i in np.flatnonzero(suspect)]
+    for block in blocks:
+        largest_errors = steps(block).mul(roundings / 4)
         if delta is not None:
-            largest_errors = torch.minimum(largest_errors, delta[int(i)].square())
+            largest_errors = torch.minimum(largest_errors, delta[block].square())
         squared = largest_errors.cpu().numpy()
-        out = np.square(squared) > rows[i] * columns
-        theta, c = squared[out], columns[out]
+        r, c = np.broadcast_arrays(rows[block, None], columns)
+        out = suspect[block, None] & (np.square(squared) > r * c)
         if out.any():
-            largest = max(largest, float(((theta + rows[i]) * (theta + c) / theta).max()))
+            theta, r, c = squared[out], r[out], c[out]
+            largest = max(largest, float(((theta + r) * (theta + c) / theta).max()))
     return math.sqrt(largest)

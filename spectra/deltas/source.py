@@ -43,18 +43,21 @@ class Coverage:
         return f"Coverage({_left_out(self) or 'everything was paired and used'}{warnings})"
 
     def _repr_html_(self) -> str:
-        found: dict[tuple[str, str], list[Any]] = {}
+        groups: dict[tuple[str, str], list[Any]] = {}
         for key in self.counts:
             listed: Mapping[str, str] = getattr(self, key)
             for name, reason in listed.items():
-                found.setdefault((key, reason), [0, name])[0] += 1
-        rows = [(key, reason, count, example) for (key, reason), (count, example) in found.items()]
+                groups.setdefault((key, reason), [0, name])[0] += 1
+        rows = [(key, reason, count, example) for (key, reason), (count, example) in groups.items()]
         warnings = [f"warning: {line}" for line in self.warnings]
         heading = f"Coverage: {_left_out(self) or 'everything was paired and used'}"
         return text.page(heading, {}, ("list", "reason", "entries", "for example"), rows, text.first_lines(warnings))
 
 
 _COVERAGE_LISTS = tuple(item.name for item in fields(Coverage) if item.name != "warnings")
+
+
+SAVED_WHOLE = "saved whole, so ΔW needs the base weight: pass base= (--base)"
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,18 @@ class Source:
     def names(self) -> tuple[str, ...]:
         """The weights' names, in order."""
         return tuple(delta.name for delta in self.deltas)
+
+    def lacking(self, patterns: str | Sequence[str] = ()) -> list[str]:
+        """The weights whose update is not here for want of the base alone; with patterns, of those that they mean.
+
+        Raises:
+            SelectionError: a pattern matches nothing, in this source or among these.
+        """
+        found = [name for name, reason in self.coverage.skipped.items() if reason == SAVED_WHOLE]
+        if not found or not patterns:
+            return found
+        wanted = set(naming.select(patterns, [*self.names, *found]))
+        return [name for name in found if name in wanted]
 
     def __iter__(self) -> Iterator[WeightDelta]:
         return iter(self.deltas)
@@ -149,6 +164,6 @@ def _by_role(deltas: Iterable[WeightDelta]) -> list[Row]:
     for delta in deltas:
         ranks.setdefault((delta.role, text.size(delta.shape), delta.status), []).append(delta.max_rank)
     return [
-        (role, len(found), shape, text.number_range(found) if status == "ok" else "–", status)
-        for (role, shape, status), found in ranks.items()
+        (role, len(group), shape, text.number_range(group) if status == "ok" else "–", status)
+        for (role, shape, status), group in ranks.items()
     ]

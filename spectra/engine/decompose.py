@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     BrokenExecutor,
@@ -22,14 +22,14 @@ from spectra.deltas.forms import Dense
 from spectra.engine.devices import device_named, resolve_device
 from spectra.engine.executors.device import decompose_batches
 from spectra.engine.executors.threads import keep_freed_memory, thread_executor
-from spectra.engine.memory import memory_budget, readable_size
+from spectra.engine.memory import READ_AHEAD, memory_budget, readable_size
 from spectra.engine.schedule import Plan, Task, batches, plan, side_by_side
 from spectra.engine.solve import Wanted, solve
 from spectra.engine.solvers.calibration import calibrate
 from spectra.engine.solvers.eigenvalues import Library, numpy_on_one_core
 from spectra.errors import SelectionError
-from spectra.files.http import give_up
-from spectra.files.remote import expected, is_remote
+from spectra.files.far import expected
+from spectra.files.patience import give_up
 from spectra.spectrum import Spectrum
 
 _PER_WORKER = 2  # tasks in flight per worker of another process: one at work, one waiting
@@ -64,8 +64,7 @@ def decompose_indexed(
         raise SelectionError(f"top = {top} is not a positive number of vectors; leave it out for values only")
     if only_top and top is None:
         raise SelectionError("only_top needs top: how many triplets?")
-    with expected(ref for delta in deltas for ref in delta.refs):
-        yield from _scheduled(deltas, Work(top, only_top, device), executor, budget, threads)
+    yield from _scheduled(deltas, Work(top, only_top, device), executor, budget, threads)
 
 
 def _scheduled(
@@ -80,13 +79,19 @@ def _scheduled(
         reason = f"needs {readable_size(bytes_needed)}, the budget is {there}; raise memory_budget= (--memory)"
         delta = deltas[index]
         yield index, Spectrum(delta.name, delta.shape, "too_large", max_rank=delta.max_rank, reason=reason)
-    if executor is not None:
-        yield from _through(executor, deltas, schedule, Work(top, only_top, where))
-    elif where.startswith("cuda"):
-        wanted = Wanted(top or 0, only_top, device_named(where), together=True)
-        yield from decompose_batches(deltas, batches(deltas, schedule), wanted)
-    else:
-        yield from _side_by_side(deltas, schedule, Work(top, only_top, where), threads)
+    work = replace(work, device=where)
+    if executor is not None and not isinstance(executor, ThreadPoolExecutor):
+        yield from _through(executor, deltas, schedule, work)  # others read, each for itself
+        return
+    in_turn = [deltas[task.index].refs for task in schedule.tasks]
+    with expected(in_turn, schedule.budget // READ_AHEAD, fetches=len(in_turn) > 1):
+        if executor is not None:
+            yield from _through(executor, deltas, schedule, work)
+        elif where.startswith("cuda"):
+            wanted = Wanted(top or 0, only_top, device_named(where), together=True)
+            yield from decompose_batches(deltas, batches(deltas, schedule), wanted)
+        else:
+            yield from _side_by_side(deltas, schedule, work, threads)
 
 
 def threads_for(
@@ -129,7 +134,8 @@ class Work:
 
     def __call__(self, delta: WeightDelta) -> Spectrum:
         """Solve it where this runs."""
-        return solve(delta, top=self.top, only_top=self.only_top, device=resolve_device(self.device))
+        with expected([delta.refs]):
+            return solve(delta, top=self.top, only_top=self.only_top, device=resolve_device(self.device))
 
 
 def _side_by_side(
@@ -140,21 +146,14 @@ def _side_by_side(
     cores = torch.get_num_threads()
     workers = side_by_side(schedule, cores)
     share = threads or max(1, cores // workers)
-    waiting = _waiting(deltas)
     libraries_for([deltas[task.index] for task in schedule.tasks], share)
     with numpy_on_one_core() if share == 1 else nullcontext():
-        if workers == 1 and share == cores and not waiting:
+        if workers == 1 and share == cores:
             for task in schedule.tasks:
                 yield task.index, work(deltas[task.index])
             return
-        with thread_executor(min(workers, max(1, cores // share)) + waiting, share) as pool:
+        with thread_executor(min(workers, max(1, cores // share)), share) as pool:
             yield from _through(pool, deltas, schedule, work)
-
-
-def _waiting(deltas: Sequence[WeightDelta]) -> int:
-    """How many matrices more to have at work than the cores are for: one waits for a server while the others solve."""
-    files = {part.file for delta in deltas for ref in delta.refs for part in ref.parts}
-    return int(len(deltas) > 1 and any(map(is_remote, files)))
 
 
 def _through(
@@ -162,6 +161,7 @@ def _through(
 ) -> Iterator[tuple[int, Spectrum]]:
     """Keep the executor fed while the bytes in flight stay under the budget."""
     waiting = list(reversed(schedule.tasks))
+    sent = executor.signed(work) if hasattr(executor, "signed") else work
     running: dict[Future[Spectrum], Task] = {}
     broken = ""
     try:
@@ -169,18 +169,28 @@ def _through(
             while waiting and _room(executor, running, waiting[-1], schedule.budget):
                 task = waiting.pop()
                 try:
-                    running[executor.submit(work, deltas[task.index])] = task
+                    running[executor.submit(sent, deltas[task.index])] = task
                 except BrokenExecutor as problem:
                     broken = f"the executor broke ({type(problem).__name__}), solved by the driver"
                     yield task.index, _noted(work(deltas[task.index]), broken)
-            for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+            for future in _finished(executor, running):
                 task = running.pop(future)
-                yield task.index, _outcome(future, deltas[task.index])
+                yield task.index, _outcome(executor, future, deltas[task.index])
     finally:
         if running:
             give_up()  # a server that is silent would hold the threads, and with them whoever stopped this
         for future in running:
             future.cancel()
+
+
+def _finished(executor: Executor, running: Mapping[Future[Spectrum], Task]) -> Collection[Future[Spectrum]]:
+    """Those that are finished, at least one; where that takes long, the executor is asked whether one can be."""
+    while running:
+        done = wait(running, timeout=getattr(executor, "patience", None), return_when=FIRST_COMPLETED).done
+        if done:
+            return done
+        executor.watch()  # type: ignore[attr-defined]
+    return ()
 
 
 def _room(executor: Executor, running: Mapping[Future[Spectrum], Task], task: Task, budget: int) -> bool:
@@ -194,11 +204,14 @@ def _room(executor: Executor, running: Mapping[Future[Spectrum], Task], task: Ta
     return len(running) < most and sum(other.bytes for other in running.values()) + task.bytes <= budget
 
 
-def _outcome(future: Future[Spectrum], delta: WeightDelta) -> Spectrum:
+def _outcome(executor: Executor, future: Future[Spectrum], delta: WeightDelta) -> Spectrum:
     """The result, or a failed one if the worker was lost; errors of our own are not hidden."""
-    problem = future.exception()
+    accept, refuse = getattr(executor, "accept", None), getattr(executor, "refuse", None)
+    problem = CancelledError("cancelled") if future.cancelled() else future.exception()
     if problem is None:
-        return future.result()
+        return accept(delta, future.result()) if accept is not None else future.result()
+    if refuse is not None:
+        refuse(problem)
     if not _lost(problem):
         raise problem
     reason = f"its worker was lost ({type(problem).__name__}: {problem}); run the command again to try once more"

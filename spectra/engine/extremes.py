@@ -42,7 +42,7 @@ def within_range(form: Form) -> tuple[Form, int]:
 
 
 def put_back(spectrum: Spectrum, exponent: int) -> Spectrum:
-    """The result of 2^e · ΔW from that of ΔW; not finite where σ₁ is more than float64 holds."""
+    """The result of 2^e · ΔW from that of ΔW; without numbers where σ₁ is more, or less, than float64 holds."""
     if not exponent:
         return spectrum
     with np.errstate(over="ignore", under="ignore"):
@@ -51,6 +51,9 @@ def put_back(spectrum: Spectrum, exponent: int) -> Spectrum:
     if not np.isfinite(S).all() or (norm is not None and math.isinf(norm)):
         reason = "‖ΔW‖_F is larger than float64 holds"
         return replace(spectrum, status="nonfinite", reason=reason, S=np.zeros(0), U=None, Vh=None, k=0, norm=None)
+    if norm == 0 and spectrum.norm:
+        reason = "‖ΔW‖_F is smaller than float64 holds, and not zero"
+        return replace(spectrum, status="failed", reason=reason, S=np.zeros(0), U=None, Vh=None, k=0, norm=None)
     return replace(spectrum, S=S, norm=norm, resolution=_ldexp(spectrum.resolution, exponent))
 
 

@@ -12,25 +12,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from spectra.deltas.forms import Dense
 from spectra.deltas.rounding import Noise
-from spectra.deltas.thin import times
-from spectra.engine.solvers import dense
+from spectra.engine.flips import top_values, top_vectors
 
 _MOST = 1.35  # of its energy that may be found below a story's edge before another rounding is assumed
 _EXACT = 1.15  # within which the energy has to fit where nothing else suggests a story
+_FEWEST = 1024  # entries, without which an energy may be chance
+_WAS, _WAS_NOT = 0.4, 0.6  # of a second rounding; in real weights .4 to 1.5 where there was one, -.8 to .5 where none
+_CLEAR = 0.75  # standard error of that share which still tells
 _SETTLED, _MOST_STEPS = 0.98, 20  # of the energy, which is 1 % of the edge
 _LOST = 1e-12  # of ‖ΔW‖²: an energy that small drowns in the rounding of the sums
 _STANDS_OUT = 0.3  # of σ₁: what rounding made of the largest of one or two directions stayed below .2
-_FEW = 16  # directions; more of them hide one another's errors
-_MINOR = 0.1  # energy of what may be artefacts, relative to that of the directions that stand out
+_FEW = 16  # directions; what rounding makes of more is below independent errors
 _MOST_ARTEFACTS = 64  # values above the edge, beyond which it is no matter of a few directions
-_MOST_REPLAYS = 4
-_SLACK = 1.12  # the found directions hold some of the errors, and less is left of them: measured 1.02 to 1.1
-_SPARE, _STEPS = 8, 6  # columns and steps of the subspace iteration
+_FITS, _FEWEST_FITS = 0.01, 3  # the change of its values at which an update fits, after so many steps
+_MOST_FITS, _MOST_FITS_OF_ONE = 24, 15
+_SLACK = 1.05  # over what comes back of the errors: measured 0 to 3 % less, and the largest value varies by 1 %
+_MOSTLY_UNMOVED = 0.9  # of the entries: artefacts are as large as the update then
+_FEWEST_HIDE = 3  # directions, from which on they hide one another's errors
 
 
 def plausible_noise(stories: Sequence[Noise], S: np.ndarray, norm: float, shape: tuple[int, ...]) -> Noise | None:
@@ -67,13 +68,19 @@ def plausible_noise(stories: Sequence[Noise], S: np.ndarray, norm: float, shape:
 
 def _chosen(stories: Sequence[Noise], S: np.ndarray, norm: float, shape: tuple[int, ...]) -> Noise:
     """The one with the least noise that leaves no energy unexplained, or else the one with the most."""
+    most, fewest = stories[0], stories[-1]
+    if most.far_fetched and (math.prod(shape) < _FEWEST or fewest.energy < _LOST * norm**2):
+        return fewest  # of few entries, or of sums that have drowned it, the energy tells nothing
     for story in reversed(stories):
         if _found(story, S, norm, shape) <= _MOST:
             return story
-    if not stories[0].far_fetched:
-        return stories[0]
-    share = _found(stories[0], S, norm, shape)
-    return stories[0] if 1 / _EXACT <= share <= _EXACT else stories[-1]
+    seen = most.jump
+    if seen is not None and seen.share > _WAS and seen.error < _CLEAR:
+        return most
+    if seen is not None and seen.share + seen.error < _WAS_NOT:
+        return fewest
+    fits = 1 / _EXACT <= _found(most, S, norm, shape) <= _EXACT
+    return most if fits or not most.far_fetched else fewest
 
 
 def _found(story: Noise, S: np.ndarray, norm: float, shape: tuple[int, ...]) -> float:
@@ -85,51 +92,53 @@ def _found(story: Noise, S: np.ndarray, norm: float, shape: tuple[int, ...]) -> 
     return left / expected if expected > 0 else math.inf
 
 
-def with_artefacts(noise: Noise, form: Dense, S: np.ndarray, U: Tensor | None, Vh: Tensor | None) -> Noise:
-    r"""The noise with its edge raised over what rounding makes of the update's own few directions.
+def with_artefacts(noise: Noise, form: Dense, S: np.ndarray) -> Noise:
+    r"""The noise with its edge where rounding an update of the directions that stand out puts it.
 
     Rounding to a grid maps an update of rank one, u vᵀ, entry by entry to a function of it, whose odd powers are of
-    rank one each: they stand above independent errors, the more the larger the matrix. So the k values that stand out,
-    with their vectors, are rounded again on the same base; the (k + 1)-th value of what that leaves is the edge. As
-    long as more values than k are above it, they count to k, too.
+    rank one each: they stand above independent errors, the more the larger the matrix. So an update of k directions is
+    sought that, rounded on the same base, leaves the k largest values as they are stored; the (k + 1)-th value that it
+    leaves is rounding alone. As long as more stored values than k are above it, they count to k, too.
 
     Args:
         noise: what the spectrum does not refute.
         form: ΔW.
         S: its values.
-        U: left vectors, or None.
-        Vh: right vectors, or None.
     """
     if form.rounded is None or noise.grid is None or not len(S):
         return noise
-    count, energy, raised = int((noise.edge < S).sum()), np.square(S), noise
+    count, found = int((noise.edge < S).sum()), noise
     k = int((max(_STANDS_OUT * S[0], noise.edge) < S).sum())
-    for _ in range(_MOST_REPLAYS):
-        if not (0 < k < count <= _MOST_ARTEFACTS and k <= _FEW and energy[k:count].sum() < _MINOR * energy[:k].sum()):
+    unmoved = (form.unchanged or 0.0) > _MOSTLY_UNMOVED
+    k = min(k, 1) if unmoved else k
+    tries = _MOST_FITS
+    while tries > 0 and 0 < k < count <= _MOST_ARTEFACTS and k <= _FEW:
+        again, used = _replayed(noise, form, k, min(tries, _MOST_FITS_OF_ONE))
+        tries -= used
+        edge = _SLACK * float(again[k]) / min(1.0, float((again[:k] / S[:k]).min()))
+        if not math.isfinite(edge):
             break
-        if U is None or Vh is None or U.shape[1] < k:
-            U, Vh = _top(form, k)
-        signal = (U[:, :k] * torch.as_tensor(S[:k]).to(U)) @ Vh[:k]
-        again = dense.gram_values(form.rounded(noise, signal)).cpu().numpy()
-        if raised is not noise and again[k - 1] > S[k - 1]:
-            break  # rounding takes from a direction of the update, and makes one of its own a second time
-        edge = max(noise.edge, _SLACK * float(again[k] * S[0] / again[0]))
-        above = int((edge < S).sum())
-        if edge > noise.edge:
-            raised = replace(noise, edge=edge, said=f"{noise.said}, whose errors follow an update of few directions")
+        said = f"{noise.said}, whose errors follow an update of few directions" if edge > noise.edge else noise.said
+        found = replace(noise, edge=edge, said=said)
+        above = int((edge < S[:count]).sum())
         if above <= k:
             break
-        k = above
-    return raised
+        k = k + 1 if unmoved and k < _FEWEST_HIDE else above
+    return found
 
 
-def _top(form: Dense, k: int) -> tuple[Tensor, Tensor]:
-    """The vectors of the top k values, which stand out, to the percent that is needed: subspace iteration."""
-    generator = torch.Generator().manual_seed(k)
-    start = torch.randn(form.shape[1], k + _SPARE, generator=generator, dtype=torch.float64)
-    block = form.times(start.to(form.matrix.device))
-    for _ in range(_STEPS):
-        block = form.times(form.T.times(torch.linalg.qr(block).Q))
-    basis = torch.linalg.qr(block).Q
-    u, _, vh = torch.linalg.svd(form.T.times(basis).mT, full_matrices=False)
-    return times(basis, u[:, :k]), vh[:k]
+def _replayed(noise: Noise, form: Dense, k: int, tries: int) -> tuple[np.ndarray, int]:
+    """The k + 1 largest values that rounding leaves of the update of k directions of which it leaves the stored ones.
+
+    X ← the top k of X + ΔW − (what rounding leaves of X), from the top k of ΔW, until X changes no more.
+    """
+    assert form.rounded is not None
+    U, S, Vh = top_vectors(form.matrix, k)
+    fits = 0
+    while fits < tries:
+        fits += 1
+        left, before = form.rounded(noise, (U * S) @ Vh), S
+        U, S, Vh = top_vectors(left.neg_().add_(form.matrix).addmm_(U * S, Vh), k, Vh)
+        if fits > _FEWEST_FITS and float((S / before - 1).abs().max()) < _FITS:
+            break
+    return top_values(form.rounded(noise, (U * S) @ Vh), k + 1), fits

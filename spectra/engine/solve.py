@@ -21,10 +21,12 @@ from spectra.deltas.rounding import Noise
 from spectra.engine import check
 from spectra.engine.devices import Device, device_named
 from spectra.engine.extremes import put_back, within_range
+from spectra.engine.flips import with_flips
 from spectra.engine.ladder import Ladder, Numbers, Rung, Solver, ladder_for
 from spectra.engine.noise import plausible_noise, with_artefacts
 from spectra.engine.solvers.topk import NotConvergedError
 from spectra.errors import SpectraError
+from spectra.files.far import dropped
 from spectra.spectrum import Spectrum
 
 ROUNDING_ONLY = (
@@ -124,6 +126,7 @@ def read(delta: WeightDelta, device: str, finish: Callable[[], None] = lambda: N
         finish()
         return form
     except SpectraError as problem:
+        dropped(delta.refs)
         return replace(_blank(delta), status="unreadable", reason=str(problem))
     except (MemoryError, RuntimeError) as problem:
         return _undone(_blank(delta), GaveUp.over(problem), device)
@@ -279,7 +282,7 @@ def _accepted(case: Unsolved, rung: Rung, numbers: Numbers, tried: list[str], wa
     rank, values = known.max_rank or 0, S.cpu().numpy()
     told = plausible_noise(case.form.noise, values, case.form.norm, known.shape)
     if told is not None and isinstance(case.form, Dense):
-        told = with_artefacts(told, case.form, values, U, Vh)
+        told = with_artefacts(with_flips(told, case.form, values), case.form, values)
     known = replace(known, **_noise_of(told))
     return replace(
         known,

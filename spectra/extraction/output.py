@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from spectra.errors import StoreError
 from spectra.files.dtypes import DTYPE_OF_TORCH
 from spectra.lazy import torch
+from spectra.results.store import home_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +91,7 @@ def check_free(directory: str | Path) -> Path:
     Raises:
         StoreError: it holds something, or is a file.
     """
-    folder = Path(directory).expanduser()
+    folder = home_of(directory)
     if folder.is_dir() and next(folder.iterdir(), None) is None:
         return folder
     if folder.exists() or folder.is_symlink():

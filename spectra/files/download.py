@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import proxy_bypass
 
 from spectra.errors import NotFoundError
 
@@ -30,9 +32,9 @@ def download(repo: str, revision: str) -> Path:
         NotFoundError: it cannot be had; the message says why, without naming the model.
     """
     client, errors = library()
-    found = info(repo, revision)
+    listing = info(repo, revision)
     try:
-        files = [file.rfilename for file in found.siblings or ()]
+        files = [file.rfilename for file in listing.siblings or ()]
         wanted = _WEIGHTS_AND_JSON[:2] if any(file.endswith(".safetensors") for file in files) else _WEIGHTS_AND_JSON
         there = client.snapshot_download(repo, revision=revision, allow_patterns=wanted, etag_timeout=_seconds())
     except _families(errors) as problem:
@@ -114,4 +116,13 @@ def _reason(problem: Exception, timeout: float) -> str:
     if any("Timeout" in name for name in classes):
         return f"{hub} gave no answer within {timeout:g} s"
     said = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-    return f"{hub} cannot be reached: {said}" if any("Connect" in name for name in classes) else said
+    proxy = by_proxy(hub)
+    return f"{hub} cannot be reached{proxy}: {said}" if any("Connect" in name for name in classes) else said + proxy
+
+
+def by_proxy(url: str) -> str:
+    """Which of the user's proxies a request goes through, to say in a message; "" for none."""
+    parts = urlsplit(url)
+    names = (f"{parts.scheme}_proxy", "all_proxy")
+    given = [name for lower in names for name in (lower, lower.upper()) if os.environ.get(name)]
+    return f" by way of the proxy in ${given[0]}" if given and not proxy_bypass(parts.netloc) else ""

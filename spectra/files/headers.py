@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from spectra.errors import NotFoundError, SourceError
-from spectra.files import remote, safetensors_file, training_state
+from spectra.files import safetensors_file, training_state
 from spectra.files.choice import WEIGHT_SUFFIXES
+from spectra.files.far import is_remote
 from spectra.files.header import Header
 from spectra.files.storage import Place
 
@@ -23,7 +24,7 @@ def read_headers(files: Sequence[Place]) -> list[Header | SourceError]:
         except SourceError as problem:
             return problem
 
-    if len(files) < 2 or not remote.is_remote(files[0]):
+    if len(files) < 2 or not is_remote(files[0]):
         return [one(file) for file in files]
     with ThreadPoolExecutor(min(len(files), _LANES)) as pool:
         return list(pool.map(one, files))
@@ -44,10 +45,10 @@ def read_header(file: Place) -> Header:
     if file.suffix == ".safetensors":
         return safetensors_file.read_header(file)
     if file.suffix in WEIGHT_SUFFIXES:
-        if remote.is_remote(file):
+        if is_remote(file):
             raise SourceError(
-                f"{file} is a torch file, of which no part can be read alone: download the model (--download, or "
-                "`hf download`), or use its safetensors"
+                f"{file} is a torch file, of which no part can be read alone: download the model (--download), or use "
+                "its safetensors"
             )
         from spectra.files import torch_file  # needs torch, which the other headers do without
 

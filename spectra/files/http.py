@@ -8,11 +8,9 @@ Reference: RFC 9110, §13.1.5 and §14 (conditional and range requests), §10.2.
 from __future__ import annotations
 
 import os
-import random
 import re
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +19,11 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from spectra.errors import NotFoundError, SourceError
-from spectra.files.download import BUSY, SAID, library, offline
+from spectra.files.download import BUSY, SAID, by_proxy, library, offline
+from spectra.files.patience import Patience, TryAgainError, answered, origin
 from spectra.files.storage import Stamp
 
-PATIENCE = 120.0  # seconds that a server which has answered before may go without giving a byte
-FIRST = 5.0  # the same for one that never has
 _TIMEOUT = 10.0  # seconds of silence after which a request is made again
-_LONGEST_WAIT = 8.0  # seconds between two attempts, unless the server asks for more
 _HOPS = 5
 _SKIPPED = 16 * 2**20  # bytes that are read past where a server sends the whole file instead of a range
 _EXPIRED = {400, 401, 403, 404, 410}  # what servers of links that expire say of one that did
@@ -39,11 +35,9 @@ _CODES = {  # what the hub's X-Error-Code says, by the client's names
 _REDIRECTS = {301, 302, 303, 307, 308}
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 
-_answered: set[str] = set()  # servers that have
 _links: dict[str, _Link] = {}
 _lock = threading.Lock()
 _received = 0
-_given_up = 0  # times
 
 
 @dataclass(frozen=True)
@@ -74,23 +68,16 @@ class AbsentError(NotFoundError):
     """The server has no such file."""
 
 
-class _TryAgainError(Exception):
-    """A request that may do better the next time, and after how many seconds the server says so."""
-
-    def __init__(self, why: str, wait: float | None = None) -> None:
-        super().__init__(why)
-        self.wait = wait
-
-
 def received() -> int:
     """How many bytes of bodies this process has read so far."""
     return _received
 
 
-def give_up() -> None:
-    """Let no read that is going on try again: who asked is not waiting any more."""
-    global _given_up
-    _given_up += 1
+def count(received: int) -> None:
+    """Bytes that came by another way, for `received`."""
+    global _received
+    with _lock:
+        _received += received
 
 
 def endpoint() -> str:
@@ -106,13 +93,13 @@ def stat(url: str, *, first: float | None = None) -> Stamp:
         NotFoundError: there is none.
         SourceError: the server cannot be reached, refuses, or says too little.
     """
-    patience = _Patience(url, first)
+    patience = Patience(url, first)
     while True:
         try:
             with _answer(url, 0, 0) as answer:
                 size, version = _size(answer.response), answer.version
                 break
-        except _TryAgainError as problem:
+        except TryAgainError as problem:
             patience.wait(problem)
     if size is None or not version:
         raise SourceError(
@@ -129,7 +116,7 @@ def read_into(url: str, offset: int, buffer: memoryview, stamp: Stamp) -> int:
         SourceError: the file is another one now, or the bytes cannot be had in the time that is given.
     """
     wanted = min(len(buffer), max(stamp[0] - offset, 0))
-    filled, patience = 0, _Patience(url)
+    filled, patience = 0, Patience(url)
     while filled < wanted:
         try:
             for chunk in _range(url, offset + filled, offset + wanted, stamp):
@@ -137,8 +124,8 @@ def read_into(url: str, offset: int, buffer: memoryview, stamp: Stamp) -> int:
                 filled += len(chunk)
                 patience.renew()
             if filled < wanted:
-                raise _TryAgainError("the answer ended early")
-        except _TryAgainError as problem:
+                raise TryAgainError("the answer ended early")
+        except TryAgainError as problem:
             patience.wait(problem)
     return filled
 
@@ -149,7 +136,7 @@ def retried(url: str, ask: Any) -> Any:
     Raises:
         SourceError: the server stays busy.
     """
-    patience = _Patience(url)
+    patience = Patience(url)
     while True:
         try:
             return ask()
@@ -158,64 +145,17 @@ def retried(url: str, ask: Any) -> Any:
             if response is None or response.status_code not in BUSY:
                 raise
             patience.answered()
-            busy = _TryAgainError(f"the server answered {response.status_code}", _asked_to_wait(response.headers))
+            busy = TryAgainError(f"the server answered {response.status_code}", _asked_to_wait(response.headers))
         patience.wait(busy)
-
-
-class _Patience:
-    """How long a server is asked again: until it has given nothing for a while."""
-
-    def __init__(self, url: str, first: float | None = None) -> None:
-        self._url, self._origin = url, _origin(url)
-        self._limit = first if first is not None else PATIENCE if self._origin in _answered else FIRST
-        self._since, self._attempts = time.monotonic(), 0
-        self._given_up = _given_up
-
-    def answered(self) -> None:
-        """The server is there: it gets the longer time."""
-        _answered.add(self._origin)
-        self._limit = PATIENCE
-
-    def renew(self) -> None:
-        """Something came."""
-        self.answered()
-        self._since, self._attempts = time.monotonic(), 0
-
-    def wait(self, problem: _TryAgainError) -> None:
-        """Sleep before the next attempt.
-
-        Raises:
-            SourceError: the time is over, or the server asks for more than there is.
-        """
-        if self._given_up != _given_up:
-            raise SourceError(f"{self._url}: reading was given up")
-        if self._origin in _answered:
-            self._limit = max(self._limit, PATIENCE)
-        backoff = min(_LONGEST_WAIT, 0.25 * 2**self._attempts) * (0.5 + random.random() / 2)
-        pause = backoff if problem.wait is None else max(problem.wait, 0.0)
-        left = self._since + self._limit - time.monotonic()
-        self._attempts += 1
-        if pause > left:
-            _answered.discard(self._origin)  # what is asked next does not wait as long for a server that is gone
-            asked = f", and asks to wait {pause:.0f} s" if problem.wait is not None else ""
-            raise SourceError(
-                f"{self._url} cannot be read: {problem}{asked}; tried for {self._limit:g} s: "
-                "run the same again later, what is stored is kept"
-            )
-        until = time.monotonic() + pause
-        while (left := until - time.monotonic()) > 0 and self._given_up == _given_up:
-            time.sleep(min(left, 0.5))
 
 
 def _range(url: str, start: int, stop: int, stamp: Stamp) -> Iterator[bytes]:
     """The bytes of a file from `start` to before `stop`, in the pieces in which they come."""
-    global _received
     with _answer(url, start, stop - 1, stamp) as answer:
         skip = _to_skip(answer.response, url, start, stop, stamp)
         left = stop - start
         for chunk in _body(answer.response):
-            with _lock:
-                _received += len(chunk)
+            count(len(chunk))
             skip, chunk = max(skip - len(chunk), 0), chunk[skip:]
             if chunk:
                 yield chunk[:left]
@@ -228,7 +168,7 @@ def _body(response: Any) -> Iterator[bytes]:
     try:
         yield from response.iter_raw()
     except _transport_error() as problem:
-        raise _TryAgainError(_said(problem)) from None
+        raise TryAgainError(_said(problem)) from None
 
 
 def _to_skip(response: Any, url: str, start: int, stop: int, stamp: Stamp) -> int:
@@ -242,10 +182,10 @@ def _to_skip(response: Any, url: str, start: int, stop: int, stamp: Stamp) -> in
         if stop > max(_SKIPPED, stop - start):
             raise SourceError(f"{url}: the server sends whole files only, not ranges: download it and pass the path")
         return start
-    found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-    if not found or found[1] is None or not int(found[1]) <= start <= int(found[2]):
-        raise _TryAgainError("the answer is another range than was asked for")
-    return start - int(found[1])
+    match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if not match or match[1] is None or not int(match[1]) <= start <= int(match[2]):
+        raise TryAgainError("the answer is another range than was asked for")
+    return start - int(match[1])
 
 
 @contextmanager
@@ -258,7 +198,7 @@ def _answer(url: str, first: int, last: int, stamp: Stamp | None = None) -> Iter
     for _ in range(_HOPS + 1):
         headers = {**_headers(target), "Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"}
         with _streamed(url, target, headers) as response:
-            _answered.add(_origin(target))
+            answered.add(origin(target))
             linked = _plain(response.headers.get("X-Linked-ETag", "")) or linked
             if response.status_code in _REDIRECTS and "Location" in response.headers:
                 target = _next(url, target, response.headers["Location"])
@@ -268,7 +208,7 @@ def _answer(url: str, first: int, last: int, stamp: Stamp | None = None) -> Iter
             _check_version(url, linked or served, stamp)
             if link is not None and link.version != served:
                 _forget(url)  # the hub has to say again that this is the file
-                raise _TryAgainError("what its link leads to changed", 0.0)
+                raise TryAgainError("what its link leads to changed", 0.0)
             if target != url:
                 _links[url] = _Link(target, served, linked)
             yield _Answer(response, linked or served)
@@ -284,7 +224,8 @@ def _streamed(url: str, target: str, headers: dict[str, str]) -> Iterator[Any]:
         )
         response = stream.__enter__()
     except (_transport_error(), RuntimeError) as problem:  # RuntimeError: another thread closed the session
-        raise _TryAgainError(_said(problem)) from None
+        _forget(url)  # another link may lead to a server that answers
+        raise TryAgainError(_said(problem) + by_proxy(target)) from None
     except (OSError, ValueError) as problem:
         raise SourceError(f"{url} cannot be read: {_said(problem)}") from None
     try:
@@ -307,9 +248,11 @@ def _check_status(url: str, target: str, response: Any, *, renewable: bool) -> N
         return
     if renewable and status in _EXPIRED:
         _forget(url)
-        raise _TryAgainError(f"its link expired ({status})", 0.0)
+        raise TryAgainError(f"its link expired ({status})", 0.0)
+    if status in (401, 403) and target != url and origin(target) != origin(endpoint()):
+        raise TryAgainError(_no_access(url, target, status), most=2)  # signed links may be refused for a moment
     if status in BUSY:
-        raise _TryAgainError(f"the server answered {status}", _asked_to_wait(response.headers))
+        raise TryAgainError(f"the server answered {status}", _asked_to_wait(response.headers))
     if status == 416:
         _forget(url)
         raise ChangedError(url)
@@ -318,11 +261,11 @@ def _check_status(url: str, target: str, response: Any, *, renewable: bool) -> N
         raise NotFoundError(f"{url}: {SAID.get(_CODES.get(code, ''), '') or _no_access(url, target, status)}")
     if status in (404, 410):
         raise AbsentError(f"{url}: there is no such file ({status})")
-    raise SourceError(f"{url} cannot be read: the server answered {status}")
+    raise SourceError(f"{url} cannot be read: the server answered {status}{by_proxy(target)}")
 
 
 def _no_access(url: str, target: str, status: int) -> str:
-    if _origin(target) == _origin(endpoint()):
+    if origin(target) == origin(endpoint()):
         return f"the hub refuses it ({status}): ask for access on the model's page, then `hf auth login`"
     if target != url:
         return f"the server that it leads to, {urlsplit(target).netloc.rpartition('@')[2]}, refuses it ({status})"
@@ -331,15 +274,15 @@ def _no_access(url: str, target: str, status: int) -> str:
 
 def _next(url: str, target: str, location: str) -> str:
     """Where a redirect leads."""
-    found = urljoin(target, location)
-    if urlsplit(target).scheme == "https" and urlsplit(found).scheme != "https":
+    address = urljoin(target, location)
+    if urlsplit(target).scheme == "https" and urlsplit(address).scheme != "https":
         raise SourceError(f"{url} leads to an address without encryption, which is not followed")
-    return found
+    return address
 
 
 def _headers(target: str) -> dict[str, str]:
     """The headers of a request; the user's token goes to the hub and nowhere else."""
-    ours = _origin(target) == _origin(endpoint())
+    ours = origin(target) == origin(endpoint())
     library()
     from huggingface_hub.utils import build_hf_headers
 
@@ -362,9 +305,9 @@ def _plain(tag: str) -> str:
 
 def _size(response: Any) -> int | None:
     """The size of the whole file, as the answer to a range tells it."""
-    found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-    if found:
-        return None if found[3] == "*" else int(found[3])
+    match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if match:
+        return None if match[3] == "*" else int(match[3])
     length = response.headers.get("Content-Length", "") if response.status_code == 200 else ""
     return int(length) if length.isdigit() else None
 
@@ -382,16 +325,11 @@ def _asked_to_wait(headers: Any) -> float | None:
         return None
 
 
-def _origin(url: str) -> str:
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}"
-
-
 def _transport_error() -> type[Exception]:
     """What the HTTP client behind the hub's session raises where a request does not come through."""
     module = sys.modules[type(library()[0].get_session()).__module__.partition(".")[0]]
-    found: type[Exception] = module.TransportError
-    return found
+    error: type[Exception] = module.TransportError
+    return error
 
 
 def _said(problem: Exception) -> str:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
 from spectra.errors import NotFoundError, SourceError
 from spectra.files import remote, snapshots
 from spectra.files.choice import WEIGHT_SUFFIXES
-from spectra.files.download import download, offline
+from spectra.files.copies import Progress, copy
+from spectra.files.download import SAID, download, offline
+from spectra.files.far import Far
 from spectra.files.storage import Place
+from spectra.printing import shortened
 
 # Names that people say → the hub's ids.
 ALIASES = {
@@ -31,10 +35,11 @@ ALIASES = {
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
 }
+_LONGEST = 400  # characters of what was tried, which may be a path of thousands
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
-def resolve(name: str | Path | Place, *, fetch: bool = False) -> Place:
+def resolve(name: str | Path | Place, *, fetch: bool = False, progress: Progress | None = None) -> Place:
     """The folder or file that a path, URL, alias or hub id means; a place means itself.
 
     Tried in order: a URL; the path; the user's aliases; the folder `$SPECTRA_MODELS`; the built-in aliases;
@@ -43,7 +48,9 @@ def resolve(name: str | Path | Place, *, fetch: bool = False) -> Place:
 
     Args:
         name: one of these.
-        fetch: download a model of the hub into its cache, instead of reading there what is needed when it is.
+        fetch: download a model of the hub into its cache, or what a URL leads to into ours, instead of reading there
+            what is needed when it is.
+        progress: is told how far a download from a URL is.
 
     Raises:
         NotFoundError: nothing was found; the message lists what was tried.
@@ -53,11 +60,22 @@ def resolve(name: str | Path | Place, *, fetch: bool = False) -> Place:
     if not str(name).strip():
         raise NotFoundError("an empty name was given instead of a path, hub id or alias; is a shell variable not set?")
     if remote.is_url(str(name)):
-        return remote.open_url(str(name))
+        return _of_url(str(name), fetch=fetch, progress=progress)
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):
         return Place.of(path)
     return Place.of(_by_name(str(name), [f"the path {path}{_how_far(path)}"], fetch=fetch))
+
+
+def _of_url(url: str, *, fetch: bool, progress: Progress | None) -> Place:
+    place = remote.open_url(url)
+    if not fetch or not isinstance(place.storage, Far):
+        return place
+    if isinstance(place.storage, remote.Hub):
+        whole = Place.of(download(place.storage.repo, place.storage.commit))
+        inner = place.path.removeprefix(place.storage.root).strip("/")
+        return whole / inner if inner else whole
+    return Place.of(copy(place, progress))
 
 
 def _by_name(name: str, tried: list[str], *, fetch: bool) -> Path | Place:
@@ -65,25 +83,25 @@ def _by_name(name: str, tried: list[str], *, fetch: bool) -> Path | Place:
     text = name
     config = config_file()
     aliases = _user_aliases(config)
-    tried.append(f"aliases in {config}" + ("" if config.is_file() else " (no such file)"))
+    tried.append(f"aliases in {config}{_why_not(config)}")
     if text in aliases:
         target = Path(os.path.expanduser(aliases[text]))
         if os.path.exists(target):
             return target
         if remote.is_url(aliases[text]):
-            return remote.open_url(aliases[text])
+            return _of_url(aliases[text], fetch=fetch, progress=None)
         text, tried = aliases[text], [*tried, f"its alias {aliases[text]}"]
     models = os.environ.get("SPECTRA_MODELS")
-    if models and os.path.exists(Path(models).expanduser() / text):
-        return Path(models).expanduser() / text
+    if models and os.path.exists(Path(os.path.expanduser(models)) / text):
+        return Path(os.path.expanduser(models)) / text
     tried.append(f"{models}/{text}" if models else "$SPECTRA_MODELS (not set)")
     if resolve_alias(text) != text:
         tried.append(f"the built-in alias {text} = {resolve_alias(text)}")
         text = resolve_alias(text)
-    found = _HUB_ID.fullmatch(text)
-    if not found:
+    match = _HUB_ID.fullmatch(text)
+    if not match:
         raise _not_found(name, tried)
-    repo, revision, meant = found["repo"], found["revision"] or "main", _is_a_path(text)
+    repo, revision, meant = match["repo"], match["revision"] or "main", _is_a_path(text)
     return _from_hub(name, repo, revision, tried, meant=meant, fetch=fetch)
 
 
@@ -103,6 +121,8 @@ def _how_far(path: Path) -> str:
     if there is None:
         return ""
     missing = path.relative_to(there).parts[0]
+    if not os.access(there, os.X_OK):
+        return f" ({there} cannot be searched by this user)"
     if os.path.isfile(there / missing):
         return f" ({there / missing} is a file)"
     listed = sorted(os.listdir(there)) if os.access(there, os.R_OK) else []
@@ -124,22 +144,38 @@ def resolve_alias(name: str) -> str:
 def config_file() -> Path:
     """The user's config: `$SPECTRA_CONFIG`, or `spectra/config.toml` in the user's config folder."""
     given = os.environ.get("SPECTRA_CONFIG")
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
-    return Path(given).expanduser() if given else home / "spectra" / "config.toml"
+    home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(os.path.expanduser(given or f"{home}/spectra/config.toml"))
+
+
+def _why_not(file: Path) -> str:
+    """Why a file cannot be looked at, in brackets; "" for one that is there."""
+    try:
+        return "" if stat.S_ISREG(os.stat(file).st_mode) else " (no file)"
+    except FileNotFoundError:
+        return " (no such file)"
+    except (OSError, ValueError) as problem:
+        return f" ({getattr(problem, 'strerror', None) or problem})"
 
 
 def _not_found(name: str, tried: list[str]) -> NotFoundError:
-    return NotFoundError(f"{name!r} was not found. Tried: {'; '.join(tried)}")
+    return NotFoundError(f"{shortened(name, _LONGEST)!r} was not found. Tried: {'; '.join(_short(it) for it in tried)}")
+
+
+def _short(text: str) -> str:
+    return shortened(text, _LONGEST)
 
 
 def _user_aliases(config: Path) -> dict[str, str]:
-    if not config.is_file():
+    if _why_not(config):
         return {}
     import tomllib
 
     try:
         content: dict[str, Any] = tomllib.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as problem:
+    except OSError as problem:
+        raise SourceError(f"{config} cannot be read: {problem.strerror}") from None
+    except (ValueError, RecursionError) as problem:
         raise SourceError(f"{config} is not readable TOML: {problem}") from None
     aliases = content.get("aliases", {})
     if not isinstance(aliases, dict) or not all(isinstance(value, str) for value in aliases.values()):
@@ -150,7 +186,10 @@ def _user_aliases(config: Path) -> dict[str, str]:
 def _from_hub(name: str, repo: str, revision: str, tried: list[str], *, meant: str, fetch: bool) -> Path | Place:
     """A model of the hub: in its cache, or on the hub unless the name is meant as a path."""
     folder = snapshots.cache() / f"models--{repo.replace('/', '--')}"
-    cached = _snapshot(folder, revision)
+    try:
+        cached = _snapshot(folder, revision)
+    except OSError as problem:
+        raise SourceError(f"the hub cache {folder} cannot be looked at: {problem.strerror}") from None
     lack = snapshots.missing(Place.of(cached), WEIGHT_SUFFIXES) if cached else ""
     if cached and not lack:
         return cached
@@ -162,6 +201,8 @@ def _from_hub(name: str, repo: str, revision: str, tried: list[str], *, meant: s
     try:
         return download(repo, revision) if fetch else remote.open_hub(repo, revision)
     except NotFoundError as problem:
+        if str(problem) == SAID["GatedRepoError"]:
+            raise NotFoundError(f"{repo}: {problem}") from None
         asked = f"a download of {repo}" if fetch else f"{repo} on the hub"
         raise _not_found(name, [*tried, f"{asked} ({problem})"]) from None
 

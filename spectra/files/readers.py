@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spectra.errors import SourceError
-from spectra.files import ggml, torch_archive
+from spectra.files import ggml, torch_archive, torch_zip
 from spectra.files.dtypes import DTYPES, plain_bytes
 from spectra.files.memory import Memory
 from spectra.files.storage import Place, Stamp
@@ -81,11 +81,15 @@ def read_gguf(ref: Stored) -> Tensor:
 
 
 def read_torch(ref: Stored) -> Tensor:
-    """A tensor of a file that `torch.save` wrote.
+    """A tensor of a file that `torch.save` wrote; what does not lie plainly in it (a transpose) is taken from a map.
 
     Raises:
         SourceError: the file is damaged.
     """
+    if ref.file.storage.local_path(ref.file.path) is not None:
+        plain = torch_zip.placed(ref.file, ref.stamp).get(ref.name)
+        if plain is not None and (plain.dtype, plain.stored) == (ref.dtype, ref.stored):
+            return _plain(plain)
     return _own(torch_archive.load(ref.file, ref.stamp)[ref.name].detach())
 
 

@@ -20,9 +20,9 @@ def cache() -> Path:
     """Where huggingface_hub keeps its downloads, by its own environment variables."""
     given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     if given:
-        return Path(given).expanduser()
+        return Path(os.path.expanduser(given))
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(home).expanduser() / "hub"
+    return Path(os.path.expanduser(home)) / "hub"
 
 
 def repository(folder: Place) -> str:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from spectra.errors import SourceError
+from spectra.files import torch_zip
 from spectra.files.storage import Place, Stamp
 
 SMALL_FILE = 256 * 2**20  # adapters: kept open between tensors; larger files are opened anew for each
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _DAMAGED = (
     RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, zipfile.BadZipFile,
     struct.error, AssertionError, MemoryError, OverflowError, NotImplementedError, ImportError,
@@ -63,8 +63,8 @@ def chosen(file: Place, stamp: Stamp) -> tuple[dict[str, Tensor], list[str]]:
 
 def _not_opened(said: str) -> str:
     """What to say where `weights_only=True` refuses a file; never torch's own advice, which is to do without it."""
-    found = re.search(r"GLOBAL ([\w.]+)|Unsupported class ([\w.]+)|instantiate type <class '([\w.]+)'>", said)
-    what = next(filter(None, found.groups())) if found else ""
+    match = re.search(r"GLOBAL ([\w.]+)|Unsupported class ([\w.]+)|instantiate type <class '([\w.]+)'>", said)
+    what = next(filter(None, match.groups())) if match else ""
     if not what:
         return "is damaged or holds more than tensors, and was not opened; download it again, or save its state dict"
     return (
@@ -87,14 +87,7 @@ def _content(file: Place) -> Any:
 
 
 def _state_dict(file: Place, content: Any) -> tuple[dict[str, Tensor], list[str]]:
-    whole = content.get("state") if isinstance(content, Mapping) else None
-    if isinstance(whole, Mapping) and isinstance(whole.get("model"), Mapping):  # Composer's training state
-        content = whole
-    around: list[tuple[str, Mapping[str, Any]]] = []
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            around.append((wrapper, content))
-            content = content[wrapper]
+    content, around = torch_zip.unwrapped(content)
     if not isinstance(content, Mapping):
         raise SourceError(f"{file} holds a {type(content).__name__}, not a state dict of tensors")
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}

@@ -8,6 +8,7 @@ last place of M mean nothing and δ is what counts: it is relative to |s||B||A|.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -96,15 +97,15 @@ def arithmetics(weights: Weights) -> list[Arithmetic]:
 
     ΔW is formed in 16 bits only where the sum is kept, or the adapter stored, in them.
     """
-    found, change, stored = [], weights.change, weights.base.dtype
+    ways, change, stored = [], weights.change, weights.base.dtype
     own = _HALF_STEPS if change.term is not None else _HALF_STEPS_UNKNOWN
     steps = _HALF_STEPS_FROM_BASE if change.multiplies else own
     for kept in weights.kept:
         halves = ({kept} if kept.itemsize == 2 else set()) | change.halves
         formed = [(torch.float32, change.steps), *((half, steps) for half in sorted(halves, key=str))]
         casts = (False,) if stored == kept or stored.itemsize < kept.itemsize else (False, True)
-        found += [Arithmetic(kept, cast, *how) for how in formed for cast in casts]
-    return found
+        ways += [Arithmetic(kept, cast, *how) for how in formed for cast in casts]
+    return ways
 
 
 def inside(weights: Weights, how: Arithmetic, scale: float = 1.0, slack: float = 0.0) -> Iterator[Tensor]:
@@ -124,6 +125,11 @@ def within(weights: Weights, how: Arithmetic, scale: float = 1.0, slack: float =
     return all(bool(block.all()) for block in inside(weights, how, scale, slack))
 
 
+def wrong_entries(weights: Weights, how: Arithmetic) -> int:
+    """How many entries are not what W₀ + ΔW may be stored as."""
+    return sum(int((~block).count_nonzero()) for block in inside(weights, how))
+
+
 def near(weights: Weights, how: Arithmetic, scale: float = 1.0) -> bool:
     """Whether every entry of M is within ε·(|W₀| + |s||B||A|) of W₀ + s·ΔW, ε that of the type it was kept in."""
     epsilon, least = torch.finfo(how.kept).eps, _least(how.kept)
@@ -134,6 +140,20 @@ def near(weights: Weights, how: Arithmetic, scale: float = 1.0) -> bool:
         if not bool((off.abs() <= epsilon * sizes + least).all()):
             return False
     return True
+
+
+def reach(weights: Weights, how: Arithmetic) -> float:
+    """How far rounding of its entries, each by itself, may make M lean towards ΔW, as a share of ΔW.
+
+    No further than if all went one way, and than three times what the squares of their bounds add up to.
+    """
+    all_alike = alone = norm = 0.0
+    for rows in weights.blocks():
+        D = weights.change.float32(rows).double()
+        most = weights.change.magnitudes(rows, how.normal).double().mul_(D).abs_()
+        all_alike, alone = all_alike + float(most.sum()), alone + float(most.square().sum())
+        norm += float(D.square().sum())
+    return how.steps * _unit(how.formed) * min(all_alike, 3 * math.sqrt(alone)) / norm if norm else math.inf
 
 
 def share(weights: Weights, how: Arithmetic) -> float:

@@ -32,11 +32,13 @@ def of_scales(change: Change) -> dict[float, str]:
         >>> of_scales(Change([delta], torch.zeros(2, 2)))
         {2.0: 'applied twice', -1.0: 'subtracted: wrong sign, or --base and --merged swapped'}
     """
-    found = {2.0: ["applied twice"], -1.0: ["subtracted: wrong sign, or --base and --merged swapped"]}
+    causes = {2.0: ["applied twice"], -1.0: ["subtracted: wrong sign, or --base and --merged swapped"]}
 
     def add(scale: float, words: str) -> None:
         if scale > 0 and not math.isclose(scale, 1.0, rel_tol=1e-3):
-            found.setdefault(next((s for s in found if math.isclose(s, scale, rel_tol=1e-3)), scale), []).append(words)
+            causes.setdefault(next((s for s in causes if math.isclose(s, scale, rel_tol=1e-3)), scale), []).append(
+                words
+            )
 
     own = getattr(change.term or change.recipe, "scale", None)
     if own:
@@ -47,7 +49,7 @@ def of_scales(change: Change) -> dict[float, str]:
         add(1 / math.sqrt(r), "rsLoRA ignored: α/r in place of α/√r")
         add(math.sqrt(r), "α/√r (rsLoRA) in place of α/r, or α not divided by √r")
         add(float(r), "α not divided by r")
-    return {scale: "; or ".join(words) for scale, words in found.items()}
+    return {scale: "; or ".join(words) for scale, words in causes.items()}
 
 
 def place_of_damage(weights: Weights, how: Arithmetic) -> str:

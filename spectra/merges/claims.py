@@ -136,18 +136,18 @@ def _of_updates(updates: Source, pairs: Source) -> dict[str, Claim]:
     """name → the claim of each weight that the adapter changes: what it adds to one weight twice is added up."""
     by_name = {pair.name: pair for pair in pairs}
     by_place = {pair.base.ref: pair for pair in pairs if pair.base is not None}
-    found: dict[str, Claim] = {}
+    claims: dict[str, Claim] = {}
     for delta in updates:
         pair = by_name.get(delta.name) or (by_place.get(delta.base.ref) if delta.base else None)
         claim = _claim(delta, pair, pairs)
-        before = found.get(claim.name)
+        before = claims.get(claim.name)
         if before and _both_saved(before, claim):  # two values for one weight of M, which must be both
             for each in (before, claim):
                 own = each.updates[0].name
-                found[own] = replace(each, name=own)
+                claims[own] = replace(each, name=own)
         else:
-            found[claim.name] = _joined(before, claim) if before else claim
-    return found
+            claims[claim.name] = _joined(before, claim) if before else claim
+    return claims
 
 
 def _both_saved(first: Claim, second: Claim) -> bool:

@@ -62,10 +62,10 @@ def fit(weights: Weights) -> Fit:
     16-bit weights are summed up in float32, whose rounding is nothing beside theirs; others in float64.
     """
     narrow = weights.merged.dtype.itemsize == 2 and weights.base.dtype.itemsize == 2
-    found = _sums(weights, torch.float32) if narrow else None
-    if found is None or not _SAFE[0] < found.change < _SAFE[1]:
-        found = _sums(weights, torch.float64)
-    return found
+    sums = _sums(weights, torch.float32) if narrow else None
+    if sums is None or not _SAFE[0] < sums.change < _SAFE[1]:
+        sums = _sums(weights, torch.float64)
+    return sums
 
 
 def _sums(weights: Weights, work: torch.dtype) -> Fit:
@@ -109,14 +109,19 @@ def lean(weights: Weights, how: Arithmetic, scale: float = 1.0) -> tuple[float, 
         how: in which types W₀ and the sum were kept.
         scale: s.
     """
-    overlap = norm = squares = 0.0
+    sums = torch.zeros(5, dtype=torch.float64)
     for rows in weights.blocks():
         D = weights.change.float32(rows).double()
         expected = (how.before(weights.base[rows]) + scale * D).to(how.kept).double()
-        off = (weights.merged[rows].double() - expected) * D
-        overlap, squares = overlap + float(off.sum()), squares + float(off.square().sum())
-        norm += float(D.square().sum())
-    return (overlap / norm, math.sqrt(squares) / norm) if norm else (0.0, 0.0)
+        off, D = ((weights.merged[rows].double() - expected) * D).flatten(), D.square().flatten()
+        sums += torch.stack([off.sum(), D.sum(), off @ off, off @ D, D @ D])
+    overlap, norm, squares, mixed, fourth = sums.tolist()
+    if not norm:
+        return 0.0, 0.0
+    leaning = overlap / norm
+    # Of what is left beside the lean: the lean itself would hide itself where entries are few.
+    rest = squares - 2 * leaning * mixed + leaning**2 * fourth
+    return leaning, math.sqrt(max(rest, 0.0)) / norm
 
 
 def similarity(weights: Weights, *, of_update: bool = False) -> float:

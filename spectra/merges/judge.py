@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from spectra.lazy import torch
 from spectra.merges import causes
-from spectra.merges.bounds import Arithmetic, arithmetics, near, share, within
+from spectra.merges.bounds import Arithmetic, arithmetics, near, reach, share, within, wrong_entries
 from spectra.merges.change import Change
 from spectra.merges.claims import Claim
 from spectra.merges.fit import Fit, fit, lean, similarity, spread
@@ -57,11 +57,11 @@ def check(claim: Claim) -> tuple[MatrixCheck | None, Tensor | None]:
     if not claim.updates:
         return _kept(claim, row, base, merged), None
     weights = Weights(base, merged, Change(claim.updates, base), kept_in(merged))
-    found = fit(weights)
-    if not found.is_finite:
+    fitted = fit(weights)
+    if not fitted.is_finite:
         return replace(row, verdict="nonfinite", cause=f"{_nonfinite(weights)} holds NaN or infinity"), None
-    verdict = verdict_on(weights, found)
-    row = replace(row, scale=found.scale, residual=found.residual, rounding=found.rounding)
+    verdict = verdict_on(weights, fitted)
+    row = replace(row, scale=fitted.scale, residual=fitted.residual, rounding=fitted.rounding)
     return replace(row, verdict=verdict.word, replay=verdict.replay, cause=verdict.cause), verdict.sketch
 
 
@@ -79,19 +79,19 @@ def _kept(claim: Claim, row: MatrixCheck, base: Tensor, merged: Tensor) -> Matri
     return replace(row, verdict="untouched but changed", cause=_size(base, merged))
 
 
-def verdict_on(weights: Weights, found: Fit) -> Verdict:
+def verdict_on(weights: Weights, fitted: Fit) -> Verdict:
     """The verdict, from what needs least to what needs most.
 
     Args:
         weights: the matrix.
         found: its fit.
     """
-    replay = SUM if found.bitwise else replay_of(weights)
-    if replay and found.change and not weights.tells():
+    replay = SUM if fitted.bitwise else replay_of(weights)
+    if replay and fitted.change and not weights.tells():
         return Verdict("too small to tell", cause=_DROWNED)
     if replay:
         return Verdict("exact", replay)
-    if not found.change:
+    if not fitted.change:
         return Verdict("different", cause="ΔW is zero, and M is not W₀")
     ways = arithmetics(weights)
     for how in ways:
@@ -100,7 +100,7 @@ def verdict_on(weights: Weights, found: Fit) -> Verdict:
             return Verdict("too small to tell", cause=_DROWNED) if unsure else Verdict("rounded", how.name)
     if equals(weights.base, weights.merged):
         return Verdict("not applied", cause="M = W₀")
-    return _nearly(weights, found, ways) or _scaled(weights, found, ways) or _wrong(weights, found, ways)
+    return _nearly(weights, fitted, ways) or _scaled(weights, fitted, ways) or _wrong(weights, fitted, ways)
 
 
 def _leans_not(weights: Weights, how: Arithmetic) -> bool:
@@ -108,16 +108,16 @@ def _leans_not(weights: Weights, how: Arithmetic) -> bool:
     if how.formed.itemsize > 2:
         return True
     off, error = lean(weights, how)
-    return abs(off) <= max(_SURE * error, how.tolerance)
+    return abs(off) <= max(_SURE * error, how.tolerance) or abs(off) <= reach(weights, how)
 
 
-def _nearly(weights: Weights, found: Fit, ways: Sequence[Arithmetic]) -> Verdict | None:
+def _nearly(weights: Weights, fitted: Fit, ways: Sequence[Arithmetic]) -> Verdict | None:
     """Within a rounding or two of every entry, by an order of operations that is not known; or W₀ so near."""
-    scale = found.scale or 0.0
+    scale = fitted.scale or 0.0
     error = spread(weights, scale)
     for how in ways:
         off, _ = lean(weights, how)
-        if found.rest > 4 * found.stored or not near(weights, how) or abs(off) > max(_SURE * error, how.tolerance):
+        if fitted.rest > 4 * fitted.stored or not near(weights, how) or abs(off) > max(_SURE * error, how.tolerance):
             continue
         if scale <= _SURE * error:
             return Verdict("too small to tell", cause="M is as near to W₀ as to W₀ + ΔW")
@@ -150,10 +150,15 @@ def _refined(weights: Weights, how: Arithmetic, scale: float) -> float:
     return scale
 
 
-def _wrong(weights: Weights, found: Fit, ways: Sequence[Arithmetic]) -> Verdict:
+def _wrong(weights: Weights, fitted: Fit, ways: Sequence[Arithmetic]) -> Verdict:
     """Damaged, unrelated or different, with the likeliest cause."""
-    right, how = max(((share(weights, how), how) for how in ways), key=lambda pair: pair[0])
-    place = causes.place_of_damage(weights, how) if right >= _MOST else ""
+    shares = [share(weights, how) for how in ways]
+    right, how = max(zip(shares, ways, strict=True), key=lambda pair: pair[0])
+    place = ""
+    if right >= _MOST:
+        likely = [way for way, part in zip(ways, shares, strict=True) if part >= _MOST]
+        how = min(likely, key=lambda way: wrong_entries(weights, way))
+        place = causes.place_of_damage(weights, how)
     if place:
         return Verdict("damaged", cause=f"not as merged: {place}")
     if causes.applied_again(weights, how):
@@ -164,7 +169,7 @@ def _wrong(weights: Weights, found: Fit, ways: Sequence[Arithmetic]) -> Verdict:
     if right < _MOST and kin < _LEAST_COSINE:
         why = "M resembles neither W₀ nor W₀ + ΔW: another base"
         return Verdict("unrelated base", cause=why, sketch=causes.sketch(weights))
-    scale = found.scale or 0.0
+    scale = fitted.scale or 0.0
     error = spread(weights, scale)
     if right >= _MOST or (0.5 < scale < 1.5 and scale > _SURE * error):
         coded = causes.dequantised(weights, applied=True)

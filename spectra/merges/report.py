@@ -77,6 +77,9 @@ class MatrixCheck:
         return getattr(self, key)
 
 
+COLUMNS = tuple(MatrixCheck("", "exact").keys())
+
+
 @dataclass(frozen=True)
 class MergeReport:
     """Every matrix that the adapter changes, and every other one that the merged model changed all the same.
@@ -120,8 +123,8 @@ class MergeReport:
     @property
     def counts(self) -> dict[str, int]:
         """Verdict → number of matrices, the worst verdict first."""
-        found = Counter(row.verdict for row in self.matrices)
-        return {verdict: found[verdict] for verdict in VERDICTS if found[verdict]}
+        counted = Counter(row.verdict for row in self.matrices)
+        return {verdict: counted[verdict] for verdict in VERDICTS if counted[verdict]}
 
     @property
     def worst_first(self) -> list[MatrixCheck]:
@@ -137,8 +140,7 @@ class MergeReport:
         """One row per matrix: name, role, layer, verdict, scale, residual, rounding, replay, cause, note."""
         import pandas as pd
 
-        columns = MatrixCheck("", "exact").keys()
-        return pd.DataFrame([dict(row) for row in self.matrices], columns=columns)
+        return pd.DataFrame([dict(row) for row in self.matrices], columns=list(COLUMNS))
 
     def __iter__(self) -> Iterator[MatrixCheck]:
         return iter(self.matrices)

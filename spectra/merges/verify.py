@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spectra.engine.memory import READ_AHEAD, readable_size
 from spectra.engine.memory import memory_budget as budget_of
-from spectra.engine.memory import readable_size
 from spectra.errors import SourceError
+from spectra.files.far import expected
 from spectra.lazy import torch
 from spectra.merges import causes
 from spectra.merges.claims import Claim, Claims, open_claims
@@ -17,6 +18,8 @@ from spectra.merges.report import MatrixCheck, MergeReport, in_order
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from spectra.files.tensors import TensorRef
 
 _OPEN = ("different", "unrelated base")
 
@@ -74,7 +77,8 @@ def check_claims(
     workers = max(1, min(torch.get_num_threads(), len(claims), budget // max(1, largest)))
     unexplained: list[tuple[Claim, MatrixCheck, Tensor]] = []
     keep_freed_memory()
-    with thread_executor(workers, 1) as pool:
+    reads = [_read_of(claim) for claim in claims if claim.bytes <= budget]
+    with expected(reads, budget // READ_AHEAD, fetches=len(reads) > 1), thread_executor(workers, 1) as pool:
         futures = [pool.submit(_check, claim, budget) for claim in claims]
         try:
             for claim, future in zip(claims, futures, strict=True):
@@ -87,6 +91,12 @@ def check_claims(
             for future in futures:
                 future.cancel()
     yield from _explained(unexplained, claims)
+
+
+def _read_of(claim: Claim) -> list[TensorRef]:
+    pair = claim.pair.refs if claim.pair else ()
+    updates = (ref for delta in claim.updates if delta.recipe and claim.pair for ref in delta.recipe.refs)
+    return list(dict.fromkeys([*pair, *updates]))  # W₀ is handed to the updates that are formed from it
 
 
 def _check(claim: Claim, budget: int) -> tuple[MatrixCheck | None, Tensor | None]:

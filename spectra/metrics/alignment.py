@@ -110,8 +110,8 @@ def cosines(seen: AgainstBase) -> list[list[float]]:
 
     Reference: Shuttleworth et al. 2024, the heatmaps of LoRA against full fine-tuning.
     """
-    found: list[list[float]] = (seen.base_top.U.mT @ seen.tuned_top.U).abs().clamp(max=1.0).tolist()
-    return found
+    values: list[list[float]] = (seen.base_top.U.mT @ seen.tuned_top.U).abs().clamp(max=1.0).tolist()
+    return values
 
 
 def largest_cosines(seen: AgainstBase) -> list[float]:
@@ -121,8 +121,8 @@ def largest_cosines(seen: AgainstBase) -> list[float]:
     """
     known = seen.base.U[:, : seen.base.rank]
     near = (known.mT @ seen.tuned_top.U).abs()
-    found: list[float] = near.amax(0).clamp(max=1.0).tolist() if known.shape[1] else [0.0] * near.shape[1]
-    return found
+    largest: list[float] = near.amax(0).clamp(max=1.0).tolist() if known.shape[1] else [0.0] * near.shape[1]
+    return largest
 
 
 def intruders(seen: AgainstBase) -> int:
@@ -138,11 +138,11 @@ def intruders_chance(seen: AgainstBase) -> float:
 
     k·max(0, 1 − s·P(c² ≥ ε²)) with c² ~ Beta(½, (m − 1)/2): the union bound over W₀'s s vectors, exact from ε = 1/√2.
     """
-    m, found = seen.tuned_top.U.shape
+    m, count = seen.tuned_top.U.shape
     if m == 1:
         return 0.0
     near = 1.0 - float(betainc(0.5, (m - 1) / 2, min(seen.epsilon**2, 1.0)))
-    return found * max(0.0, 1.0 - seen.base.rank * near)
+    return count * max(0.0, 1.0 - seen.base.rank * near)
 
 
 def amplification(seen: AgainstBase) -> float:

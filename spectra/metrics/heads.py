@@ -56,8 +56,8 @@ def mean_pairwise(square: Sequence[Sequence[float]]) -> float:
 def _cosines(inner: Float64[Tensor, "N N"]) -> list[list[float]]:
     """Inner products over the lengths on their diagonal."""
     squares = inner.diagonal()
-    found = (inner / torch.outer(squares, squares).sqrt()).clamp(
+    clamped = (inner / torch.outer(squares, squares).sqrt()).clamp(
         -1.0, 1.0
     )  # 0/0 is NaN; squares multiplied: ±1 exactly
-    rows: list[list[float]] = found.tolist()
+    rows: list[list[float]] = clamped.tolist()
     return rows

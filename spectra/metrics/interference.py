@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from spectra.deltas.forms import Dense, Form, LowRank
 from spectra.metrics.alignment import Triplets
 from spectra.metrics.shared_basis import SharedBasis
+from spectra.metrics.sides import Side
 
 RESIDUAL = 0.05  # of ‖ΣΔ‖_F, what the directions that SAR counts may leave out
 _CANCELLED = 1e-12  # of Σ‖Δ‖_F: a sum that small is rounding
@@ -24,55 +24,41 @@ class Together:
     """The updates of one weight side by side, each as its triplets Δ_t = U_t Σ_t V_tᵀ.
 
     Attributes:
-        updates: all triplets of each update that are more than rounding; none of an update that is zero.
-        total: the triplets of ΣΔ; none where the updates cancel.
+        values: all singular values of each update that are more than rounding; none of an update that is zero.
+        left: U_t of every update.
+        right: V_t of every update.
+        total: the triplets of ΣΔ, in the bases of the two sides; none where the updates cancel.
 
     Example:
         >>> eye = torch.eye(2, dtype=torch.float64)
-        >>> two, minus_two = (Triplets(sign * eye[:, :1], torch.tensor([2.0]).double(), eye[:1]) for sign in (1, -1))
-        >>> seen = Together((two, minus_two), Triplets(eye[:, :0], torch.zeros(0).double(), eye[:0]))
+        >>> two, first = torch.tensor([2.0]).double(), eye[:, :1]
+        >>> nothing = Triplets(eye[:, :0], torch.zeros(0).double(), eye[:0])
+        >>> seen = Together((two, two), Side.of([first, -first]), Side.of([first, first]), nothing)
         >>> cosines(seen), norm_ratio(seen), sar(seen)
         ([[1.0, -1.0], [-1.0, 1.0]], 0.0, [nan, nan])
     """
 
-    updates: tuple[Triplets, ...]
+    values: tuple[Float64[Tensor, " _"], ...]
+    left: Side
+    right: Side
     total: Triplets
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return (self.total.U.shape[0], self.total.Vh.shape[1])
 
     @cached_property
     def norms(self) -> list[float]:
         """‖Δ_t‖_F."""
-        return [float(update.S.norm()) for update in self.updates]
-
-    @cached_property
-    def overlaps(self) -> tuple[Float64[Tensor, "R R"], Float64[Tensor, "R R"]]:
-        """UᵀU and VᵀV of all directions side by side, U = [U₁ | … | U_N], R = Σ ranks."""
-        U = torch.cat([update.U for update in self.updates], 1)
-        Vh = torch.cat([update.Vh for update in self.updates])
-        return U.mT @ U, Vh @ Vh.mT
+        return [float(values.norm()) for values in self.values]
 
     @cached_property
     def basis(self) -> SharedBasis:
         """What the updates share beside their mean."""
-        return SharedBasis(self.updates)
-
-    @cached_property
-    def values(self) -> Float64[Tensor, " R"]:
-        """All singular values, in the order of `overlaps`."""
-        return torch.cat([update.S for update in self.updates])
+        return SharedBasis(self.values, self.left, self.right)
 
 
-def sum_of(updates: Sequence[Triplets]) -> Form | None:
-    """ΣΔ: stacked factors while there are fewer of them than rows and columns; None where only rounding is left."""
-    left = torch.cat([update.U * update.S for update in updates], 1)
-    right = torch.cat([update.Vh for update in updates])
-    factored = LowRank(left, right)
-    form = factored if left.shape[1] < min(factored.shape) else Dense(left @ right)
-    return form if form.norm > _CANCELLED * sum(float(update.S.norm()) for update in updates) else None
+def sum_of(values: tuple[Tensor, ...], left: Side, right: Side) -> Float64[Tensor, "d e"]:
+    """ΣΔ in the bases of the two sides; exactly zero where only rounding would be left."""
+    total = left.together * torch.cat(values) @ right.together.mT
+    size = sum(float(own.norm()) for own in values)
+    return total if float(total.norm()) > _CANCELLED * size else torch.zeros_like(total)
 
 
 def cosines(seen: Together) -> list[list[float]]:
@@ -80,10 +66,9 @@ def cosines(seen: Together) -> list[list[float]]:
 
     ⟨Δ_s, Δ_t⟩ = Σᵢⱼ σᵢσⱼ (U_sᵀU_t)ᵢⱼ (V_sᵀV_t)ᵢⱼ.
     """
-    left, right = seen.overlaps
-    values = torch.cat([update.S / norm for update, norm in zip(seen.updates, seen.norms, strict=True)])
-    products = values[:, None] * left * right * values
-    sizes = [len(update.S) for update in seen.updates]
+    values = torch.cat([own / norm for own, norm in zip(seen.values, seen.norms, strict=True)])
+    products = values[:, None] * seen.left.overlap * seen.right.overlap * values
+    sizes = [len(own) for own in seen.values]
     blocks = [[float(block.sum()) for block in torch.split(rows, sizes, 1)] for rows in torch.split(products, sizes)]
     # ⟨Δ_t, Δ_t⟩ is rounded as ⟨Δ_s, Δ_t⟩ is: beside it, and not beside 1, an update and its negative have exactly −1.
     return [
@@ -98,8 +83,8 @@ def _cosine(inner: float, lengths: float) -> float:
 
 def mean_cosine(seen: Together) -> float:
     """The mean of `cosines` over the pairs of updates that have one; 0 by chance."""
-    found = [value for s, row in enumerate(cosines(seen)) for value in row[s + 1 :] if not math.isnan(value)]
-    return math.fsum(found) / len(found) if found else math.nan
+    values = [value for s, row in enumerate(cosines(seen)) for value in row[s + 1 :] if not math.isnan(value)]
+    return math.fsum(values) / len(values) if values else math.nan
 
 
 def norms(seen: Together) -> list[float]:
@@ -120,14 +105,14 @@ def sti_raw(seen: Together) -> float:
 
     Reference: Gargiulo et al. 2024 (TSV), singular task interference.
     """
-    left, right = seen.overlaps
+    left, right = seen.left.overlap, seen.right.overlap
     eye = torch.eye(len(left), dtype=left.dtype, device=left.device)
-    return float(((left - eye) * seen.values @ (right - eye)).abs().sum())
+    return float(((left - eye) * torch.cat(seen.values) @ (right - eye)).abs().sum())
 
 
 def sti(seen: Together) -> float:
     """`sti_raw` divided by Σσ over all updates, so that it does not grow with their size."""
-    total = float(seen.values.sum())
+    total = float(torch.cat(seen.values).sum())
     return sti_raw(seen) / total if total else math.nan
 
 
@@ -149,30 +134,30 @@ def sar(seen: Together) -> list[float]:
     """
     k = sar_k(seen)
     top = seen.total.U[:, :k]
-    kept = [float((top.mT @ update.U * update.S).norm()) for update in seen.updates]
+    kept = [float((top.mT @ U * values).norm()) for U, values in zip(seen.left.vectors, seen.values, strict=True)]
     return [inside / norm if k and norm else math.nan for inside, norm in zip(kept, seen.norms, strict=True)]
 
 
 def mean_sar(seen: Together) -> float:
     """The mean of `sar` over the updates that have one."""
-    found = [value for value in sar(seen) if not math.isnan(value)]
-    return math.fsum(found) / len(found) if found else math.nan
+    values = [value for value in sar(seen) if not math.isnan(value)]
+    return math.fsum(values) / len(values) if values else math.nan
 
 
 def sar_chance(seen: Together) -> float:
     """√(k/m): what `sar` is for an update that has nothing to do with the sum, in the root mean square."""
     k = sar_k(seen)
-    return math.sqrt(k / seen.shape[0]) if k else math.nan
+    return math.sqrt(k / seen.left.size) if k else math.nan
 
 
 def mean_share(seen: Together) -> float:
     """N·‖Δ̄‖_F² / Σ‖Δ‖_F², Δ̄ = ΣΔ/N: the share of the energy that is the updates' common mean; 1 where all are equal."""
-    return norm_ratio(seen) / len(seen.updates)
+    return norm_ratio(seen) / len(seen.values)
 
 
 def mean_share_chance(seen: Together) -> float:
     """1/N: what `mean_share` is for orthogonal updates, as unrelated ones are by chance."""
-    return 1 / len(seen.updates)
+    return 1 / len(seen.values)
 
 
 def shared_k(seen: Together) -> int:

@@ -76,8 +76,8 @@ def nearness(
     open_ = ((least.square() < epsilon**2) & (mass >= epsilon**2 - MARGIN)).nonzero().flatten()
     steps = 0
     if len(open_):
-        found, steps = _largest_mass(base, known, rest[:, open_], (epsilon**2 - 2 * MARGIN) / mass[open_])
-        bound[open_] = found * mass[open_]
+        mass_found, steps = _largest_mass(base, known, rest[:, open_], (epsilon**2 - 2 * MARGIN) / mass[open_])
+        bound[open_] = mass_found * mass[open_]
     return Nearness(least, torch.maximum(least.square(), bound).sqrt().clamp(max=1.0), steps)
 
 

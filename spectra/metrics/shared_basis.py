@@ -11,30 +11,32 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from spectra.metrics.alignment import Triplets
+from spectra.metrics.sides import Side, random_side
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 _ENERGY = 0.9  # of each update, which the directions that count have to hold at least
-_SEED = 0  # of the random updates: the same inputs give the same null
+_ROUNDING = 1e-12  # of the updates' energy: what is left under it without their mean is none
+_SEEDS = (0, 1)  # of the random updates, left and right: the same inputs give the same null
 
 
 @dataclass(frozen=True, eq=False)
 class SharedBasis:
     r"""The left singular directions of [Δ₁ − Δ̄ | … | Δ_N − Δ̄], Δ̄ = ΣΔ/N: what updates share beside their mean.
 
-    Σ_t (Δ_t − Δ̄)(Δ_t − Δ̄)ᵀ = U·K·Uᵀ with U = [U₁ | … | U_N] and K = Σ² − Σ·VVᵀ·Σ/N, so that no product is formed: its
-    eigenvalues are those of R·K·Rᵀ, where R is U's triangular factor.
+    Σ_t (Δ_t − Δ̄)(Δ_t − Δ̄)ᵀ = Σ_t Δ_tΔ_tᵀ − ΣΔ·(ΣΔ)ᵀ/N, in the bases of the two sides, so that no product is formed.
 
     Attributes:
-        updates: the triplets of each update; none of one that is zero.
+        values: the singular values of each update; none of one that is zero.
+        left: its left vectors.
+        right: its right ones.
 
     Example:
         >>> eye = torch.eye(4, dtype=torch.float64)
-        >>> two, minus_two = (Triplets(sign * eye[:, :1], torch.tensor([2.0]).double(), eye[:1]) for sign in (1, -1))
-        >>> basis = SharedBasis((two, minus_two))
-        >>> basis.k, basis.energies.tolist(), basis.kept()
+        >>> two, first = torch.tensor([2.0]).double(), eye[:, :1]
+        >>> basis = SharedBasis((two, two), Side.of([first, -first]), Side.of([first, first]))
+        >>> basis.k, basis.energies.tolist(), [round(kept, 12) for kept in basis.kept()]
         (1, [8.0], [1.0, 1.0])
 
     Reference: Stoica et al. 2024 (KnOTS) decompose [Δ₁ | … | Δ_N]; Kaushik et al. 2025 (arXiv 2512.05117) claim that
@@ -42,7 +44,9 @@ class SharedBasis:
     taken out here, and `null` stands beside.
     """
 
-    updates: tuple[Triplets, ...]
+    values: tuple[Float64[Tensor, " _"], ...]
+    left: Side
+    right: Side
 
     @cached_property
     def k(self) -> int:
@@ -50,22 +54,28 @@ class SharedBasis:
 
         The rank would be all of them for full fine-tunes, in which everything lies.
         """
-        return max((_needed(update.S) for update in self.updates), default=0)
+        return max(map(_needed, self.values), default=0)
 
     @cached_property
-    def _sides(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U (m, R), or its triangular factor (R, R) where that is smaller; all values; VVᵀ."""
-        U = torch.cat([update.U for update in self.updates], 1)
-        Vh = torch.cat([update.Vh for update in self.updates])
-        left = torch.linalg.qr(U, "r").R if U.shape[1] < U.shape[0] else U
-        return left, torch.cat([update.S for update in self.updates]), Vh @ Vh.mT
+    def _scaled(self) -> list[Float64[Tensor, "d _"]]:
+        """U_tΣ_t of each update."""
+        return [U * values for U, values in zip(self.left.vectors, self.values, strict=True)]
 
     @cached_property
-    def _eigen(self) -> tuple[Float64[Tensor, " s"], Float64[Tensor, "s s"]]:
-        """Energies, descending, and their directions in the coordinates of `_sides`."""
-        left, S, right = self._sides
-        inner = torch.diag(S**2) - S[:, None] * right * S / len(self.updates)
-        values, vectors = torch.linalg.eigh(left @ inner @ left.mT)
+    def _total(self) -> Float64[Tensor, "d e"]:
+        """ΣΔ."""
+        return torch.cat(self._scaled, 1) @ self.right.together.mT
+
+    @cached_property
+    def _square(self) -> Float64[Tensor, "d d"]:
+        """ΣΔ·(ΣΔ)ᵀ."""
+        return self._total @ self._total.mT
+
+    @cached_property
+    def _eigen(self) -> tuple[Float64[Tensor, " d"], Float64[Tensor, "d d"]]:
+        """Energies, descending, and their directions."""
+        everything = torch.cat(self._scaled, 1)
+        values, vectors = torch.linalg.eigh(everything @ everything.mT - self._square / len(self.values))
         return values.flip(0).clamp(min=0.0), vectors.flip(1)
 
     @property
@@ -81,42 +91,46 @@ class SharedBasis:
     def share_of(self, k: int) -> float:
         """The same of another number of directions."""
         values = self._eigen[0]
-        total, size = float(values.sum()), sum(float(update.S.square().sum()) for update in self.updates)
-        return float(values[:k].sum()) / total if total > 1e-12 * size else math.nan
+        total = float(values.sum())
+        return float(values[:k].sum()) / total if total > _ROUNDING * sum(self._energy) else math.nan
 
     def kept(self) -> list[float]:
         """‖P(Δ_t − Δ̄)‖²/‖Δ_t − Δ̄‖² of each update, P on the top k directions; NaN where an update is the mean."""
-        _, S, right = self._sides
         axes = self._eigen[1][:, : self.k]
-        found = []
-        for update, apart in zip(self.updates, self._apart(), strict=True):
-            inside, whole = (float(((rows @ right) * rows).sum()) for rows in (axes.mT @ apart, apart))
-            size = float(update.S.square().sum()) + float(S.square().sum()) / len(self.updates) ** 2
-            found.append(min(inside / whole, 1.0) if whole > 1e-12 * size else math.nan)
-        return found
+        mean = float(self._square.trace()) / len(self.values) ** 2
+        shares = []
+        for apart, energy in zip(self._apart(), self._energy, strict=True):
+            inside, whole = float(((apart @ axes) * axes).sum()), float(apart.trace())
+            shares.append(min(inside / whole, 1.0) if whole > _ROUNDING * (energy + mean) else math.nan)
+        return shares
 
     def null(self) -> float:
         """`share`, of as many directions, of random updates, each with the leading values that it has without the mean.
 
         As many values as its rank; their left and right directions are uniformly random, each update's by itself.
         """
-        right = self._sides[2]
-        without = []
-        for update, apart in zip(self.updates, self._apart(), strict=True):
-            values = torch.linalg.eigvalsh(apart @ right @ apart.mT).flip(0).clamp(min=0.0).sqrt()
-            without.append(Triplets(update.U, values[: len(update.S)], update.Vh))
-        return SharedBasis(random_like(without)).share_of(self.k)
+        values = tuple(
+            torch.linalg.eigvalsh(apart).flip(0).clamp(min=0.0).sqrt()[: len(own)]
+            for apart, own in zip(self._apart(), self.values, strict=True)
+        )
+        counts, device = [len(own) for own in values], self._square.device
+        left, right = (
+            random_side(side.size, counts, seed, device)
+            for side, seed in zip((self.left, self.right), _SEEDS, strict=True)
+        )
+        return SharedBasis(values, left, right).share_of(self.k)
 
-    def _apart(self) -> Iterator[Tensor]:
-        """Each Δ_t − Δ̄ as coefficients: of `_sides`' left axes and all of V's rows."""
-        left, S, _ = self._sides
-        everything, start = left * S, 0
-        for update in self.updates:
-            stop = start + len(update.S)
-            apart = -everything / len(self.updates)
-            apart[:, start:stop] += everything[:, start:stop]
-            yield apart
-            start = stop
+    @property
+    def _energy(self) -> list[float]:
+        """‖Δ_t‖² of each update."""
+        return [float(values.square().sum()) for values in self.values]
+
+    def _apart(self) -> Iterator[Float64[Tensor, "d d"]]:
+        """(Δ_t − Δ̄)(Δ_t − Δ̄)ᵀ of each update."""
+        count = len(self.values)
+        for scaled, V in zip(self._scaled, self.right.vectors, strict=True):
+            cross = scaled @ (self._total @ V).mT / count
+            yield scaled @ scaled.mT - cross - cross.mT + self._square / count**2
 
 
 def _needed(S: Tensor) -> int:
@@ -129,21 +143,3 @@ def _needed(S: Tensor) -> int:
         return 0
     held = S.square().cumsum(0) / S.square().sum()
     return min(int((held < _ENERGY * (1 - 1e-12)).sum()) + 1, len(S))
-
-
-def random_like(updates: Sequence[Triplets]) -> tuple[Triplets, ...]:
-    """Updates of the same singular values whose directions are uniformly random, left and right, each by itself.
-
-    Example:
-        >>> eye = torch.eye(4, dtype=torch.float64)
-        >>> (found,) = random_like([Triplets(eye[:, :2], torch.tensor([2.0, 1.0]).double(), eye[:2])])
-        >>> found.S.tolist(), bool(torch.allclose(found.U.mT @ found.U, eye[:2, :2]))
-        ([2.0, 1.0], True)
-    """
-    generator = torch.Generator().manual_seed(_SEED)
-
-    def directions(like: Tensor) -> Tensor:
-        drawn = torch.randn(like.shape, generator=generator, dtype=torch.float64)
-        return torch.linalg.qr(drawn.to(like.device)).Q
-
-    return tuple(Triplets(directions(update.U), update.S, directions(update.Vh.mT).mT) for update in updates)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from spectra.errors import TruncatedSpectrumError
 from spectra.spectrum import Spectrum
+
+_FOUND: WeakKeyDictionary[Spectrum, Spectrum] = WeakKeyDictionary()  # a row of a table asks a dozen times
 
 
 def signal(spectrum: Spectrum) -> Spectrum:
@@ -34,6 +37,14 @@ def signal(spectrum: Spectrum) -> Spectrum:
     edge = spectrum.noise_edge
     if edge is None or not len(spectrum.S):
         return spectrum
+    found = _FOUND.get(spectrum)
+    if found is None:
+        found = _FOUND[spectrum] = _above(edge, spectrum)
+    return found
+
+
+def _above(edge: float, spectrum: Spectrum) -> Spectrum:
+    """As `signal`, where an edge is known."""
     if not spectrum.complete and float(spectrum.S[-1]) > edge:
         raise TruncatedSpectrumError(
             f"all {len(spectrum.S)} values of {spectrum.name} that are there are above the rounding edge, and more may "

@@ -267,7 +267,7 @@ def pool(similarities: list[SubspaceSimilarity], name: str) -> SubspaceSimilarit
         grid=np.mean([item.grid[:k, :k] for item in similarities], axis=0),
         chance=np.mean([item.chance[:k, :k] for item in similarities], axis=0),
         angles=np.mean([item.angles[:k] for item in similarities], axis=0),
-        note=f"mean over {len(similarities)} matrices{short}",
+        note=f"mean over {text.matrices(len(similarities))}{short}",
         gap=float(np.min([item.gap for item in similarities])),
     )
 

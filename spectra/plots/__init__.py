@@ -24,6 +24,7 @@ from spectra.plots.similarity import grid_rows, plot_similarity
 from spectra.plots.squares import pairs_figure, plot_square, squares_figure
 from spectra.plots.stored import draw_results
 from spectra.plots.tables import Drawn
+from spectra.plots.verdicts import verdicts_figure
 
 __all__ = [
     "Comparison",
@@ -61,4 +62,5 @@ __all__ = [
     "similarity_figure",
     "squares_figure",
     "tops_figure",
+    "verdicts_figure",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,10 @@ import numpy as np
 
 from spectra import text
 from spectra.errors import SelectionError
+from spectra.plots.panels import panelled, put_legend
 from spectra.plots.similarity import tick_positions
-from spectra.plots.style import HEATMAP, curves, look, new_axes
+from spectra.plots.sizes import DEFAULT, arranged
+from spectra.plots.style import HEATMAP, curves, new_axes, stroke
 from spectra.printing import in_figure
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 _MOST_ROLES = 7
 _COLUMNS = 4
+_SQUARE, _BAR, _DECILES = (14.5, 17.5), 6.0, (24.0, 19.0)  # ems
 
 
 def plot_cosines(
@@ -47,10 +50,10 @@ def plot_cosines(
     ax.set_xticks(tick_positions(columns))
     ax.set_yticks(tick_positions(rows))
     ax.grid(visible=False)
-    ax.set_xlabel("j: top directions of W", fontsize=9)
-    ax.set_ylabel("i: top directions of W₀", fontsize=9)
-    ax.tick_params(labelsize=9)
-    ax.set_title(in_figure(title), fontsize=9)
+    ax.set_xlabel("j: top directions of W", fontsize="small")
+    ax.set_ylabel("i: top directions of W₀", fontsize="small")
+    ax.tick_params(labelsize="small")
+    ax.set_title(in_figure(title), fontsize="small")
     if colorbar and ax.figure is not None:
         ax.figure.colorbar(image, ax=ax, label="|cos(x_i, y_j)|", shrink=0.9)
     return ax
@@ -74,9 +77,9 @@ def plot_deciles(table: pd.DataFrame, *, side: str = "left", ax: Axes | None = N
     ax = new_axes(ax)
     tenths = np.arange(1, 11)
     for (role, rows), (colour, line) in zip(_by_role(table).items(), curves(), strict=False):
-        ax.plot(tenths, _mean(rows[f"{side}_deciles"]), color=colour, linestyle=line, marker="o", markersize=3,
+        ax.plot(tenths, _mean(rows[f"{side}_deciles"]), color=colour, linestyle=line, marker=".",
                 label=in_figure(role))  # fmt: skip
-        ax.plot(tenths, [_mean_chance(rows, side)] * 10, color=colour, linestyle=":", linewidth=0.9)
+        ax.plot(tenths, [_mean_chance(rows, side)] * 10, color=colour, linestyle=":", linewidth=stroke(0.6))
     ax.set_xticks(tenths)
     ax.set_ylim(0, None)
     ax.set_xlabel(f"tenths of W₀'s spectrum, largest σ first ({side})")
@@ -84,57 +87,58 @@ def plot_deciles(table: pd.DataFrame, *, side: str = "left", ax: Axes | None = N
     return ax
 
 
-def tops_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
+def tops_figure(table: pd.DataFrame, *, title: str = "", size: str = DEFAULT) -> Figure:
     """A heatmap of cosines per role, the mean over its matrices, under one colour scale.
 
     Args:
         table: what `alignment` gives.
         title: above all panels.
+        size: "column", "page" or "slide".
 
     Raises:
         SelectionError: there is nothing to draw.
     """
-    from spectra.plots.canvas import ShownFigure
-
     roles = _by_role(table)
-    columns = math.ceil(len(roles) / math.ceil(len(roles) / _COLUMNS))
-    rows = math.ceil(len(roles) / columns)
-    with look():
-        figure = ShownFigure(figsize=(2.9 * columns + 0.9, 3.1 * rows + (0.3 if title else 0)), layout="constrained")
-        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    layout = arranged(size, len(roles), _SQUARE, beside=_BAR, above=1.5 if title else 0.0, most=_COLUMNS)
+    with panelled(layout, title=title, squares=True) as (figure, axes):
         for (role, group), ax in zip(roles.items(), axes, strict=False):
-            plot_cosines(mean_cosines(group), title=_heading(role, group), colorbar=False, ax=ax)
-        for ax in axes[len(roles) :]:
-            ax.set_visible(False)
-        image = axes[0].images[0]
-        figure.colorbar(image, ax=axes, label="|cos(x_i, y_j)|", shrink=0.9)
-        if title:
-            figure.suptitle(in_figure(title), wrap=True)
+            heading = textwrap.fill(_heading(role, group), layout.letters(small=0.85))
+            plot_cosines(mean_cosines(group), title=heading, colorbar=False, ax=ax)
+        shrink = 1.8 / max(layout.rows, 2)
+        figure.colorbar(axes[0].images[0], ax=axes, label="|cos(x_i, y_j)|", shrink=shrink)
     return figure
 
 
-def deciles_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
+def deciles_figure(table: pd.DataFrame, *, title: str = "", size: str = DEFAULT) -> Figure:
     """The energy over W₀'s spectrum on both sides, with one legend.
 
     Args:
         table: what `alignment` gives.
-        title: above the panels.
+        title: above the panels; "" for what the first tenth has.
+        size: "column", "page" or "slide".
 
     Raises:
         SelectionError: there is nothing to draw.
     """
-    from spectra.plots.canvas import ShownFigure
-
-    with look():
-        figure = ShownFigure(figsize=(9.0, 3.9), layout="constrained")
-        axes = figure.subplots(1, 2, sharey=True)
+    layout = arranged(size, 2, _DECILES, above=5.0, stretched=True)
+    with panelled(layout, title=title or _first_tenth(table)) as (figure, axes):
         for side, ax in zip(("left", "right"), axes, strict=True):
             plot_deciles(table, side=side, ax=ax)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
-        if title:
-            figure.suptitle(in_figure(title), wrap=True)
+        highest = max(ax.get_ylim()[1] for ax in axes)
+        for ax in axes:
+            ax.set_ylim(0, highest)
+        put_legend(figure, axes[0], layout)
     return figure
+
+
+def _first_tenth(table: pd.DataFrame) -> str:
+    """What the figure of tenths says in a line."""
+    done = table[table["status"] == "ok"]
+    shares = [float(_mean(done[f"{side}_deciles"])[0]) for side in ("left", "right")]
+    chances = [_mean_chance(done, side) for side in ("left", "right")]
+    told = [f"{share:.0%} {side} (by chance {chance:.0%})"
+            for share, chance, side in zip(shares, chances, ("left", "right"), strict=True)]  # fmt: skip
+    return f"in the top tenth of W₀'s directions: {', '.join(told)}"
 
 
 def mean_cosines(rows: pd.DataFrame) -> np.ndarray:
@@ -177,7 +181,7 @@ def _by_role(table: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
 def _heading(role: str, rows: pd.DataFrame) -> str:
     count = int(rows["intruders"].sum())
     told = f"{count} {'intruder' if count == 1 else 'intruders'} in {text.matrices(len(rows))}"
-    return f"{role}: {told}" + ("\nmean over them" if len(rows) > 1 else "")
+    return f"{role}: {told}" + (", mean over them" if len(rows) > 1 else "")
 
 
 def _mean(lists: Sequence[Sequence[float]]) -> np.ndarray:

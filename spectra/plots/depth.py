@@ -29,7 +29,7 @@ _WIDE = 30.0  # largest over smallest value from which on a scale is logarithmic
 _WIDTH = 56  # characters that fit over and under axes of the usual size
 _UPRIGHT = 4  # columns that a stack's name needs beside others; over fewer it stands upright
 _LONGEST_LABEL, _LONGEST_LINE = 40, 500  # characters
-_LETTER = 4.6  # points of a letter of such a name
+_LETTER = 0.47  # ems of a letter of such a name
 _LABELS = 24  # numbers under the columns
 _OUTSIDE = 4  # matrices in no layer that are told
 _APART = ("side", "step")  # columns of tables that hold a matrix several times
@@ -217,9 +217,12 @@ def plot_depth(
 
 def put_title(grid: DepthGrid, ax: Axes, title: str, width: int = _WIDTH, **options: Any) -> None:
     """The title in lines of this many characters, clear of the stacks' names above the axes."""
+    import matplotlib as mpl
+
     words = [label for label, _, count in _stacks(grid.places) if count < _UPRIGHT]
-    above = _LETTER * max(map(len, words)) if words else 8 if _stacks(grid.places) else 0
-    pad = (9 if above else 6) + above
+    em = float(mpl.rcParams["font.size"])
+    above = _LETTER * em * max(map(len, words)) if words else 0.8 * em if _stacks(grid.places) else 0
+    pad = (0.9 * em if above else 0.6 * em) + above
     told = [shortened(line, _LONGEST_LINE) for line in title.splitlines()]
     lines = [textwrap.fill(line, width, break_on_hyphens=False) for line in told]
     ax.set_title(in_figure("\n".join(lines)), pad=pad, **options)
@@ -242,8 +245,15 @@ def draw_grid(
     _number_places(grid, ax)
     lines = [shortened(line, _LONGEST_LINE) for line in _below(grid, hatched=kind == "heatmap")]
     filled = "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in lines)
-    ax.set_xlabel(in_figure(filled), fontsize=9)
+    ax.set_xlabel(in_figure(filled))
     return ax
+
+
+def ems_around(grid: DepthGrid, letters: int) -> float:
+    """How much room the words above and below the axes need, in lines of so many letters."""
+    upright = [_LETTER * len(label) for label, _, count in _stacks(grid.places) if count < _UPRIGHT]
+    lines = [shortened(line, _LONGEST_LINE) for line in _below(grid, hatched=True)]
+    return max(upright, default=0.0) + 1.2 * sum(math.ceil(len(line) / letters) for line in lines)
 
 
 def _below(grid: DepthGrid, hatched: bool) -> list[str]:
@@ -318,8 +328,8 @@ def add_scale(grid: DepthGrid, ax: Axes, others: Sequence[Axes] = ()) -> None:
     several = int(grid.matrices.max())
     label = grid.metric + (f"\nmedian of up to {several:,} matrices" if several > 1 else "")
     bar = ax.figure.colorbar(ax.images[0], ax=[ax, *others], pad=0.02)
-    bar.set_label(label, fontsize=9)
-    bar.ax.tick_params(labelsize=8)
+    bar.set_label(label)
+    bar.ax.tick_params(labelsize="small")
 
 
 def _draw_lines(grid: DepthGrid, ax: Axes, limits: tuple[float, float], colorbar: bool) -> None:
@@ -331,9 +341,7 @@ def _draw_lines(grid: DepthGrid, ax: Axes, limits: tuple[float, float], colorbar
         for stack in dict.fromkeys(stacks):
             x = np.array([j for j, other in enumerate(stacks) if other == stack and np.isfinite(values[j])], dtype=int)
             if len(x):
-                ax.plot(
-                    x, values[x], color=colour, linestyle=line, marker="o", markersize=3, label=label and _label(label)
-                )
+                ax.plot(x, values[x], color=colour, linestyle=line, marker=".", label=label and _label(label))
                 label = None
     if is_wide(limits):
         ax.set_yscale("log")
@@ -341,7 +349,7 @@ def _draw_lines(grid: DepthGrid, ax: Axes, limits: tuple[float, float], colorbar
         ax.set_ylim(bottom=min(0.0, 1.05 * limits[0]))
     ax.set_ylabel(grid.metric)
     ax.set_xlim(-0.5, len(grid.places) - 0.5)
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _number_places(grid: DepthGrid, ax: Axes) -> None:
@@ -349,7 +357,7 @@ def _number_places(grid: DepthGrid, ax: Axes) -> None:
     places = grid.places
     step = math.ceil(len(places) / _LABELS)
     shown = [j for j, place in enumerate(places) if place.index and (place.index[-1] if step > 1 else 0) % step == 0]
-    ax.set_xticks(shown, [_label(places[j].label) for j in shown], fontsize=8)
+    ax.set_xticks(shown, [_label(places[j].label) for j in shown])
     if any(len(place.index) > 1 for place in places):
         ax.tick_params(axis="x", labelrotation=90)
     for label, first, count in _stacks(places):
@@ -358,7 +366,7 @@ def _number_places(grid: DepthGrid, ax: Axes) -> None:
             ax.axvline(first - 0.5, color="0.35", linewidth=1)
         ax.annotate(
             _label(label), (first + (count - 1) / 2, 1.0), (0, 3), xycoords=ax.get_xaxis_transform(),
-            textcoords="offset points", ha="center", va="bottom", fontsize=7, color="0.25",
+            textcoords="offset points", ha="center", va="bottom", fontsize="x-small", color="0.25",
             rotation=90 if count < _UPRIGHT else 0,
         )  # fmt: skip
 

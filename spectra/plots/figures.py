@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -10,26 +11,39 @@ from typing import TYPE_CHECKING, Any
 
 from spectra.errors import SelectionError, StoreError
 from spectra.metrics.similarity import SubspaceSimilarity
-from spectra.plots.depth import DepthGrid, Kind, depth_grid, depth_table, draw_grid, finding, put_title, value_range
-from spectra.plots.histogram import BINS, BinnedPanel, bin_pooled, draw_binned, pool_curves
+from spectra.plots.depth import (
+    DepthGrid,
+    Kind,
+    depth_grid,
+    depth_table,
+    draw_grid,
+    ems_around,
+    finding,
+    put_title,
+    value_range,
+)
+from spectra.plots.histogram import BINS, LONGEST_NAME, BinnedPanel, bin_pooled, draw_binned, pool_curves
+from spectra.plots.panels import panelled, put_legend
 from spectra.plots.places import place_of
 from spectra.plots.similarity import add_colorbar, heading, plot_similarity
+from spectra.plots.sizes import DEFAULT, Layout, arranged, size_of
 from spectra.plots.style import look
-from spectra.printing import in_figure
 from spectra.results.shelf import ANOTHER_PLACE
 from spectra.spectrum import Spectrum
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_USUAL = ("relative_norm", "norm", "stable_rank")  # the first where the base was read, else the second; and the third
+
 CLOSE_UP = 0.05
 FORMATS = ("png", "pdf", "svg")
 DEFAULT_FORMATS = ("png", "pdf")
-_COLUMNS = 3
-_ROW = 0.42  # inches of a curve's row
-_LEGEND_WIDTH = 72  # characters that fit twice beside each other
-_PANEL = 3.0  # inches: three in a row are legible across a printed page
-_WIDTH = 38  # characters over such a panel
+_MANY_PLACES = 12  # from which on pictures over depth are as wide as they may be
+_HISTOGRAM = 27.0  # ems: of a panel with its curves' names
+_ROW, _ROWS = 3.2, 16.0  # ems of a curve's row, and of what is above and below the rows
+_SQUARE, _BAR = 14.5, 5.5  # ems of a heatmap with its words, and of the colour bar
+_LINE = 1.15  # ems of a line of small text
 
 
 def histogram_figure(
@@ -38,6 +52,7 @@ def histogram_figure(
     title: str = "",
     bins: int = BINS,
     close_up: float = CLOSE_UP,
+    size: str = DEFAULT,
 ) -> Figure:
     """The −ln σ histogram, whole and close-up side by side, one legend below.
 
@@ -49,10 +64,11 @@ def histogram_figure(
         title: above both panels.
         bins: per panel.
         close_up: share of min(out, in) values per matrix in the right panel's window, see `plot_histogram`.
+        size: "column", "page" or "slide".
 
     Reference: Wang et al. 2023, Figs. 1 and 5.
     """
-    return draw_panels(histogram_panels(spectra, bins=bins, close_up=close_up), title=title)
+    return draw_panels(histogram_panels(spectra, bins=bins, close_up=close_up), title=title, size=size)
 
 
 def histogram_panels(
@@ -64,21 +80,16 @@ def histogram_panels(
     return bin_pooled(pooled, bins=bins), near
 
 
-def draw_panels(panels: Sequence[BinnedPanel], *, title: str = "") -> Figure:
-    """Panels of histograms side by side, with the last one's legend below."""
-    from spectra.plots.canvas import ShownFigure
-
-    with look():
-        height = 3.2 + _ROW * max(len(panels[0].curves), 2)
-        figure = ShownFigure(figsize=(5.4 * len(panels), height), layout="constrained")
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for panel, ax in zip(panels, axes, strict=True):
-            draw_binned(panel, ax)
-        if title:
-            figure.suptitle(in_figure(title), wrap=True)
-        handles, labels = axes[-1].get_legend_handles_labels()
-        one_column = len(panels[0].curves) <= _COLUMNS or max(map(len, labels)) > _LEGEND_WIDTH
-        figure.legend(handles, labels, loc="outside lower center", ncols=1 if one_column else 2, fontsize=9)
+def draw_panels(panels: Sequence[BinnedPanel], *, title: str = "", size: str = DEFAULT) -> Figure:
+    """Panels of histograms side by side, or below each other where the size is narrow, with one legend below."""
+    count = len(panels[0].curves)
+    names = 0.5 * min(max(len(curve.values.label) for curve in panels[0].curves), LONGEST_NAME) + 2.0
+    panel = (_HISTOGRAM, _ROWS + _ROW * max(count, 4))
+    layout = arranged(size, len(panels), panel, above=2.0 + _LINE * count, stretched=True)
+    with panelled(layout, title=title) as (figure, axes):
+        for binned, ax in zip(panels, axes, strict=True):
+            draw_binned(binned, ax, width=layout.letters(1 - names / layout.panel))
+        put_legend(figure, axes[-1], layout)
     return figure
 
 
@@ -88,6 +99,7 @@ def similarity_figure(
     title: str = "",
     labels: tuple[str, str] | Mapping[str, tuple[str, str]] = ("first update", "second update"),
     columns: int | None = None,
+    size: str = DEFAULT,
 ) -> Figure:
     """Several heatmaps of φ(i, j) under one colour scale.
 
@@ -95,40 +107,36 @@ def similarity_figure(
         similarities: panels in order, or title → panel; None leaves its place empty.
         title: above all panels.
         labels: what the two updates are, or panel's title → what they are there.
-        columns: panels in a row; None for rows of at most three, as even as they go.
+        columns: panels in a row; None for as many as the size holds, as even as they go.
+        size: "column", "page" or "slide".
 
     Raises:
         SelectionError: there is nothing to draw, a panel has no labels, or there are no columns.
 
     Reference: Wang et al. 2023, Fig. 4.
     """
-    from spectra.plots.canvas import ShownFigure
-
     panels = _titled(similarities)
     drawn = [item for item in panels.values() if item is not None]
     if not drawn:
         raise SelectionError("there is no similarity to draw")
     if columns is not None and columns < 1:
         raise SelectionError(f"columns={columns} is not a positive number of panels in a row")
-    columns = columns or math.ceil(len(panels) / math.ceil(len(panels) / _COLUMNS))
-    rows = math.ceil(len(panels) / columns)
-    lines = max(len(heading(item, name, _WIDTH).splitlines()) for name, item in panels.items() if item is not None)
-    with look():
-        height = (_PANEL - 0.1 + 0.17 * lines) * rows + (0.3 if title else 0)
-        figure = ShownFigure(figsize=(_PANEL * columns + 0.9, height), layout="constrained")
-        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    width = int(_SQUARE / 0.5)
+    lines = max(len(heading(item, name, width).splitlines()) for name, item in panels.items() if item is not None)
+    panel = (_SQUARE, _SQUARE + _LINE * (lines + 2.5))
+    layout = arranged(size, len(panels), panel, beside=_BAR, above=1.5 if title else 0.0, columns=columns)
+    with panelled(layout, title=title, squares=True) as (figure, axes):
         for ax, (name, item) in zip(axes, panels.items(), strict=False):
             if item is not None:
-                plot_similarity(item, title=name, labels=_pair(labels, name), width=_WIDTH, colorbar=False, ax=ax)
-        for ax in axes:
-            ax.set_visible(bool(ax.images))
-        add_colorbar(next(image for ax in axes for image in ax.images), drawn, axes, shrink=1.8 / max(rows, 2))
-        if title:
-            figure.suptitle(in_figure(title), wrap=True)
+                plot_similarity(item, title=name, labels=_pair(labels, name), width=width, colorbar=False, ax=ax)
+        image = next(image for ax in axes for image in ax.images)
+        add_colorbar(image, drawn, axes, shrink=1.8 / max(layout.rows, 2))
     return figure
 
 
-def depth_figure(runs: Any, metrics: Sequence[str] = (), *, kind: Kind = "heatmap", title: str = "") -> Figure:
+def depth_figure(
+    runs: Any, metrics: Sequence[str] = (), *, kind: Kind = "heatmap", title: str = "", size: str = DEFAULT
+) -> Figure:
     """Metrics over layer × role: for one run a panel each, for several a column per run and a row per metric.
 
     Runs whose layers are called alike share their rows and columns, and all runs share the scale of each metric.
@@ -139,51 +147,61 @@ def depth_figure(runs: Any, metrics: Sequence[str] = (), *, kind: Kind = "heatma
             was not read) and for its stable rank.
         kind: as for `plot_depth`.
         title: above all panels.
+        size: "column", "page" or "slide".
 
     Raises:
         SelectionError: as for `plot_depth`.
     """
-    return draw_depths(depth_grids(runs, metrics), kind=kind, title=title)
+    return draw_depths(depth_grids(runs, metrics), kind=kind, title=title, size=size)
 
 
-def draw_depths(grids: Mapping[tuple[str, str], DepthGrid], *, kind: Kind = "heatmap", title: str = "") -> Figure:
+def draw_depths(
+    grids: Mapping[tuple[str, str], DepthGrid], *, kind: Kind = "heatmap", title: str = "", size: str = DEFAULT
+) -> Figure:
     """Draw the grids of `depth_grids`."""
-    from spectra.plots.canvas import ShownFigure
-
     labels, metrics = ([*dict.fromkeys(key[place] for key in grids)] for place in (0, 1))
-    one_run = len(labels) == 1
-    most_rows = max(len(grid.rows) for grid in grids.values())
-    most_places = max(len(grid.places) for grid in grids.values())
-    width = 2.4 + min(max(0.24 * most_places, 2.4), 9.0) + (1.2 if kind == "lines" else 0)
-    height = 1.3 + max(0.26 * most_rows, 1.2)
-    rows, columns = (1, len(metrics)) if one_run else (len(metrics), len(labels))
-    with look():
-        figure = ShownFigure(figsize=(width * columns, height * rows + (0.3 if title else 0)), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False)
-        for place, metric in enumerate(metrics):
-            limits = value_range([grids[label, metric] for label in labels])
-            for column, label in enumerate(labels):
-                ax, grid = axes.T[place, 0] if one_run else axes[place, column], grids[label, metric]
-                last, characters = column == len(labels) - 1, int(9 * width)
-                draw_grid(grid, ax, kind=kind, limits=limits, colorbar=last or one_run, width=characters)
-                above = finding(grid) if one_run else f"{label}\n{finding(grid)}"
-                put_title(grid, ax, above, characters, fontsize=9)
-        if title:
-            figure.suptitle(in_figure(title), wrap=True)
+    layout = _depth_layout(grids, kind, size, len(labels), len(metrics), bool(title))
+    limits = {metric: value_range([grids[label, metric] for label in labels]) for metric in metrics}
+    with panelled(layout, title=title) as (figure, axes):
+        for ax, (metric, label) in zip(axes, itertools.product(metrics, labels), strict=False):
+            grid = grids[label, metric]
+            has_bar = len(labels) == 1 or layout.columns == 1 or label == labels[-1]
+            draw_grid(grid, ax, kind=kind, limits=limits[metric], colorbar=has_bar, width=layout.letters(0.75))
+            above = finding(grid) if len(labels) == 1 else f"{label}\n{finding(grid)}"
+            put_title(grid, ax, above, layout.letters(0.8))
     return figure
+
+
+def _depth_layout(
+    grids: Mapping[tuple[str, str], DepthGrid], kind: Kind, size: str, runs: int, metrics: int, titled: bool
+) -> Layout:
+    """Panels of one run stand where they fit; those of several beside each other, or all below each other."""
+    rows = max(len(grid.rows) for grid in grids.values())
+    places = max(len(grid.places) for grid in grids.values())
+    names = 0.5 * min(max((len(row) for grid in grids.values() for row in grid.rows), default=0), 40)
+    around = names + _BAR + 1.5 + (names if kind == "lines" else 0.0)
+    width = around + min(max(0.8 * places, 11.0), size_of(size).widest - around)
+    words = max(ems_around(grid, int(width)) for grid in grids.values())
+    panel = (width, 8.0 + words + max(1.4 * rows, 8.0))
+    options: Any = {"above": 2.0 if titled else 0.0, "stretched": places > _MANY_PLACES or metrics > 1}
+    if runs == 1:
+        return arranged(size, metrics, panel, most=metrics, **options)
+    beside = arranged(size, runs * metrics, panel, columns=runs, **options)
+    fits = beside.inches[0] <= size_of(size).width and beside.text >= 0.8 * size_of(size).text
+    return beside if fits else arranged(size, runs * metrics, panel, columns=1, **options)
 
 
 def depth_grids(runs: Any, metrics: Sequence[str] = ()) -> dict[tuple[str, str], DepthGrid]:
     """(run's label, metric) → the numbers of `depth_figure`: the same stacks have the same rows and columns."""
     labelled: Mapping[str, Any] = runs if isinstance(runs, Mapping) else {"": runs}
-    read = {label: depth_table(run, metrics) for label, run in labelled.items()}
+    read = {label: depth_table(run, metrics or _USUAL) for label, run in labelled.items()}
     names = {label: [str(row.get("name")) for row in rows] for label, rows in read.items()}
     stacks = {label: {place_of(name).stack for name in own} - {""} for label, own in names.items()}
     like = {
         label: [name for other, theirs in names.items() if not stacks[other].isdisjoint(own) for name in theirs]
         for label, own in stacks.items()
     }
-    chosen = metrics or ["relative_norm" if _has(read.values(), "relative_norm") else "norm", "stable_rank"]
+    chosen = metrics or [_USUAL[0] if _has(read.values(), _USUAL[0]) else _USUAL[1], _USUAL[2]]
     return {
         (label, metric): depth_grid(rows, metric, like=like[label]) for metric in chosen for label, rows in read.items()
     }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectra.plots.figures import save_figure
 from spectra.plots.interference import roles_over_depth_figure
+from spectra.plots.sizes import DEFAULT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,21 +21,23 @@ _OVER_DEPTH: dict[str, tuple[str, str | float]] = {
 }
 
 
-def heads_figure(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> Figure:
+def heads_figure(rows: Iterable[Mapping[str, Any]], *, title: str = "", size: str = DEFAULT) -> Figure:
     """The mean pairwise cosine of heads, that of their updates, and the heads' norm over the layers, a line per role.
 
     Args:
         rows: what `head_similarity` gives.
         title: above the panels.
+        size: "column", "page" or "slide".
 
     Raises:
         SelectionError: no module in a layer has numbers.
 
     Reference: Liu et al. 2025 (R-LoRA), the figure of its heads' similarity.
     """
-    return roles_over_depth_figure(rows, title=title or "heads over the layers; dotted: by chance", columns=_OVER_DEPTH)
+    above = title or "heads over the layers; dotted: by chance"
+    return roles_over_depth_figure(rows, title=above, columns=_OVER_DEPTH, size=size)
 
 
-def draw_heads(rows: Iterable[Mapping[str, Any]], out: str | Path) -> list[Path]:
+def draw_heads(rows: Iterable[Mapping[str, Any]], out: str | Path, *, size: str = DEFAULT) -> list[Path]:
     """Draw `heads_figure` into a directory, where heads.csv has its numbers; gives the files."""
-    return save_figure(heads_figure(rows), Path(out) / "heads")
+    return save_figure(heads_figure(rows, size=size), Path(out) / "heads")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spectra.errors import SelectionError
-from spectra.plots.style import curves, new_axes
+from spectra.plots.style import curves, legend_below, new_axes, stroke
 from spectra.printing import in_figure
 from spectra.results.collection import Spectra
 from spectra.spectrum import DONE, Spectrum
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 BINS = 100
 _ROOM = 1.08  # height of a row, by that of the tallest bar
-_BELOW = 48 / 72  # inches: below the numbers and the label of the axis
 _TICKS = 6
-_LABEL = 22  # characters in a line beside a row
+_WIDTH = 56  # characters over and under axes of the usual size
+LONGEST_NAME = 22  # characters in a line beside a row
 # What the heights are → the label of the axis.
 STATS = {
     "percent": "% of the curve's values",
@@ -191,18 +191,8 @@ def plot_histogram(
     """
     ax = draw_binned(bin_pooled(pool_curves(spectra), bins=bins, close_up=close_up, stat=stat), ax)
     if legend:
-        _legend_below(ax)
+        legend_below(ax)
     return ax
-
-
-def _legend_below(ax: Axes) -> None:
-    """The legend under the axes, where it covers no data."""
-    from matplotlib.transforms import ScaledTranslation
-
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    below = ax.transAxes + ScaledTranslation(0, -_BELOW, figure.dpi_scale_trans)
-    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below)
 
 
 def bin_pooled(
@@ -223,8 +213,11 @@ def bin_pooled(
     return BinnedPanel(edges, tuple(curves_of), stat, close_up)
 
 
-def draw_binned(panel: BinnedPanel, ax: Axes | None = None) -> Axes:
-    """Draw what `bin_pooled` counted: a filled row per curve on a common scale, or lines that climb for "at_least"."""
+def draw_binned(panel: BinnedPanel, ax: Axes | None = None, *, width: int = _WIDTH) -> Axes:
+    """Draw what `bin_pooled` counted: a filled row per curve on a common scale, or lines that climb for "at_least".
+
+    The title's lines, and the words below, have `width` characters.
+    """
     from matplotlib.ticker import MaxNLocator
 
     ax = new_axes(ax)
@@ -235,11 +228,15 @@ def draw_binned(panel: BinnedPanel, ax: Axes | None = None) -> Axes:
         _draw_rows(panel, ax)
     _shade_rounding(ax, [binned.values for binned in panel.curves], low, high)
     ax.set_xlim(low, high)
-    ax.xaxis.set_major_locator(MaxNLocator(_TICKS))
+    ax.xaxis.set_major_locator(MaxNLocator(max(min(width // 9, _TICKS), 3)))
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}\n{_sigma(x)}".replace("-", "−"))
-    ax.set_xlabel("−ln σ of ΔW, with σ below it   (large σ at the left)")
-    ax.set_title(in_figure(finding(panel)), fontsize=10)
+    ax.set_xlabel(textwrap.fill("−ln σ of ΔW (below it σ; large σ at the left)", width))
+    ax.set_title(in_figure(_filled(finding(panel), width)))
     return ax
+
+
+def _filled(words: str, width: int) -> str:
+    return "\n".join(textwrap.fill(line, width) for line in words.splitlines())
 
 
 def _sigma(x: float) -> str:
@@ -260,18 +257,18 @@ def _draw_rows(panel: BinnedPanel, ax: Axes) -> None:
         # The patch keeps the heights as they are; what lifts it is its transform.
         lifted = Affine2D().translate(0, base) + ax.transData
         ax.stairs(
-            binned.heights, panel.edges, fill=True, facecolor=(colour, 0.75), edgecolor=colour, linewidth=0.8,
+            binned.heights, panel.edges, fill=True, facecolor=(colour, 0.75), edgecolor=colour, linewidth=stroke(0.5),
             label=in_figure(binned.values.legend), transform=lifted,
         )  # fmt: skip
         if count > 1:
-            ax.axhline(base, color=colour, linewidth=0.8)
+            ax.axhline(base, color=colour, linewidth=stroke(0.5))
     ax.set_ylim(0, count * step)
     if count == 1:
         ax.set_ylabel(STATS[panel.stat])
         return
     ax.set_yticks(
         [(count - 1 - place) * step for place in range(count)],
-        [in_figure("\n".join(textwrap.wrap(curve.values.label, _LABEL))) for curve in panel.curves],
+        [in_figure("\n".join(textwrap.wrap(curve.values.label, LONGEST_NAME))) for curve in panel.curves],
     )
     ax.tick_params(axis="y", length=0)
     for label in ax.get_yticklabels():
@@ -284,7 +281,7 @@ def _draw_climbs(panel: BinnedPanel, ax: Axes) -> None:
     """A line per curve on a logarithmic axis, from the largest value on."""
     for binned, (colour, line) in zip(panel.curves, curves(), strict=False):
         ax.stairs(
-            binned.heights, panel.edges, baseline=None, edgecolor=colour, linestyle=line, linewidth=1.6,
+            binned.heights, panel.edges, baseline=None, edgecolor=colour, linestyle=line, linewidth=stroke(),
             label=in_figure(binned.values.legend),
         )  # fmt: skip
     least = min(float(curve.heights[curve.heights > 0].min()) for curve in panel.curves if curve.heights.any())
@@ -328,4 +325,4 @@ def _shade_rounding(ax: Axes, drawn: Sequence[PooledValues], low: float, high: f
     edge = float(np.median(edges))
     if low < edge < high:
         ax.axvspan(edge, high, color="0.5", alpha=0.15, linewidth=0, zorder=0)
-        ax.axvline(edge, color="0.25", linewidth=1, linestyle=":", label="storage-rounding edge (median)")
+        ax.axvline(edge, color="0.25", linewidth=stroke(0.7), linestyle=":", label="storage-rounding edge (median)")

@@ -11,8 +11,10 @@ import numpy as np
 
 from spectra.errors import SelectionError
 from spectra.plots.figures import save_figure
-from spectra.plots.squares import DIVERGING, short_names, square_rows, squares_figure
-from spectra.plots.style import curves, look, new_axes
+from spectra.plots.panels import panelled, put_label, put_legend, put_title
+from spectra.plots.sizes import DEFAULT, arranged
+from spectra.plots.squares import DIVERGING, most_alike, short_names, square_rows, squares_figure
+from spectra.plots.style import curves, new_axes, stroke
 from spectra.printing import in_figure
 from spectra.results.shelf import write
 from spectra.results.tables import to_csv
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLUMNS = 3
+_PANEL, _LETTERS = (18.0, 17.0), 18  # ems of a panel, and characters along its height
 Rows = Iterable[Mapping[str, Any]]
 # Column → what the axis says, and the column of its level by chance, or that level.
 OVER_DEPTH: dict[str, tuple[str, str | float]] = {
@@ -58,35 +61,38 @@ def plot_roles_over_depth(
     for (colour, dashes), (role, values) in zip(curves(), lines.items(), strict=False):
         ax.plot(list(values), list(values.values()), color=colour, linestyle=dashes, marker=".", label=in_figure(role))
         if role in levels:
-            ax.plot(list(levels[role]), list(levels[role].values()), color=colour, linestyle=":", linewidth=0.9)
+            ax.plot(list(levels[role]), list(levels[role].values()), color=colour, linestyle=":", linewidth=stroke(0.6))
     if not isinstance(chance, str) and not math.isnan(chance):
-        ax.axhline(chance, color="black", linestyle=":", linewidth=0.9)
+        ax.axhline(chance, color="black", linestyle=":", linewidth=stroke(0.6))
     ax.set_xlabel("layer")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylabel(in_figure(label or column))
     return ax
 
 
-def cosines_figure(rows: Rows, labels: Sequence[str], *, title: str = "") -> Figure:
+def cosines_figure(rows: Rows, labels: Sequence[str], *, title: str = "", size: str = DEFAULT) -> Figure:
     """The cosine of every two updates, a square per role, each the mean over the role's matrices.
 
     Args:
         rows: what `interference` gives.
         labels: what the updates are called.
-        title: above all panels.
+        title: above all panels; "" for which two updates have the largest one.
+        size: "column", "page" or "slide".
 
     Raises:
         SelectionError: no matrix has cosines.
     """
-    squares = mean_squares(records(rows))
-    return squares_figure(
-        squares, short_names(labels), title=title or "cosines of updates", label="cosine", limits=(-1.0, 1.0),
-        colours=DIVERGING,
-    )  # fmt: skip
+    squares, named = mean_squares(records(rows)), short_names(labels)
+    above = title or (f"cosines of updates; {most_alike(next(iter(squares.values())), named)}" if squares else "")
+    return squares_figure(squares, named, title=above, label="cosine", limits=(-1.0, 1.0), colours=DIVERGING, size=size)
 
 
 def roles_over_depth_figure(
-    rows: Rows, *, title: str = "", columns: Mapping[str, tuple[str, str | float]] = OVER_DEPTH
+    rows: Rows,
+    *,
+    title: str = "",
+    columns: Mapping[str, tuple[str, str | float]] = OVER_DEPTH,
+    size: str = DEFAULT,
 ) -> Figure:
     """Numbers over the layers, a panel each with a line per role, and what chance would give, dotted.
 
@@ -94,29 +100,29 @@ def roles_over_depth_figure(
         rows: a table with role, layer and these columns.
         title: above all panels.
         columns: column → the axis' label, and the column or the number that is its level by chance.
+        size: "column", "page" or "slide".
 
     Raises:
         SelectionError: none of the columns has a number.
     """
-    from spectra.plots.canvas import ShownFigure
-
     table = records(rows)
     drawn = {column: words for column, words in columns.items() if _by_role(table, column)}
     if not drawn:
         raise SelectionError("no matrix in a layer has a number to draw over the layers")
-    with look():
-        across = min(len(drawn), _COLUMNS)
-        down = math.ceil(len(drawn) / across)
-        figure = ShownFigure(figsize=(3.6 * across, 2.9 * down + 0.6), layout="constrained")
-        axes = list(figure.subplots(down, across, squeeze=False).flat)
-        for ax in axes[len(drawn) :]:
-            ax.set_visible(False)
+    layout = arranged(size, len(drawn), _PANEL, above=5.0, most=_COLUMNS, stretched=True)
+    with panelled(layout, title=title or "over the layers; dotted: by chance") as (figure, axes):
         for ax, (column, (label, chance)) in zip(axes, drawn.items(), strict=False):
             plot_roles_over_depth(table, column=column, label=label, chance=chance, ax=ax)
-        handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 8), fontsize=9)
-        figure.suptitle(in_figure(title or "over the layers; dotted: by chance"), fontsize=11, wrap=True)
+            put_label(ax, label, _LETTERS)
+            put_title(ax, _median(table, column), layout)
+        put_legend(figure, axes[0], layout)
     return figure
+
+
+def _median(table: Sequence[Mapping[str, Any]], column: str) -> str:
+    """What a panel says in a word: the median over everything that it draws."""
+    drawn = [value for values in _by_role(table, column).values() for value in values.values()]
+    return f"median {np.median(drawn):.3g}"
 
 
 def mean_squares(table: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
@@ -132,13 +138,14 @@ def mean_squares(table: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     return {role: _mean(squares) for role, squares in groups.items() if squares}
 
 
-def draw_interference(rows: Rows, out: str | Path, labels: Sequence[str]) -> list[Path]:
+def draw_interference(rows: Rows, out: str | Path, labels: Sequence[str], *, size: str = DEFAULT) -> list[Path]:
     """Draw what `interference` gives into a directory: `cosines` and `interference_depth`, each with its csv.
 
     Args:
         rows: its rows.
         out: the directory.
         labels: what the updates are called.
+        size: "column", "page" or "slide".
 
     Returns:
         The files that were written.
@@ -148,9 +155,9 @@ def draw_interference(rows: Rows, out: str | Path, labels: Sequence[str]) -> lis
     if not squares:
         return []
     write(target / "cosines.csv", to_csv(square_rows(squares, labels, "cosine")).encode())
-    files = [*save_figure(cosines_figure(table, labels), target / "cosines"), target / "cosines.csv"]
+    files = [*save_figure(cosines_figure(table, labels, size=size), target / "cosines"), target / "cosines.csv"]
     if any(_by_role(table, column) for column in OVER_DEPTH):  # its numbers are those of interference.csv
-        files += save_figure(roles_over_depth_figure(table), target / "interference_depth")
+        files += save_figure(roles_over_depth_figure(table, size=size), target / "interference_depth")
     return files
 
 
@@ -169,13 +176,13 @@ def _mean(squares: Sequence[np.ndarray]) -> np.ndarray:
 
 def _by_role(table: Sequence[Mapping[str, Any]], column: str) -> dict[str, dict[int, float]]:
     """Role → layer → the mean of a column; of matrices in layers that have a number there."""
-    found: dict[str, dict[int, list[float]]] = {}
+    by_role: dict[str, dict[int, list[float]]] = {}
     for row in table:
         value, layer = row.get(column), row.get("layer")
         if value is None or layer is None or math.isnan(value) or math.isnan(layer):
             continue
-        found.setdefault(row["role"], {}).setdefault(int(layer), []).append(float(value))
+        by_role.setdefault(row["role"], {}).setdefault(int(layer), []).append(float(value))
     return {
         role: {layer: math.fsum(values) / len(values) for layer, values in sorted(layers.items())}
-        for role, layers in found.items()
+        for role, layers in by_role.items()
     }

@@ -139,10 +139,10 @@ def ordered_places(names: Iterable[str]) -> list[Place]:
 
 
 def _flow(stack: str) -> float:
-    found = [place for place, pattern in enumerate(_FLOW) if re.search(pattern, stack)]
-    if not found:
+    places = [place for place, pattern in enumerate(_FLOW) if re.search(pattern, stack)]
+    if not places:
         return _FLOW_DEFAULT
-    return found[0] if found[0] == 0 else found[-1]  # a text encoder comes first, a vision tower's encoder does not
+    return places[0] if places[0] == 0 else places[-1]  # a text encoder comes first, a vision tower's encoder does not
 
 
 def stack_labels(places: Sequence[Place]) -> dict[str, str]:

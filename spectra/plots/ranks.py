@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from spectra.extraction.ranks import kept_by_budget, kept_by_uniform_rank
-from spectra.plots.style import curves, new_axes
+from spectra.plots.style import curves, legend_below, new_axes
 from spectra.printing import in_figure
 from spectra.spectrum import Spectrum
 
@@ -40,15 +40,15 @@ def plot_kept_energy(spectra: Iterable[Spectrum], *, label: str = "", ax: Axes |
     colour, line = next(styles)
     powers = [2**place - 1 for place in range(len(uniform.kept).bit_length())]
     ax.plot(
-        uniform.parameters, uniform.kept, color=colour, linestyle=line, marker="o", markersize=4, markevery=powers,
+        uniform.parameters, uniform.kept, color=colour, linestyle=line, marker=".", markevery=powers,
         label=in_figure(f"{before}one rank for all"),
     )  # fmt: skip
     for place in powers:
         at = (uniform.parameters[place], uniform.kept[place])
-        ax.annotate(f"r = {place + 1}", at, (4, -9), textcoords="offset points", fontsize=7, color=colour)
+        ax.annotate(f"r = {place + 1}", at, (4, -9), textcoords="offset points", fontsize="x-small", color=colour)
     ax.set_xscale("log")
     ax.set_ylim(0, 1.02)
     ax.set_xlabel("parameters of all factors")
     ax.set_ylabel("kept energy  Σσ² kept / Σ‖ΔW‖²")
-    ax.legend(fontsize=8)
+    legend_below(ax)
     return ax

@@ -9,7 +9,7 @@ import numpy as np
 
 from spectra.errors import SelectionError, TruncatedSpectrumError
 from spectra.metrics.rank import rank_at
-from spectra.plots.style import curves, new_axes
+from spectra.plots.style import curves, legend_below, new_axes
 from spectra.printing import in_figure
 from spectra.results.collection import Spectra
 from spectra.spectrum import Spectrum
@@ -67,7 +67,7 @@ def plot_scree(
             else "top of the spectra only"
         )
         name = f"{label}: {matrices(len(members))}, {said}" if label else f"{matrices(len(members))}, {said}"
-        ax.plot(index, middle, color=colour, linestyle=line, linewidth=1.6, label=in_figure(name))
+        ax.plot(index, middle, color=colour, linestyle=line, label=in_figure(name))
         if len(members) > 1:
             ax.fill_between(index, low, high, color=colour, alpha=0.15, linewidth=0)
         if ranks:
@@ -78,7 +78,7 @@ def plot_scree(
     ax.set_xlabel("index i of the direction, the strongest first")
     ax.set_ylabel("σ_i of ΔW")
     if legend:
-        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the axes, over no data
+        legend_below(ax)
     return ax
 
 

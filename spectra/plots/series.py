@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectra.errors import SelectionError
-from spectra.plots.style import curves, look, new_axes
+from spectra.plots.panels import panelled, put_label, put_legend, put_title
+from spectra.plots.sizes import DEFAULT, arranged
+from spectra.plots.style import curves, new_axes, stroke
 from spectra.printing import in_figure
 from spectra.results.series import by_role
 
@@ -35,6 +37,7 @@ _FIGURE = (
     "phi_to_last", "phi_to_previous", "start_left", "start_right",
 )  # fmt: skip
 _COLUMNS = 4
+_PANEL, _LETTERS = (17.0, 16.5), 18  # ems of a panel, and characters along its height
 _MOST_ROLES = 7
 
 
@@ -64,17 +67,19 @@ def plot_series(table: pd.DataFrame, *, metric: str = "norm", ax: Axes | None = 
             continue
         middle, low, high = groups.median(), groups.quantile(0.25), groups.quantile(0.75)
         ax.fill_between(middle.index, low, high, color=colour, alpha=0.15, linewidth=0)
-        ax.plot(middle.index, middle, color=colour, linestyle=line, marker="o", markersize=3, label=in_figure(role))
+        ax.plot(middle.index, middle, color=colour, linestyle=line, marker=".", label=in_figure(role))
         if f"{metric}_chance" in done:
             chance = done[done["role"] == role].groupby("step")[f"{metric}_chance"].median()
-            ax.plot(chance.index, chance, color=colour, linestyle=":", linewidth=0.9)
+            ax.plot(chance.index, chance, color=colour, linestyle=":", linewidth=stroke(0.6))
     ax.set_xlabel("step")
     ax.set_ylabel(SERIES_LABELS[metric])
     ax.set_ylim(0, 1.03 if metric in _SHARES else None)
     return ax
 
 
-def series_figure(table: pd.DataFrame, *, title: str = "", metrics: Sequence[str] = _FIGURE) -> Figure:
+def series_figure(
+    table: pd.DataFrame, *, title: str = "", metrics: Sequence[str] = _FIGURE, size: str = DEFAULT
+) -> Figure:
     """The metrics of an update along training, a panel each, with one legend.
 
     Metrics without a value get no panel. Roles beyond the seventh are left out.
@@ -83,31 +88,30 @@ def series_figure(table: pd.DataFrame, *, title: str = "", metrics: Sequence[str
         table: what `series` gives.
         title: above the panels.
         metrics: columns of the table.
+        size: "column", "page" or "slide".
 
     Raises:
         SelectionError: there is nothing to draw.
     """
-    from spectra.plots.canvas import ShownFigure
-
     done = table[table["status"] == "ok"]
     there = [name for name in metrics if name in done and done[name].notna().any()]
     if not there:
         raise SelectionError("no checkpoint has an update to draw")
-    columns = min(_COLUMNS, len(there))
-    rows = -(-len(there) // columns)
-    with look():
-        figure = ShownFigure(figsize=(3.1 * columns, 2.6 * rows + 0.6), layout="constrained")
-        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    layout = arranged(size, len(there), _PANEL, above=4.0, most=_COLUMNS, stretched=True)
+    with panelled(layout, title=title) as (figure, axes):
         for name, ax in zip(there, axes, strict=False):
             plot_series(table, metric=name, ax=ax)
-            ax.tick_params(labelsize=8)
-        for ax in axes[len(there) :]:
-            ax.set_visible(False)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 7), fontsize=9)
-        if title:
-            figure.suptitle(in_figure(title), wrap=True)
+            put_label(ax, SERIES_LABELS[name], _LETTERS)
+            put_title(ax, _from_to(done, name), layout)
+        put_legend(figure, axes[0], layout)
     return figure
+
+
+def _from_to(done: pd.DataFrame, metric: str) -> str:
+    """What a panel says: the medians over all matrices at its first and its last step."""
+    middle = done[done[metric].notna()].groupby("step")[metric].median()
+    first, last = (f"{middle.iloc[place]:.2g} at {middle.index[place]:,}" for place in (0, -1))
+    return first if len(middle) == 1 else f"{first}, {last}"
 
 
 def left_out_roles(table: pd.DataFrame) -> list[str]:

@@ -9,6 +9,7 @@ from spectra.metrics.similarity import Side, pool
 from spectra.plots.figures import DEFAULT_FORMATS, save_figure, similarity_figure
 from spectra.plots.grouping import Comparison, panels_by_role
 from spectra.plots.similarity import grid_rows
+from spectra.plots.sizes import DEFAULT
 from spectra.plots.squares import pairs_figure, short_names, square_rows
 from spectra.results.all_pairs import PAIRS, pair_folder
 from spectra.results.pairs import Pairs
@@ -28,6 +29,7 @@ def draw_pairs(
     sides: Sequence[Side] = ("left",),
     clustered: bool = False,
     formats: Sequence[str] = DEFAULT_FORMATS,
+    size: str = DEFAULT,
 ) -> list[Path]:
     """Draw every two updates as a cell, by role and by layer; up to six pairs as heatmaps of φ(i, j) side by side.
 
@@ -38,6 +40,7 @@ def draw_pairs(
         sides: which sides.
         clustered: whether the updates that share directions stand together.
         formats: what to write each figure as: "png", "pdf" or "svg".
+        size: "column", "page" or "slide".
 
     Returns:
         The files that were written: figures, and the numbers behind them as csv.
@@ -48,18 +51,18 @@ def draw_pairs(
     for by in ("role", "layer"):
         if by == "layer" and len(pairs.groups("layer")) < 2:
             continue
-        figure = pairs_figure(pairs, by=by, clustered=clustered)
+        figure = pairs_figure(pairs, by=by, clustered=clustered, size=size)
         files += save_figure(figure, target / f"similarity_by_{by}", formats)
     squares = {f"{by} {group}, {side}": pairs.square(side, by, group)
                for side in sides for by in ("all", "role", "layer") for group in pairs.groups(by)}  # fmt: skip
     table = target / "similarity_squares.csv"
     write(table, to_csv(square_rows(squares, pairs.labels, "phi")).encode())
     files.append(table)
-    return files + _side_by_side(Path(directory), target, pairs, sides, formats)
+    return files + _side_by_side(Path(directory), target, pairs, sides, formats, size)
 
 
 def _side_by_side(
-    directory: Path, target: Path, pairs: Pairs, sides: Sequence[Side], formats: Sequence[str]
+    directory: Path, target: Path, pairs: Pairs, sides: Sequence[Side], formats: Sequence[str], size: str
 ) -> list[Path]:
     """The heatmaps of φ(i, j), a column per pair: by role where there are few, else over all matrices."""
     names = dict(zip(pairs.labels, short_names(pairs.labels), strict=True))
@@ -77,7 +80,7 @@ def _side_by_side(
             items = [pool([item for item in items if item.side == side], "all matrices") for side in sides]
         comparisons.append(Comparison(f"{names[a]}, {names[b]}", (names[a], names[b]), items))
     panels = panels_by_role(comparisons)
-    figure = similarity_figure(panels.similarities, labels=panels.labels, columns=len(drawn))
+    figure = similarity_figure(panels.similarities, labels=panels.labels, size=size)
     table = target / "similarity_grid.csv"
     write(table, to_csv(grid_rows(panels.similarities)).encode())
     return [*save_figure(figure, target / "similarity", formats), table]

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.plots.style import HEATMAP, new_axes
-from spectra.printing import in_figure
+from spectra.printing import in_figure, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colorbar import Colorbar
     from matplotlib.image import AxesImage
 
-_MOST_TICKS = 6
+_MOST_TICKS = 4
+_LONGEST_LABEL = 28  # characters of an update's name
 NOTE_WIDTH = 48
 
 
@@ -52,10 +53,11 @@ def plot_similarity(
     ax.set_xticks(ticks)
     ax.set_yticks(ticks)
     ax.grid(visible=False)
-    ax.set_xlabel(in_figure(_wrapped(f"j: top directions of {labels[1]}", width - 8)), fontsize=9)
-    ax.set_ylabel(in_figure(_wrapped(f"i: top directions of {labels[0]}", width - 8)), fontsize=9)
-    ax.tick_params(labelsize=9)
-    ax.set_title(in_figure(heading(similarity, title, width)), fontsize=9)
+    first, second = (shortened(label, _LONGEST_LABEL) for label in labels)
+    ax.set_xlabel(in_figure(textwrap.fill(f"j: top directions of {second}", width - 11)), fontsize="small")
+    ax.set_ylabel(in_figure(textwrap.fill(f"i: top directions of {first}", width - 11)), fontsize="small")
+    ax.tick_params(labelsize="small")
+    ax.set_title(in_figure(heading(similarity, title, width)), fontsize="small")
     if colorbar and ax.figure is not None:
         add_colorbar(image, [similarity], ax)
     return ax
@@ -64,9 +66,10 @@ def plot_similarity(
 def heading(similarity: SubspaceSimilarity, title: str | None = None, width: int = NOTE_WIDTH) -> str:
     """A panel's title; below it the side, φ at the corner and what chance would give; then the note."""
     k = similarity.k_used
-    facts = [similarity.side, f"φ({k}, {k}) = {similarity.phi:.2f}", f"chance {similarity.chance[-1, -1]:.2f}"]
-    unbroken = ", ".join(fact.replace(" ", "\u00a0") for fact in facts)
     name = title if title is not None else similarity.title
+    side = [] if name.endswith(f", {similarity.side}") else [similarity.side]
+    facts = [*side, f"φ({k}, {k}) = {similarity.phi:.2f}", f"chance {similarity.chance[-1, -1]:.2f}"]
+    unbroken = ", ".join(fact.replace(" ", "\u00a0") for fact in facts)
     parts = [_wrapped(name, width), _wrapped(unbroken, width).replace("\u00a0", " "), _wrapped(similarity.note, width)]
     return "\n".join(part for part in parts if part)
 
@@ -91,13 +94,13 @@ def add_colorbar(
 ) -> Colorbar:
     """A colour bar from 0 to 1 with a mark where random subspaces would be at (k, k)."""
     first = ax if not isinstance(ax, Sequence) else ax[0]
-    bar: Colorbar = first.figure.colorbar(image, ax=ax, label="φ(i, j)", shrink=shrink)
+    bar: Colorbar = first.figure.colorbar(image, ax=ax, label="φ(i, j)", shrink=shrink, aspect=28)
     chances = [float(item.chance[-1, -1]) for item in similarities]
     for chance in {min(chances), max(chances)}:
         bar.ax.axhline(chance, color="white", linewidth=2.5)
         bar.ax.axhline(chance, color="black", linewidth=1)
     bar.ax.text(
-        -0.15, max(chances), "chance", va="center", ha="right", fontsize=8, transform=bar.ax.get_yaxis_transform()
+        -0.15, max(chances), "chance", va="center", ha="right", fontsize="small", transform=bar.ax.get_yaxis_transform()
     )
     return bar
 

@@ -11,7 +11,9 @@ import numpy as np
 
 from spectra.errors import SelectionError
 from spectra.metrics.similarity import Side
-from spectra.plots.style import HEATMAP, look, new_axes
+from spectra.plots.panels import panelled
+from spectra.plots.sizes import DEFAULT, arranged, size_of
+from spectra.plots.style import HEATMAP, new_axes
 from spectra.printing import in_figure
 from spectra.results.pairs import Pairs, Pooling
 from spectra.results.partners import alike
@@ -26,6 +28,7 @@ MOST_PANELS = 24
 _MOST_WRITTEN = 6  # updates up to which each cell has its number written in it
 _LONGEST = 24  # characters of an update's name
 _COLUMNS = 6
+_SIDE, _CELL, _LONGEST_SIDE, _BAR = 11.0, 2.6, 28.0, 6.0  # ems
 
 
 def plot_square(
@@ -62,20 +65,20 @@ def plot_square(
     image = ax.imshow(square, vmin=low, vmax=high, cmap=colours, interpolation="nearest")
     ax.grid(visible=False)
     numbers = [str(i + 1) for i in range(count)]
-    size = 8 if count <= 12 else 6
+    size = "small" if count <= 12 else "x-small"
     ax.set_xticks(range(count), numbers, fontsize=size)
     named = (
         [in_figure(f"{name} {i}") for i, name in zip(numbers, labels, strict=True)] if labels is not None else numbers
     )
     ax.set_yticks(range(count), named, fontsize=size)
-    ax.set_title(in_figure(title), fontsize=9)
+    ax.set_title(in_figure(title), fontsize="small")
     if count <= _MOST_WRITTEN:
         for (i, j), value in np.ndenumerate(square):
             if not math.isnan(value):
                 red, green, blue, _ = image.cmap(image.norm(value))
                 dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
                 written = f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−")
-                ax.text(j, i, written, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+                ax.text(j, i, written, ha="center", va="center", fontsize="x-small", color="white" if dark else "black")
     if colorbar and ax.figure is not None:
         ax.figure.colorbar(image, ax=ax, label=label)
     return ax
@@ -89,6 +92,7 @@ def squares_figure(
     label: str = "",
     limits: tuple[float, float] = (0.0, 1.0),
     colours: str = HEATMAP,
+    size: str = DEFAULT,
 ) -> Figure:
     """Several `plot_square` under one colour scale, names at the left of each row.
 
@@ -99,35 +103,34 @@ def squares_figure(
         label: what the number is.
         limits: as for `plot_square`.
         colours: as for `plot_square`.
+        size: "column", "page" or "slide".
 
     Raises:
         SelectionError: there is nothing to draw.
     """
-    from spectra.plots.canvas import ShownFigure
-
     if not squares:
         raise SelectionError("there are no two updates to draw")
     drawn = dict(evenly(list(squares.items()), MOST_PANELS))
-    columns = min(_COLUMNS if len(drawn) > 8 else 4, len(drawn))
-    rows = math.ceil(len(drawn) / columns)
-    panel = min(max(1.9, 0.42 * len(labels)), 3.4)
-    with look():
-        width = columns * panel + 1.2 + 0.075 * max(map(len, labels))
-        figure = ShownFigure(figsize=(width, rows * (panel + 0.4) + (0.4 if title else 0)), layout="constrained")
-        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    beside = _BAR + 0.55 * max(map(len, labels))
+    side = max(_SIDE, min(_CELL * len(labels), _LONGEST_SIDE, size_of(size).widest - beside))
+    above = 3.0 if title else 0.0
+    layout = arranged(size, len(drawn), (side, side + 3.5), beside=beside, above=above, most=_COLUMNS)
+    with panelled(layout, title=title, squares=True) as (figure, axes):
         for place, (ax, (name, square)) in enumerate(zip(axes, drawn.items(), strict=False)):
-            named = labels if place % columns == 0 else None
+            named = labels if place % layout.columns == 0 else None
             plot_square(square, labels=named, title=name, limits=limits, colours=colours, colorbar=False, ax=ax)
-        for ax in axes[len(drawn) :]:
-            ax.set_visible(False)
-        figure.colorbar(axes[0].images[0], ax=axes, label=label, shrink=1.8 / max(rows, 2))
-        if title:
-            figure.suptitle(in_figure(title), wrap=True)
+        figure.colorbar(axes[0].images[0], ax=axes, label=label, shrink=1.8 / max(layout.rows, 2))
     return figure
 
 
 def pairs_figure(
-    pairs: Pairs, *, side: Side | None = None, by: Pooling = "role", clustered: bool = False, title: str = ""
+    pairs: Pairs,
+    *,
+    side: Side | None = None,
+    by: Pooling = "role",
+    clustered: bool = False,
+    title: str = "",
+    size: str = DEFAULT,
 ) -> Figure:
     """φ(k, k) of every two updates: over all matrices, and a panel per role or layer.
 
@@ -136,12 +139,14 @@ def pairs_figure(
         side: which; None for all that were compared.
         by: "role" or "layer".
         clustered: whether the updates that share directions stand together.
-        title: above all panels.
+        title: above all panels; "" for which two updates are the most alike.
+        size: "column", "page" or "slide".
 
     Raises:
         SelectionError: nothing was compared.
     """
     sides = (side,) if side else pairs.sides
+    there = short_names(pairs.labels)
     order = pairs.order(side) if clustered else list(range(len(pairs.labels)))
     squares: dict[str, np.ndarray] = {}
     for one in sides:
@@ -151,14 +156,27 @@ def pairs_figure(
         if len(groups) > 1:
             squares |= {f"{_called(by, group)}{end}{_facts(pairs, one, by, group)}": pairs.square(one, by, group)
                         for group in evenly(groups, MOST_PANELS // len(sides) - 1)}  # fmt: skip
-    there = short_names(pairs.labels)
     ordered = {name: square[np.ix_(order, order)] for name, square in squares.items()}
-    heading = f"φ(k, k), {' and '.join(sides)} singular vectors"
+    heading = f"φ(k, k), {' and '.join(sides)} singular vectors; {most_alike(pairs.square(sides[0]), there)}"
     shown, there_are = len(squares) // len(sides) - 1, len(pairs.groups(by))
     heading += f" ({shown} of {there_are} {by}s)" if 0 < shown < there_are else ""
     top = _largest(ordered.values())
     label = "φ(k, k)" if top == 1 else "φ(k, k) of two updates (the diagonal is 1)"
-    return squares_figure(ordered, [there[i] for i in order], title=title or heading, label=label, limits=(0.0, top))
+    return squares_figure(ordered, [there[i] for i in order], title=title or heading, label=label, limits=(0.0, top),
+                          size=size)  # fmt: skip
+
+
+def most_alike(square: np.ndarray, labels: Sequence[str]) -> str:
+    """Which two of several have the largest number, in words; "" where no two have one.
+
+    >>> most_alike(np.array([[1.0, 0.2, 0.7], [0.2, 1.0, 0.1], [0.7, 0.1, 1.0]]), ["a", "b", "c"])
+    'most alike: a and c, 0.7'
+    """
+    pairs = [(i, j) for i in range(len(square)) for j in range(i) if not math.isnan(square[i, j])]
+    if not pairs:
+        return ""
+    i, j = max(pairs, key=lambda pair: square[pair])
+    return f"most alike: {labels[j]} and {labels[i]}, {square[i, j]:.2g}"
 
 
 def _largest(squares: Iterable[np.ndarray]) -> float:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spectra import naming
 from spectra.errors import SelectionError
@@ -22,7 +21,6 @@ from spectra.plots.figures import (
     draw_depths,
     draw_panels,
     histogram_panels,
-    save_figure,
     save_pages,
     similarity_figure,
 )
@@ -30,15 +28,13 @@ from spectra.plots.grouping import MOST_CURVES, Comparison, curves_by_role, page
 from spectra.plots.histogram import BINS, BinnedPanel
 from spectra.plots.several import draw_pairs
 from spectra.plots.similarity import grid_rows
-from spectra.plots.tables import Drawn, draw_tables, too_many
+from spectra.plots.sizes import DEFAULT, size_of
+from spectra.plots.tables import Drawn, Style, draw_tables, too_many
 from spectra.results import tables
 from spectra.results.all_pairs import load_pairs
 from spectra.results.collection import Spectra
 from spectra.results.shelf import write
-from spectra.results.store import Store, nothing_stored
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from spectra.results.store import Store, home_of, nothing_stored
 
 _LONGEST_LABEL = 28
 _LONGEST_FILE = 60  # characters of a page's name in a file's
@@ -57,14 +53,15 @@ def draw_results(
     close_up: float = CLOSE_UP,
     per_layer: bool = False,
     formats: Sequence[str] = DEFAULT_FORMATS,
+    size: str = DEFAULT,
 ) -> Drawn:
     """Draw whatever the directories hold; nothing is computed again.
 
     Of one directory of spectra: a histogram with a curve per role. Of several: a curve each, on shared bins.
     Beside it the size and the stable rank of the update over layer × role, a column per directory.
     Of comparisons: the heatmaps, a panel per directory, role and side; of one of several updates, every two of them. Of
-    a series: its curves along training. Of an alignment: cosines and deciles. The numbers behind each figure go into a
-    csv file beside it.
+    a series: its curves along training. Of an alignment: cosines and deciles. Of a verified merge: its verdicts. The
+    numbers behind each figure go into a csv file beside it.
 
     Args:
         directories: one or more, made by `decompose(…, out=…)`, `compare(…, out=…)`, `series(…, out=…)` or `save`.
@@ -73,26 +70,29 @@ def draw_results(
         names: only the matrices of these names, curves in their order; None for all.
         sides: which of the stored similarities.
         labels: what each directory is called in the figure; () for its folder's name.
-        title: of the figure; "" for a single run's label.
+        title: of the figures; "" for what their numbers say alone.
         bins: of the histogram.
         close_up: the share of min(out, in) values per matrix, the largest, in the histogram's close-up.
         per_layer: a curve per layer and role instead of one per role; more than a figure holds are pages of it.
         formats: what to write each figure as: "png", "pdf" or "svg".
+        size: "column" or "page" for a paper, or "slide".
 
     Raises:
         StoreError: a directory holds no results, or out cannot be written to.
-        SelectionError: labels do not fit the directories, a format is unknown, or layers or sides select nothing.
+        SelectionError: labels do not fit the directories, a format or size is unknown, or layers or sides mean nothing.
     """
     places = [directories] if isinstance(directories, str | Path) else list(directories)
     check_formats(formats)
+    size_of(size)
+    style = Style(title, formats, size)
     if len(places) == 1 and Store(places[0]).run().get("pairs"):
         pairs = load_pairs(places[0], layers=layers, sides=[side for side in SIDES if side in sides])
-        return Drawn(tuple(draw_pairs(places[0], pairs, out=out, sides=pairs.sides, formats=formats)))
+        return Drawn(tuple(draw_pairs(places[0], pairs, out=out, sides=pairs.sides, formats=formats, size=size)))
     called = run_labels(places, labels)
     wanted = None if names is None else list(dict.fromkeys(names))
     runs: dict[str, Spectra] = {}
     comparisons: list[Comparison] = []
-    files, notes, rest = _of_tables(dict(zip(called, places, strict=True)), out, layers, title, formats)
+    files, notes, rest = _of_tables(dict(zip(called, places, strict=True)), out, layers, style)
     for label, directory in rest.items():
         store = _results(directory)
         try:
@@ -102,22 +102,22 @@ def draw_results(
                 comparisons.append(_comparison(label, store, layers, wanted, sides))
         except SelectionError as problem:
             raise SelectionError(f"{directory}: {problem}") from None
-    target = Path(places[0] if out is None else out)
+    target = home_of(places[0] if out is None else out)
     if comparisons:
-        files += _draw_similarity(comparisons, target, title, bool(labels) or len(comparisons) > 1, formats)
+        files += _draw_similarity(comparisons, target, bool(labels) or len(comparisons) > 1, style)
     if runs:
         try:
             if per_layer and len(runs) == 1:
-                ((label, spectra),) = runs.items()
+                (spectra,) = runs.values()
                 pages = pages_by_layer(spectra.without_vectors())
-                files += _draw_pages(pages, target, title or label, bins, close_up, formats)
+                files += _draw_pages(pages, target, bins, close_up, style)
             else:
-                curves, title, more = _curves(runs, title)
+                curves, more = _curves(runs)
                 notes += more
-                files += _draw_histogram(curves, target, title, bins, close_up, formats)
+                files += _draw_histogram(curves, target, bins, close_up, style)
         except SelectionError as problem:
             notes.append(f"no histogram: {problem}")
-        files += [] if per_layer else _draw_depth(runs, target, title, formats)
+        files += [] if per_layer else _draw_depth(runs, target, style)
     return Drawn(tuple(files), tuple(notes))
 
 
@@ -125,17 +125,15 @@ def _of_tables(
     places: Mapping[str, str | Path],
     out: str | Path | None,
     layers: str | Sequence[str],
-    title: str,
-    formats: Sequence[str],
+    style: Style,
 ) -> tuple[list[Path], list[str], dict[str, str | Path]]:
     """The figures of tables that directories hold, notes on them, and the directories that hold something else."""
     files: list[Path] = []
     notes: list[str] = []
     rest: dict[str, str | Path] = {}
-    keep = functools.partial(_keep, formats=formats)
     for label, directory in places.items():
         target = directory if out is None else out
-        drawn = draw_tables(Path(directory), target, layers, label if len(places) > 1 else "", title, keep)
+        drawn = draw_tables(Path(directory), target, layers, label if len(places) > 1 else "", style)
         store = Store(directory)
         if drawn is not None:
             files, notes = [*files, *drawn.files], [*notes, *drawn.notes]
@@ -202,56 +200,50 @@ def _shortened(name: str) -> str:
     return name if len(name) <= _LONGEST_LABEL else name[: _LONGEST_LABEL - 1] + "…"
 
 
-def _curves(runs: Mapping[str, Spectra], title: str) -> tuple[Mapping[str, Iterable[Any]], str, list[str]]:
-    """The histogram's curves, its title, and what does not fit."""
+def _curves(runs: Mapping[str, Spectra]) -> tuple[Mapping[str, Iterable[Any]], list[str]]:
+    """The histogram's curves, and what does not fit."""
     if len(runs) > 1:
-        return runs, title, []
-    ((label, spectra),) = runs.items()
+        return runs, []
+    (spectra,) = runs.values()
     curves, left_out = curves_by_role(spectra)
-    return curves, title or label, list(too_many(left_out))
+    return curves, list(too_many(left_out))
 
 
 def _draw_histogram(
-    curves: Mapping[str, Iterable[Any]],
-    target: Path,
-    title: str,
-    bins: int,
-    close_up: float,
-    formats: Sequence[str],
+    curves: Mapping[str, Iterable[Any]], target: Path, bins: int, close_up: float, style: Style
 ) -> list[Path]:
     panels = histogram_panels(curves, bins=bins, close_up=close_up)
     numbers = [row for panel in panels for row in panel.rows()]
-    figure = draw_panels(panels, title=title)
-    return _keep(figure, target / "histogram", numbers, target / "histogram.csv", formats)
+    figure = draw_panels(panels, title=style.title, size=style.size)
+    return style.keep(figure, target / "histogram", numbers, target / "histogram.csv")
 
 
-def _draw_depth(runs: Mapping[str, Spectra], target: Path, title: str, formats: Sequence[str]) -> list[Path]:
+def _draw_depth(runs: Mapping[str, Spectra], target: Path, style: Style) -> list[Path]:
     """The size and the stable rank over depth; nothing where all matrices lie in one layer."""
     grids = depth_grids(runs)
     if all(len(grid.places) < 2 or not grid.numbers.any() for grid in grids.values()):
         return []
     numbers = [{"run": label, **cell} for (label, _), grid in grids.items() for cell in grid.cells()]
-    return _keep(draw_depths(grids, title=title), target / "depth", numbers, target / "depth.csv", formats)
+    figure = draw_depths(grids, title=style.title, size=style.size)
+    return style.keep(figure, target / "depth", numbers, target / "depth.csv")
 
 
 def _draw_pages(
-    pages: Mapping[str, Mapping[str, list[Any]]],
-    target: Path,
-    title: str,
-    bins: int,
-    close_up: float,
-    formats: Sequence[str],
+    pages: Mapping[str, Mapping[str, list[Any]]], target: Path, bins: int, close_up: float, style: Style
 ) -> list[Path]:
     """A figure per page, all on the same bins, so that they can be laid over each other; one table of all."""
     curves = {label: spectra for page in pages.values() for label, spectra in page.items()}
     if len(curves) <= MOST_CURVES:
-        return _draw_histogram(curves, target, title, bins, close_up, formats)
+        return _draw_histogram(curves, target, bins, close_up, style)
     panels = histogram_panels(curves, bins=bins, close_up=close_up)
     table = target / "histogram.csv"
     write(table, tables.to_csv([row for panel in panels for row in panel.rows()]).encode())
     drawn = ((name, panels_of(panels, labels)) for name, labels in pages.items())
-    figures = ((_file_name(name), draw_panels(some, title=f"{title}: {name}")) for name, some in drawn if some)
-    return [*save_pages(figures, target / "histogram", formats), table]
+    before = f"{style.title}: " if style.title else ""
+    figures = (
+        (_file_name(name), draw_panels(some, title=before + name, size=style.size)) for name, some in drawn if some
+    )
+    return [*save_pages(figures, target / "histogram", style.formats), table]
 
 
 def _file_name(page: str) -> str:
@@ -269,17 +261,11 @@ def panels_of(panels: Sequence[BinnedPanel], labels: Iterable[str]) -> list[Binn
     return some if some[0].curves else []
 
 
-def _draw_similarity(
-    comparisons: Sequence[Comparison], target: Path, title: str, named: bool, formats: Sequence[str]
-) -> list[Path]:
+def _draw_similarity(comparisons: Sequence[Comparison], target: Path, named: bool, style: Style) -> list[Path]:
     panels = panels_by_role(comparisons, named=named)
-    figure = similarity_figure(panels.similarities, title=title, labels=panels.labels, columns=panels.columns)
+    figure = similarity_figure(
+        panels.similarities, title=style.title, labels=panels.labels, columns=panels.columns, size=style.size
+    )
     # similarity.csv is the table of the comparison itself
     numbers = grid_rows(panels.similarities)
-    return _keep(figure, target / "similarity", numbers, target / "similarity_grid.csv", formats)
-
-
-def _keep(figure: Figure, path: Path, rows: list[dict[str, Any]], table: Path, formats: Sequence[str]) -> list[Path]:
-    """Save a figure and the numbers that it shows."""
-    write(table, tables.to_csv(rows).encode())  # makes the directory, too
-    return [*save_figure(figure, path, formats), table]
+    return style.keep(figure, target / "similarity", numbers, target / "similarity_grid.csv")

@@ -1,4 +1,7 @@
-"""One look for all figures: colours that survive colour blindness and grey print, and plain spines."""
+"""One look for all figures: colours that survive colour blindness and grey print, plain spines, and text of one scale.
+
+Plots give text by its weight, "small" or "x-small", and not in points: how large that is, the figure's size decides.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,24 @@ from contextlib import contextmanager
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
+from spectra.plots.sizes import DEFAULT, SIZES, arranged
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe & Ito 2008: distinguishable with any form of colour blindness; dark ones first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)))
+_BELOW = 4.8  # ems from an axis to what stands below its numbers and its label
+_SINGLE = (46.0, 30.0)  # ems of a plot alone, in a figure of its own
 HEATMAP = "viridis"  # perceptually uniform, readable in grey
 _RC: Any = {
-    "font.size": 10,
-    "axes.titlesize": 11,
+    "axes.titlesize": "medium",
+    "axes.labelsize": "medium",
+    "xtick.labelsize": "small",
+    "ytick.labelsize": "small",
+    "legend.fontsize": "small",
+    "figure.titlesize": "large",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -35,13 +46,49 @@ def curves() -> Iterator[tuple[str, Any]]:
     return zip(cycle(COLOURS), cycle(LINES), strict=False)
 
 
+# What is this thick, or this far away, for text of ten points; thinner and nearer for smaller text.
+_SCALED = {
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5.0,
+    "axes.linewidth": 0.8,
+    "axes.titlepad": 6.0,
+    "axes.labelpad": 4.0,
+    "xtick.major.size": 3.5,
+    "ytick.major.size": 3.5,
+    "xtick.major.pad": 3.5,
+    "ytick.major.pad": 3.5,
+    "xtick.major.width": 0.8,
+    "ytick.major.width": 0.8,
+}
+
+
 @contextmanager
-def look() -> Iterator[None]:
-    """The project's settings while a figure is made; the user's own are back afterwards."""
+def look(text: float = SIZES[DEFAULT].text) -> Iterator[None]:
+    """The project's settings while a figure is made, with text of this many points; the user's are back afterwards."""
     import matplotlib as mpl
 
-    with mpl.rc_context(_RC):
+    scaled = {name: value * text / 10 for name, value in _SCALED.items()}
+    with mpl.rc_context(_RC | scaled | {"font.size": text}):
         yield
+
+
+def stroke(share: float = 1.0) -> float:
+    """The width of a line, as a share of the usual one of this size; in points."""
+    import matplotlib as mpl
+
+    return share * float(mpl.rcParams["lines.linewidth"])
+
+
+def legend_below(ax: Axes) -> None:
+    """The legend of a plot alone, under the numbers and the label of its axis, where it covers no data."""
+    import matplotlib as mpl
+    from matplotlib.transforms import ScaledTranslation
+
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    em = float(mpl.rcParams["font.size"]) / 72
+    below = ax.transAxes + ScaledTranslation(0, -_BELOW * em, figure.dpi_scale_trans)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, fontsize="small")
 
 
 def new_axes(ax: Axes | None) -> Axes:
@@ -50,5 +97,6 @@ def new_axes(ax: Axes | None) -> Axes:
         return ax
     import matplotlib.pyplot as plt
 
-    with look():
-        return plt.subplots(figsize=(6.0, 4.0), layout="constrained")[1]
+    layout = arranged(DEFAULT, 1, _SINGLE)
+    with look(layout.text):
+        return plt.subplots(figsize=layout.inches, layout="constrained")[1]

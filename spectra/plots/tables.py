@@ -1,9 +1,9 @@
-"""The figures of stored tables: a series' curves, and an alignment's cosines and deciles."""
+"""The figures of stored tables: a series' curves, an alignment's cosines and deciles, a merge's verdicts."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,14 +11,38 @@ from typing import TYPE_CHECKING, Any
 from spectra import naming
 from spectra.errors import SelectionError
 from spectra.plots.alignment import alignment_numbers, deciles_figure, tops_figure, undrawn_roles
+from spectra.plots.figures import save_figure
 from spectra.plots.series import left_out_roles, series_curves, series_figure
+from spectra.plots.verdicts import verdicts_figure
 from spectra.results.series import TABLE, is_series
+from spectra.results.shelf import write
+from spectra.results.tables import to_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ALIGNMENT_TABLE = "alignment.json"
-Keep = Callable[["Figure", Path, list[dict[str, Any]], Path], list[Path]]
+VERIFIED = "verify.json"
+
+
+@dataclass(frozen=True)
+class Style:
+    """What all figures of a call have in common.
+
+    Attributes:
+        title: above each; "" for what its numbers say alone.
+        formats: what to write each as.
+        size: how large they are.
+    """
+
+    title: str
+    formats: Sequence[str]
+    size: str
+
+    def keep(self, figure: Figure, path: Path, rows: list[dict[str, Any]], table: Path) -> list[Path]:
+        """Save a figure and the numbers that it shows, and give the files."""
+        write(table, to_csv(rows).encode())  # makes the directory, too
+        return [*save_figure(figure, path, self.formats), table]
 
 
 @dataclass(frozen=True)
@@ -35,7 +59,7 @@ class Drawn:
 
 
 def draw_tables(
-    directory: Path, target: str | Path, layers: str | Sequence[str], label: str, title: str, keep: Keep
+    directory: Path, target: str | Path, layers: str | Sequence[str], label: str, style: Style
 ) -> Drawn | None:
     """Draw the tables that a directory holds; None where there is none.
 
@@ -44,20 +68,18 @@ def draw_tables(
         target: where to put figures.
         layers: only these matrices.
         label: what tells the figures' files from those of other directories; "" for nothing.
-        title: of the figures.
-        keep: saves a figure at a path, and rows at another, and gives the files.
+        style: of the figures.
     """
-    found = [_draw_series] if is_series(directory) else []
-    found += [_draw_alignment] if (directory / ALIGNMENT_TABLE).is_file() else []
-    if not found:
+    drawers = [_draw_series] if is_series(directory) else []
+    drawers += [_draw_alignment] if (directory / ALIGNMENT_TABLE).is_file() else []
+    drawers += [_draw_verdicts] if (directory / VERIFIED).is_file() else []
+    if not drawers:
         return None
-    drawn = [draw(directory, Path(target), layers, label, title, keep) for draw in found]
+    drawn = [draw(directory, Path(target), layers, label, style) for draw in drawers]
     return Drawn(tuple(file for one in drawn for file in one.files), tuple(note for one in drawn for note in one.notes))
 
 
-def _draw_series(
-    directory: Path, target: Path, layers: str | Sequence[str], label: str, title: str, keep: Keep
-) -> Drawn:
+def _draw_series(directory: Path, target: Path, layers: str | Sequence[str], label: str, style: Style) -> Drawn:
     """The curves of a stored series, from its table; several of them into files of their own labels."""
     import pandas as pd
 
@@ -67,16 +89,14 @@ def _draw_series(
         table = table[table["name"].isin(chosen)]
     name = f"series-{label}" if label else "series"
     try:
-        figure = series_figure(table, title=title or label)
+        figure = series_figure(table, title=style.title or label, size=style.size)
     except SelectionError as problem:
         return Drawn((), (f"no curves of {directory}: {problem}",))
-    files = keep(figure, target / name, series_curves(table), target / f"{name}_curves.csv")
+    files = style.keep(figure, target / name, series_curves(table), target / f"{name}_curves.csv")
     return Drawn(tuple(files), too_many(left_out_roles(table)))
 
 
-def _draw_alignment(
-    directory: Path, target: Path, layers: str | Sequence[str], label: str, title: str, keep: Keep
-) -> Drawn:
+def _draw_alignment(directory: Path, target: Path, layers: str | Sequence[str], label: str, style: Style) -> Drawn:
     """The two figures of a stored alignment, from its table."""
     import pandas as pd
 
@@ -85,14 +105,25 @@ def _draw_alignment(
         table = table[table["name"].isin(naming.select(layers, table["name"]))]
     end = f"-{label}" if label else ""
     try:
-        figures = tops_figure(table, title=title or label), deciles_figure(table, title=title or label)
+        options: dict[str, Any] = {"title": style.title or label, "size": style.size}
+        figures = tops_figure(table, **options), deciles_figure(table, **options)
     except SelectionError as problem:
         return Drawn((), (f"no figure of {directory}: {problem}",))
     files: list[Path] = []
     for name, figure, rows in zip(("cosines", "deciles"), figures, alignment_numbers(table), strict=True):
         path = target / f"alignment_{name}{end}"
-        files += keep(figure, path, rows, path.with_name(f"{path.name}.csv"))
+        files += style.keep(figure, path, rows, path.with_name(f"{path.name}.csv"))
     return Drawn(tuple(files), too_many(undrawn_roles(table)))
+
+
+def _draw_verdicts(directory: Path, target: Path, layers: str | Sequence[str], label: str, style: Style) -> Drawn:
+    """What each matrix of a verified merge is."""
+    rows = json.loads((directory / VERIFIED).read_text(encoding="utf-8"))["matrices"]
+    chosen = set(naming.select(layers or "*", [row["name"] for row in rows]))
+    kept = [row for row in rows if row["name"] in chosen]
+    path = target / (f"verdicts-{label}" if label else "verdicts")
+    figure = verdicts_figure(kept, title=style.title or label, size=style.size)
+    return Drawn(tuple(style.keep(figure, path, kept, path.with_name(f"{path.name}.csv"))))
 
 
 def too_many(roles: Sequence[str]) -> tuple[str, ...]:

@@ -19,12 +19,17 @@ from typing import TYPE_CHECKING, Any
 from spectra import text
 from spectra._version import __version__
 from spectra.errors import MissingExtraError, SelectionError
+from spectra.plots.squares import short_names
 from spectra.plots.stored import run_labels
 from spectra.report import pictures
+from spectra.report.cells import LEVELS
+from spectra.report.kept import Section
+from spectra.report.paths import shorter, without_places
 from spectra.report.runs import Run, read_runs, run_of
 from spectra.results.collection import Spectra
 from spectra.results.findings import compared_findings, findings, similarity_findings
 from spectra.results.shelf import write
+from spectra.results.store import home_of
 from spectra.results.tables import Row, role_rows, similarity_row, strict
 
 if TYPE_CHECKING:
@@ -34,6 +39,7 @@ MOST_BYTES = 3_000_000
 _MOST_ROWS = (2000, 1000, 400, 100, 20)  # tried in turn until the page is small enough
 _CURVE_NUMBERS = 1_000_000 // 22  # points of all curves together, by what one takes in bytes
 _POINTS = (12, 48)  # of one curve
+_MOST_NAMED = 5  # runs in a title
 _LONGEST = 400  # characters of a name
 _SHOWN = ("norm", "relative_norm", "stable_rank", "effective_rank", "rank_90", "top_8_share", "signal_rank")
 _BY_ROLE = (
@@ -63,10 +69,15 @@ def write_report(
 
     It holds what was compared, what the numbers say in sentences, the histogram, metrics over layer × role,
     similarities where they are stored, every matrix with its spectrum in a table that sorts and filters, what was not
-    used, and warnings. It is smaller than 3 MB: of very many matrices the table has the largest updates, and says so.
+    used, and warnings; and what else a directory holds: an alignment, a series, an interference, heads, a verified
+    merge, every two of several updates.
+
+    Paths are shortened, since a page is made to be sent; run.json has them in full. It is smaller than 3 MB: of
+    very many matrices the table has the largest updates, and says so.
 
     Args:
-        directories: results directories, made by `decompose(…, out=…)`, `compare(…, out=…)` or `save`; or a `Spectra`.
+        directories: results directories, made by `decompose(…, out=…)`, `compare(…, out=…)`, `save` or another
+            command's --out; or a `Spectra`.
         path: the file to write, replaced if it is there.
         labels: what each run is called; () for its folder's name.
         layers: only the matrices that these patterns mean; () for all.
@@ -79,7 +90,7 @@ def write_report(
     """
     environment = _environment()
     runs = _runs(directories, labels, layers)
-    write(Path(path).expanduser(), _render(environment, runs, title).encode())
+    write(home_of(path), _render(environment, runs, title).encode())
 
 
 def _runs(
@@ -95,6 +106,7 @@ def _runs(
     if not places:
         raise SelectionError("there is no results directory to report on: give at least one")
     called_so = run_labels(places, labels)
+    called_so = called_so if labels or len(called_so) < 2 else short_names(called_so)
     return [run for place, label in zip(places, called_so, strict=True) for run in read_runs(place, label, layers)]
 
 
@@ -115,6 +127,7 @@ def _environment() -> Environment:
     )  # fmt: skip
     environment.filters["figure"] = text.figure
     environment.filters["cut"] = _cut
+    environment.filters["placeless"] = without_places
     return environment
 
 
@@ -137,22 +150,36 @@ def _static(runs: Sequence[Run], title: str) -> dict[str, Any]:
     rows = {run.label: run.rows for run in runs if run.rows}
     medians = {run.label: _medians(run.rows) for run in runs}
     return {
-        "title": title or _listed([run.label for run in runs]),
+        "title": title or _listed(_names(runs)),
         "version": __version__,
         "runs": runs,
         "several": len(runs) > 1,
-        "findings": {run.label: [*findings(run.rows, run.base_norms), *similarity_findings(run.similarities)]
-                     if run.rows else similarity_findings(run.similarities) for run in runs},
+        "findings": {run.label: _findings(run) for run in runs},
+        "sections": [section for run in runs for section in run.sections],
         "compared": compared_findings(rows),
         "histogram": pictures.histogram(runs),
         "depth": pictures.depth(runs),
-        "levels": range(pictures.LEVELS),
+        "levels": range(LEVELS),
         "panels": panels,
         "panels_left_out": panels_left_out,
         "roles": pictures.roles(runs, medians),
         "role_columns": _BY_ROLE,
         "undone": {run.label: [row for row in run.rows if row["status"] not in ("ok", "unchanged")] for run in runs},
     }  # fmt: skip
+
+
+def _findings(run: Run) -> list[str]:
+    own = findings(run.rows, run.base_norms) if run.rows else []
+    others = [sentence for section in run.sections for sentence in section.findings]
+    return [without_places(sentence) for sentence in [*own, *similarity_findings(run.similarities), *others]]
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """The runs' labels for a title: a comparison of several once and not for every two, and no more than a few."""
+    whole = [run.label for run in runs if run.sections and not run.rows]
+    names = [run.label for run in runs if not any(run.label.startswith(f"{label}: ") for label in whole)]
+    more = len(names) - _MOST_NAMED
+    return [*names[:_MOST_NAMED], f"{more} more"] if more > 1 else names
 
 
 def _listed(labels: Sequence[str]) -> str:
@@ -176,7 +203,8 @@ def _embedded(environment: Environment, runs: Sequence[Run], most: int) -> dict[
 
     style, script = (_source(name) for name in ("page.css", "page.js"))
     matrices, listed = _matrices(runs, most)
-    tables = [table for table in (matrices, _compared(runs, most)) if table["rows"]]
+    kept = [_section_table(place, section, most) for place, section in enumerate(_sections(runs))]
+    tables = [table for table in (matrices, _compared(runs, most), *kept) if table["rows"]]
     grids = [{"grid": panel["grid"]} for panel in pictures.similarity(runs)[0]]
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
@@ -186,8 +214,9 @@ def _embedded(environment: Environment, runs: Sequence[Run], most: int) -> dict[
         "script": Markup(script),
         "policy": Markup(policy),
         "numbers": _readable({"tables": tables, "grids": grids}),
-        "tables": [table["id"] for table in tables],
+        "tables": [table["id"] for table in tables[: len(tables) - len(kept)]],
         "listed": listed,
+        "most": most,
     }
 
 
@@ -211,7 +240,7 @@ def _matrices(runs: Sequence[Run], most: int) -> tuple[dict[str, Any], str]:
     rows, curves = [], []
     for run, place in chosen:
         row = run.rows[place] | {"run": run.label, "shape": text.size(run.spectra[place].shape)}
-        rows.append([_cut(row[column]) if isinstance(row[column], str) else row[column] for column in columns])
+        rows.append([_cell(row[column], column) for column in columns])
         curves.append(
             {
                 "points": pictures.curve(run.spectra[place].resolved, run.spectra[place].norm, points),
@@ -241,8 +270,28 @@ def _compared(runs: Sequence[Run], most: int) -> dict[str, Any]:
     rows = [{"run": run.label, **similarity_row(item)} for run in runs for item in run.similarities]
     columns = [name for name in (rows[0] if rows else ()) if name != "run" or len(runs) > 1]
     shown = [name for name in columns if name not in _SIMILARITY_HIDDEN]
-    values = [[_cut(row[name]) if isinstance(row[name], str) else row[name] for name in columns] for row in rows[:most]]
+    values = [[_cell(row[name], name) for name in columns] for row in rows[:most]]
     return {"id": "similarities", "columns": _columns(columns, shown), "rows": values, "curves": []}
+
+
+def _sections(runs: Sequence[Run]) -> list[Section]:
+    return [section for run in runs for section in run.sections]
+
+
+def _section_table(place: int, section: Section, most: int) -> dict[str, Any]:
+    """The table of another command; longer ones end where the page would grow too large."""
+    columns = list(section.rows[0]) if section.rows else []
+    rows = [[_cell(row.get(name), name) for name in columns] for row in section.rows[:most]]
+    texts = {name for name in columns if any(isinstance(row.get(name), str) for row in section.rows)}
+    listed = [{"key": name, "text": name in texts, "shown": name in section.shown} for name in columns]
+    return {"id": f"kept-{place}", "columns": listed, "rows": rows, "curves": [], "total": len(section.rows)}
+
+
+def _cell(value: Any, column: str) -> Any:
+    """A value of a table; a name is as it is, other words do not say where files lie."""
+    if not isinstance(value, str):
+        return value
+    return _cut(value if column == "name" else without_places(shorter(value)))
 
 
 def _columns(columns: Sequence[str], shown: Sequence[str]) -> list[dict[str, Any]]:

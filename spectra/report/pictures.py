@@ -16,17 +16,17 @@ import numpy as np
 from spectra import naming, text
 from spectra.errors import SelectionError
 from spectra.metrics.similarity import SubspaceSimilarity
-from spectra.plots.depth import DepthGrid, finding, is_wide, value_range
+from spectra.plots.depth import value_range
 from spectra.plots.figures import depth_grids
 from spectra.plots.grouping import curves_by_role
 from spectra.plots.histogram import bin_pooled, pool_curves
-from spectra.plots.places import ordered_rows, row_of, stack_labels
+from spectra.plots.places import ordered_rows, row_of
+from spectra.report.cells import ends, level, panel
 from spectra.report.runs import Run
 from spectra.results.similarities import pool_by_role
 from spectra.spectrum import Spectrum
 
 _Named = TypeVar("_Named", Spectrum, SubspaceSimilarity)
-LEVELS = 24  # of the colour scale
 BINS = 60
 HEIGHT = 44  # of a curve, in pixels
 DEPTH_METRICS = {
@@ -39,7 +39,6 @@ DEPTH_METRICS = {
     "signal_rank": "how many singular values are above the storage-rounding edge",
 }
 _MOST_TICKS = 7
-_FEW_COLUMNS = 12  # up to which cells show their numbers
 _MOST_PANELS = 24
 
 
@@ -120,62 +119,11 @@ def depth(runs: Sequence[Run]) -> list[dict[str, Any]]:
             {
                 "metric": metric,
                 "words": words,
-                "panels": [_panel(label, grid, limits) for label, grid in grids.items()],
-                "low": text.figure(_lowest(limits)),
-                "high": text.figure(limits[1]),
-                "log": is_wide(limits),
+                "panels": [panel(label, grid, limits) for label, grid in grids.items()],
+                **ends(limits),
             }
         )
     return blocks
-
-
-def _panel(label: str, grid: DepthGrid, limits: tuple[float, float]) -> dict[str, Any]:
-    labels = stack_labels(grid.places)
-    stacks = [place.stack for place in grid.places]
-    return {
-        "label": label,
-        "finding": finding(grid),
-        "stacks": [(labels[stack], stacks.count(stack)) for stack in dict.fromkeys(stacks)]
-        if any(labels.values())
-        else [],
-        "columns": [place.label or "–" for place in grid.places],
-        "rows": [
-            {"role": role, "cells": [_cell(grid, i, j, limits) for j in range(len(grid.places))]}
-            for i, role in enumerate(grid.rows)
-        ],
-        "several": int(grid.matrices.max()) if grid.matrices.size else 0,
-        "numbers": len(grid.places) <= _FEW_COLUMNS,
-        "outside": [(role, text.figure(value)) for role, value in grid.outside.items()],
-        "left_out": grid.left_out,
-    }
-
-
-def _cell(grid: DepthGrid, i: int, j: int, limits: tuple[float, float]) -> tuple[str, str]:
-    """Class and text of a cell: empty, without a number, or a level of the scale."""
-    if not grid.matrices[i, j]:
-        return "none", ""
-    value = float(grid.values[i, j])
-    return ("bare", "–") if math.isnan(value) else (f"h{level(value, limits)}", text.figure(value))
-
-
-def _lowest(limits: tuple[float, float]) -> float:
-    """Where a scale begins: as the figures', see `plots.depth.scale`."""
-    low, high = limits
-    return low if is_wide(limits) or (high / 2 < low < high) else min(low, 0.0)
-
-
-def level(value: float, limits: tuple[float, float]) -> int:
-    """The step of the colour scale that a value has.
-
-    >>> level(0.0, (0.0, 1.0)), level(0.5, (0.0, 1.0)), level(1.0, (0.0, 1.0))
-    (0, 12, 23)
-    """
-    low, high = _lowest(limits), limits[1]
-    if is_wide(limits):
-        share = math.log(value / low) / math.log(high / low)
-    else:
-        share = (value - low) / (high - low) if high > low else 0.0
-    return min(max(int(LEVELS * share), 0), LEVELS - 1)
 
 
 def similarity(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], int]:

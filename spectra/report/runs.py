@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from spectra import naming
-from spectra.errors import SelectionError, StoreError
+from spectra.errors import SelectionError
 from spectra.metrics.similarity import SubspaceSimilarity
+from spectra.report.kept import Section, kept_sections, pairs_section
+from spectra.report.paths import shorter, without_places
 from spectra.results import tables
-from spectra.results.all_pairs import PAIRS
+from spectra.results.all_pairs import PAIRS, load_pairs
 from spectra.results.collection import Spectra
+from spectra.results.fingerprint import version_of
 from spectra.results.store import Store, nothing_stored
 from spectra.spectrum import Spectrum
 
-_TABLES = ("series.csv", "alignment.json", "interference.json", "heads.json")  # results of other commands
 _NAMES = 12  # of one reason
 _SECTIONS = {
     "base_only": "only in the base",
@@ -39,6 +41,7 @@ class Run:
         rows: a row of the table each, as in `summary.csv`.
         similarities: stored comparisons.
         record: what `run.json` holds; {} for results in memory.
+        sections: the tables of other commands.
     """
 
     label: str
@@ -46,6 +49,7 @@ class Run:
     rows: Sequence[tables.Row]
     similarities: Sequence[SubspaceSimilarity]
     record: Mapping[str, Any]
+    sections: Sequence[Section] = ()
 
     @property
     def base_norms(self) -> dict[str, float]:
@@ -60,15 +64,17 @@ class Run:
             "kind": inputs.get("kind"),
             "tuned": inputs.get("tuned"),
             "base": inputs.get("base"),
+            "adapter": inputs.get("adapter"),
+            "merged": inputs.get("merged"),
             "first update": inputs.get("a"),
             "second update": inputs.get("b"),
             "options": ", ".join(f"{key} = {value}" for key, value in inputs.get("options", {}).items()),
-            "command": shlex.join(map(str, _command(self.record))),
+            "command": shlex.join(shorter(str(part)) for part in _command(self.record)),
             "versions": ", ".join(f"{name} {version}" for name, version in self.record.get("versions", {}).items()),
             "begun": self.record.get("started"),
             "finished": self.record.get("finished"),
         }
-        return {label: str(value) for label, value in facts.items() if value}
+        return {label: without_places(shorter(str(value))) for label, value in facts.items() if value}
 
     @property
     def files(self) -> list[dict[str, Any]]:
@@ -76,9 +82,9 @@ class Run:
         files: Mapping[str, Mapping[str, Any]] = self.record.get("inputs", {}).get("files", {})
         return [
             {
-                "path": path,
+                "path": shorter(path),
                 "size": file.get("size"),
-                "version": _time(file.get("mtime_ns")),
+                "version": _time(version_of(file)),
                 "hash": str(file.get("head_sha256", "")),
             }
             for path, file in files.items()
@@ -88,7 +94,7 @@ class Run:
     def warnings(self) -> list[str]:
         """What the listing warned of, and the notes of the matrices, each once."""
         listed = [str(line) for line in self.record.get("coverage", {}).get("warnings", [])]
-        return listed + sorted({row["note"] for row in self.rows if row["note"]})
+        return [without_places(line) for line in listed + sorted({row["note"] for row in self.rows if row["note"]})]
 
     @property
     def is_covered(self) -> bool:
@@ -104,7 +110,7 @@ class Run:
             for name, reason in self.record.get("coverage", {}).get(key, {}).items():
                 reasons.setdefault(reason, []).append(name)
             told += [
-                {"what": title, "reason": reason, "count": len(names), "names": names[:_NAMES]}
+                {"what": title, "reason": without_places(reason), "count": len(names), "names": names[:_NAMES]}
                 for reason, names in reasons.items()
             ]
         return told
@@ -134,10 +140,13 @@ def read_runs(directory: str | Path, label: str, layers: str | Sequence[str] = (
         StoreError: it holds no results, or is damaged.
         SelectionError: layers select nothing.
     """
-    pairs: Mapping[str, Sequence[str]] = Store(directory).run().get("pairs", {})
+    record = Store(directory).run()
+    pairs: Mapping[str, Sequence[str]] = record.get("pairs", {})
     if not pairs:
         return [read_run(directory, label, layers)]
-    return [
+    section = pairs_section(load_pairs(directory, layers=layers), label)
+    whole = Run(label, [], [], [], record, [section])
+    return [whole] + [
         read_run(Path(directory, PAIRS, folder), f"{label}: {a} and {b}", layers) for folder, (a, b) in pairs.items()
     ]
 
@@ -152,14 +161,11 @@ def read_run(directory: str | Path, label: str, layers: str | Sequence[str] = ()
     store = Store(directory)
     spectra, similarities = Spectra.stored(directory, vectors=False), store.similarities()
     names = dict.fromkeys([*spectra.names, *(item.name for item in similarities)])
-    if not names:
-        held = [table for table in _TABLES if (store.directory / table).is_file()]
-        if held:
-            raise StoreError(
-                f"{directory} holds {held[0]}, and neither spectra nor similarities, which a page is made of: "
-                "give those that decompose(…, out=) or compare(…, out=) made (spectra svd --out, similarity --out)"
-            )
+    sections = kept_sections(directory, label, layers)
+    if not names and not sections:
         raise nothing_stored(directory)
+    if not names:
+        return Run(label, [], [], [], store.run() or sections[0].record, sections)
     if layers:
         try:
             chosen = set(naming.select(layers, names))
@@ -167,7 +173,7 @@ def read_run(directory: str | Path, label: str, layers: str | Sequence[str] = ()
             raise SelectionError(f"{directory}: {problem}") from None
         spectra = Spectra.stored(directory, [name for name in spectra.names if name in chosen], vectors=False)
         similarities = [item for item in similarities if item.name in chosen]
-    return run_of(spectra, label, similarities, store.run())
+    return replace(run_of(spectra, label, similarities, store.run()), sections=sections)
 
 
 def run_of(

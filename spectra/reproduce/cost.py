@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,11 @@ def measure_costs(
     *,
     device: str = "cpu",
     say: Callable[[str], None] = lambda line: None,
+    done: Callable[[bool], None] = lambda measured: None,
 ) -> list[dict[str, Any]]:
     """One row per method: tokens per second and peak MiB of training; points that are measured already are kept.
+
+    `done` is told after each point whether it was measured now.
 
     Reference: Wang et al. 2023, Fig. 3.
     """
@@ -50,14 +54,19 @@ def measure_costs(
     rows: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.is_file() else []
     there = {row["label"] for row in rows}
     row_of = _one_row(examples)
-    for method in points(plan):
-        if method.label in there:
-            continue
-        request = {"base": str(base), "method": asdict(method), "steps": plan.cost_steps, "device": device}
-        found = _in_process({**request, "examples": [asdict(example) for example in row_of]})
-        rows.append({"label": method.label, "kind": method.kind, "n": method.n, "r": method.r, **found})
-        write(kept, json.dumps(rows, indent=1).encode())
-        say(f"  {method.label}: {found['tokens_per_second']:.0f} tokens/s, {found['peak_mib']:.0f} MiB")
+    with _fresh_processes() as pool:
+        for method in points(plan):
+            if method.label in there:
+                done(False)
+                continue
+            try:
+                costs = pool.submit(measure, base, method, row_of, plan.cost_steps, device).result()
+            except RuntimeError as problem:  # torch's own, or a process that was ended
+                raise SpectraError(f"measuring {method.label} failed: {problem}") from None
+            rows.append({"label": method.label, "kind": method.kind, "n": method.n, "r": method.r, **costs})
+            write(kept, json.dumps(rows, indent=1).encode())
+            done(True)
+            say(f"  {method.label}: {costs['tokens_per_second']:.0f} tokens/s, {costs['peak_mib']:.0f} MiB")
     return rows
 
 
@@ -72,15 +81,16 @@ def _one_row(examples: Sequence[Example]) -> list[Example]:
     return kept
 
 
-def _in_process(request: dict[str, Any]) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "spectra.reproduce.cost"], input=json.dumps(request), capture_output=True, text=True
-    )
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise SpectraError(f"measuring {request['method']} failed: {last[0]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+@contextmanager
+def _fresh_processes() -> Iterator[Executor]:
+    """A new process for every point, so that the peak of memory is its own; all begin with the libraries loaded."""
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        context: Any = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["spectra.reproduce.cost", "transformers.modeling_utils", "peft"])
+    else:
+        context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        yield pool
 
 
 def measure(base: Path, method: Method, examples: Sequence[Example], steps: int, device: str) -> dict[str, Any]:
@@ -128,14 +138,3 @@ def _peak_mib(device: str) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _main() -> None:
-    request = json.load(sys.stdin)
-    examples = [Example(**item) for item in request["examples"]]
-    found = measure(Path(request["base"]), Method(**request["method"]), examples, request["steps"], request["device"])
-    sys.stdout.write(json.dumps(found) + "\n")
-
-
-if __name__ == "__main__":
-    _main()

@@ -19,7 +19,7 @@ def evaluate(model: Any, examples: Sequence[Tokens], device: str = "cpu") -> dic
         {"chain_sum": {"loss": 1.25, "accuracy": 0.5, "examples": 24}, …}
     """
     model.eval()
-    found: dict[str, list[tuple[float, float]]] = {}
+    scores: dict[str, list[tuple[float, float]]] = {}
     with torch.no_grad():
         for start in range(0, len(examples), _AT_ONCE):
             part = examples[start : start + _AT_ONCE]
@@ -27,12 +27,12 @@ def evaluate(model: Any, examples: Sequence[Tokens], device: str = "cpu") -> dic
             logits = answer_logits(model, batch)
             losses, right = example_losses(logits, batch), examples_right(logits, batch)
             for item, loss, hit in zip(part, losses.tolist(), right.tolist(), strict=True):
-                found.setdefault(item.task, []).append((loss, float(hit)))
+                scores.setdefault(item.task, []).append((loss, float(hit)))
     return {
         task: {
             "loss": sum(loss for loss, _ in pairs) / len(pairs),
             "accuracy": sum(hit for _, hit in pairs) / len(pairs),
             "examples": len(pairs),
         }
-        for task, pairs in found.items()
+        for task, pairs in scores.items()
     }

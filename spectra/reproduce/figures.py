@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from spectra.plots import save_figure
 from spectra.plots.style import curves, look, new_axes
-from spectra.reproduce.analysis import ALL, ATTENTION, Commands, Look, pairs, similarity_of, spectra_of
+from spectra.reproduce.analysis import ALL, ATTENTION, Look, pairs, similarity_of, spectra_of
+from spectra.reproduce.commands import Commands
 from spectra.reproduce.plan import REFERENCE, YARDSTICK, Plan
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def plot_cost(
             x, y = zip(*sorted(places), strict=True)
             ax.plot(x, y, color=colour, linestyle=line, marker="o", markersize=4, label=_KINDS[kind])
     ax.set_ylim(0, 1.12 * max(value for places in groups.values() for _, value in places))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set_xlabel("number of heads N" if against == "heads" else "total rank n·r")
     ax.set_ylabel(COSTS[quantity])
     return ax

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectra.reproduce.analysis import ATTENTION, Look, looks, pairs, similarity_of, spectra_of
-from spectra.reproduce.plan import Plan
+from spectra.reproduce.analysis import (
+    ATTENTION,
+    Look,
+    alignment_of,
+    heads_of,
+    looks,
+    pairs,
+    series_of,
+    similarity_of,
+    spectra_of,
+)
+from spectra.reproduce.plan import Plan, Run
 from spectra.reproduce.tasks import FAMILY_OF
 
 if TYPE_CHECKING:
@@ -16,6 +26,10 @@ if TYPE_CHECKING:
 # Of every matrix; a role's row holds their medians over the layers.
 _OF_A_MATRIX = (
     "relative_norm", "sigma_1", "top_1_share", "top_8_share", "stable_rank", "effective_rank", "rank_90", "gini",
+)  # fmt: skip
+_AGAINST_BASE = (
+    "intruders", "intruders_chance", "amplification", "amplification_own", "amplification_random",
+    "left_in_top", "left_chance", "right_in_top", "right_chance", "principal_top", "principal_random",
 )  # fmt: skip
 
 
@@ -66,6 +80,43 @@ def similarity_table(directory: Path, plan: Plan) -> pd.DataFrame:
                          "k": int(group["k_used"].min()), "phi": group["phi"].mean(), "phi_min": group["phi"].min(),
                          "phi_max": group["phi"].max(), "chance": group["chance"].mean()})  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def alignment_table(directory: Path, plan: Plan) -> pd.DataFrame:
+    """Run × role at the end: means over the layers of columns of `spectra.alignment`."""
+    return _by_role(plan, "alignment", {run: alignment_of(directory, run) for run in plan.main_runs()}, _AGAINST_BASE)
+
+
+def heads_table(directory: Path, plan: Plan) -> pd.DataFrame:
+    """Run × role at the end, of those with heads or parallel modules: means over the layers of how alike they are."""
+    runs = {run: heads_of(directory, run) for run in plan.main_runs() if run.method.n > 1}
+    return _by_role(plan, "heads", runs, ("heads", "cosine", "update_cosine", "chance", "norm"))
+
+
+def series_table(directory: Path, plan: Plan) -> pd.DataFrame:
+    """Run × step × role: means over the layers of φ to the last step, and of the energy left in the first step's."""
+    runs = {run: series_of(directory, run) for run in plan.main_runs()}
+    columns = ("phi_to_last", "phi_to_last_chance", "start_left", "start_left_chance", "start_right",
+               "start_right_chance")  # fmt: skip
+    return _by_role(plan, "series", runs, columns, by=["step", "role"])
+
+
+def _by_role(
+    plan: Plan, name: str, folders: Mapping[Run, Path], columns: Sequence[str], by: Sequence[str] = ("role",)
+) -> pd.DataFrame:
+    """The means of every run's table that a command left in its folder."""
+    import pandas as pd
+
+    parts = []
+    for run, folder in folders.items():
+        table = pd.read_csv(folder / f"{name}.csv")
+        means = table[table["status"] == "ok"].groupby(list(by), sort=False)[list(columns)].mean().reset_index()
+        if "step" not in by:
+            means.insert(0, "step", plan.steps)
+        means.insert(0, "label", run.method.label + (f", seed {run.seed}" if run.seed else ""))
+        means.insert(0, "run", run.name)
+        parts.append(means)
+    return pd.concat(parts, ignore_index=True)
 
 
 def task_table(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,35 @@ _CONTROLS = {
     "captured": ("energy in full's first 30, left", "{:.3f}"),
     "phi_below": ("φ of directions 11 to 30, left", "{:.3f}"),
 }
+# Title, file and columns of what runs have since the first weights were let go; without the file there is no table.
+_FURTHER: tuple[tuple[str, str, dict[str, tuple[str, str]]], ...] = (
+    ("Against the base", "alignment", {
+        "intruders": ("intruders of 10", "{:.2f}"),
+        "intruders_chance": ("by chance", "{:.2f}"),
+        "amplification": ("amplification", "{:.2f}"),
+        "amplification_own": ("W₀'s own", "{:.2f}"),
+        "amplification_random": ("random", "{:.1f}"),
+        "left_in_top": ("energy in W₀'s top 10, left", "{:.2f}"),
+        "left_chance": ("by chance", "{:.2f}"),
+        "right_in_top": ("right", "{:.2f}"),
+        "right_chance": ("by chance", "{:.2f}"),
+    }),
+    ("Heads and parallel modules", "heads", {
+        "heads": ("heads", "{:.0f}"),
+        "cosine": ("cosine of B", "{:.2f}"),
+        "chance": ("chance ±", "{:.2f}"),
+        "update_cosine": ("of B·A", "{:.2f}"),
+        "norm": ("‖B‖", "{:.2f}"),
+    }),
+    ("From step to step", "series", {
+        "phi_to_last": ("φ(10, 10) to the last", "{:.2f}"),
+        "phi_to_last_chance": ("by chance", "{:.2f}"),
+        "start_left": ("energy in the first step's, left", "{:.2f}"),
+        "start_left_chance": ("by chance", "{:.2f}"),
+        "start_right": ("right", "{:.2f}"),
+        "start_right_chance": ("by chance", "{:.2f}"),
+    }),
+)  # fmt: skip
 
 
 def tables(pictures: Path) -> str:
@@ -57,6 +86,9 @@ def tables(pictures: Path) -> str:
                 _spectra(spectra, similarity, role, early),
             ]
         parts += [f"### Held-out loss (accuracy), step {early}", _families(tasks, early)]
+    for title, name, columns in _FURTHER:
+        if (pictures / f"{name}.csv").is_file():
+            parts += [f"### {title}", _further(pd.read_csv(pictures / f"{name}.csv"), columns)]
     parts += ["### Cost of training", _costs(costs)]
     return "\n\n".join(parts) + "\n"
 
@@ -105,6 +137,17 @@ def _families(tasks: pd.DataFrame, step: int) -> str:
         whole = chosen[chosen["run"] == run][["loss", "accuracy"]].mean()
         rows.append([run, *(f"{cell['loss']:.2f} ({cell['accuracy']:.0%})" for cell in [*cells, whole])])
     return markdown(["run", *families, "all"], rows)
+
+
+def _further(table: pd.DataFrame, columns: Mapping[str, tuple[str, str]]) -> str:
+    """A row per run, step and role."""
+    table = table.sort_values("role", kind="stable")
+    rows = [
+        [f"{line['role']}, {line['label']}", str(int(line["step"])),
+         *(_cell(line[name], form) for name, (_, form) in columns.items())]
+        for _, line in table.iterrows()
+    ]  # fmt: skip
+    return markdown(["run", "step", *(title for title, _ in columns.values())], rows)
 
 
 def _costs(costs: pd.DataFrame) -> str:

@@ -47,6 +47,7 @@ class Plan:
         cost_ranks: multiples n of r at which throughput and memory are measured.
         cost_steps: steps of each such measurement, after one that is not counted.
         sensitivity: whether other seeds and learning rates are run, too.
+        layers: of the base, the first so many; None for all.
     """
 
     steps: int = 160
@@ -59,6 +60,7 @@ class Plan:
     cost_ranks: tuple[int, ...] = (1, 2, 3, 5, 8)
     cost_steps: int = 4
     sensitivity: bool = True
+    layers: int | None = None
 
     def main_runs(self) -> list[Run]:
         """The six runs of the figures, at equal data and steps."""
@@ -96,4 +98,6 @@ class Plan:
 
 
 FULL = Plan()
-QUICK = Plan(steps=4, early=4, held_out=2, r=4, checkpoint_every=2, cost_ranks=(1, 3), cost_steps=1, sensitivity=False)
+QUICK = Plan(
+    steps=4, early=4, held_out=2, r=4, checkpoint_every=2, cost_ranks=(1, 3), cost_steps=1, sensitivity=False, layers=4
+)

@@ -19,10 +19,11 @@ from spectra.deltas.forms import Dense, Form
 from spectra.deltas.relatedness import unrelated_note
 from spectra.deltas.source import Source
 from spectra.engine.devices import device_named, resolve_device
+from spectra.engine.memory import READ_AHEAD, readable_size
 from spectra.engine.memory import memory_budget as memory_budget_of
-from spectra.engine.memory import readable_size
 from spectra.engine.solve import Wanted, out_of_memory, read, solve_forms
 from spectra.errors import BaseRequiredError, SelectionError, SpectraError, StoreError
+from spectra.files.far import expected
 from spectra.metrics.alignment import ALIGNMENT, AgainstBase, Triplets
 from spectra.results.base_cache import BaseCache, triplets_of_base
 from spectra.spectrum import Spectrum, Status
@@ -30,6 +31,7 @@ from spectra.spectrum import Spectrum, Status
 if TYPE_CHECKING:
     import pandas as pd
 
+    from spectra.files.tensors import TensorRef
     from spectra.results.tables import Row
 
 _COPIES = 7  # of a matrix that are there at once: W₀, ΔW, W, all of W₀'s vectors, and what LAPACK works on
@@ -113,9 +115,20 @@ def rows_of(
         )
     if executor is None:
         work = replace(work, device=resolve_device(work.device), budget=_budget(memory_budget, work.device))
-        return (work(delta) for delta in deltas)
+        return _one_by_one(work, deltas)
     budget = memory_budget_of(memory_budget) if memory_budget is not None else _budget_of(executor)
     return _side_by_side(executor, replace(work, budget=budget), deltas)
+
+
+def _one_by_one(work: Work, deltas: Sequence[WeightDelta]) -> Iterator[Row]:
+    with expected(map(_read_of, deltas), work.budget // READ_AHEAD, fetches=len(deltas) > 1):
+        for delta in deltas:
+            yield work(delta)
+
+
+def _read_of(delta: WeightDelta) -> list[TensorRef]:
+    """What is read of a matrix: W₀ for ΔW, and by itself."""
+    return [*delta.refs, delta.base.ref] if delta.base and delta.recipe else []
 
 
 def _budget(given: int | str | None, device: str) -> int:
@@ -190,6 +203,10 @@ class Work:
 
     def __call__(self, delta: WeightDelta) -> Row:
         """The row of one matrix; what cannot be done has a status there."""
+        with expected([_read_of(delta)]):
+            return self._done(delta)
+
+    def _done(self, delta: WeightDelta) -> Row:
         try:
             return self._row(delta, _outcome(delta, "ok"), self.numbers(delta))
         except UndoneError as problem:
@@ -236,15 +253,15 @@ class Work:
         """The top k triplets of a form that are more than rounding, by the engine with its checks; none of 0."""
         device = resolve_device(self.device)
         wanted = Wanted(k, only_top=True, device=device_named(device))
-        (found,) = solve_forms([delta], [form], wanted)
-        if found.status == "unchanged":
+        (spectrum,) = solve_forms([delta], [form], wanted)
+        if spectrum.status == "unchanged":
             return Triplets(
                 *(torch.zeros(size, dtype=torch.float64) for size in ((form.shape[0], 0), 0, (0, form.shape[1])))
             )
-        if found.status != "ok" or found.U is None or found.Vh is None:
-            raise UndoneError(found)
-        kept = min(found.rank, k, found.k)
-        arrays = (found.U[:, :kept], found.S[:kept], found.Vh[:kept])
+        if spectrum.status != "ok" or spectrum.U is None or spectrum.Vh is None:
+            raise UndoneError(spectrum)
+        kept = min(spectrum.rank, k, spectrum.k)
+        arrays = (spectrum.U[:, :kept], spectrum.S[:kept], spectrum.Vh[:kept])
         return Triplets(*(torch.as_tensor(array, device=device) for array in arrays))
 
     def _row(self, delta: WeightDelta, outcome: Spectrum, numbers: Row | None = None) -> Row:

@@ -96,20 +96,20 @@ def load_pairs(directory: str | Path, *, layers: str | Sequence[str] = (), sides
         SelectionError: layers select nothing.
     """
     folders: dict[str, list[str]] = Store(directory).run().get("pairs", {})
-    found = [
+    kept = [
         Pair(a, b, item)
         for folder, (a, b) in folders.items()
         for item in Store(Path(directory) / PAIRS / folder).similarities()
     ]
-    if not found:
+    if not kept:
         raise StoreError(
             f"{directory} holds no comparison of several updates; make one with compare_all(…, out={str(directory)!r}) "
             f"or spectra similarity A B C --out {directory}"
         )
-    names = dict.fromkeys(pair.outcome.name for pair in found)
+    names = dict.fromkeys(pair.outcome.name for pair in kept)
     chosen = set(naming.select(layers, names)) if layers else set(names)
     labels = dict.fromkeys(label for pair in folders.values() for label in pair)
-    wanted = (pair for pair in found if pair.outcome.name in chosen)
+    wanted = (pair for pair in kept if pair.outcome.name in chosen)
     return Pairs(
         (pair for pair in wanted if isinstance(pair.outcome, SubspaceSimilarity) and pair.outcome.side in sides),
         labels=list(labels),
@@ -131,9 +131,9 @@ def _of_weights(
     yield from _one_sided(labels, [list(update) for update in deltas], links)
     missing: list[Link] = []
     for link in links:
-        found = kept.stored(link) if kept else []
-        yield from (Pair(labels[link.a[0]], labels[link.b[0]], item) for item in found)
-        missing += [] if found else [link]
+        similarities = kept.stored(link) if kept else []
+        yield from (Pair(labels[link.a[0]], labels[link.b[0]], item) for item in similarities)
+        missing += [] if similarities else [link]
     for link, item in compare_links(deltas, missing, top=top, sides=sides, **compute):
         if kept:
             kept.put(link, item)

@@ -6,7 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, from_numpy
+import torch
+from torch import Tensor
 
 from spectra._version import __version__
 from spectra.deltas.base import BaseWeight
@@ -15,8 +16,9 @@ from spectra.engine.solvers.dense import svd_top
 from spectra.errors import SpectraError, StoreError
 from spectra.metrics.alignment import Triplets
 from spectra.results.shelf import Shelf
+from spectra.results.store import home_of
 
-_ARRAYS = ("U", "S", "Vh")
+_SIDES = ("U", "S", "Vh")
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,16 @@ class BaseCache:
     @classmethod
     def at(cls, directory: str | Path | None) -> BaseCache | None:
         """The cache there; None for nowhere."""
-        return None if directory is None else cls(Path(directory))
+        return None if directory is None else cls(home_of(directory))
 
     def get(self, weight: BaseWeight) -> Triplets | None:
         """What is kept of this very weight; None where there is nothing whole."""
+        shelf, name = Shelf(self.directory), _name(weight)
+        if shelf.version(name) is None:
+            return None
         try:
-            arrays, _ = Shelf(self.directory).get(_key(weight), _ARRAYS)
-            return Triplets(*(from_numpy(arrays[name]) for name in _ARRAYS))
+            kept, _ = shelf.get(name)
+            return Triplets(*(torch.from_numpy(kept[side]) for side in _SIDES))
         except (StoreError, KeyError):
             return None
 
@@ -48,11 +53,11 @@ class BaseCache:
         Raises:
             StoreError: the directory cannot be written to.
         """
-        arrays = {name: getattr(triplets, name).cpu().numpy() for name in _ARRAYS}
-        Shelf(self.directory).put(_key(weight), arrays, {"name": weight.name})
+        arrays = {side: getattr(triplets, side).cpu().numpy() for side in _SIDES}
+        Shelf(self.directory).put(_name(weight), arrays, {"weight": weight.name})
 
 
-def _key(weight: BaseWeight) -> str:
+def _name(weight: BaseWeight) -> str:
     """Changes with the file's size and time, the tensor, how it is turned and cut, and the code's version."""
     return hashlib.sha256(f"{__version__}|{weight.ref!r}".encode()).hexdigest()[:32]
 
@@ -79,7 +84,7 @@ def triplets_of_base(weight: BaseWeight, matrix: Tensor, cache: BaseCache | None
     if fault:
         raise SpectraError(f"the SVD of the base's {weight.name} gave {fault}; try another device= (--device)")
     # In the order in which the cache keeps them: products of another order differ in their last bits.
-    found = Triplets(U.contiguous(), S, Vh.contiguous())
+    triplets = Triplets(U.contiguous(), S, Vh.contiguous())
     if cache:
-        cache.put(weight, found)
-    return found
+        cache.put(weight, triplets)
+    return triplets

@@ -13,7 +13,7 @@ from spectra.metrics.similarity import Side, subspace_similarity
 from spectra.results.collection import Spectra
 from spectra.results.partners import By, Link, groups_of, partners
 from spectra.results.similarities import Compared, NotCompared
-from spectra.spectrum import Spectrum
+from spectra.spectrum import DONE, Spectrum
 
 _AT_ONCE = 32  # matrices whose vectors may wait for their partners; more only where one weight has more updates
 
@@ -98,6 +98,11 @@ def _waves(groups: Iterable[list[Link]]) -> Iterator[list[Link]]:
 
 def compare_pair(a: Spectrum, b: Spectrum, *, top: int, sides: Sequence[Side]) -> Iterator[Compared]:
     """Every side's similarity of two spectra, or the reason why there is none."""
+    frozen = _unchanged(a, b)
+    if frozen:
+        where = "both updates" if len(frozen) == 2 else f"the {frozen[0]} update"
+        yield NotCompared(a.name, f"unchanged in {where}: ΔW = 0 has no directions", unchanged=frozen)
+        return
     for side in sides:
         try:
             yield subspace_similarity(a, b, top=top, side=side)
@@ -105,6 +110,13 @@ def compare_pair(a: Spectrum, b: Spectrum, *, top: int, sides: Sequence[Side]) -
             reason = str(problem).removeprefix(f"{a.name} cannot be compared: ").removeprefix("ok: ")
             yield NotCompared(a.name, reason)
             return
+
+
+def _unchanged(a: Spectrum, b: Spectrum) -> tuple[str, ...]:
+    """Which of the two updates are exactly zero, where the other is that or could be compared."""
+    if not {a.status, b.status} <= set(DONE):
+        return ()
+    return tuple(which for which, spectrum in (("first", a), ("second", b)) if spectrum.status == "unchanged")
 
 
 def compare_spectra(a: Spectra, b: Spectra, *, top: int, sides: Sequence[Side], by: By = "name") -> Iterator[Compared]:

@@ -60,11 +60,11 @@ def where(path: str) -> str:
 
 def of_file(file: Place, stamp: Stamp, *, rehash: bool = False) -> dict[str, Any]:
     """One file's entry; what is not on this machine is not sampled, since every block would be a request."""
-    size, version = stamp
+    size, _ = stamp
     if is_url(str(file)) and not rehash:
-        return {"size": size, "mtime_ns": version}  # a server's tells the content: no head is read
+        return _stamped(stamp)  # a server's version tells the content: no head is read
     head = hashlib.sha256(file.read(0, min(_HEAD, size)))
-    said: dict[str, Any] = {"size": size, "mtime_ns": version, "head_sha256": head.hexdigest()}
+    said = {**_stamped(stamp), "head_sha256": head.hexdigest()}
     if file.storage.local_path(file.path) is not None and size > _HEAD:
         sampled = hashlib.sha256()
         for block in range(_BLOCKS):
@@ -79,9 +79,28 @@ def of_file(file: Place, stamp: Stamp, *, rehash: bool = False) -> dict[str, Any
     return said
 
 
+def _stamped(stamp: Stamp) -> dict[str, Any]:
+    """Size, and a disk's modification time or a server's version."""
+    size, version = stamp
+    return {"size": size, "mtime_ns" if isinstance(version, int) else "version": version}
+
+
+def version_of(entry: Mapping[str, Any]) -> int | str | None:
+    """A disk's modification time in ns, or a server's version, which earlier runs called `mtime_ns`, too."""
+    found: int | str | None = entry.get("version", entry.get("mtime_ns"))
+    return found
+
+
 def same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether two entries are of one file, by all that both of them say."""
-    return bool(before.keys() & now.keys()) and all(before[key] == now[key] for key in before.keys() & now.keys())
+    ours, theirs = _compared(before), _compared(now)
+    both = ours.keys() & theirs.keys()
+    return bool(both) and all(ours[key] == theirs[key] for key in both)
+
+
+def _compared(entry: Mapping[str, Any]) -> dict[str, Any]:
+    said = {key: value for key, value in entry.items() if key not in ("mtime_ns", "version")}
+    return said if version_of(entry) is None else {**said, "version": version_of(entry)}
 
 
 def is_as_it_was(path: str, before: Mapping[str, Any]) -> bool:
@@ -89,7 +108,7 @@ def is_as_it_was(path: str, before: Mapping[str, Any]) -> bool:
     place = place_of(path) if is_url(path) else Place.of(path)
     try:
         stamp = place.stamp()
-        quick = same(before, {"size": stamp[0], "mtime_ns": stamp[1]})
+        quick = same(before, _stamped(stamp))
         return quick and same(before, of_file(place, stamp))
     except SourceError:
         return False

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spectra.results.tables import Row
 
 _NUMBERS = ("heads", "cosine", "chance", "cosines", "norm", "norms", "update_cosine", "update_norms")
+COLUMNS = ("name", "role", "layer", "status", *_NUMBERS, "reason", "note")
 
 
 def head_similarity(source: Iterable[WeightDelta]) -> pd.DataFrame:
@@ -68,16 +69,16 @@ def heads_of(source: Iterable[WeightDelta]) -> dict[str, list[WeightDelta]]:
     several = {name: heads for name, heads in modules.items() if len(heads) > 1 or heads[0].recipe is None}
     if not any(len(heads) > 1 for heads in several.values()):
         raise SelectionError(
-            "no module has two heads to compare: open an adapter of several heads (R-LoRA, HydraLoRA, MultiLoRA) "
-            'with heads="each" (--heads each)'
+            "no module has two heads to compare: give an adapter of several heads (R-LoRA, HydraLoRA, MultiLoRA), "
+            'opened with heads="each" in Python; two adapters are compared by similarity'
         )
     return several
 
 
 def _row(name: str, heads: Sequence[WeightDelta]) -> Row:
     try:
-        found = _numbers(heads)
-        return _line(name, "ok") | found
+        numbers = _numbers(heads)
+        return _line(name, "ok") | numbers
     except SpectraError as problem:
         broken = next((head for head in heads if head.recipe is None), None)
         return _line(name, broken.status, broken.reason) if broken else _line(name, "unreadable", str(problem))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from spectra import naming, text
 from spectra.deltas.source import Source
 from spectra.errors import BaseRequiredError
+from spectra.files.far import is_remote
 from spectra.files.folder import Folder
-from spectra.files.remote import is_remote
 from spectra.files.tensors import TensorRef
 from spectra.models.opening import Openable, open_any
 from spectra.sources import format_of, source_of
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 NEEDS_BASE = "needs the base"
+COLUMNS = ("name", "role", "layer", "shape", "max_rank", "factored", "status", "reason")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +58,7 @@ class Inspection:
                 for name, ref in self.folder.tensors.items()
                 if len(ref.shape) >= 2
             ]
-        columns = ("name", "role", "layer", "shape", "max_rank", "factored", "status", "reason")
-        return [{column: getattr(delta, column) for column in columns} for delta in self.source]
+        return [{column: getattr(delta, column) for column in COLUMNS} for delta in self.source]
 
     @property
     def by_role(self) -> list[Row]:

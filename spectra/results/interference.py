@@ -9,24 +9,29 @@ from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from spectra import naming
 from spectra.deltas.delta import WeightDelta
+from spectra.deltas.forms import Dense
 from spectra.deltas.relatedness import unrelated_note
 from spectra.engine.devices import device_named, resolve_device
+from spectra.engine.memory import READ_AHEAD
 from spectra.engine.solve import Wanted, solve, solve_forms
 from spectra.errors import SelectionError
+from spectra.files.far import expected
 from spectra.metrics.alignment import Triplets
 from spectra.metrics.interference import INTERFERENCE, Together, sum_of
+from spectra.metrics.sides import Side
 from spectra.spectrum import DONE, Spectrum
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from spectra.deltas.forms import Form
     from spectra.results.tables import Row
 
 ALONE = "alone"  # the status of a matrix that only one update has
+COLUMNS = ("name", "role", "layer", "status", "updates", *INTERFERENCE, "reason", "note")
 
 
 def interference(
@@ -77,8 +82,15 @@ def interference_rows(
         (name, {place: update[name] for place, update in enumerate(updates) if name in update}) for name in names
     )
     if executor is None:
-        return (_row(name, there, len(updates), where) for name, there in of_each)
+        return _one_by_one(list(of_each), len(updates), where)
     return _ahead(executor, of_each, len(updates), where)
+
+
+def _one_by_one(of_each: Sequence[tuple[str, Mapping[int, WeightDelta]]], count: int, device: str) -> Iterator[Row]:
+    together = [[ref for delta in there.values() for ref in delta.refs] for _, there in of_each if len(there) > 1]
+    with expected(together, device_named(device).budget() // READ_AHEAD, fetches=len(together) > 1):
+        for name, there in of_each:
+            yield _row(name, there, count, device)
 
 
 def _ahead(
@@ -100,6 +112,11 @@ def _ahead(
 
 def _row(name: str, there: Mapping[int, WeightDelta], count: int, device: str) -> Row:
     """One matrix over the updates that have it, by their places among `count`."""
+    with expected([delta.refs for delta in there.values()]):
+        return _done(name, there, count, device)
+
+
+def _done(name: str, there: Mapping[int, WeightDelta], count: int, device: str) -> Row:
     missing = [str(place + 1) for place in range(count) if place not in there]
     note = f"not in update {', '.join(missing)}" if missing else ""
     if len(there) == 1:
@@ -107,20 +124,32 @@ def _row(name: str, there: Mapping[int, WeightDelta], count: int, device: str) -
     shapes = {delta.shape for delta in there.values() if delta.recipe is not None}
     if len(shapes) > 1:
         return _line(name, there, "shape_mismatch", f"the updates have shapes {sorted(shapes)}", note)
-    found: dict[int, Triplets] = {}
+    found: list[Triplets] = []
     for place, delta in there.items():
         spectrum = solve(delta, top=max(1, delta.max_rank), only_top=True, device=device)
         if spectrum.status not in DONE:
             return _line(name, there, spectrum.status, f"update {place + 1}: {spectrum.reason}", note)
         said = unrelated_note(spectrum.base_cosine, spectrum.unmoved_share)
         note = note if said in note else "; ".join(filter(None, (note, said)))
-        found[place] = _triplets(spectrum, device)
-    total = _sum(name, list(found.values()), device)
+        found.append(_triplets(spectrum, device))
+    values, left, right = _sides(found)
+    total = _sum(name, sum_of(values, left, right), device)
     if total.status not in DONE:
         return _line(name, there, total.status, f"the sum of the updates: {total.reason}", note)
-    seen = Together(tuple(found.values()), _triplets(total, device))
+    seen = Together(values, left, right, _triplets(total, device))
     numbers = {column: metric(seen) for column, metric in INTERFERENCE.items()}
     return _line(name, there, "ok", "", note) | _in_their_places(numbers, list(there), count)
+
+
+def _sides(updates: list[Triplets]) -> tuple[tuple[Tensor, ...], Side, Side]:
+    """The updates' values and vectors, side by side; the list is emptied, and no vector is held twice."""
+    values, left, right = (
+        [update.S for update in updates],
+        [update.U for update in updates],
+        [update.Vh.mT for update in updates],
+    )
+    updates.clear()
+    return tuple(values), Side.of(left), Side.of(right)
 
 
 def _line(name: str, there: Iterable[int], status: str, reason: str, note: str = "") -> Row:
@@ -147,16 +176,13 @@ def _triplets(spectrum: Spectrum, device: str) -> Triplets:
     return Triplets(*(torch.as_tensor(part, device=device) for part in (U[:, :kept], spectrum.S[:kept], Vh[:kept])))
 
 
-def _sum(name: str, updates: Sequence[Triplets], device: str) -> Spectrum:
+def _sum(name: str, total: Tensor, device: str) -> Spectrum:
     """The spectrum of ΣΔ with all vectors; unchanged where the updates cancel."""
-    shape = (updates[0].U.shape[0], updates[0].Vh.shape[1])
-    form: Form | None = sum_of(updates)
-    if form is None:
-        return Spectrum(name, shape, "unchanged", reason="the updates cancel")
-    blank = WeightDelta(name, shape, None, form.max_rank)
+    form = Dense(total)
+    blank = WeightDelta(name, form.shape, None, form.max_rank)
     wanted = Wanted(form.max_rank, only_top=True, device=device_named(device))
-    (found,) = solve_forms([blank], [form], wanted)
-    return found
+    (spectrum,) = solve_forms([blank], [form], wanted)
+    return spectrum
 
 
 def _in_their_places(numbers: Row, places: Sequence[int], count: int) -> Row:

@@ -102,10 +102,10 @@ class _Counting(Work):
         tuned = self.top(delta, Dense(weight + form.to_dense()), self.k)
         if self.cache is None or self.cache.get(where) is None:
             top = self.top(delta, Dense(weight), min(_TOP * self.k, *weight.shape))
-            found = nearness(weight, top, tuned.U, epsilon=self.epsilon)
-            count = found.intruders(self.epsilon)
+            near = nearness(weight, top, tuned.U, epsilon=self.epsilon)
+            count = near.intruders(self.epsilon)
             if count is not None:
-                return self._told(tuned, count, BY_BOUNDS, found.least.tolist(), found.most.tolist())
+                return self._told(tuned, count, BY_BOUNDS, near.least.tolist(), near.most.tolist())
         seen = AgainstBase(triplets_of_base(where, weight, self.cache), form, tuned, tuned, self.k, self.epsilon)
         cosines = largest_cosines(seen)
         return self._told(tuned, metrics.intruders(seen), BY_VECTORS, cosines, cosines)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from spectra.results.tables import Row
 
+COLUMNS = ("a", "b", "name", "side", "k_used", "phi", "chance", "other", "note")
 Pooling = Literal["all", "role", "layer", "matrix"]
 
 
@@ -40,9 +41,14 @@ class Pair:
         return self.outcome.reason if isinstance(self.outcome, NotCompared) else ""
 
     @property
+    def status(self) -> str:
+        """`ok`, or that of a matrix without a similarity."""
+        return self.outcome.status if isinstance(self.outcome, NotCompared) else "ok"
+
+    @property
     def one_sided(self) -> bool:
         """Whether only one of the two has the matrix, which is no fault."""
-        return isinstance(self.outcome, NotCompared) and self.outcome.one_sided
+        return self.status == "one_sided"
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,9 +118,19 @@ class Pairs:
         return [pair for pair in self.not_compared if pair.one_sided]
 
     @property
+    def unchanged(self) -> dict[str, list[str]]:
+        """Update → the matrices that it leaves exactly as they are, which are in none of its pairs."""
+        found: dict[str, dict[str, None]] = {}
+        for pair in self.not_compared:
+            if isinstance(pair.outcome, NotCompared):
+                for which in pair.outcome.unchanged:
+                    found.setdefault(pair.a if which == "first" else pair.b, {})[pair.outcome.name] = None
+        return {label: list(found[label]) for label in self.labels if label in found}
+
+    @property
     def failed(self) -> list[Pair]:
-        """The matrices that both updates of a pair have and that could not be compared."""
-        return [pair for pair in self.not_compared if not pair.one_sided]
+        """The matrices that both updates of a pair change and that could not be compared."""
+        return [pair for pair in self.not_compared if pair.status == "failed"]
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -189,8 +205,8 @@ class Pairs:
 
     def groups(self, by: Pooling = "role") -> list[str | int | None]:
         """The roles, layers or matrices that there are: layers ascending, the others as they come."""
-        found = list(dict.fromkeys(_GROUPS[by](kept)[1] for kept in self._kept))
-        return sorted(found, key=lambda layer: (layer is None, layer)) if by == "layer" else found
+        present = list(dict.fromkeys(_GROUPS[by](kept)[1] for kept in self._kept))
+        return sorted(present, key=lambda layer: (layer is None, layer)) if by == "layer" else present
 
     def square(
         self, side: Side = "left", by: Pooling = "all", group: str | int | None = "all", *, value: str = "phi"
@@ -204,16 +220,16 @@ class Pairs:
             value: another column of `pooled`: "chance", "k_used".
         """
         place = {label: i for i, label in enumerate(self.labels)}
-        found = np.full((len(place), len(place)), np.nan)
+        grid = np.full((len(place), len(place)), np.nan)
         if value == "phi":
-            np.fill_diagonal(found, 1.0)
+            np.fill_diagonal(grid, 1.0)
         members: dict[tuple[str, str], list[_Kept]] = {}
         for kept in self._kept:
             if kept.side == side and _GROUPS[by](kept)[1] == group:
                 members.setdefault((kept.a, kept.b), []).append(kept)
         for (a, b), some in members.items():
-            found[place[a], place[b]] = found[place[b], place[a]] = _mean(some)[value]
-        return found
+            grid[place[a], place[b]] = grid[place[b], place[a]] = _mean(some)[value]
+        return grid
 
     def order(self, side: Side | None = None) -> list[int]:
         """The updates' places in clustered order: those that share directions stand together.
@@ -257,8 +273,8 @@ def clustered(similarity: np.ndarray) -> list[int]:
     distance = 1.0 - similarity
     np.fill_diagonal(distance, 0.0)
     tree = linkage(squareform(np.clip(distance, 0.0, None), checks=False), "average", optimal_ordering=True)
-    found = [int(place) for place in leaves_list(tree)]
-    return found if found[0] <= found[-1] else found[::-1]  # the two directions of a tree are one order
+    order = [int(place) for place in leaves_list(tree)]
+    return order if order[0] <= order[-1] else order[::-1]  # the two directions of a tree are one order
 
 
 def _mean(members: Sequence[_Kept]) -> Row:

@@ -81,13 +81,13 @@ def _in_layers(first: Sequence[str], second: Sequence[str]) -> Iterator[tuple[st
     for name in first:
         nearness = {other: _nearness(name, other) for other in second if other != name}
         best = max(nearness.values(), default=0)
-        found = [other for other, near in nearness.items() if near and near == best]
-        if len(found) > 1:
+        nearest = [other for other, near in nearness.items() if near and near == best]
+        if len(nearest) > 1:
             raise SelectionError(
-                f"{name} has {len(found)} partners in its layer, such as {found[0]} and {found[1]}: "
+                f"{name} has {len(nearest)} partners in its layer, such as {nearest[0]} and {nearest[1]}: "
                 "choose one of them (--against)"
             )
-        yield from ((name, other) for other in found)
+        yield from ((name, other) for other in nearest)
 
 
 def _nearness(name: str, other: str) -> int:

@@ -112,9 +112,9 @@ def parse_similarity(arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]
         raise ValueError(f"its record lacks {', '.join(missing)}")
     k = record["k_used"]
     wanted = {"grid": (k, k), "chance": (k, k), "angles": (k,)}
-    found = {key: array.shape for key, array in arrays.items()}
-    if found != wanted:
-        raise ValueError(f"its arrays {found} do not fit its record")
+    shapes = {key: array.shape for key, array in arrays.items()}
+    if shapes != wanted:
+        raise ValueError(f"its arrays {shapes} do not fit its record")
     given: dict[str, Any] = {key: record[key] for key in _COMPARED if record.get(key) is not None}
     return SubspaceSimilarity(**given | dict(arrays))
 

@@ -127,10 +127,10 @@ def compare_into(
     updates = [{delta.name: delta for delta in source} for source in (a, b)]
     missing = []
     for link in links:
-        found = kept.stored(link)
-        reused += [link.a[1]] if found else []
-        missing += [] if found else [link]
-        yield from found
+        similarities = kept.stored(link)
+        reused += [link.a[1]] if similarities else []
+        missing += [] if similarities else [link]
+        yield from similarities
     for link, item in compare_links(updates, missing, top=top, sides=sides, **compute):
         kept.put(link, item)
         yield item
@@ -162,8 +162,8 @@ class Kept:
         """Every side's stored comparison; [] if one is missing or was made from other inputs."""
         (i, name), (j, other) = link.a, link.b
         key, different = self.key(link), other if other != name else ""
-        found = [self.stores[i, j].similarity_of(name, side, key, different) for side in self.sides]
-        return [item for item in found if item] if all(found) else []
+        similarities = [self.stores[i, j].similarity_of(name, side, key, different) for side in self.sides]
+        return [item for item in similarities if item] if all(similarities) else []
 
     def put(self, link: Link, item: Compared) -> None:
         """Store a comparison; why there is none is found out again each time."""

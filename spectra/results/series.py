@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from spectra.results.collection import Spectra
 from spectra.results.shelf import ANOTHER_PLACE, write
 from spectra.results.start import Start
 from spectra.results.steps import Moment, in_order
-from spectra.results.store import Store
+from spectra.results.store import Store, home_of
 from spectra.results.streams import decompose
 from spectra.results.tables import Row
 from spectra.sources import open_source
@@ -36,6 +37,8 @@ KIND = "series"
 TABLE = "series.csv"
 MEASURED = ("norm", "relative_norm", "stable_rank", "top_1_share", "effective_rank")
 COMPARED = ("phi_to_last", "phi_to_previous", "start_left", "start_right")  # each with its chance level
+_LEVELS = tuple(column for name in COMPARED for column in (name, f"{name}_chance"))
+COLUMNS = ("step", "checkpoint", "name", "role", "layer", "status", *MEASURED, "k", *_LEVELS, "reason", "note")
 _STEPS = "checkpoints"
 _FOLDER = "step-"
 _PROBLEMS_OF_ALL = (StoreError, DeviceError)  # not one checkpoint's
@@ -119,7 +122,7 @@ def series_rows(
     options = {"split": True, "heads": "mean", "scale": None} | {
         key: others.pop(key) for key in ("split", "heads", "scale") if key in others
     }
-    home = Path(out).expanduser() if out is not None else None
+    home = home_of(out) if out is not None else None
     given = in_order(checkpoints, steps)
     stored = stored_steps(home) if home else {}
     if home is not None and given:
@@ -134,8 +137,8 @@ def series_rows(
 
 def stored_steps(directory: Path) -> dict[int, Path]:
     """Step → the results directory of its checkpoint, for those that a series' directory holds."""
-    found = (folder for folder in directory.glob(f"{_STEPS}/{_FOLDER}*") if (folder / "spectra").is_dir())
-    numbered = {folder.name.removeprefix(_FOLDER): folder for folder in found}
+    folders = (folder for folder in directory.glob(f"{_STEPS}/{_FOLDER}*") if (folder / "spectra").is_dir())
+    numbered = {folder.name.removeprefix(_FOLDER): folder for folder in folders}
     return {int(number): numbered[number] for number in sorted(numbered, key=len) if number.isdigit()}
 
 
@@ -149,8 +152,8 @@ def is_series(directory: str | Path) -> bool:
     return Path(directory, TABLE).is_file() and Path(directory, _STEPS).is_dir()
 
 
-def by_role(rows: Sequence[Row]) -> list[Row]:
-    """One row per step and role: how many matrices, and the median of every column over those that have a value.
+def by_role(rows: Sequence[Row], columns: Sequence[str] = (*MEASURED, *_LEVELS)) -> list[Row]:
+    """One row per step and role: how many matrices, and the median of each column over those that have a value.
 
     Example:
         >>> rows = [{"step": 1, "role": "q_proj", "status": "ok", "norm": norm} for norm in (1.0, 2.0, 6.0)]
@@ -162,7 +165,6 @@ def by_role(rows: Sequence[Row]) -> list[Row]:
     for line in rows:
         if line["status"] == "ok":
             groups.setdefault((line["step"], line["role"]), []).append(line)
-    columns = [*MEASURED, *COMPARED, *(f"{name}_chance" for name in COMPARED)]
     return [
         {"step": step, "role": role, "matrices": len(lines)}
         | {name: _median(line.get(name) for line in lines) for name in columns}
@@ -319,7 +321,7 @@ def row(
         side: of φ.
     """
     numbers = tables.row(spectrum, {name: METRICS[name] for name in MEASURED})
-    found = {
+    cells = {
         "step": step,
         "checkpoint": path,
         "name": spectrum.name,
@@ -328,30 +330,30 @@ def row(
         "status": spectrum.status,
         **{name: numbers[name] for name in MEASURED},
         "k": min(top, spectrum.k, spectrum.rank),
-        **{column: None for name in COMPARED for column in (name, f"{name}_chance")},
+        **dict.fromkeys(_LEVELS),
         "reason": spectrum.reason,
         "note": spectrum.note,
     }
     for name, other in others.items():
         similarity = _similarity(spectrum, other, top, side)
         if similarity is not None:
-            found |= {f"phi_to_{name}": similarity.phi, f"phi_to_{name}_chance": float(similarity.chance[-1, -1])}
-            found["note"] = "; ".join(
-                filter(None, (found["note"], similarity.note and f"φ to {name}: {similarity.note}"))
+            cells |= {f"phi_to_{name}": similarity.phi, f"phi_to_{name}_chance": float(similarity.chance[-1, -1])}
+            cells["note"] = "; ".join(
+                filter(None, (cells["note"], similarity.note and f"φ to {name}: {similarity.note}"))
             )
     for where in SIDES:
         basis = start.basis(spectrum.name, where) if start is not None else None
         if basis is not None and spectrum.U is not None:
-            found[f"start_{where}"] = start_share(spectrum, basis, top=top, side=where)
-            found[f"start_{where}_chance"] = basis.shape[1] / basis.shape[0]
-    return found
+            cells[f"start_{where}"] = start_share(spectrum, basis, top=top, side=where)
+            cells[f"start_{where}_chance"] = basis.shape[1] / basis.shape[0]
+    return cells
 
 
 def _failed(step: int, moment: Moment | None, problem: SpectraError) -> Row:
     """The row of a checkpoint that cannot be read."""
     nothing = Spectrum("", (), "unreadable", reason=str(problem))
-    found = row(step, moment.path if moment else "", nothing, top=1)
-    return found | {"role": "", "layer": None, "k": None}
+    cells = row(step, moment.path if moment else "", nothing, top=1)
+    return cells | {"role": "", "layer": None, "k": None}
 
 
 def _similarity(a: Spectrum, b: Spectrum, top: int, side: Side) -> SubspaceSimilarity | None:
@@ -365,8 +367,8 @@ def _similarity(a: Spectrum, b: Spectrum, top: int, side: Side) -> SubspaceSimil
 def _whole_path(path: str | Path | None) -> str | None:
     if path is None:
         return None
-    place = Path(path).expanduser()
-    return str(place.resolve()) if place.exists() else str(path)
+    place = os.path.expanduser(path)
+    return os.path.realpath(place) if os.path.exists(place) else str(path)
 
 
 def _claim(home: Path, inputs: dict[str, Any], stored: dict[int, Path], given: set[int], notes: list[str]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import socket
@@ -21,12 +22,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote, unquote
 
 import numpy as np
 
-from spectra.errors import StoreError
+from spectra.errors import SourceError, StoreError
+from spectra.files.safetensors_file import read_header
+from spectra.files.storage import Place
+from spectra.files.tensors import TensorRef
 from spectra.results import tables
 
 ANOTHER_PLACE = "another directory (out=, --out)"
@@ -40,6 +44,9 @@ _ABANDONED = 3600  # seconds after which a partial file of another machine is no
 _HOST = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:32]
 _PARTIAL = re.compile(r"\..*\.([A-Za-z0-9]*)-(\d+)\.partial", re.DOTALL)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_SYNCED_EVERY = 0.2  # seconds
+Version = tuple[int, int, int]  # a file's number, size and time: another one after each writing
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 _DAMAGE = (OSError, AttributeError, KeyError, ValueError, TypeError, OverflowError, RecursionError, MemoryError)
 
 
@@ -71,6 +78,16 @@ class Shelf:
     def __init__(self, directory: Path, verify: bool = True) -> None:
         self.directory = directory
         self.verify = verify
+        self._synced = -math.inf
+
+    def version(self, name: str) -> Version | None:
+        """What changes when the record is written again; None where there is none."""
+        try:
+            return _version(os.stat(self.path(name)))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as problem:
+            raise StoreError(f"{self.path(name)} cannot be looked at: {problem.strerror}") from None
 
     def path(self, name: str) -> Path:
         """Where the record lies."""
@@ -100,8 +117,12 @@ class Shelf:
         except StoreError:
             return None
 
-    def put(self, name: str, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
-        """Write one record.
+    def put(self, name: str, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> Version:
+        """Write one record, and say which it is.
+
+        Of many that come quickly only some are waited for until they are on the disk, which takes milliseconds each:
+        a process that is killed loses none, a machine without power those of the last seconds, which their checksums
+        tell.
 
         Raises:
             StoreError: the directory cannot be written to.
@@ -111,7 +132,11 @@ class Shelf:
         contiguous = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
         sums = {key: _sum(array) for key, array in contiguous.items()}
         said = {"name": json_text(name), "record": json_text(record), "sums": json_text(sums)}
-        write(self.path(name), save(contiguous, signed(said)))
+        lasting = time.monotonic() - self._synced > _SYNCED_EVERY
+        version = write(self.path(name), save(contiguous, signed(said)), lasting=lasting)
+        if lasting:
+            self._synced = time.monotonic()
+        return version
 
     def record(self, name: str) -> dict[str, Any]:
         """The JSON object of a record, without its arrays.
@@ -148,24 +173,21 @@ def read_piece(path: Path, only: Sequence[str] | None = None, *, verify: bool = 
     Raises:
         StoreError: it is missing or damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         if not path.is_file():  # opening a pipe would wait for ever
             raise FileNotFoundError("no such file")
-        with safe_open(path, framework="np") as file:
-            said = dict(file.metadata() or {})
-            is_signed = set(said) != {"record"}
-            if is_signed:
-                said = json.loads(said[_SAID])
-                if said.pop("checksum", None) != _signature(said):
-                    raise ValueError("its checksum does not fit what it says")
-            sums = json.loads(said["sums"]) if is_signed else {}
-            there = list(file.keys())
-            if is_signed and set(there) != set(sums):
-                raise ValueError("it does not hold the arrays that it lists")
-            arrays = {key: file.get_tensor(key) for key in there if only is None or key in only}
-            record = json.loads(said["record"])
+        header = read_header(Place.of(path))  # read and not mapped: a map of a file that is cut off kills the process
+        said = dict(header.metadata)
+        is_signed = set(said) != {"record"}
+        if is_signed:
+            said = json.loads(said[_SAID])
+            if said.pop("checksum", None) != _signature(said):
+                raise ValueError("its checksum does not fit what it says")
+        sums = json.loads(said["sums"]) if is_signed else {}
+        if header.broken or (is_signed and set(header.tensors) != set(sums)):
+            raise ValueError("it does not hold the arrays that it lists")
+        arrays = {key: _array(ref) for key, ref in header.tensors.items() if only is None or key in only}
+        record = json.loads(said["record"])
         for key, array in arrays.items():
             if verify and is_signed and _sum(array) != sums[key]:
                 raise ValueError(f"the checksum of {key} does not fit its numbers")
@@ -173,8 +195,14 @@ def read_piece(path: Path, only: Sequence[str] | None = None, *, verify: bool = 
             raise ValueError("it holds no record")
         name = json.loads(said["name"]) if is_signed else ""
         return Piece(name, arrays, record, is_signed)
-    except (*_DAMAGE, SafetensorError) as problem:
+    except (*_DAMAGE, SourceError) as problem:
         raise damaged(path, str(problem) or type(problem).__name__) from None
+
+
+def _array(ref: TensorRef) -> np.ndarray:
+    """The stored entries."""
+    content = ref.file.read(ref.offset, ref.bytes_read)
+    return np.frombuffer(content, _NUMPY[ref.dtype]).reshape(ref.stored)
 
 
 def damaged(path: Path, why: str) -> StoreError:
@@ -225,24 +253,32 @@ def _file_name(name: str) -> str:
     return f"{quoted[:_KEPT]}{_SHORTENED}{digest}"
 
 
-def write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes, *, lasting: bool = True) -> Version:
     """Put a file in its place in one step.
+
+    Args:
+        path: its place; folders above it are made.
+        content: what it holds.
+        lasting: wait until it is on the disk.
 
     Raises:
         StoreError: it cannot be written; what was there before is as it was.
     """
-    partial = path.with_name(f".{path.name[-100:]}.{_HOST}-{os.getpid()}.partial")
+    partial = f"{path.parent}/.{path.name[-100:]}.{_HOST}-{os.getpid()}.partial"
+    _sweep_once(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep_once(path.parent)
-        try:
-            with partial.open("wb") as file:
+        with _opened(partial) as file:
+            try:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+                if lasting:
+                    os.fsync(file.fileno())
+                os.replace(partial, path)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(partial)
+                raise
+            return _version(os.fstat(file.fileno()))
     except (OSError, ValueError) as problem:  # ValueError: a NUL in the path
         full = isinstance(problem, OSError) and problem.errno in _FULL
         why = problem.strerror if isinstance(problem, OSError) else str(problem)
@@ -251,6 +287,19 @@ def write(path: Path, content: bytes) -> None:
             f"{'make room' if full else 'let this user write there'} or choose {ANOTHER_PLACE}, "
             "and run the same again to go on"
         ) from None
+
+
+def _opened(partial: str) -> BinaryIO:
+    """A new file, in a folder that is made if it is not there."""
+    try:
+        return open(partial, "wb")
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(partial), exist_ok=True)
+        return open(partial, "wb")
+
+
+def _version(status: os.stat_result) -> Version:
+    return (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @contextmanager
@@ -296,12 +345,12 @@ def _sweep(folder: Path) -> None:
 
 
 def _is_abandoned(partial: Path) -> bool:
-    found = _PARTIAL.fullmatch(partial.name)
-    if not found:
+    match = _PARTIAL.fullmatch(partial.name)
+    if not match:
         return False  # another program's
-    if found[1] == _HOST:
+    if match[1] == _HOST:
         try:
-            os.kill(int(found[2]), 0)
+            os.kill(int(match[2]), 0)
         except ProcessLookupError:
             return True
         except (OSError, OverflowError):
@@ -317,7 +366,7 @@ def json_text(content: Any, indent: int | None = None) -> str:
     '{"σ": null, "name": "\\\\ud800"}'
     """
     text = json.dumps(tables.strict(content), indent=indent, allow_nan=False, ensure_ascii=False)
-    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

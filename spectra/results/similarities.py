@@ -17,11 +17,18 @@ class NotCompared:
         name: the weight's name.
         reason: why, in words.
         one_sided: whether only one of the updates has it, which is no fault.
+        unchanged: which of the updates, "first" and "second", leave it exactly as it is, which is none either.
     """
 
     name: str
     reason: str
     one_sided: bool = False
+    unchanged: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> str:
+        """`one_sided`, `unchanged`, or `failed` where both updates change it and a comparison was to be expected."""
+        return "one_sided" if self.one_sided else "unchanged" if self.unchanged else "failed"
 
 
 Compared = SubspaceSimilarity | NotCompared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,14 +60,14 @@ def in_order(paths: Sequence[str | Path], steps: Sequence[int] | None = None) ->
         raise SelectionError(f"steps = {list(steps)} are not all whole numbers from 0: give each checkpoint's step")
     counted = [(int(step), "step") for step in steps] if steps is not None else [_said(name) for name in names]
     _refuse_two_units(names, [unit for _, unit in counted])
-    found: dict[int, str] = {}
+    by_step: dict[int, str] = {}
     for name, (step, _) in zip(names, counted, strict=True):
-        if step in found:
+        if step in by_step:
             raise SelectionError(
-                f"{found[step]} and {name} are both of step {step}: leave one out, or give steps= (--step) for each"
+                f"{by_step[step]} and {name} are both of step {step}: leave one out, or give steps= (--step) for each"
             )
-        found[step] = name
-    return [Moment(step, found[step]) for step in sorted(found)]
+        by_step[step] = name
+    return [Moment(step, by_step[step]) for step in sorted(by_step)]
 
 
 def _said(name: str) -> tuple[int, str]:
@@ -87,9 +88,9 @@ def _said(name: str) -> tuple[int, str]:
 
 def _from_state(name: str) -> int | None:
     """`global_step` of the trainer's state beside the weights; None where there is no such file."""
-    place = Path(name).expanduser()
-    path = (place if place.is_dir() else place.parent) / _STATE
-    if not place.exists() or not path.is_file():
+    place = Path(os.path.expanduser(name))
+    path = (place if os.path.isdir(place) else place.parent) / _STATE
+    if not os.path.exists(place) or not os.path.isfile(path):
         return None
     try:
         step = json.loads(path.read_text(encoding="utf-8"))["global_step"]
@@ -100,7 +101,7 @@ def _from_state(name: str) -> int | None:
 
 def _pieces(name: str) -> list[str]:
     """The folders of a path from the last one upwards, without a weights file's ending."""
-    path = PurePosixPath(Path(name).expanduser().resolve() if Path(name).exists() else Path(name))
+    path = PurePosixPath(os.path.realpath(os.path.expanduser(name)) if os.path.exists(name) else name)
     last = path.name
     ending = next((suffix for suffix in WEIGHT_SUFFIXES if last.endswith(suffix)), "")
     return [last.removesuffix(ending), *(part.name for part in path.parents)]

@@ -27,6 +27,7 @@ from spectra.results.shelf import (
     ANOTHER_PLACE,
     Piece,
     Shelf,
+    Version,
     alone,
     damaged,
     json_text,
@@ -62,7 +63,7 @@ class Store:
         self.similarity = Shelf(self.directory / "similarity", verify)
         self.notes: list[str] = [] if notes is None else notes
         self._claimed: Mapping[str, Any] | None = None
-        self._seen: set[str] = set()
+        self._seen: dict[str, tuple[Version, tables.Row]] = {}
         self._wrote = False
 
     def run(self) -> dict[str, Any]:
@@ -122,8 +123,8 @@ class Store:
         try:
             return self.run()
         except StoreError as problem:
-            found = {str(piece.record.get("key")) for _, piece in self.pieces() if piece is not None}
-            if not found <= set(keys):
+            stored = {str(piece.record.get("key")) for _, piece in self.pieces() if piece is not None}
+            if not stored <= set(keys):
                 raise StoreError(
                     f"{problem}; and not all that is stored there is of these inputs and matrices, so it cannot be "
                     f"written anew: choose {ANOTHER_PLACE}"
@@ -142,20 +143,23 @@ class Store:
 
     def stored(self, name: str, key: str, top: int | None, only_top: bool) -> Spectrum | None:
         """The stored result for this key if it is final, sound, and holds at least what is asked for."""
-        if not self.spectra.path(name).exists():
+        version = self.spectra.version(name)
+        if version is None:
             return None
         try:
-            if not self.header(name).holds(key, top, only_top):
-                return None
-            found = self.get(name)
+            header, spectrum = self._read(name)
         except StoreError as problem:
             self.notes.append(f"computed again: {problem}")
             return None
-        self._seen.add(name)
-        return found
+        if not header.holds(key, top, only_top):
+            return None
+        self._seen[name] = version, tables.row(spectrum)
+        return spectrum
 
     def kept(self, name: str) -> tuple[int, int]:
         """How many values and vectors are stored for a matrix; none if what is stored is missing or damaged."""
+        if self.spectra.version(name) is None:
+            return 0, 0
         try:
             header = self.header(name)
         except StoreError:
@@ -176,8 +180,8 @@ class Store:
     def put(self, spectrum: Spectrum, key: str = NO_KEY) -> None:
         """Store one spectrum in its final place, with the vectors that are loaded."""
         arrays = {name: getattr(spectrum, name) for name in records.ARRAYS if getattr(spectrum, name) is not None}
-        self.spectra.put(spectrum.name, arrays, records.record_of(spectrum, key))
-        self._seen.add(spectrum.name)
+        version = self.spectra.put(spectrum.name, arrays, records.record_of(spectrum, key))
+        self._seen[spectrum.name] = version, tables.row(spectrum)
         self._wrote = True
 
     def get(self, name: str, vectors: bool = True) -> Spectrum:
@@ -186,9 +190,13 @@ class Store:
         Raises:
             StoreError: it is missing or damaged.
         """
+        return self._read(name, vectors)[1]
+
+    def _read(self, name: str, vectors: bool = True) -> tuple[records.Header, Spectrum]:
         arrays, record = self.spectra.get(name, None if vectors else ("S",))
         try:
-            return records.parse(record, name).with_arrays(arrays)
+            header = records.parse(record, name)
+            return header, header.with_arrays(arrays)
         except ValueError as problem:
             raise damaged(self.spectra.path(name), str(problem)) from None
 
@@ -198,11 +206,11 @@ class Store:
         if not self.similarity.path(label).exists():
             return None
         try:
-            found, made_from = self.compared(label)
+            similarity, made_from = self.compared(label)
         except StoreError as problem:
             self.notes.append(f"compared again: {problem}")
             return None
-        return found if made_from == key else None
+        return similarity if made_from == key else None
 
     def put_similarity(self, similarity: SubspaceSimilarity, key: str = NO_KEY) -> None:
         """Store one comparison."""
@@ -240,8 +248,8 @@ class Store:
         Raises:
             StoreError: what this run stored is not there any more, or the directory cannot be written to.
         """
-        rows = list(self._sound(self.spectra, lambda name: tables.row(self.get(name, vectors=False))))
-        gone = self._seen - {row["name"] for row in rows}
+        rows = list(self._sound(self.spectra, self._row))
+        gone = self._seen.keys() - {row["name"] for row in rows}
         if gone:
             raise StoreError(
                 f"{len(gone)} of the {len(self._seen)} results that this run stored in {self.directory} are not there "
@@ -252,6 +260,13 @@ class Store:
             name: self._write_table(name, lines) for name, lines in ((SUMMARY, rows), (COMPARED, compared)) if lines
         }
         self._close(sums, {line["name"]: line["method"] for line in rows})
+
+    def _row(self, name: str) -> tables.Row:
+        """A stored result's row in the table; what this run stored or read is not read again while its file is that."""
+        version, row = self._seen.get(name, (None, {}))
+        if version is not None and self.spectra.version(name) == version:
+            return row
+        return tables.row(self.get(name, vectors=False))
 
     def _close(self, sums: Mapping[str, str], methods: Mapping[str, str]) -> None:
         """Say in `run.json` that all is there, unless it says so."""

@@ -16,6 +16,7 @@ from spectra.metrics.similarity import Side
 from spectra.results.collection import Spectra, holds_results, load
 from spectra.results.comparison import compare_deltas, compare_spectra
 from spectra.results.partners import By
+from spectra.results.recorded import recorded_source
 from spectra.results.resume import compare_into, decompose_into, keep_comparisons
 from spectra.results.similarities import Compared
 from spectra.sources import open_source
@@ -179,7 +180,7 @@ def compare(
 
     Args:
         a: a source or deltas; or spectra that hold vectors, such as `load(…)` gives. A path is either: results that
-            are stored there, or a model or adapter.
+            are stored there, or a model or adapter; where vectors are wanting, a stored run is what it was made of.
         b: likewise, two of a kind.
         top: how many directions.
         sides: "left", "right" or both.
@@ -201,7 +202,7 @@ def compare(
         >>> [(similarity.name, similarity.phi) for similarity in compare(one, one, top=1)]
         [('w', 1.0)]
     """
-    a, b = opened(a), opened(b)
+    a, b = _of_a_kind(a, b, top)
     if isinstance(a, Spectra) and isinstance(b, Spectra):
         comparisons = compare_spectra(a, b, top=top, sides=sides, by=by)
         if out is None:
@@ -221,6 +222,20 @@ def compare(
     notes: list[str] = []
     stream = compare_into(out, first, second, inputs, reused, notes, top=top, sides=sides, by=by, **compute)
     return Comparisons(stream, reused, notes)
+
+
+def _of_a_kind(
+    a: Iterable[WeightDelta] | Spectra | str | Path, b: Iterable[WeightDelta] | Spectra | str | Path, top: int
+) -> tuple[Iterable[WeightDelta] | Spectra, Iterable[WeightDelta] | Spectra]:
+    """Two results with vectors or two updates, where paths leave the choice."""
+    first, second = opened(a), opened(b)
+    if all(isinstance(one, Spectra) and not one.lacks_vectors for one in (first, second)):
+        return first, second
+    if isinstance(a, str | Path) and isinstance(first, Spectra):
+        first = recorded_source(first, top + 1)
+    if isinstance(b, str | Path) and isinstance(second, Spectra):
+        second = recorded_source(second, top + 1)
+    return first, second
 
 
 def opened(given: Iterable[WeightDelta] | Spectra | str | Path) -> Iterable[WeightDelta] | Spectra:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -27,11 +28,27 @@ Row = dict[str, Any]
 By = Literal["matrix", "role"]
 Whole = Literal["matrix", "role", "model"]
 _SIZES = ("norm", "sigma_1", "relative_norm", "signal_norm")  # what grows with ΔW; the other metrics are ratios
+SIMILARITY_COLUMNS = (
+    *("name", "role", "side", "k_used", "phi", "chance", "phi_1_1", "smallest_angle", "largest_angle", "gap"),
+    *("note", "other"),
+)
 MOVED = ("moved", "moved_1e-6", "moved_1e-5")  # the shares of entries with |ΔW| above `spectra.deltas.forms.MOVED`
+
+# What was made of a spectrum: a run that is stored wants its row for the table on the disk and for the one on stdout.
+_MADE: WeakKeyDictionary[Spectrum, tuple[tuple[Any, ...] | None, Row]] = WeakKeyDictionary()
 
 
 def row(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]] = METRICS) -> Row:
     """One matrix as column → value; NaN where a metric has no value or would need values that are not there."""
+    asked = tuple(metrics.items())
+    before, columns = _MADE.get(spectrum, (None, {}))
+    if before != asked:
+        columns = _row(spectrum, metrics)
+        _MADE[spectrum] = asked, columns
+    return dict(columns)
+
+
+def _row(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]]) -> Row:
     out, inside = spectrum.shape if len(spectrum.shape) == 2 else (None, None)
     usual, exponent = _of_usual_size(spectrum)
     columns: Row = {

@@ -29,7 +29,7 @@ def open_source(
     a base that is trained on has to be copied before.
 
     Args:
-        tuned: a folder, a weights file, a hub id (`org/name[@revision]`) or an alias; or a model in memory.
+        tuned: a folder, a weights file, a hub id (`org/name[@revision]`), a URL or an alias; or a model in memory.
         base: the model it started from, likewise; required for full checkpoints, optional for LoRA and kin,
             where it adds the base's norm and checks names and shapes.
         split: report fused projections (GPT-2's c_attn) as their parts; False keeps them as stored.

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 
 from spectra.deltas.delta import WeightDelta
+from spectra.deltas.source import SAVED_WHOLE
 from spectra.files.folder import Folder
 from spectra.models import tied
 from spectra.models.pairing import unwrap
@@ -137,7 +138,7 @@ def _add_saved(ledger: Ledger, stored: str) -> None:
     elif ledger.base is None and ledger.config.get("layer_replication"):
         ledger.refuse(clean, ref.shape, "unsupported", "saved whole, and with layer_replication the base is not used")
     elif ledger.base is None:
-        ledger.skipped[clean] = "saved whole, so ΔW needs the base weight: pass base= (--base)"
+        ledger.skipped[clean] = SAVED_WHOLE
     else:
         _subtract_saved(ledger, ledger.base, stored, clean)
 

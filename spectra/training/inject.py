@@ -130,12 +130,12 @@ def detach(layer: nn.Module) -> Adapter:
 
 def attached(model: nn.Module) -> dict[str, tuple[nn.Module, Adapter]]:
     """Name → layer and adapter, for layers whose adapter is at work."""
-    found = {}
+    adapters = {}
     for name, layer in modules_of(model).items():
         adapter = layer._modules.get(CHILD)
         if isinstance(adapter, Adapter):
-            found[name] = (layer, adapter)
-    return found
+            adapters[name] = (layer, adapter)
+    return adapters
 
 
 def refuse_second(model: nn.Module) -> None:

@@ -96,12 +96,12 @@ class WatchSpectra(TrainerCallback):  # type: ignore[misc]
             self.watch = None
             return {}
 
-    def _log(self, state: Any, control: Any, found: dict[str, float]) -> None:
-        if not found:
+    def _log(self, state: Any, control: Any, numbers: dict[str, float]) -> None:
+        if not numbers:
             return
         if self.trainer is None:
-            state.log_history.append({**found, "epoch": state.epoch, "step": state.global_step})
+            state.log_history.append({**numbers, "epoch": state.epoch, "step": state.global_step})
             return
         asked = control.should_log  # which a log of the trainer takes as done, with the loss of this step unsaid
-        self.trainer.log(dict(found))
+        self.trainer.log(dict(numbers))
         control.should_log = asked

@@ -19,7 +19,7 @@ from spectra.engine.solve import Wanted, out_of_memory, solve_forms
 from spectra.errors import StoreError
 from spectra.results.series import KIND, by_role, row, series_rows, step_folder, stored_steps
 from spectra.results.start import Start
-from spectra.results.store import Store
+from spectra.results.store import Store, home_of
 from spectra.results.tables import Row
 from spectra.spectrum import Spectrum
 from spectra.training.config import AdapterError
@@ -88,7 +88,7 @@ class Watch:
         check_options(every=every, top=top, max_share=max_share)
         self.model = model
         self.every, self.top, self.max_share, self.values = every, top, max_share, values
-        self.out = None if out is None else Path(out).expanduser()
+        self.out = None if out is None else home_of(out)
         self.seconds, self.put_off = 0.0, 0
         self._began = time.perf_counter()
         self._due, self._waits = step - step % every + every, False
@@ -174,11 +174,11 @@ class Watch:
         Raises:
             StoreError: `out` cannot be written to.
         """
-        found = self.measure(step) if step is not None and step > self._measured_at else {}
+        numbers = self.measure(step) if step is not None and step > self._measured_at else {}
         if self.out is not None and stored_steps(self.out):
             for _ in series_rows(top=self.top, out=self.out):
                 pass  # writes the table
-        return found
+        return numbers
 
     def _claim(self, out: Path, step: int) -> None:
         """Make the directory this run's; steps that were measured after the one that it goes on from are undone."""
@@ -236,11 +236,11 @@ def _spectrum(watched: Watched, modules: dict[str, nn.Module], wanted: Wanted) -
 
 def _logged(rows: Sequence[Row]) -> dict[str, float]:
     """The medians by role as flat numbers, and how many matrices have none where there are any."""
-    found: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         f"spectra/{line['role']}/{name}": line[name]
         for line in by_role(rows)
         for name in LOGGED
         if line[name] is not None and math.isfinite(line[name])
     }
     undone = sum(line["status"] not in ("ok", "unchanged") for line in rows)
-    return found | ({"spectra/not_measured": float(undone)} if undone else {})
+    return numbers | ({"spectra/not_measured": float(undone)} if undone else {})

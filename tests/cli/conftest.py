@@ -6,7 +6,7 @@ import pytest
 from support.checkpoints import llama_tensors, nudged, write_checkpoint
 from support.command_line import run
 
-from spectra.plots import stored
+from spectra.plots import tables
 
 
 @pytest.fixture
@@ -36,6 +36,6 @@ def compared(llama):
 def drawn(monkeypatch):
     """The figures that a command saves."""
     figures = []
-    save = stored.save_figure
-    monkeypatch.setattr(stored, "save_figure", lambda figure, *rest: [figures.append(figure), save(figure, *rest)][1])
+    save = tables.save_figure
+    monkeypatch.setattr(tables, "save_figure", lambda figure, *rest: [figures.append(figure), save(figure, *rest)][1])
     return figures

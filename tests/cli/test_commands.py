@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import resource
 import subprocess
 import sys
 
 import pytest
-from support.checkpoints import llama_tensors, write_checkpoint
+import torch
+from safetensors.torch import load_file
+from support.checkpoints import llama_tensors, write_adapter, write_checkpoint
 from support.command_line import lora_folder, run
 
 from spectra.cli import main
@@ -52,6 +56,21 @@ def test_every_command_and_option_is_described():
 def fresh(code):
     """What a fresh interpreter prints."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("given", [None, "3"])
+def test_numpys_threads_do_not_compete_with_torchs_unless_they_are_asked_for(tmp_path, given):
+    """OpenBLAS reads it when numpy is loaded, so it has to be there before a command loads what it needs."""
+    lora_folder(tmp_path / "a", seed=0)
+    code = (
+        "import os, sys\nfrom spectra.cli import main\nassert 'numpy' not in sys.modules\n"
+        f"try: main(['heads', {str(tmp_path / 'a')!r}], standalone_mode=False)\nexcept BaseException: pass\n"
+        "print(os.environ['OPENBLAS_NUM_THREADS'])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_NUM_THREADS"}
+    environment |= {"OPENBLAS_NUM_THREADS": given} if given else {}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines()[-1] == (given or "1")
 
 
 def test_help_and_inspect_load_no_torch(llama):
@@ -162,3 +181,51 @@ def test_stored_results_are_no_model(llama):
     assert (
         "it holds stored results: spectra plot and spectra similarity take them" in run("svd", "results", status=1)[1]
     )
+
+
+@pytest.fixture
+def saved_whole(llama):
+    """A LoRA whose config saves the head whole: its update needs the base, the factors none."""
+    folder = lora_folder(llama / "lora", seed=0)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.weight"] = torch.ones(32, 16)
+    write_adapter(folder, tensors, config | {"modules_to_save": ["lm_head"]})
+    return llama
+
+
+LEFT_UNDONE = "not done: lm_head.weight: saved whole, so ΔW needs the base weight: pass base= (--base)"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("svd", "lora"),
+        ("similarity", "lora", "lora", "--top", "2"),
+        ("interference", "lora", "lora"),
+        ("extract", "lora", "--rank", "1", "--dry-run"),
+        ("series", "lora", "--step", "1"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_lacks_the_base_is_said_once_and_in_the_exit_status(saved_whole, words):
+    out, err = run(*words, status=1)
+    assert len(out.splitlines()) > 1
+    assert LEFT_UNDONE in err
+    assert "skipped" not in err
+    assert LEFT_UNDONE not in run(*words, "--layer", "v_proj")[1]
+    assert LEFT_UNDONE not in run(*words, "--base", "llama-7b")[1]
+
+
+def test_a_pattern_that_means_only_what_lacks_the_base_says_so(saved_whole):
+    told = run("svd", "lora", "--layer", "lm_head", status=1)[1]
+    assert told == "Error: lora: lm_head.weight: saved whole, so ΔW needs the base weight: pass base= (--base)\n"
+    assert "did you mean lm_head" in run("svd", "lora", "--layer", "lm_haed", status=1)[1]
+
+
+def test_an_adapter_without_heads_is_refused_without_a_word_of_options_that_nobody_gave(llama):
+    lora_folder(llama / "lora", seed=0)
+    _, err = run("heads", "lora", status=1)
+    assert err.startswith("Error: no module has two heads to compare: give an adapter of several heads")
+    assert err.count("\n") == 1
+    assert "--heads" not in err

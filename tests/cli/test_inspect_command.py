@@ -30,7 +30,7 @@ def test_an_adapter_that_needs_its_base_is_no_full_weights(llama):
     out, _ = run("inspect", "ia3")
     assert out.splitlines()[-1] == "ia3: ΔW of (IA)³ depends on the base weights: pass base= (--base)"
     assert [line.split() for line in out.splitlines() if line.startswith("k_proj")] == [
-        ["k_proj", "?", "–", "needs", "the", "base", "2"]
+        ["k_proj", "2", "?", "–", "needs", "the", "base"]
     ]
     assert "ia3_l" not in out
     document = strict(run("inspect", "ia3", "--json")[0])
@@ -38,4 +38,4 @@ def test_an_adapter_that_needs_its_base_is_no_full_weights(llama):
         f"model.layers.{layer}.self_attn.k_proj.weight" for layer in range(2)
     ]
     assert "pass base=" in document["needs"]
-    assert "k_proj  8×16" in run("inspect", "ia3", "--base", "llama-7b")[0]
+    assert "k_proj         2  8×16" in run("inspect", "ia3", "--base", "llama-7b")[0]

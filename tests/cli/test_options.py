@@ -8,9 +8,10 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from support.command_line import run
 
 import spectra
-from spectra.cli import options
+from spectra.cli import elsewhere, main, options
 from spectra.cli.options import Compute, Opening
 
 CONTRIBUTING = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
@@ -37,7 +38,7 @@ def test_each_group_is_one_object_with_the_defaults_of_the_library():
         "opening": Opening(layers=(), heads="mean", scale=None, split=True),
         "compute": Compute(device="auto", workers=None, cluster=None, memory=None),
         "out": None,
-        "figures": True,
+        "figures": "page",
         "as_json": False,
     }
 
@@ -49,7 +50,7 @@ def test_what_is_typed_arrives():
     )
     assert got["opening"] == Opening(("q_proj", "v_proj"), 2, 0.5, False)
     assert got["opening"].settings == {"heads": 2, "scale": 0.5, "split": False}
-    assert (got["out"], got["figures"], got["as_json"]) == ("run", False, True)
+    assert (got["out"], got["figures"], got["as_json"]) == ("run", None, True)
     with got["compute"].keywords() as keywords:
         assert keywords["executor"]._max_workers == 3
         assert (keywords["device"], keywords["memory_budget"]) == ("cpu", "1GiB")
@@ -79,3 +80,26 @@ def test_the_command_that_contributing_shows_runs(llama):
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines] == [f"model.layers.{i}.self_attn.v_proj.weight" for i in range(2)]
     assert all(float(line.split()[1]) > 0 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "meant"),
+    [
+        ("svd", "--base-model", "--base"),
+        ("svd", "--model_tuned", "--tuned"),
+        ("svd", "--rank", "--top"),
+        ("extract", "--max-rank", "--rank"),
+        ("verify", "--lora", "--adapter"),
+        ("similarity", "--output", "--out"),
+        ("alignment", "--top-k", "--k"),
+    ],
+)
+def test_an_option_with_another_name_elsewhere_is_answered_with_its_name_here(command, option, meant):
+    _, err = run(command, "x", option, "1", status=2)
+    assert f"No such option '{option}'. Did you mean '{meant}'?" in err
+
+
+def test_what_is_answered_exists():
+    found = [main.get_command(click.Context(main), name) for name in main.list_commands(click.Context(main))]
+    there = {name for command in found for option in command.params for name in option.opts}
+    assert {name for names in elsewhere._HERE.values() for name in names} <= there

@@ -93,12 +93,23 @@ def test_stored_values_alone_are_one_sentence_in_python(llama):
         list(spectra.compare(values, values))
 
 
+def test_python_takes_stored_runs_by_their_paths_as_the_command_does(llama):
+    write_checkpoint(llama / "other", nudged(llama_tensors(), seed=9))
+    for name in ("ckpt", "other"):
+        run("svd", "--base", "llama-7b", "--tuned", name, "--layer", "v_proj", "--out", f"run-{name}", "--no-figures")
+    sources = [spectra.open_source(name, "llama-7b").select("v_proj") for name in ("ckpt", "other")]
+    wanted = {item.name: item.phi for item in spectra.compare(*sources, top=2)}
+    assert len(wanted) == 2
+    for first, second in (("run-ckpt", "run-other"), ("run-ckpt", sources[1]), (sources[0], llama / "run-other")):
+        assert {item.name: item.phi for item in spectra.compare(first, second, top=2)} == wanted
+
+
 def test_query_against_key_within_one_model(llama, drawn):
     words = ["--base", "llama-7b", "--layer", "q_proj", "--against", "k_proj", "--top", 4]
     _, err = run("similarity", "ckpt", *words, "--out", "qk")
     assert "figure: qk/similarity.png" in err
     assert titles(drawn[0]) == ["q_proj against k_proj, right"]
-    assert drawn[0].axes[0].get_ylabel() == "i: top directions of q_proj"
+    assert drawn[0].axes[0].get_ylabel().replace("\n", " ") == "i: top directions of q_proj"
     source = spectra.open_source("ckpt", "llama-7b")
     found = spectra.decompose(source, top=5).collect()
     rows = strict(run("similarity", "ckpt", "ckpt", *words, "--json")[0])["matrices"]
@@ -161,8 +172,8 @@ def test_updates_of_one_folder_name_are_told_apart_by_the_folder_above(llama, dr
     for run_name, seed in (("lora", 1), ("full", 2)):
         write_checkpoint(llama / run_name / "step-9", nudged(llama_tensors(), seed=seed))
     run("similarity", "lora/step-9", "full/step-9", "--base", "llama-7b", "--layer", "v_proj", "--out", "sim")
-    assert drawn[0].axes[0].get_ylabel() == "i: top directions of lora"
-    assert drawn[0].axes[0].get_xlabel() == "j: top directions of full"
+    assert drawn[0].axes[0].get_ylabel().replace("\n", " ") == "i: top directions of lora"
+    assert drawn[0].axes[0].get_xlabel().replace("\n", " ") == "j: top directions of full"
 
 
 def test_the_figure_shows_what_was_asked_for_not_all_that_is_stored(llama, drawn):

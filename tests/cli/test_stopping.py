@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+
 import pytest
 from support.checkpoints import llama_tensors, nudged, write_checkpoint
 from support.command_line import lora_folder, run
@@ -92,3 +96,54 @@ def test_comparisons_say_what_was_reused(llama, monkeypatch):
     assert "reused" not in run(*command, "--layer", "v_proj")[1]
     monkeypatch.setattr(BaseWeight, "read", None)
     assert "2 of 2 reused from sim" in run(*command, "--layer", "v_proj")[1]
+
+
+LONG = """
+import sys, torch
+from spectra.cli.main import main
+from spectra.deltas.delta import WeightDelta
+def read(self, device="cpu"):
+    print("begun", file=sys.stderr, flush=True)
+    torch.linalg.svdvals(torch.randn(6000, 6000, dtype=torch.float64))  # a minute in which Python hears nothing
+WeightDelta.read = read
+main(sys.argv[1:])
+"""
+
+
+def test_one_ctrl_c_says_what_it_waits_for_and_two_end_it_at_once(llama):
+    started = subprocess.Popen(
+        [sys.executable, "-c", LONG, "svd", "--base", "llama-7b", "--tuned", "ckpt", "--workers", "1"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        while "begun" not in (line := started.stderr.readline()):
+            assert line, "it ended before it began"
+        started.send_signal(signal.SIGINT)
+        said = [started.stderr.readline() for _ in range(2)]
+        assert said[0].startswith("stopped; 0 of 16 were done")
+        assert said[1] == "waiting for the matrices in hand; Ctrl-C again ends it at once\n"
+        started.send_signal(signal.SIGINT)
+        out, err = started.communicate(timeout=20)
+    finally:
+        started.kill()
+    assert (started.returncode, out, err) == (130, "", "")
+
+
+def test_a_ctrl_c_that_is_heard_at_once_is_one_word_and_no_traceback(llama):
+    code = "import os, signal, sys; from spectra.cli.main import main; import spectra.sources as it\n"
+    code += "it.open_source = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\nmain(sys.argv[1:])"
+    words = [sys.executable, "-c", code, "svd", "--base", "llama-7b", "--tuned", "ckpt"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+def test_who_handles_ctrl_c_otherwise_goes_on_doing_so(llama):
+    before = signal.getsignal(signal.SIGINT)
+    assert "stopped" not in run("inspect", "ckpt")[1]
+    assert signal.getsignal(signal.SIGINT) is before
+    mine = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        run("inspect", "ckpt")
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, mine)

@@ -7,15 +7,40 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import fields
+from itertools import takewhile
 
 import pytest
-from support.command_line import run
+import torch
+from support.checkpoints import llama_tensors, nudged, write_adapter, write_checkpoint
+from support.command_line import lora_folder, run
 
 import spectra
-from spectra.cli.table import _Column, _total, colours, fitted
-from spectra.results.alignment import COLUMNS, alignment_rows
+from spectra.cli.table import _Column, _sorted, _total, colours, fitted
+from spectra.extraction.extract import Row
+from spectra.merges.report import COLUMNS as VERDICTS
+from spectra.results.alignment import COLUMNS as ALIGNMENT
+from spectra.results.alignment import alignment_rows
+from spectra.results.heads import COLUMNS as HEADS
+from spectra.results.heads import head_rows
+from spectra.results.inspection import COLUMNS as INSPECTION
+from spectra.results.inspection import inspect
+from spectra.results.interference import COLUMNS as INTERFERENCE
+from spectra.results.interference import interference_rows
+from spectra.results.intruders import COLUMNS as INTRUDERS
+from spectra.results.intruders import intruder_rows
+from spectra.results.pairs import COLUMNS as PAIRS
+from spectra.results.pairs import Pair, Pairs
+from spectra.results.series import COLUMNS as SERIES
+from spectra.results.series import series_rows
+from spectra.results.tables import SIMILARITY_COLUMNS as SIMILARITY
+from spectra.results.tables import row as row_of
+from spectra.results.tables import similarity_row
+from spectra.spectrum import Spectrum
 
 PAIR = ("ckpt", "--base", "llama-7b")
+SVD = tuple(row_of(Spectrum("", (0, 0), "failed")))
+EXTRACTION = tuple(item.name for item in fields(Row))
 
 
 def columns(names, **numbers):
@@ -134,10 +159,88 @@ def test_a_column_that_is_not_there_is_refused_before_anything_is_computed(llama
     monkeypatch.setattr(spectra.deltas.delta.WeightDelta, "read", None)
     assert "'nrm' is no column (--columns, --sort): " in run(command, *PAIR, "--columns", "nrm", status=2)[1]
     assert "'rol' is no column" in run(command, *PAIR, "--sort", "rol", status=2)[1]
-    told = run(command, *PAIR, "--columns", "note", status=2)[1]
-    assert "'note' is no number, and 16 matrices are shown by role: add --all" in told
 
 
-def test_the_columns_that_are_checked_are_those_of_the_table(llama):
-    source = spectra.open_source("ckpt", "llama-7b").select("v_proj")
-    assert list(next(iter(alignment_rows(source, k=2)))) == list(COLUMNS)
+def test_a_column_of_single_matrices_shows_single_matrices(llama):
+    lines = run("svd", *PAIR, "--sort", "name", "--columns", "norm,status")[0].splitlines()
+    assert lines[0].split() == ["matrix", "norm", "status"]
+    assert len(lines) == 17
+    assert lines[1].startswith("lm_head.weight")
+    lines = run("svd", *PAIR, "--sort", "+norm", "--columns", "role,norm")[0].splitlines()
+    assert lines[0].split() == ["role", "matrices", "unchanged", "norm"]
+    assert run("alignment", *PAIR, "--columns", "left_deciles")[0].count("\n") == 17
+
+
+def test_layers_are_sorted_as_numbers():
+    rows = [{"name": name} for name in ("layers.10.v", "layers.9.v", "embed")]
+    assert [row["name"] for row in _sorted(rows, "name", smallest_first=False)] == [
+        "embed",
+        "layers.9.v",
+        "layers.10.v",
+    ]
+    rows = [{"rank": rank} for rank in ("8", "16 – 32", "9")]
+    assert [row["rank"] for row in _sorted(rows, "rank", smallest_first=False)] == ["16 – 32", "9", "8"]
+
+
+@pytest.fixture
+def all_kinds(llama):
+    """Something to look at for every command that prints a table of matrices."""
+    base = llama_tensors()
+    write_checkpoint(llama / "other", nudged(base, seed=4))
+    for step in (100, 200):
+        write_checkpoint(llama / f"run-{step}", nudged(base, seed=step))
+    heads = {}
+    for layer in range(2):
+        prefix = f"base_model.model.model.layers.{layer}.self_attn.v_proj"
+        heads |= {f"{prefix}.lora_A.weight": torch.randn(2, 16)}
+        heads |= {f"{prefix}.lora_B{head}.weight": torch.randn(8, 2) for head in range(3)}
+    write_adapter(llama / "heads", heads, {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "lora_nums": 3})
+    lora_folder(llama / "lora", seed=1)
+    merged = {name: tensor.clone() for name, tensor in base.items()}
+    for delta in spectra.open_source("lora"):
+        merged[delta.name] += delta.read().to_dense().float()
+    write_checkpoint(llama / "merged", merged)
+    return llama
+
+
+TABLES = {
+    "svd": (PAIR, SVD, 16),
+    "alignment": (PAIR, ALIGNMENT, 16),
+    "alignment --intruders-only": (PAIR, INTRUDERS, 16),
+    "similarity": (("ckpt", "other", "--base", "llama-7b"), SIMILARITY, 16),
+    "similarity of three": (("ckpt", "other", "run-100", "--base", "llama-7b"), PAIRS, 48),
+    "interference": (("ckpt", "other", "--base", "llama-7b"), INTERFERENCE, 16),
+    "series": (("run-100", "run-200", "--base", "llama-7b"), SERIES, 32),
+    "heads": (("heads", "--base", "llama-7b"), HEADS, 2),
+    "inspect": (PAIR, INSPECTION, 16),
+    "verify": (("--base", "llama-7b", "--adapter", "lora", "--merged", "merged"), VERDICTS, 2),
+    "extract": (("ckpt", "--base", "llama-7b", "--rank", "2", "--dry-run"), EXTRACTION, 16),
+}
+
+
+@pytest.mark.parametrize("command", TABLES)
+def test_every_table_of_matrices_takes_the_same_options(all_kinds, command):
+    words, there, matrices = TABLES[command]
+    words = (*command.partition(" of ")[0].split(), *words)
+    lines = run(*words, "--all", "--sort", "name", "--columns", "name")[0].splitlines()
+    head = next(place for place, line in enumerate(lines) if "name" in line.split())
+    table = list(takewhile(str.strip, lines[head + 1 :]))
+    assert len(table) == matrices
+    names = [next(word for word in line.split() if "." in word) for line in table]
+    assert names == sorted(names)
+    told = run(*words, "--columns", "nrm", status=2)[1]
+    assert "'nrm' is no column (--columns, --sort): " in told
+    run(*words, "--all", "--columns", ",".join(there))  # all that are named can be shown
+
+
+def test_the_columns_that_are_checked_are_those_of_the_table(all_kinds):
+    source, other = (spectra.open_source(path, "llama-7b").select("v_proj") for path in ("ckpt", "other"))
+    assert list(next(iter(alignment_rows(source, k=2)))) == list(ALIGNMENT)
+    assert list(next(iter(intruder_rows(source, k=2)))) == list(INTRUDERS)
+    assert list(next(iter(interference_rows([source, other])))) == list(INTERFERENCE)
+    assert list(next(iter(series_rows(["run-100"], "llama-7b")))) == list(SERIES)
+    assert list(next(iter(head_rows(spectra.open_source("heads", heads="each"))))) == list(HEADS)
+    found = next(iter(spectra.compare(source, other)))
+    assert list(similarity_row(found)) == list(SIMILARITY)
+    assert list(Pairs([Pair("a", "b", found)]).rows()[0]) == list(PAIRS)
+    assert list(inspect("ckpt", "llama-7b").matrices[0]) == list(INSPECTION)

@@ -10,10 +10,12 @@ from pathlib import Path
 import click
 import pytest
 from support import pages, readme
+from support.checkpoints import llama_tensors, nudged, write_checkpoint
 
 import spectra
 from spectra import adapters, plots
 from spectra.cli import main
+from spectra.merges.report import MatrixCheck
 from spectra.results.tables import row, similarity_row
 from spectra.spectrum import STATUSES, Spectrum
 
@@ -115,6 +117,17 @@ def test_every_column_of_similarity_csv_is_described_and_no_other():
     eye = [[1.0, 0.0], [0.0, 1.0]]
     one = Spectrum("a", (2, 2), S=[2.0, 1.0], U=eye, Vh=eye)
     assert described("similarity.csv") == set(similarity_row(spectra.subspace_similarity(one, one, top=1)))
+
+
+def test_every_column_of_series_csv_is_described_and_no_other(tmp_path):
+    write_checkpoint(tmp_path / "base", llama_tensors())
+    write_checkpoint(tmp_path / "checkpoint-1", nudged(llama_tensors(), seed=1))
+    table = spectra.series([tmp_path / "checkpoint-1"], tmp_path / "base", layers="v_proj")
+    assert described("series.csv") == set(table.columns)
+
+
+def test_every_column_of_verify_csv_is_described_and_no_other():
+    assert described("verify.csv") == set(dict(MatrixCheck("layers.0.v_proj.weight", "exact")))
 
 
 def test_every_status_is_described():

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import Future
-from pathlib import Path
 
 import pytest
+from support.checkpoints import llama_tensors, nudged, write_checkpoint
+from support.dask_processes import dask_cluster
+from support.hub_server import HubServer
 from support.spectra_kinds import slow_deltas
 
 import spectra
@@ -19,41 +17,41 @@ from spectra.engine.decompose import Work, decompose_indexed
 from spectra.errors import SpectraError
 
 pytest.importorskip("distributed")
-TESTS = Path(__file__).resolve().parents[1]
-
-
-def _start(module, *arguments):
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", f"distributed.cli.{module}", *arguments], env=environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dask")
-    file = folder / "scheduler.json"
-    scheduler = _start(
-        "dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)
-    )
-    until = time.monotonic() + 30
-    while not file.is_file() and time.monotonic() < until:
-        time.sleep(0.05)
-    workers = [
-        _start("dask_worker", "--scheduler-file", str(file), "--nthreads", "1", "--no-nanny", "--no-dashboard",
-               "--memory-limit", "1GiB", "--local-directory", str(folder))
-        for _ in range(2)
-    ]  # fmt: skip
-    import json
+    with dask_cluster(tmp_path_factory.mktemp("dask")) as place:
+        yield place.address, [place.worker() for _ in range(2)]
 
-    yield json.loads(file.read_text())["address"], workers
-    for process in (*workers, scheduler):
-        process.kill()
-        process.wait()
+
+def test_workers_read_from_a_server_for_themselves(cluster, tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    from spectra.engine.executors.dask_cluster import cluster_executor
+    from spectra.files import http
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "*")
+    base = {name: tensor.repeat(*[4] * tensor.ndim) for name, tensor in llama_tensors().items()}
+    write_checkpoint(tmp_path / "base", base, shards=2)
+    write_checkpoint(tmp_path / "tuned", nudged(base), shards=2)
+    with HubServer() as server, cluster_executor(cluster[0]) as executor:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        for name in ("base", "tuned"):
+            server.add(f"org/{name}", tmp_path / name)
+        source = spectra.open_source("org/tuned", "org/base")
+        here, start = http.received(), len(server.seen)
+        found = {item.name: item for item in spectra.decompose(source, device="cpu", executor=executor)}
+        checked = http.received() - here
+        largest = max(sum(ref.nbytes for ref in delta.refs) for delta in source)
+        assert checked <= 2 * largest, "one result of each worker is read again by this process, and nothing else"
+        sent = sum(seen.sent for seen in server.seen[start:] if seen.server == "cdn")
+        chosen = sum(ref.nbytes for delta in source for ref in delta.refs)
+        assert chosen <= sent - checked <= 1.02 * chosen
+    for spectrum in spectra.decompose(spectra.open_source(tmp_path / "tuned", tmp_path / "base")):
+        assert found[spectrum.name].status == "ok", found[spectrum.name].reason
+        assert pytest.approx(spectrum.S, rel=1e-12) == found[spectrum.name].S
 
 
 def test_a_worker_killed_in_the_middle_costs_nothing(cluster, tmp_path):
@@ -64,6 +62,7 @@ def test_a_worker_killed_in_the_middle_costs_nothing(cluster, tmp_path):
     source = Source("made", tuple(deltas), tuned="tuned")
     with cluster_executor(address) as executor:
         executor._client.wait_for_workers(2, timeout=60)
+        executor._workers(anew=True)
         assert executor._max_workers == 2
         assert 0.5 * 2**30 < executor.memory_budget < 2**30
         stream = spectra.decompose(source, top=2, device="cpu", executor=executor, out=tmp_path / "run")

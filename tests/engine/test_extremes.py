@@ -75,3 +75,12 @@ def test_what_is_larger_than_float64_is_said():
 @pytest.mark.parametrize("form", [Dense(ENTRIES), LowRank(ENTRIES, ENTRIES.T), Kronecker(ENTRIES, ENTRIES)])
 def test_usual_sizes_are_left_as_they_are(form):
     assert within_range(form) == (form, 0)
+
+
+def test_what_is_smaller_than_float64_is_no_zero():
+    factors = WeightDelta.from_factors(
+        "a", *(torch.full(size, 1e-170, dtype=torch.float64) for size in ((3, 1), (1, 2)))
+    )
+    found = spectrum_of(factors, top=1)
+    assert (found.status, found.norm, found.k, len(found.S)) == ("failed", None, 0, 0)
+    assert "smaller than float64 holds, and not zero" in found.reason

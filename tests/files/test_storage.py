@@ -8,22 +8,24 @@ import os
 import pickle
 import shutil
 
+import fsspec
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support.checkpoints import llama_tensors, nudged, write_adapter, write_checkpoint
-from support.memory import Memory, in_memory
+from support.memory import Memory, in_fsspecs_memory, in_memory
 
 import spectra
 from spectra.errors import SourceError
+from spectra.files.cloud import Cloud, open_cloud
 from spectra.files.folder import open_folder
 from spectra.files.storage import DISK, Place, Storage
 from spectra.results import fingerprint
 
 
-@pytest.fixture(params=["disk", "memory"])
+@pytest.fixture(params=["disk", "memory", "fsspec"])
 def place(request, tmp_path):
     """A folder with a file of ten bytes, an empty one and an inner folder."""
     folder = tmp_path / "model"
@@ -31,6 +33,8 @@ def place(request, tmp_path):
     (folder / "ten.bin").write_bytes(b"0123456789")
     (folder / "empty").write_bytes(b"")
     (folder / "inner" / "x").write_bytes(b"x")
+    if request.param == "fsspec":
+        return in_fsspecs_memory(folder)
     return Place.of(folder) if request.param == "disk" else in_memory(folder, tmp_path)
 
 
@@ -63,7 +67,10 @@ def test_a_stamp_is_the_size_and_changes_with_the_content(place):
     before = file.stamp()
     assert before[0] == 10
     assert file.stamp() == before
-    if isinstance(place.storage, Memory):
+    if isinstance(place.storage, Cloud):
+        fsspec.filesystem("memory").pipe_file(file.path, b"9876543210")
+        file = open_cloud(file.path)  # as whoever opens it anew
+    elif isinstance(place.storage, Memory):
         place.storage.files[file.path] = b"9876543210"
     else:
         with open(file.path, "wb") as opened:
@@ -74,7 +81,7 @@ def test_a_stamp_is_the_size_and_changes_with_the_content(place):
 
 def test_a_storage_travels_and_says_little_of_itself(place):
     assert (pickle.loads(pickle.dumps(place)) / "ten.bin").read(0, 3) == b"012"
-    assert len(repr(place.storage)) < 20
+    assert len(repr(place.storage)) < 30
     assert len({place, place}) == 1
 
 

@@ -36,9 +36,9 @@ def test_the_heatmap_holds_the_cosines_from_0_to_1():
 def test_a_panel_per_role_is_the_mean_as_far_as_all_reach():
     figure = spectra.tops_figure(table(), title="run")
     panels = [ax for ax in figure.axes if ax.images]
-    assert [ax.get_title().splitlines() for ax in panels] == [
-        ["q_proj: 1 intruder in 2 matrices", "mean over them"],
-        ["v_proj: 0 intruders in 1 matrix"],
+    assert [" ".join(ax.get_title().split()) for ax in panels] == [
+        "q_proj: 1 intruder in 2 matrices, mean over them",
+        "v_proj: 0 intruders in 1 matrix",
     ]
     assert panels[0].images[0].get_array().tolist() == [[0.75]]
 

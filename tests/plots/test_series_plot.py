@@ -44,7 +44,10 @@ def test_shares_reach_from_0_to_1_and_chance_is_dotted():
 
 def test_a_figure_has_a_panel_for_each_metric_that_has_values_and_one_legend():
     figure = spectra.series_figure(table(), title="run")
-    assert [ax.get_ylabel() for ax in figure.axes if ax.get_visible()] == ["‖ΔW‖_F", "φ(k, k) to the last checkpoint"]
+    assert [ax.get_ylabel().replace("\n", " ") for ax in figure.axes if ax.get_visible()] == [
+        "‖ΔW‖_F",
+        "φ(k, k) to the last checkpoint",
+    ]
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["q_proj", "v_proj"]
 

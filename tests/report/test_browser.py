@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from itertools import pairwise
 
@@ -195,3 +196,30 @@ def test_every_control_and_picture_has_a_name_for_a_screen_reader(runs, show):
     levels = [int(tag[1]) for tag in page.evaluate("[...document.querySelectorAll('h1, h2, h3')].map(e => e.tagName)")]
     assert levels[0] == 1
     assert all(after - before <= 1 for before, after in pairwise(levels))
+
+
+def test_tables_of_other_commands_sort_open_and_show_values(runs, show, tmp_path):
+    names = ("layers.0.v_proj.weight", "layers.1.v_proj.weight", HOSTILE[1])
+    found = [{"name": names[i], "role": "v_proj", "layer": i, "status": "ok",
+              "residual": value, "rounding": 0.1, "scale": 1.0, "verdict": "rounded", "cause": "", "note": ""}
+             for i, value in enumerate((0.25, 0.75, 0.5))]  # fmt: skip
+    square = [[1.0, 0.25], [0.25, 1.0]]
+    together = [row | {"cosines": square, "mean_cosine": 0.25, "norm_ratio": 1.25} for row in found]
+    for name, document in {"verify": {"verdict": "rounded", "matrices": found},
+                           "interference": {"tuned": ["a", "b"], "matrices": together}}.items():  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.json").write_text(json.dumps(document))
+    directories = [runs / "first", tmp_path / "verify", tmp_path / "interference"]
+    narrow = show(directories, width=360, scheme="dark")
+    assert narrow.evaluate("document.documentElement.scrollWidth") <= 360
+    page = show(directories)
+    head = page.locator("#section-0 thead button:text-is('residual')")
+    head.click()
+    shown = page.locator("#section-0 [data-table] tbody tr").all_inner_texts()
+    assert [line.split("\t")[3] for line in shown] == ["0.75", "0.5", "0.25"]
+    page.locator("#section-0 .open").first.click()
+    assert page.locator("#section-0 .detail dl div").count() == 10
+    page.locator("#section-1 .square td").nth(2).hover()
+    assert page.locator("#tip").inner_text() == "b, update a: 0.25"
+    assert page.evaluate("window.hit") is None
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1440

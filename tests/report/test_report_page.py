@@ -20,7 +20,7 @@ import spectra
 from spectra import text
 from spectra.errors import MissingExtraError, SelectionError, StoreError
 from spectra.plots.depth import scale
-from spectra.report import page, pictures
+from spectra.report import cells, page
 from spectra.spectrum import Spectrum
 
 
@@ -103,8 +103,8 @@ def test_the_cells_over_depth_are_the_csvs(runs, made):
         block = re.search(rf'id="depth-{metric}">(.*?)</figure>', markup, re.S)[1]
         lines = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', block)
         assert [role for role, _ in lines] == ["q_proj", "v_proj"]
-        for role, cells in lines:
-            shown = re.findall(r"<span>(.*?)</span>", cells)
+        for role, line in lines:
+            shown = re.findall(r"<span>(.*?)</span>", line)
             assert shown == [text.figure(float(rows[str(layer), role][metric])) for layer in range(3)]
 
 
@@ -113,8 +113,8 @@ def test_the_medians_by_role_are_the_tables(runs, made):
     section = re.search(r'<section id="roles">(.*?)</section>', markup, re.S)[1]
     by_role = spectra.load(runs / "second").to_frame(by="role").set_index("role")
     columns = re.findall(r'<th scope="col">(.*?)</th>', section)[1:]
-    for role, cells in re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', section):
-        shown = dict(zip(columns, re.findall(r"<td>(.*?)</td>", cells), strict=True))
+    for role, line in re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', section):
+        shown = dict(zip(columns, re.findall(r"<td>(.*?)</td>", line), strict=True))
         for metric in ("norm", "stable_rank", "effective_rank", "top_8_share"):
             assert shown[metric] == text.figure(float(by_role.loc[role, metric]))
 
@@ -221,7 +221,8 @@ def test_a_comparison_of_several_updates_is_a_run_for_every_two(runs, made):
     held = {name: spectra.load(runs / name) for name in ("first", "second", "third")}
     list(spectra.compare_all(held, top=4, out=runs / "all"))
     markup = made(runs / "all")
-    (table_of,) = numbers(markup)["tables"]
+    table_of, kept = numbers(markup)["tables"]
+    assert len(kept["rows"]) == 3 * 2, "every two, by role"
     pairs = {f"all: {a} and {b}" for a, b in (("first", "second"), ("first", "third"), ("second", "third"))}
     assert {row[0] for row in table_of["rows"]} == pairs
     assert len(table_of["rows"]) == 3 * 6
@@ -266,7 +267,7 @@ def test_labels_layers_and_mistakes(runs, made, monkeypatch, tmp_path):
             made(**wrong)
     (runs / "other").mkdir()
     (runs / "other/alignment.json").write_text("{}")
-    with pytest.raises(StoreError, match=r"holds alignment.json, and neither spectra nor similarities.*svd --out"):
+    with pytest.raises(StoreError, match=r"alignment.json is damaged \(it holds no rows"):
         made(runs / "other")
     with pytest.raises(StoreError, match="cannot be written"):
         spectra.write_report(runs / "first", runs)
@@ -291,8 +292,8 @@ def test_the_command(runs, monkeypatch):
 def test_the_colours_are_those_of_the_figures(limits):
     norm = scale(limits)
     for value in np.linspace(*limits, 7).tolist():
-        step = min(max(int(pictures.LEVELS * float(norm(value))), 0), pictures.LEVELS - 1)
-        assert abs(pictures.level(value, limits) - step) <= (0 if limits[0] < limits[1] else pictures.LEVELS)
+        step = min(max(int(cells.LEVELS * float(norm(value))), 0), cells.LEVELS - 1)
+        assert abs(cells.level(value, limits) - step) <= (0 if limits[0] < limits[1] else cells.LEVELS)
 
 
 def test_a_run_of_nothing_but_failures_has_a_page(made):

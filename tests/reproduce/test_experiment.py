@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import signal
 import subprocess
@@ -16,12 +17,14 @@ from reproduce.tiny import GGUF, WORDNET, tiny_model
 from safetensors.torch import load_file, save_file
 
 import spectra
-from spectra.errors import DeviceError, NotFoundError, SourceError, StoreError
+from spectra.errors import DeviceError, NotFoundError, SourceError, SpectraError, StoreError
 from spectra.reproduce import reproduce
 from spectra.reproduce.base import load_model, prepare_base
+from spectra.reproduce.commands import Commands
 from spectra.reproduce.methods import Method, attach
 from spectra.reproduce.origin import origin_of, save_origin
-from spectra.reproduce.plan import QUICK, Run
+from spectra.reproduce.plan import FULL, QUICK, Run
+from spectra.reproduce.remaining import Remaining, work, work_of_run
 from spectra.reproduce.tasks import FAMILIES, mix
 from spectra.reproduce.train import snapshot, train
 from spectra.reproduce.wordnet import read_wordnet
@@ -59,6 +62,7 @@ def test_it_says_what_it_does_and_where_the_figures_are(experiment):
     assert done.stdout == f"{out / 'figures'}\n"
     for line in ("run 1 of 6: full, 4 steps", "throughput and memory", "spectra and subspaces", "figures and tables"):
         assert line in done.stderr
+    assert re.search(r"  step 4 of 4, loss [0-9.]+; about (a minute|[0-9]+ min) left\n", done.stderr)
     assert "Warning" not in done.stderr
     assert "%|" not in done.stderr
 
@@ -81,7 +85,7 @@ def test_every_figure_stands_beside_its_numbers(experiment):
 def test_a_recorded_command_makes_its_figure_again(experiment):
     figures = experiment[0] / "figures"
     lines = (figures / "commands.sh").read_text().splitlines()
-    assert {line.split()[1] for line in lines} == {"svd", "similarity", "plot"}
+    assert {line.split()[1] for line in lines} == {"svd", "similarity", "alignment", "heads", "series", "plot"}
     numbers = figures / "figure-4-v_proj" / "similarity_grid.csv"
     before = numbers.read_bytes()
     numbers.unlink()
@@ -111,6 +115,26 @@ def test_the_tables_hold_what_the_results_hold(experiment):
     assert {"lora", "multilora", "rlora", "multihead", "full"} == set(costs["kind"])
 
 
+def test_alignment_heads_and_series_are_those_of_the_trained_weights(experiment):
+    out, _, _ = experiment
+    last = out / "runs" / "rlora" / "step-4"
+    base = out.parent / "model"
+    found = {name: pd.read_csv(out / "figures" / f"{name}.csv") for name in ("alignment", "heads", "series")}
+    trained = {"full", "full-seed1", "lora", "multilora-n3", "multilora-n5", "rlora"}
+    assert set(found["alignment"]["run"]) == set(found["series"]["run"]) == trained
+    assert set(found["heads"]["run"]) == {"multilora-n3", "multilora-n5", "rlora"}
+    of_v = {name: table.set_index(["run", "role"]).loc[("rlora", "v_proj")] for name, table in found.items()}
+    against = spectra.alignment(spectra.open_source(last, base).select("v_proj"))
+    assert of_v["alignment"]["intruders"] == pytest.approx(against["intruders"].mean(), rel=1e-4)
+    assert of_v["alignment"]["left_in_top"] == pytest.approx(against["left_in_top"].mean(), rel=1e-4)
+    heads = spectra.head_similarity(spectra.open_source(last, base, heads="each").select("v_proj"))
+    assert of_v["heads"]["cosine"] == pytest.approx(heads["cosine"].mean(), rel=1e-4)
+    assert of_v["series"]["phi_to_last"] == pytest.approx(1), "one step is the last one"
+    made = (out / "figures" / "tables.md").read_text()
+    for title in ("### Against the base", "### Heads and parallel modules", "### From step to step"):
+        assert title in made
+
+
 def test_the_origin_has_the_random_start_and_the_trained_scaling(tmp_path):
     base = tiny_model(tmp_path / "model")
     run = Run("multilora", Method("multilora", 2, 3), 1e-2, 2, seed=5)
@@ -131,6 +155,46 @@ def test_the_origin_has_the_random_start_and_the_trained_scaling(tmp_path):
         else:
             assert not torch.equal(tensor, trained[name]), name
             assert torch.equal(tensor, start[name.removeprefix("base_model.model.")]), name
+
+
+def test_the_first_layers_of_a_base_are_its_own(tmp_path):
+    whole = tiny_model(tmp_path / "model")
+    folder = prepare_base(whole, tmp_path / "out", layers=1)
+    model, full = load_model(folder, "cpu")[0], load_file(whole / "model.safetensors")
+    assert model.config.num_hidden_layers == 1
+    kept = load_file(folder / "model.safetensors")
+    assert {name for name in full if "layers.1." not in name} == set(kept)
+    assert all(torch.equal(tensor, full[name]) for name, tensor in kept.items())
+    assert prepare_base(whole, tmp_path / "out", layers=4).name == "base-4-layers"
+    assert load_model(tmp_path / "out" / "base-4-layers", "cpu")[0].config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("plan", [QUICK, FULL], ids=["quick", "full"])
+def test_what_is_left_is_nothing_when_all_parts_are_done(plan):
+    """Every part that the experiment reports, in its order, by its weight: minutes as they are at that pace."""
+    clock = iter(range(0, 10**6, 60))
+    left = Remaining(work(plan), clock=lambda: next(clock))
+    assert left.said == ""
+    runs = [*plan.main_runs(), *plan.sensitivity_runs()]
+    left.skip(work_of_run(runs[0], plan))
+    half = sum(work_of_run(run, plan) for run in runs[1:])
+    left.done(half)
+    rest = work(plan) - work_of_run(runs[0], plan) - half
+    minutes = rest / half
+    assert left.said == ("; about a minute left" if minutes < 1.5 else f"; about {minutes:.0f} min left")
+    left.done(rest)
+    assert left.said == "; about a minute left"
+
+
+def test_a_command_that_fails_says_its_own_message_and_the_next_one_runs(tmp_path):
+    with Commands(lambda line: None) as commands:
+        with pytest.raises(SpectraError, match=r"spectra plot \S+nothere failed: Error: \S+nothere does not exist"):
+            commands.run("plot", tmp_path / "nothere")
+        commands.run("--version")
+        commands._process.kill()
+        commands._process.wait()
+        with pytest.raises(SpectraError, match="its process was ended"):
+            commands.run("--version")
 
 
 def test_a_missing_base_says_how_to_get_one(tmp_path):

@@ -186,5 +186,5 @@ def test_the_time_left_follows_the_pace_of_this_call():
 
 def test_the_help_says_the_plans_steps():
     text = CliRunner().invoke(main, ["reproduce", "long", "--help"]).output
-    assert re.search(rf"Eleven runs of {LONG.steps:,} steps", text)
-    assert len(LONG.runs()) == 11
+    assert re.search(rf"Twelve runs of {LONG.steps:,} steps", text)
+    assert len(LONG.runs()) == 12

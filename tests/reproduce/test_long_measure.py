@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from spectra.reproduce.base import load_causal
+from spectra.reproduce.long.directions import against_base, along
 from spectra.reproduce.long.measure import energy_shares, measure
 from spectra.reproduce.long.page import at_loss, equal_loss
 from spectra.reproduce.long.pairs import compare_runs, cosine, run_pairs
@@ -168,3 +169,39 @@ def test_equal_loss_is_found_between_snapshots():
     assert found.loc["lora", ["step", "rank_90"]].tolist() == pytest.approx([200, 6.0])  # halfway in log(step)
     assert found.loc["full", "step"] == 100
     assert equal_loss(table[table["run"] != "full"]) is None
+
+
+def test_the_directions_are_what_their_definitions_say_of_merged_minus_base(directory):
+    """Intruders and energies by all vectors of W₀; MultiLoRA's modules as heads."""
+    run = RUNS["multilora"]
+    (row,) = against_base(run, 8, PLAN, directory).to_dict("records")
+    base = projections(load_causal(base_of(directory, PLAN), "cpu"))
+    changes = update(directory, "multilora")
+    intruders, left, right = [], [], []
+    for key, W in base.items():
+        U, _, Vh = np.linalg.svd(W, full_matrices=False)
+        Y = np.linalg.svd(W + changes[key], full_matrices=False)[0][:, :10]
+        intruders.append((np.abs(U.T @ Y).max(0) < 0.5).sum())
+        size = np.linalg.norm(changes[key])
+        left.append((np.linalg.norm(U[:, :10].T @ changes[key]) / size) ** 2)
+        right.append((np.linalg.norm(changes[key] @ Vh[:10].T) / size) ** 2)
+    assert row["intruders"] == pytest.approx(np.mean(intruders))
+    assert row["left_in_top"] == pytest.approx(np.mean(left), rel=1e-3)
+    assert row["right_in_top"] == pytest.approx(np.mean(right), rel=1e-3)
+    assert -1 <= row["head_cosine"] <= 1
+    (full,) = against_base(RUNS["full"], 8, PLAN, directory).to_dict("records")
+    assert np.isnan(full["head_cosine"])
+    assert full["intruders"] <= full["intruders_chance"] <= 10
+
+
+def test_what_stays_until_the_end_is_phi_to_the_last_snapshot(directory):
+    table = along(RUNS["full"], [4, 8], PLAN, directory).set_index("step")
+    assert table.loc[8, "phi_to_last"] == pytest.approx(1)
+    first, last = update(directory, "full", 4), update(directory, "full", 8)
+    shared = []
+    for key in first:
+        U, V = (np.linalg.svd(change[key])[0][:, :10] for change in (first, last))
+        shared.append(np.linalg.norm(U.T @ V) ** 2 / 10)
+    assert table.loc[4, "phi_to_last"] == pytest.approx(np.mean(shared), rel=1e-3)
+    assert table.loc[8, "phi_to_previous"] == pytest.approx(np.mean(shared), rel=1e-3)
+    assert np.isnan(table.loc[4, "phi_to_previous"])

@@ -74,9 +74,16 @@ def test_no_legend_is_wider_than_its_figure(numbers, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "save_figure", lambda figure, target: drawn.append(figure))
     figures.draw_all(numbers, tmp_path)
     legends = [(figure, legend) for figure in drawn for legend in figure.legends]
-    assert len(legends) == 4
+    assert len(legends) == 5
     for figure, legend in legends:
         figure.draw_without_rendering()
         box = legend.get_window_extent()
         assert box.x0 >= 0
         assert box.x1 <= figure.bbox.x1
+
+
+def test_the_intruders_that_the_page_counts_are_those_of_the_numbers(numbers):
+    counts = (28 * numbers.directions.set_index(["run", "step"])["intruders"]).round(2)
+    assert [tuple(counts[run].loc[[400, 800]]) for run in ("lora", "multilora", "rlora")] == [(2, 5), (2, 3), (4, 6)]
+    assert (counts["full"] == 0).all()
+    assert "LoRA has 2 at step 400 and 5 at step 800, MultiLoRA 2 and 3, R-LoRA 4 and 6" in PAGE

@@ -104,7 +104,8 @@ def test_scaling_alone_leaves_the_factors_as_they_started(directory):
 
 def test_the_plan_is_the_protocol():
     runs = {run.name: run for run in LONG.runs()}
-    assert len(runs) == 11
+    assert len(runs) == 12
+    assert replace(runs["lora-fast"], name="lora", lr=1e-3) == runs["lora"]
     assert LONG.snapshots == [0, 50, 100, 200, 400, 800, 1600, 3200, 6400]
     assert {run.steps for run in runs.values()} == {6400}
     assert list(runs)[:3] == ["lora", "multilora", "full"]

@@ -106,7 +106,7 @@ def test_a_head_that_is_zero_has_no_cosine_and_the_others_keep_theirs(hydra):
 
 
 def test_an_adapter_without_heads_or_opened_as_their_mean_is_told_so(hydra, tmp_path):
-    with pytest.raises(SelectionError, match=r'with heads="each" \(--heads each\)'):
+    with pytest.raises(SelectionError, match=r'opened with heads="each" in Python'):
         spectra.head_similarity(spectra.open_source(hydra))
     lora_folder(tmp_path / "lora", seed=1)
     _, err = run("heads", tmp_path / "lora", status=1)

@@ -162,3 +162,32 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert spectra.load(tmp_path / "run")["w"].S[0] == 1.0
     assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+def test_many_small_results_are_not_read_again_for_the_table_unless_they_are_others(tmp_path, source, monkeypatch):
+    read = []
+    piece = shelf.read_piece
+    monkeypatch.setattr(shelf, "read_piece", lambda path, *a, **k: (read.append(path.name), piece(path, *a, **k))[1])
+    stream = spectra.decompose(source, out=tmp_path / "run")
+    found = [next(stream)]
+    found += stream
+    assert read == []
+    table = (tmp_path / "run" / "summary.csv").read_bytes()
+    list(spectra.decompose(source, out=tmp_path / "run"))
+    assert len(read) == len(source)
+    assert (tmp_path / "run" / "summary.csv").read_bytes() == table
+    again = spectra.decompose(source, out=tmp_path / "run")
+    first = next(again)
+    Store(tmp_path / "run").put(replace(first, note="written by another"), "another key")
+    list(again)
+    assert b"written by another" in (tmp_path / "run" / "summary.csv").read_bytes()
+
+
+def test_of_results_that_come_quickly_few_wait_for_the_disk_and_the_slow_ones_all_do(tmp_path, source, monkeypatch):
+    waited = []
+    monkeypatch.setattr(shelf.os, "fsync", waited.append)
+    list(spectra.decompose(source, out=tmp_path / "quick"))
+    quick = len(waited)
+    monkeypatch.setattr(shelf, "_SYNCED_EVERY", -1.0)
+    list(spectra.decompose(source, out=tmp_path / "slow"))
+    assert len(waited) - quick == len(source) + 3 > quick  # run.json twice, and the table

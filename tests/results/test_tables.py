@@ -94,3 +94,16 @@ def test_pooling_by_role_is_pooling_each_role():
 def test_by_is_one_of_two(table):
     with pytest.raises(SelectionError, match="by='layer' is not one of matrix, role"):
         table([], by="layer")
+
+
+def test_a_row_is_made_once_and_of_the_metrics_that_are_asked_for():
+    spectrum, calls = Spectrum("a", (1, 1), S=[2.0]), []
+    metric = {"mine": lambda it: calls.append(it) or 1.0}
+    plain = row(spectrum, {})
+    assert "mine" not in plain
+    assert row(spectrum, metric)["mine"] == 1.0
+    row(spectrum, metric)["mine"] = 5.0  # the caller's own
+    assert row(spectrum, metric)["mine"] == 1.0
+    assert len(calls) == 1
+    assert row(spectrum, {"mine": lambda it: 3.0})["mine"] == 3.0
+    assert row(spectrum, {}) == plain

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import fsspec
+
 from spectra.errors import SourceError
+from spectra.files.cloud import open_cloud
 from spectra.files.storage import Place, Stamp
 
 
@@ -55,3 +58,9 @@ class Memory:
 def in_memory(path: Path, root: Path) -> Place:
     """What lies at a path of the disk, as a place of a copy in memory of everything below `root`."""
     return Place(Memory.copy_of(root), str(path))
+
+
+def in_fsspecs_memory(folder: Path) -> Place:
+    """What lies in a folder of the disk, as fsspec's memory:// has it, under the same path."""
+    fsspec.filesystem("memory").put(f"{folder}/", f"memory:/{folder}/", recursive=True)
+    return open_cloud(f"memory:/{folder}")

@@ -10,6 +10,7 @@ SLOW = (
     "docs/test_site.py",
     "engine/test_benchmarks.py",
     "engine/test_cluster.py",
+    "engine/test_cluster_trust.py",
     "files/test_hub.py::test_an_unreachable_hub",
     "merges/test_peft.py",
     "metrics/test_interference.py::test_another_basis_of_the_factors",

@@ -49,7 +49,8 @@ function cellTip(cell) {
     end += stacks[i].colSpan;
     if (cell.cellIndex <= end) { layer = `${stacks[i].textContent} ${layer}`; break; }
   }
-  return `${role}, layer ${layer}: ${cell.textContent === "–" ? "no number" : cell.textContent}`;
+  const corner = table.querySelector(".corner").textContent;
+  return `${role}, ${corner} ${layer}: ${cell.textContent === "–" ? "no number" : cell.textContent}`;
 }
 document.addEventListener("pointerover", (event) => showTip(...tipOf(event.target)));
 document.addEventListener("focusin", (event) => showTip(...tipOf(event.target)));

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Run → colour and line; a repetition has its run's colour, thinner.
 _STYLE: dict[str, tuple[str, str]] = {
     "lora": (COLOURS[0], "-"),
+    "lora-fast": (COLOURS[0], "--"),
     "multilora": (COLOURS[1], "-"),
     "multilora-fast": (COLOURS[1], "--"),
     "multilora-scaling": (COLOURS[1], ":"),
@@ -38,14 +39,19 @@ NAMES = {
     "captured_right": "energy in full's first 12, right",
     "cosine": "cosine with full's ΔW",
     "tail_cosine": "cosine of what is below the first 12",
+    "intruders": "intruder dimensions among 10",
+    "amplification": "amplification",
+    "phi_to_last": "φ(10, 10) to the last snapshot",
+    "head_update_cosine": "cosine of the heads' updates",
 }
-_LOG = {"rank_90", "learned_rank_90", "start_share", "drift_A", "drift_B"}
+_LOG = {"amplification", "rank_90", "learned_rank_90", "start_share", "drift_A", "drift_B"}
 # Quantity → the column with its chance level.
 _CHANCE = {
     "captured_left": "chance_left",
     "captured_right": "chance_right",
     "in_start_left": "in_start_left_chance",
     "in_start_right": "in_start_right_chance",
+    "phi_to_last": "phi_to_last_chance",
 }
 
 
@@ -63,7 +69,8 @@ def plot_along(table: pd.DataFrame, quantity: str, *, against: str = "step", ax:
     ax = new_axes(ax)
     there = set(table["run"])
     for run, rows in table.groupby("run", sort=False):
-        known = rows[(rows["step"] > 0) & rows[quantity].notna() & (rows[quantity] > 0)].sort_values("step")
+        drawn = rows[quantity] > 0 if quantity in _LOG else rows[quantity].notna()
+        known = rows[(rows["step"] > 0) & drawn].sort_values("step")
         if known.empty:
             continue
         first = str(run).removesuffix(SECOND)
@@ -103,6 +110,9 @@ def draw_all(numbers: Numbers, pictures: Path) -> None:
     if len(to_full):
         of_full = ("captured_left", "captured_right", "cosine", "tail_cosine")
         _panels(to_full, of_full, pictures / "agreement", "step")
+    directions = numbers.directions.assign(label=numbers.directions["run"].map(labels))
+    of_directions = ("intruders", "amplification", "phi_to_last", "head_update_cosine")
+    _panels(directions, of_directions, pictures / "directions", "step")
     _draw_shares(numbers, labels, pictures / "spectra")
 
 
@@ -130,8 +140,8 @@ def _panels(table: pd.DataFrame, quantities: tuple[str, ...], target: Path, agai
             limits = [limit for ax in places for limit in ax.get_ylim()]
             for ax in places:
                 ax.set_ylim(min(limits), max(limits))
-        found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns, fontsize=8.5)
+        handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=8.5)
     save_figure(figure, target)
 
 

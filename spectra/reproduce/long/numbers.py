@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra.errors import NotFoundError
+from spectra.reproduce.long.directions import against_base, along
 from spectra.reproduce.long.measure import energy_shares, measure
 from spectra.reproduce.long.pairs import compare_runs, run_pairs
 from spectra.reproduce.long.plan import START, LongPlan, LongRun
@@ -34,6 +35,7 @@ class Numbers:
         pairs: run × compared_to × step: means over the matrices of the columns of `compare_runs`.
         losses: run × step × task.
         shares: run × part × index, at each run's last step, the columns of `energy_shares`.
+        directions: run × step: the columns of `against_base` and `along`.
     """
 
     matrices: pd.DataFrame
@@ -41,10 +43,11 @@ class Numbers:
     pairs: pd.DataFrame
     losses: pd.DataFrame
     shares: pd.DataFrame
+    directions: pd.DataFrame
 
     def save(self, pictures: Path) -> None:
         """As csv files; the one of all matrices is compressed."""
-        for name in ("summary", "pairs", "losses", "shares"):
+        for name in ("summary", "pairs", "losses", "shares", "directions"):
             table: pd.DataFrame = getattr(self, name)
             write(pictures / f"{name}.csv", table.to_csv(index=False, float_format="%.6g").encode())
         self.matrices.to_csv(pictures / "snapshots.csv.gz", index=False, float_format="%.6g",
@@ -55,7 +58,7 @@ class Numbers:
         """What `save` wrote."""
         import pandas as pd
 
-        names = ("snapshots.csv.gz", "summary.csv", "pairs.csv", "losses.csv", "shares.csv")
+        names = ("snapshots.csv.gz", "summary.csv", "pairs.csv", "losses.csv", "shares.csv", "directions.csv")
         return cls(*(pd.read_csv(pictures / name) for name in names))
 
 
@@ -91,6 +94,8 @@ def gather(plan: LongPlan, directory: Path, say: Say = lambda line: None) -> Num
                 name = f"{a.name}-to-{b.name}-{step}"
                 pairs.append(_kept(directory, name, partial(compare_runs, a, b, step, plan, directory)))
     every = pd.concat(matrices, ignore_index=True)
+    directions = [_directions(run, [step for step in steps if step > START], plan, directory, say)
+                  for run, steps in there.items() if steps and steps[-1] > START]  # fmt: skip
     compared = pd.concat(pairs, ignore_index=True) if pairs else pd.DataFrame(columns=["run", "compared_to", "step"])
     return Numbers(
         matrices=every,
@@ -98,7 +103,21 @@ def gather(plan: LongPlan, directory: Path, say: Say = lambda line: None) -> Num
         pairs=compared.groupby(["run", "compared_to", "step"], sort=False).mean(numeric_only=True).reset_index(),
         losses=_losses(there, directory),
         shares=pd.concat(shares, ignore_index=True),
+        directions=pd.concat(directions, ignore_index=True),
     )
+
+
+def _directions(run: LongRun, steps: list[int], plan: LongPlan, directory: Path, say: Say) -> pd.DataFrame:
+    """A row per step of one run."""
+    import pandas as pd
+
+    say(f"  {run.name}, directions")
+    of_steps = [
+        _kept(directory, f"{run.name}-{step}-directions", partial(against_base, run, step, plan, directory))
+        for step in steps
+    ]
+    last = _kept(directory, f"{run.name}-until-{steps[-1]}", partial(along, run, steps, plan, directory))
+    return pd.concat(of_steps, ignore_index=True).merge(last, on=["run", "step"])
 
 
 def _kept(directory: Path, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
@@ -111,8 +130,8 @@ def _kept(directory: Path, name: str, make: Callable[[], pd.DataFrame]) -> pd.Da
 
 
 def _record(directory: Path, run: LongRun, step: int) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(losses_of(directory, run.name, step).read_text())
-    return found
+    losses: dict[str, Any] = json.loads(losses_of(directory, run.name, step).read_text())
+    return losses
 
 
 def _summary(there: Mapping[LongRun, list[int]], matrices: pd.DataFrame, directory: Path) -> pd.DataFrame:

@@ -28,6 +28,19 @@ _COLUMNS = {
     "drift_A": ("drift of A", "{:.2f}"),
     "drift_B": ("drift of B", "{:.2f}"),
 }
+# The same of directions.csv.
+_OF_DIRECTIONS = {
+    "intruders": ("intruders of 10", "{:.2f}"),
+    "amplification": ("amplification", "{:.2f}"),
+    "amplification_own": ("W₀'s own", "{:.2f}"),
+    "amplification_random": ("random", "{:.1f}"),
+    "left_in_top": ("energy in W₀'s top 10, left", "{:.2f}"),
+    "right_in_top": ("right", "{:.2f}"),
+    "phi_to_last": ("φ(10, 10) to the last", "{:.2f}"),
+    "phi_to_previous": ("to the one before", "{:.2f}"),
+    "head_cosine": ("cosine of heads", "{:.2f}"),
+    "head_update_cosine": ("of their updates", "{:.2f}"),
+}
 _OF_PAIRS = {
     "cosine": ("cosine", "{:.2f}"),
     "tail_cosine": ("cosine below the first 12", "{:.2f}"),
@@ -42,12 +55,12 @@ _OF_PAIRS = {
 
 def verdicts(summary: pd.DataFrame, plan: LongPlan) -> list[Verdict]:
     """The rule, applied to MultiLoRA's two repetitions and its run at the high rate, at their last snapshots."""
-    found = []
+    judged = []
     for run in (MULTILORA, MULTILORA + SECOND, "multilora-fast"):
         reached = {name: set(summary.loc[summary["run"] == name, "step"]) for name in (run, LORA)}
         common = [step for step in plan.snapshots[1:] if all(step in steps for steps in reached.values())]
-        found.append(judge(summary, run, common[-1] if common else plan.first))
-    return found
+        judged.append(judge(summary, run, common[-1] if common else plan.first))
+    return judged
 
 
 def tables(numbers: Numbers, plan: LongPlan) -> str:
@@ -69,6 +82,7 @@ def tables(numbers: Numbers, plan: LongPlan) -> str:
         parts += [f"### At equal held-out loss, {target:.3f}", _rows(at_loss(summary, target), _COLUMNS, steps=True)]
     if len(numbers.pairs):
         parts += ["### Agreement", _agreement(numbers)]
+    parts += ["### Directions", _directions(numbers)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -118,6 +132,22 @@ def _agreement(numbers: Numbers) -> str:
     header = ["run", "compared to", "step", *(title for title, _ in _OF_PAIRS.values())]
     rows.append(["chance", "", "", "0", "0", *chance, *chance, "0.00", "0.00"])
     return markdown(header, rows)
+
+
+def _directions(numbers: Numbers) -> str:
+    labels = numbers.summary.drop_duplicates("run").set_index("run")["label"]
+    table = numbers.directions.assign(label=numbers.directions["run"].map(labels))
+    rows = [
+        [line["label"], str(int(line["step"])), *(_cell(line[key], form) for key, (_, form) in _OF_DIRECTIONS.items())]
+        for _, line in table.iterrows()
+    ]
+    means = table.mean(numeric_only=True)
+    chance = {"intruders": "intruders_chance", "left_in_top": "left_chance", "right_in_top": "right_chance",
+              "phi_to_last": "phi_to_last_chance", "phi_to_previous": "phi_to_previous_chance"}  # fmt: skip
+    levels = [f"{means[chance[name]]:.2f}" if name in chance else "" for name in _OF_DIRECTIONS]
+    if "head_chance" in means:
+        levels[-2:] = [f"0 ± {means['head_chance']:.2f}", "0"]
+    return markdown(["run", "step", *(title for title, _ in _OF_DIRECTIONS.values())], [*rows, ["chance", "", *levels]])
 
 
 def _rows(table: pd.DataFrame, columns: dict[str, tuple[str, str]], *, steps: bool) -> str:

@@ -74,15 +74,15 @@ def _tail(whole: np.ndarray, spectrum: Spectrum) -> np.ndarray:
 
 def _on_both_sides(a: Spectrum, b: Spectrum, whole: np.ndarray) -> dict[str, float]:
     energy = float((whole**2).sum())
-    found: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for side, first, second, matrix in (
         ("left", a.U, b.U, whole),
         ("right", None if a.Vh is None else a.Vh.T, None if b.Vh is None else b.Vh.T, whole.T),
     ):
         assert first is not None
         assert second is not None
-        found[f"captured_{side}"] = float(((second.T @ matrix) ** 2).sum()) / energy
-        found[f"phi_{side}"] = float(((second.T @ first) ** 2).sum()) / min(first.shape[1], second.shape[1])
-        found[f"phi_1_{side}"] = float((second[:, 0] @ first[:, 0]) ** 2)
-        found[f"chance_{side}"] = second.shape[1] / len(second)
-    return found
+        shares[f"captured_{side}"] = float(((second.T @ matrix) ** 2).sum()) / energy
+        shares[f"phi_{side}"] = float(((second.T @ first) ** 2).sum()) / min(first.shape[1], second.shape[1])
+        shares[f"phi_1_{side}"] = float((second[:, 0] @ first[:, 0]) ** 2)
+        shares[f"chance_{side}"] = second.shape[1] / len(second)
+    return shares

@@ -9,6 +9,7 @@ from spectra.reproduce.methods import Method
 
 LORA, MULTILORA, FULL_ADAM = "lora", "multilora", "full"
 SECOND = "-2"  # what the name of a run's repetition ends in
+FAST = "-fast"  # and at three times the common rate
 START = 0  # the snapshot before the first step
 
 
@@ -101,7 +102,7 @@ class LongPlan:
             lora,
             multi,
             full,
-            replace(multi, name="multilora-fast", lr=3e-3),
+            *(replace(run, name=run.name + FAST, lr=3e-3) for run in (multi, lora)),
             *(replace(run, name=run.name + SECOND, init_seed=1, data_seed=1) for run in (multi, lora, full)),
             replace(multi, name="multilora-scaling", scaling_only=True),
             rlora,

@@ -1,0 +1,89 @@
+"""How long a server is asked again: until it has given nothing for a while, or nobody waits any more."""
+
+from __future__ import annotations
+
+import random
+import time
+from urllib.parse import urlsplit
+
+from spectra.errors import NotFoundError, SourceError
+
+PATIENCE = 120.0  # seconds that a server which has answered before may go without giving a byte
+FIRST = 5.0  # the same for one that never has
+_LONGEST_WAIT = 8.0  # seconds between two attempts, unless the server asks for more
+
+answered: set[str] = set()  # servers that have
+_given_up = 0  # times
+
+
+class TryAgainError(Exception):
+    """A request that may do better the next time.
+
+    Args:
+        why: what happened.
+        wait: seconds after which the server says so.
+        most: attempts after which it is the answer; None for as many as there is time for.
+    """
+
+    def __init__(self, why: str, wait: float | None = None, most: int | None = None) -> None:
+        super().__init__(why)
+        self.wait, self.most = wait, most
+
+
+def give_up() -> None:
+    """Let no read that is going on try again: who asked is not waiting any more."""
+    global _given_up
+    _given_up += 1
+
+
+class Patience:
+    """How long a server is asked again: until it has given nothing for a while."""
+
+    def __init__(self, url: str, first: float | None = None) -> None:
+        self._url, self._origin = url, origin(url)
+        self._limit = first if first is not None else PATIENCE if self._origin in answered else FIRST
+        self._since, self._attempts = time.monotonic(), 0
+        self._given_up = _given_up
+
+    def answered(self) -> None:
+        """The server is there: it gets the longer time."""
+        answered.add(self._origin)
+        self._limit = PATIENCE
+
+    def renew(self) -> None:
+        """Something came."""
+        self.answered()
+        self._since, self._attempts = time.monotonic(), 0
+
+    def wait(self, problem: TryAgainError) -> None:
+        """Sleep before the next attempt.
+
+        Raises:
+            SourceError: the time is over, or the server asks for more than there is.
+        """
+        if self._given_up != _given_up:
+            raise SourceError(f"{self._url}: reading was given up")
+        if problem.most is not None and self._attempts >= problem.most:
+            raise NotFoundError(f"{self._url}: {problem}")
+        if self._origin in answered:
+            self._limit = max(self._limit, PATIENCE)
+        backoff = min(_LONGEST_WAIT, 0.25 * 2**self._attempts) * (0.5 + random.random() / 2)
+        pause = backoff if problem.wait is None else max(problem.wait, 0.0)
+        left = self._since + self._limit - time.monotonic()
+        self._attempts += 1
+        if pause > left:
+            answered.discard(self._origin)  # what is asked next does not wait as long for a server that is gone
+            asked = f", and asks to wait {pause:.0f} s" if problem.wait is not None else ""
+            raise SourceError(
+                f"{self._url} cannot be read: {problem}{asked}; tried for {self._limit:g} s: "
+                "run the same again later, what is stored is kept"
+            )
+        until = time.monotonic() + pause
+        while (left := until - time.monotonic()) > 0 and self._given_up == _given_up:
+            time.sleep(min(left, 0.5))
+
+
+def origin(url: str) -> str:
+    """The server of a URL."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"

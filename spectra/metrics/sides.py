@@ -1,0 +1,91 @@
+"""One side of several updates of one weight: their singular vectors, in as few numbers as their inner products need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """The left or the right singular vectors of several updates, in an orthonormal basis of what all of them span.
+
+    No metric between updates depends on the basis. With R vectors of d entries in it, R < d, they are R×R numbers.
+
+    Attributes:
+        size: d, the entries of a vector: rows of the weight on the left, columns on the right.
+        vectors: of each update its vectors as columns, in the common basis.
+        overlap: the inner products of all vectors, side by side in the updates' order.
+
+    Example:
+        >>> eye = torch.eye(5, dtype=torch.float64)
+        >>> side = Side.of([eye[:, :2], -eye[:, 1:2]])
+        >>> side.size, [tuple(own.shape) for own in side.vectors], side.overlap.tolist()[1]
+        (5, [(3, 2), (3, 1)], [0.0, 1.0, -1.0])
+    """
+
+    size: int
+    vectors: tuple[Float64[Tensor, "d _"], ...]
+    overlap: Float64[Tensor, "R R"]
+
+    @classmethod
+    def of(cls, updates: list[Float64[Tensor, "d _"]]) -> Side:
+        """From each update's vectors; the list is emptied, so that every one of them is held once and not twice."""
+        counts = [own.shape[1] for own in updates]
+        everything = _beside(updates)
+        overlap = everything.mT @ everything
+        size, count = everything.shape
+        found = torch.linalg.qr(everything, "r").R if count < size else everything
+        return cls(size, torch.split(found, counts, 1), overlap)
+
+    @property
+    def together(self) -> Float64[Tensor, "d R"]:
+        """All vectors side by side."""
+        return torch.cat(self.vectors, 1)
+
+
+def random_side(size: int, counts: Sequence[int], seed: int, device: torch.device) -> Side:
+    """Uniformly random orthonormal vectors, each update's by themselves.
+
+    They are what QR leaves of Gaussian columns; their coordinates in all columns' own basis are drawn at once, so that
+    no vector of `size` entries is there where they are fewer than that: a triangle of N(0, 1) with χ on the diagonal.
+
+    Example:
+        >>> side = random_side(6, [2], 0, torch.device("cpu"))
+        >>> bool(torch.allclose(side.overlap, torch.eye(2, dtype=torch.float64)))
+        True
+
+    Reference: the Bartlett decomposition of a Wishart matrix, whose factor that triangle is.
+    """
+    drawn = _gaussian(size, sum(counts), np.random.default_rng(seed)).to(device)
+    vectors = tuple(_orthonormal(own) for own in torch.split(drawn, list(counts), 1))
+    everything = torch.cat(vectors, 1)
+    return Side(size, vectors, everything.mT @ everything)
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """Q of the QR decomposition whose R has a positive diagonal: LAPACK's signs are not random."""
+    Q, R = torch.linalg.qr(columns)
+    return Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+
+
+def _gaussian(size: int, count: int, generator: np.random.Generator) -> Tensor:
+    """size × count of N(0, 1), or the triangular factor of such a matrix where that is smaller."""
+    drawn = generator.standard_normal((min(size, count), count))
+    if count < size:
+        drawn = np.triu(drawn, 1) + np.diag(np.sqrt(generator.chisquare(size - np.arange(count))))
+    return torch.from_numpy(drawn)
+
+
+def _beside(updates: list[Tensor]) -> Tensor:
+    """All columns as one matrix; each update is let go once it is copied."""
+    counts = [own.shape[1] for own in updates]
+    rows = updates[0].new_empty(sum(counts), updates[0].shape[0])
+    for place in torch.split(rows, counts):
+        place.copy_(updates.pop(0).mT)
+    return rows.mT

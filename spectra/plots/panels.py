@@ -1,0 +1,64 @@
+"""Figures of several panels: made for a layout, with titles in lines that fit, and one legend that covers no data."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from spectra.plots.sizes import Layout
+from spectra.plots.style import look
+from spectra.printing import in_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_HANDLE = 7  # characters that a legend's line and the space between its columns take
+
+
+@contextmanager
+def panelled(layout: Layout, *, title: str = "", squares: bool = False) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure and its axes row by row, while they are drawn; then those that stayed empty go, and the title comes.
+
+    Squares of heatmaps stand together, and leave no space where a panel's place is longer or wider.
+    """
+    from spectra.plots.canvas import ShownFigure
+
+    with look(layout.text):
+        how = "compressed" if squares else "constrained"
+        figure = ShownFigure(text=layout.text, figsize=layout.inches, layout=how)
+        axes = list(figure.subplots(layout.rows, layout.columns, squeeze=False).flat)
+        yield figure, axes
+        for ax in axes:
+            ax.set_visible(ax.has_data())
+        if title:
+            put_above(figure, title, layout)
+
+
+def put_above(figure: Figure, title: str, layout: Layout) -> None:
+    """The figure's title, in lines that its width holds."""
+    lines = [textwrap.fill(line, int(layout.whole / 1.2)) for line in title.splitlines()]
+    figure.suptitle(in_figure("\n".join(lines)))
+
+
+def put_title(ax: Axes, title: str, layout: Layout) -> None:
+    """A panel's title, small, in lines that its width holds."""
+    ax.set_title(in_figure(textwrap.fill(title, layout.letters(0.9, 0.85))), fontsize="small")
+
+
+def put_label(ax: Axes, label: str, letters: int) -> None:
+    """What a panel's vertical axis is, in lines of so many characters."""
+    ax.set_ylabel(in_figure(textwrap.fill(label, letters, break_long_words=False)))
+
+
+def put_legend(figure: Figure, ax: Axes, layout: Layout) -> None:
+    """The axes' legend below all panels, in as many columns as the figure's width holds; over no data."""
+    handles, labels = ax.get_legend_handles_labels()
+    if not labels:
+        return
+    line = int(1.15 * layout.whole)  # characters of small text
+    longest = max(map(len, labels)) + _HANDLE
+    told = [textwrap.fill(label, line - _HANDLE) for label in labels]
+    figure.legend(handles, told, loc="outside lower center", ncols=max(min(len(told), line // longest), 1))
