@@ -230,7 +230,7 @@ def _stores(
     folders = {(i, j): pair_folder(a, labels[j]) for i, a in enumerate(labels) for j in range(i + 1, len(labels))}
     named = {folder: [labels[i], labels[j]] for (i, j), folder in folders.items()}
     everything = {path: file for some in files for path, file in some.items()}
-    whole.begin({"kind": "similarities", **inputs, "files": everything}, {**details, "pairs": known | named})
+    whole.begin({"kind": "similarities", **inputs, "files": everything}, {**details, "pairs": {**known, **named}})
     stores = {}
     for (i, j), folder in folders.items():
         stores[i, j] = Store(whole.directory / PAIRS / folder, notes=notes)
