@@ -12,7 +12,8 @@ from campaign import children, judges
 from campaign.case import Area, Case, HarmError
 from campaign.commands import TIME, spectra_command
 
-SLACK = 64 * 2**20  # bytes beyond plan and baseline: what allocators keep, and libraries' own buffers
+# Bytes beyond plan and baseline, for each thread: freed blocks that are kept for the next matrix (`keep_freed_memory`).
+SLACK = 64 * 2**20
 _BUDGETS = (48, 96, 160)  # MiB
 
 
@@ -31,11 +32,10 @@ class Planned(Area):
         shapes = [_shape(rng, budget) for _ in range(rng.randint(2, 4) if case.kind != "many" else 40)]
         base = self._peak(case.kind, home / "small", [(8, 8)] * 2, budget, rng)
         peak = self._peak(case.kind, home / "large", shapes, budget, rng)
-        allowed = base + budget + SLACK
-        said = (
-            f"{peak / 2**20:.0f} MiB of {budget / 2**20:.0f} + {base / 2**20:.0f} + {SLACK / 2**20:.0f}, {shapes[:4]}"
-        )
-        if peak > allowed:
+        slack = SLACK * (2 if case.kind == "svd-workers" else 1)
+        parts = " + ".join(f"{size / 2**20:.0f}" for size in (budget, base, slack))
+        said = f"{peak / 2**20:.0f} MiB of {parts}, {shapes[:4]}"
+        if peak > base + budget + slack:
             raise HarmError(f"took {said}")
         print(said)
         return f"within {100 * max(0, peak - base) / budget // 25 * 25 + 25:.0f} % of the plan"
