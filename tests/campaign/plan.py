@@ -38,7 +38,7 @@ class Planned(Area):
         if peak > base + budget + slack:
             raise HarmError(f"took {said}")
         print(said)
-        return f"within {100 * max(0, peak - base) / budget // 25 * 25 + 25:.0f} % of the plan"
+        return "within the budget" if peak <= base + budget else "within the slack"
 
     def _peak(self, kind: str, home: Path, shapes: list[tuple[int, int]], budget: int, rng: random.Random) -> int:
         """Bytes that the command takes at most, for matrices of these shapes."""
