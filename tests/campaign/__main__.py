@@ -9,6 +9,7 @@ import os
 import pkgutil
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -92,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, default=Path("build/campaign"), help="where journals and failures go")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the case at work, as Ctrl-C does
     os.environ |= {"HF_HUB_OFFLINE": "1", "SPECTRA_CONFIG": os.devnull, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     with tempfile.TemporaryDirectory(prefix="campaign-", ignore_cleanup_errors=True) as name:
         if options.case:

@@ -149,6 +149,7 @@ def _live(work: Work, home: Path, memory: int | None, leads: bool) -> NoReturn:
             os.dup2(file, number)
             os.close(file)
         os.chdir(home)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         faulthandler.enable(2)
         faulthandler.register(signal.SIGUSR1, 2, all_threads=True)
         if memory is not None:
