@@ -28,9 +28,9 @@ _ENCODER = "encoder.*(self|dense)"  # the 36 matrices of MiniLM's layers
 def cases() -> Iterator[Case]:
     """Those whose tool is there."""
     if find_spec("modeldelta"):
-        yield Case("process: MiniLM pair, whole, values and metrics", "modeldelta", 1.0, _modeldelta)
+        yield Case("process: MiniLM pair, whole, values", "modeldelta", 1.0, _modeldelta)
     if find_spec("weightwatcher"):
-        yield Case("process: MiniLM pair, 36 matrices, metrics", "WeightWatcher, base_model=", 1.0, _weightwatcher)
+        yield Case("process: MiniLM pair, whole, power laws", "WeightWatcher, base_model=", 1.0, _weightwatcher)
     if find_spec("peft"):
         name = "process: LoRA of rank 30 of the MiniLM pair, values"
         yield Case(name, "PEFT's get_delta_weight + svdvals, float32", 1.0, _peft)
@@ -51,14 +51,13 @@ def missing() -> Iterator[str]:
 
 
 def _modeldelta(_: Path) -> tuple[Way, Way]:
-    """Every weight of the pair; it takes singular values in float32, and of 1-D weights norms."""
     base, tuned = PAIR
     return process(*SPECTRA, "svd", tuned, "--base", base), process("-m", "modeldelta", base, tuned)
 
 
 def _weightwatcher(_: Path) -> tuple[Way, Way]:
     base, tuned = PAIR
-    ours = process(*SPECTRA, "svd", tuned, "--base", base, "--layer", f"re:{_ENCODER}")
+    ours = process(*SPECTRA, "svd", tuned, "--base", base)
     return ours, process("-m", "benchmarks.peers", "weightwatcher", base, tuned)
 
 

@@ -11,7 +11,6 @@ from spectra.engine.memory import READ_AHEAD, readable_size
 from spectra.engine.memory import memory_budget as budget_of
 from spectra.errors import SourceError
 from spectra.files.far import expected
-from spectra.lazy import torch
 from spectra.merges import causes
 from spectra.merges.claims import Claim, Claims, open_claims
 from spectra.merges.report import MatrixCheck, MergeReport, in_order
