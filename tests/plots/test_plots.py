@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -16,7 +18,8 @@ from matplotlib.figure import Figure
 
 import spectra
 from spectra import plots
-from spectra.errors import SelectionError
+from spectra.errors import SelectionError, StoreError
+from spectra.plots.figures import save_figure, save_pages
 from spectra.plots.histogram import pool_values
 from spectra.plots.style import COLOURS, LINES, curves
 from spectra.spectrum import Spectrum
@@ -368,3 +371,22 @@ def test_a_figure_shows_itself_in_a_notebook_without_pyplot():
         "assert figure._repr_png_().startswith(b'\\x89PNG')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
+@pytest.mark.parametrize("save", [save_figure, lambda figure, path, kinds: save_pages([("1", figure)], path, kinds)])
+def test_a_full_disk_is_one_message_and_leaves_what_was_there(tmp_path, monkeypatch, kind, save):
+    """Matplotlib's own writer of pdf ends in an AttributeError there."""
+    figure = Figure()
+    figure.subplots().plot([1, 2])
+    (before,) = save(figure, tmp_path / "it", [kind])
+    was = before.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(StoreError, match="No space left on device"):
+        save(figure, tmp_path / "it", [kind])
+    assert before.read_bytes() == was
+    assert [path.name for path in tmp_path.iterdir()] == [before.name]
