@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from spectra.deltas.grids import UNLIMITED, Grid, grid_of, is_coded
-from spectra.deltas.jumps import Jump, jump
+from spectra.deltas.jumps import Jump, hides_jumps, jump
 from spectra.lazy import torch
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ _SLACK = 1.1  # over the energy that a row or column has: chance lowers half of 
 _NEGLIGIBLE = 0.02  # share of the energy below which a second rounding is no story of its own: 1 % of the edge
 
 
-Part = slice | int | tuple[slice, int]  # rows, a row, or a column of a matrix
+Part = slice | int | tuple[slice, int] | np.ndarray  # rows, a row, a column, or some rows by their numbers
 Steps = Callable[[Part], "Tensor"]  # the sum of the squared steps of all roundings, at each entry of a part
 
 
@@ -161,10 +161,11 @@ def _jump(delta: Tensor | None, base: Tensor, once: Steps, more: Steps) -> Jump 
     """On rows from all over the matrix."""
     if delta is None:
         return None
-    every = max(1, delta.numel() // _SAMPLE)
-    rows = slice(None, None, every)
-    parts = (delta[rows].square(), base[rows].to(torch.float64).abs(), once(rows) / 12, more(rows) / 12)
-    return jump(*(part.flatten() for part in parts))
+    rows = slice(None, None, max(1, delta.numel() // _SAMPLE))
+    squares, added = delta[rows].square().flatten(), more(rows).div_(12).flatten()
+    if hides_jumps(squares, added):
+        return None
+    return jump(squares, base[rows].to(torch.float64).abs().flatten(), once(rows).div_(12).flatten(), added)
 
 
 def _alike(first: Grid, second: Grid) -> bool:
@@ -345,16 +346,16 @@ def _spike(
     """
     largest, least = 0.0, columns[columns > 0].min(initial=math.inf)
     suspect = np.square(highest * roundings / 4) > rows * least
-    at_once = len(rows) * len(columns) <= _BLOCK_ENTRIES
-    blocks = [slice(0, len(rows))] if at_once else [slice(i, i + 1) for i in np.flatnonzero(suspect)]
-    for block in blocks:
+    some = np.flatnonzero(suspect)
+    height = max(1, _BLOCK_ENTRIES // len(columns))
+    for start in range(0, len(some), height):
+        block = some[start : start + height]
         largest_errors = steps(block).mul(roundings / 4)
         if delta is not None:
             largest_errors = torch.minimum(largest_errors, delta[block].square())
         squared = largest_errors.cpu().numpy()
-        r, c = np.broadcast_arrays(rows[block, None], columns)
-        out = suspect[block, None] & (np.square(squared) > r * c)
-        if out.any():
-            theta, r, c = squared[out], r[out], c[out]
+        i, j = np.nonzero(np.square(squared) > rows[block, None] * columns)
+        if len(i):
+            theta, r, c = squared[i, j], rows[block[i]], columns[j]
             largest = max(largest, float(((theta + r) * (theta + c) / theta).max()))
     return math.sqrt(largest)
