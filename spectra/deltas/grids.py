@@ -120,19 +120,19 @@ def grid_of(stored: Tensor, dtype: str) -> Grid | None:
     if _shows_all_bits(_sample(stored, _FIRST_LOOK), nominal):
         return nominal
     values = _sample(stored, _SAMPLE)
-    values = values[values.isfinite() & (values != 0)]
-    if values.numel() < _FEWEST or not _are_various(values):
+    values = values[np.isfinite(values) & (values != 0)]
+    if values.size < _FEWEST or not _are_various(values):
         return nominal
     exponents, lengths = _exponents_and_lengths(values)
     bits = min(_quantile(lengths, 1 - _STRAY), nominal.bits)
     floor = max(_quantile(exponents - lengths, _STRAY), nominal.floor)
-    if float((exponents < floor + bits).double().mean()) <= _BOUND:
+    if (exponents < floor + bits).mean() <= _BOUND:
         return Grid(bits, nominal.floor)
     # Of multiples of one step, the rare large ones have the long significands.
     return Grid(min(int(lengths[exponents - lengths >= floor].max()), nominal.bits), floor)
 
 
-def _shows_all_bits(values: Tensor, nominal: Grid) -> bool:
+def _shows_all_bits(values: np.ndarray, nominal: Grid) -> bool:
     """Whether a few thousand entries leave no doubt that the grid is the storage type's own.
 
     A quarter of these entries with full significands are more than a thousandth of all that `grid_of` would look at.
@@ -140,30 +140,30 @@ def _shows_all_bits(values: Tensor, nominal: Grid) -> bool:
     with as many strays as are allowed, one matrix in a million on the verge of both limits would pass.
     """
     values = values[values != 0]
-    if values.numel() < _FIRST_LOOK // 2 or not (bool(values.isfinite().all()) and _are_various(values)):
+    if values.size < _FIRST_LOOK // 2 or not (np.isfinite(values).all() and _are_various(values)):
         return False
     exponents, lengths = _exponents_and_lengths(values)
-    if float((lengths >= nominal.bits).double().mean()) < _FULL:
+    if (lengths >= nominal.bits).mean() < _FULL:
         return False
     floor = max(_quantile(exponents - lengths, 3 * _STRAY), nominal.floor)
-    return float((exponents < floor + nominal.bits).double().mean()) <= _BOUND / 2
+    return bool((exponents < floor + nominal.bits).mean() <= _BOUND / 2)
 
 
-def _exponents_and_lengths(values: Tensor) -> tuple[Tensor, Tensor]:
+def _exponents_and_lengths(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of finite numbers other than zero: the leading bit's exponent, and how many bits after it are used."""
-    single = values.dtype == torch.float32
-    integer, mantissa, bias = (torch.int32, 23, 127) if single else (torch.int64, _MANTISSA, _BIAS)
+    single = values.dtype == np.float32
+    integer, mantissa, bias = (np.int32, 23, 127) if single else (np.int64, _MANTISSA, _BIAS)
     pattern = values.view(integer)
     exponents = ((pattern >> mantissa) & (2 * bias + 1)) - bias
     significand = (pattern & (2**mantissa - 1)) | 2**mantissa
-    lowest = (significand & -significand).to(values.dtype).view(integer) >> mantissa
+    lowest = (significand & -significand).astype(values.dtype).view(integer) >> mantissa
     return exponents, mantissa + bias - lowest
 
 
-def _are_various(values: Tensor) -> bool:
+def _are_various(values: np.ndarray) -> bool:
     """Whether they have enough different sizes; most weights show it in the first few of them."""
-    few = values[: 4 * _FEWEST_DISTINCT].abs().tolist()
-    return len(set(few)) >= _FEWEST_DISTINCT or len(torch.unique(values[:4096].abs())) >= _FEWEST_DISTINCT
+    few = np.abs(values[: 4 * _FEWEST_DISTINCT]).tolist()
+    return len(set(few)) >= _FEWEST_DISTINCT or len(np.unique(np.abs(values[:4096]))) >= _FEWEST_DISTINCT
 
 
 def is_coded(stored: Tensor, grid: Grid) -> bool:
@@ -189,7 +189,7 @@ def is_coded(stored: Tensor, grid: Grid) -> bool:
     return bool(few and len(np.unique(ordered)) >= _FEWEST_DISTINCT)
 
 
-def _sample(stored: Tensor, count: int) -> Tensor:
+def _sample(stored: Tensor, count: int) -> np.ndarray:
     """Entries from all over the matrix, float32 where that holds them with all their bits, else float64."""
     matrix = stored.reshape(stored.shape[0], -1)
     every = max(1, math.ceil(matrix.numel() / count))
@@ -197,15 +197,14 @@ def _sample(stored: Tensor, count: int) -> Tensor:
     down = max(1, math.ceil(every / along_rows))
     entries = matrix[::down, ::along_rows]
     if entries.dtype == torch.float64:
-        return entries.flatten()
-    entries = entries.to(torch.float32).flatten()
-    subnormal = (entries.abs() < torch.finfo(torch.float32).tiny) & (entries != 0)
-    return entries.to(torch.float64) if bool(subnormal.any()) else entries
+        return entries.flatten().cpu().numpy()
+    values = entries.to(torch.float32).flatten().cpu().numpy()
+    subnormal = (np.abs(values) < np.finfo(np.float32).tiny) & (values != 0)
+    return values.astype(np.float64) if subnormal.any() else values
 
 
-def _quantile(numbers: Tensor, share: float) -> int:
+def _quantile(numbers: np.ndarray, share: float) -> int:
     """The least number that at least such a share of them does not exceed; counted, since few are different."""
-    place = min(max(math.ceil(share * numbers.numel()), 1), numbers.numel())
+    place = min(max(math.ceil(share * numbers.size), 1), numbers.size)
     least = int(numbers.min())
-    up_to = torch.bincount(numbers - least).cumsum(0)
-    return least + int((up_to < place).sum())
+    return least + int(np.searchsorted(np.bincount(numbers - least).cumsum(), place))

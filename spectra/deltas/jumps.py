@@ -37,17 +37,17 @@ class Jump:
     error: float
 
 
-def hides_jumps(squares: Tensor, more: Tensor) -> bool:
+def hides_jumps(mean_square: float, most: float) -> bool:
     """Whether an update is so large that no second rounding can be seen in it, whatever the fit would say.
 
     The squares of c + e, with e of variance v, vary by 2c√v at the least, were c the same everywhere. Of at most 2¹⁹
     entries with c² = 10⁵ v the share then has a standard error of 0.87 or more, with which it tells nothing.
 
     Args:
-        squares: of entries of ΔW.
-        more: what a second rounding would add to each.
+        mean_square: of the entries of ΔW.
+        most: the variance that a second rounding can have in any of them.
     """
-    return float(squares.mean()) > _HIDES * float(more.mean())
+    return mean_square > _HIDES * most
 
 
 def jump(squares: Tensor, sizes: Tensor, once: Tensor, more: Tensor) -> Jump | None:

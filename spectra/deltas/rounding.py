@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _BLOCK_ENTRIES = 2**16  # half a MiB, which stays in the cache
 _SAMPLE = 2**18  # entries in which a jump is looked for
-_GRID = 400
+_GRID, _EVERY = 400, 8
 _MOST_TERMS = 4096  # rows or columns at once, 13 MB
 # The 99 % quantile of the Tracy–Widom law (real case) is 2.02; relative to the edge of σ for a square matrix
 # of size s one unit of it is 0.315·s^(−2/3) (Johnstone 2001, Theorem 1.1).
@@ -44,6 +44,7 @@ _NEGLIGIBLE = 0.02  # share of the energy below which a second rounding is no st
 
 
 Part = slice | int | tuple[slice, int] | np.ndarray  # rows, a row, a column, or some rows by their numbers
+Energies = tuple[np.ndarray, np.ndarray, np.ndarray]  # of the rows and of the columns; each row's largest square
 Steps = Callable[[Part], "Tensor"]  # the sum of the squared steps of all roundings, at each entry of a part
 
 
@@ -109,6 +110,7 @@ def rounding_noise(
     """
     if tuned.numel() == 0 or not (_finite(tuned) and _finite(base)):
         return ()
+    energies = None if delta is None else _energies(delta)
     last, first = grid_of(tuned, dtype), grid_of(base, base_dtype)
     if last is None:
         return ()
@@ -121,18 +123,32 @@ def rounding_noise(
     said = f"tuned on the {last.name} grid"
     if first is not None and is_coded(base, first):
         said += ", base of codes times scales taken as exact"
-    fewest = replace(_noise(once, tuned.shape, 1, said, delta), grid=last)
-    return (fewest,) if first is None else _stories(fewest, once, tuned, base, (last, first), delta)
+    fewest = replace(_noise(once, tuned.shape, 1, said, delta, energies), grid=last)
+    return (fewest,) if first is None else _stories(fewest, once, tuned, base, (last, first), delta, energies)
 
 
 def _stories(
-    fewest: Noise, once: Steps, tuned: Tensor, base: Tensor, grids: tuple[Grid, Grid], delta: Tensor | None
+    fewest: Noise,
+    once: Steps,
+    tuned: Tensor,
+    base: Tensor,
+    grids: tuple[Grid, Grid],
+    delta: Tensor | None,
+    energies: Energies | None,
 ) -> tuple[Noise, ...]:
     """What a second rounding would add to the first one, on the grids of the tuned and of the base."""
     last, first = grids
     said = fewest.said
+
+    def jumped(more: Steps) -> Jump | None:
+        if delta is None or energies is None:
+            return None
+        largest = torch.stack(torch.aminmax(base))
+        most = max(float(grid.squared_steps(largest).max()) for grid in grids) / 12
+        return None if hides_jumps(energies[0].sum() / delta.numel(), most) else _jump(delta, base, once, more)
+
     if _alike(first, last):
-        return (_copied(fewest, _jump(delta, base, once, once)), fewest)
+        return (_copied(fewest, jumped(once)), fewest)
 
     def more(part: Part) -> Tensor:
         before = base[part]
@@ -143,12 +159,11 @@ def _stories(
 
     copy = first.bits < last.bits
     how = "taken for a rounded copy" if copy else "rounded to it first"
-    most = _noise(twice, tuned.shape, 1 if copy else 2, f"{said}, base ({first.name}) {how}", delta)
+    most = _noise(twice, tuned.shape, 1 if copy else 2, f"{said}, base ({first.name}) {how}", delta, energies)
     if most.energy > (1 + _NEGLIGIBLE) * fewest.energy:
-        seen = _jump(delta, base, once, more)
-        return (replace(most, grid=None if copy else last, base_too=True, jump=seen), fewest)
+        return (replace(most, grid=None if copy else last, base_too=True, jump=jumped(more)), fewest)
     # Grids that differ in their floors alone, where hardly a value lies: bf16, and bf16 values in an fp16 file.
-    return (_copied(fewest, _jump(delta, base, once, once)), fewest) if first.bits == last.bits else (fewest,)
+    return (_copied(fewest, jumped(once)), fewest) if first.bits == last.bits else (fewest,)
 
 
 def _copied(fewest: Noise, seen: Jump | None) -> Noise:
@@ -157,15 +172,11 @@ def _copied(fewest: Noise, seen: Jump | None) -> Noise:
     return replace(fewest.scaled(math.sqrt(2)), said=said, grid=None, far_fetched=True, base_too=True, jump=seen)
 
 
-def _jump(delta: Tensor | None, base: Tensor, once: Steps, more: Steps) -> Jump | None:
+def _jump(delta: Tensor, base: Tensor, once: Steps, more: Steps) -> Jump | None:
     """On rows from all over the matrix."""
-    if delta is None:
-        return None
     rows = slice(None, None, max(1, delta.numel() // _SAMPLE))
-    squares, added = delta[rows].square().flatten(), more(rows).div_(12).flatten()
-    if hides_jumps(squares, added):
-        return None
-    return jump(squares, base[rows].to(torch.float64).abs().flatten(), once(rows).div_(12).flatten(), added)
+    parts = (delta[rows].square(), base[rows].to(torch.float64).abs_(), once(rows).div_(12), more(rows).div_(12))
+    return jump(*(part.flatten() for part in parts))
 
 
 def _alike(first: Grid, second: Grid) -> bool:
@@ -247,13 +258,34 @@ def separable_edge(rows: np.ndarray, columns: np.ndarray) -> float:
     if not total > 0:
         return 0.0
     a, b = rows / rows.max(), columns / columns.max()
-    # Grids that are dense at both ends: the minimum lies near 1 where one row or column dominates.
+    # Dense at both ends: the minimum lies near 1 where one row or column dominates.
     t = 0.5 - 0.5 * np.cos(np.pi * (np.arange(1, _GRID) / _GRID))
-    sum_a, sum_b = _resolvent(a, t), _resolvent(b, t)
-    u = np.exp(np.interp(np.log(t * sum_a), np.log(t * sum_b), np.log(t)))
-    reached = t * sum_a <= (t * sum_b)[-1]
-    ratio = np.where(reached, sum_a / u, np.inf)
-    return math.sqrt(ratio.min() * rows.max() * columns.max() / total)
+    return math.sqrt(_least(a, b, t) * rows.max() * columns.max() / total)
+
+
+def _least(a: np.ndarray, b: np.ndarray, t: np.ndarray) -> float:
+    """The least λ over w in t, u from a table over t: of every eighth w, then of those around its minimum.
+
+    λ has one minimum; were it found at an end of what is looked at, all of t would be.
+    """
+    some = np.append(np.arange(0, len(t) - 1, _EVERY), len(t) - 1)
+    reach_a, reach_b = (t[some] * _resolvent(side, t[some]) for side in (a, b))
+    best = int(_ratios(t[some], reach_a, t[some], reach_b).argmin())
+    first, last = max(best - 2, 0), min(best + 2, len(some) - 1)
+    around = np.arange(some[first], some[last] + 1)
+    low, high = np.searchsorted(reach_b, reach_a[[first, last]])
+    table = np.arange(some[max(low - 1, 0)], some[min(high, len(some) - 1)] + 1)
+    found = _ratios(t[around], t[around] * _resolvent(a, t[around]), t[table], t[table] * _resolvent(b, t[table]))
+    place = int(found.argmin())
+    if (place == 0 and around[0] > 0) or (place == len(around) - 1 and around[-1] < len(t) - 1):
+        found = _ratios(t, t * _resolvent(a, t), t, t * _resolvent(b, t))
+    return float(found.min())
+
+
+def _ratios(w: np.ndarray, reach_a: np.ndarray, u: np.ndarray, reach_b: np.ndarray) -> np.ndarray:
+    """A(w)/u(w) where w·A(w), `reach_a`, is in the table of u·B(u), `reach_b`; ∞ beyond."""
+    found = np.exp(np.interp(np.log(reach_a), np.log(reach_b), np.log(u)))
+    return np.where(reach_a <= reach_b[-1], reach_a / w / found, np.inf)
 
 
 def _resolvent(a: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -268,12 +300,14 @@ def _resolvent(a: np.ndarray, w: np.ndarray) -> np.ndarray:
     return total
 
 
-def _noise(steps: Steps, shape: torch.Size, roundings: int, said: str, delta: Tensor | None) -> Noise:
+def _noise(
+    steps: Steps, shape: torch.Size, roundings: int, said: str, delta: Tensor | None, energies: Energies | None
+) -> Noise:
     """The story's noise, from the squared steps at the entries; no row or column has more of it than energy."""
     steps = _kept(steps, shape)
     rows, columns, highest = _variance_sums(steps, shape)
-    if delta is not None:
-        row_energies, column_energies, largest = _energies(delta)
+    if energies is not None:
+        row_energies, column_energies, largest = energies
         rows, columns = np.minimum(rows, _SLACK * row_energies), np.minimum(columns, _SLACK * column_energies)
         highest = np.minimum(highest, 4 * largest)
         total = min(rows.sum(), columns.sum())
@@ -318,7 +352,7 @@ def _sums(entries: Steps, shape: torch.Size) -> tuple[np.ndarray, np.ndarray, np
     return torch.cat(rows).cpu().numpy(), columns.cpu().numpy(), torch.cat(highest).cpu().numpy()
 
 
-def _energies(delta: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _energies(delta: Tensor) -> Energies:
     """Σ of the squares of every row and column, and each row's largest square, a block of rows at a time."""
     return _sums(lambda block: delta[block].square(), delta.shape)
 
