@@ -68,7 +68,8 @@ class Grid:
         cut = _MANTISSA - self.bits
         if cut:  # half a unit is added to the bits and what is below the unit cut off: a third of a division's time
             bits = numbers.view(torch.int64)
-            bits.add_((bits >> cut).bitwise_and_(1)).add_(2 ** (cut - 1) - 1).bitwise_and_(-(2**cut))
+            odd = (bits >> cut).bitwise_and_(1) if self.bits else 1  # the leading bit itself, which is not stored
+            bits.add_(odd).add_(2 ** (cut - 1) - 1).bitwise_and_(-(2**cut))
         if near_zero is not None:
             numbers[few] = near_zero.div_(2.0**self.floor).round_().mul_(2.0**self.floor)
         return numbers
