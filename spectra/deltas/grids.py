@@ -153,8 +153,9 @@ def _shows_all_bits(values: np.ndarray, nominal: Grid) -> bool:
 def _exponents_and_lengths(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of finite numbers other than zero: the leading bit's exponent, and how many bits after it are used."""
     single = values.dtype == np.float32
-    integer, mantissa, bias = (np.int32, 23, 127) if single else (np.int64, _MANTISSA, _BIAS)
-    pattern = values.view(integer)
+    mantissa, bias = (23, 127) if single else (_MANTISSA, _BIAS)
+    integer = np.dtype(np.int32 if single else np.int64)
+    pattern: np.ndarray = values.view(integer)
     exponents = ((pattern >> mantissa) & (2 * bias + 1)) - bias
     significand = (pattern & (2**mantissa - 1)) | 2**mantissa
     lowest = (significand & -significand).astype(values.dtype).view(integer) >> mantissa

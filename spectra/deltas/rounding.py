@@ -16,12 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from spectra.deltas.grids import UNLIMITED, Grid, grid_of, is_coded
 from spectra.deltas.jumps import Jump, hides_jumps, jump
+from spectra.deltas.separable import separable_edge
 from spectra.lazy import torch
 
 if TYPE_CHECKING:
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
 
 _BLOCK_ENTRIES = 2**16  # half a MiB, which stays in the cache
 _SAMPLE = 2**18  # entries in which a jump is looked for
-_GRID, _EVERY = 400, 8
-_MOST_TERMS = 4096  # rows or columns at once, 13 MB
 # The 99 % quantile of the Tracy–Widom law (real case) is 2.02; relative to the edge of σ for a square matrix
 # of size s one unit of it is 0.315·s^(−2/3) (Johnstone 2001, Theorem 1.1).
 _FLUCTUATION = 2.02 * 0.315
@@ -44,6 +44,7 @@ _NEGLIGIBLE = 0.02  # share of the energy below which a second rounding is no st
 
 
 Part = slice | int | tuple[slice, int] | np.ndarray  # rows, a row, a column, or some rows by their numbers
+Look = Callable[[], Jump | None]
 Energies = tuple[np.ndarray, np.ndarray, np.ndarray]  # of the rows and of the columns; each row's largest square
 Steps = Callable[[Part], "Tensor"]  # the sum of the squared steps of all roundings, at each entry of a part
 
@@ -59,7 +60,8 @@ class Noise:
         far_fetched: whether nothing in the files suggests it, so that it takes an exact fit to believe it.
         grid: where the tuned values were rounded to after the update was added.
         base_too: whether the base's own rounding adds to the errors.
-        jump: how much of the second rounding, which the first story has and the last has not, is in the update.
+        jump: tells how much of the second rounding, which the first story has and the last has not, is in the update;
+            a fit, made where the energies tell nothing.
     """
 
     edge: float
@@ -68,7 +70,7 @@ class Noise:
     far_fetched: bool = False
     grid: Grid | None = None
     base_too: bool = False
-    jump: Jump | None = None
+    jump: Look | None = None
 
     def scaled(self, factor: float) -> Noise:
         """So many times as much."""
@@ -140,43 +142,60 @@ def _stories(
     last, first = grids
     said = fewest.said
 
-    def jumped(more: Steps) -> Jump | None:
-        if delta is None or energies is None:
-            return None
-        largest = torch.stack(torch.aminmax(base))
-        most = max(float(grid.squared_steps(largest).max()) for grid in grids) / 12
-        return None if hides_jumps(energies[0].sum() / delta.numel(), most) else _jump(delta, base, once, more)
-
+    look = partial(_look, delta, tuned, base, grids, energies)
     if _alike(first, last):
-        return (_copied(fewest, jumped(once)), fewest)
-
-    def more(part: Part) -> Tensor:
-        before = base[part]
-        return last.squared_steps(before).sub_(first.squared_steps(before)).abs_()
+        return (_copied(fewest, look(alike=True)), fewest)
 
     def twice(part: Part) -> Tensor:
-        return more(part).add_(last.squared_steps(tuned[part]))
+        return _more(base[part], grids).add_(last.squared_steps(tuned[part]))
 
     copy = first.bits < last.bits
     how = "taken for a rounded copy" if copy else "rounded to it first"
     most = _noise(twice, tuned.shape, 1 if copy else 2, f"{said}, base ({first.name}) {how}", delta, energies)
     if most.energy > (1 + _NEGLIGIBLE) * fewest.energy:
-        return (replace(most, grid=None if copy else last, base_too=True, jump=jumped(more)), fewest)
+        return (replace(most, grid=None if copy else last, base_too=True, jump=look(alike=False)), fewest)
     # Grids that differ in their floors alone, where hardly a value lies: bf16, and bf16 values in an fp16 file.
-    return (_copied(fewest, jumped(once)), fewest) if first.bits == last.bits else (fewest,)
+    return (_copied(fewest, look(alike=True)), fewest) if first.bits == last.bits else (fewest,)
 
 
-def _copied(fewest: Noise, seen: Jump | None) -> Noise:
+def _copied(fewest: Noise, seen: Look | None) -> Noise:
     """The story of a base that was rounded to the tuned one's grid, too."""
     said = f"{fewest.said}, base a copy rounded to it"
     return replace(fewest.scaled(math.sqrt(2)), said=said, grid=None, far_fetched=True, base_too=True, jump=seen)
 
 
-def _jump(delta: Tensor, base: Tensor, once: Steps, more: Steps) -> Jump | None:
-    """On rows from all over the matrix."""
-    rows = slice(None, None, max(1, delta.numel() // _SAMPLE))
-    parts = (delta[rows].square(), base[rows].to(torch.float64).abs_(), once(rows).div_(12), more(rows).div_(12))
-    return jump(*(part.flatten() for part in parts))
+def _more(before: Tensor, grids: tuple[Grid, Grid]) -> Tensor:
+    """What a second rounding of the base's values adds to the squared steps."""
+    last, first = grids
+    return last.squared_steps(before).sub_(first.squared_steps(before)).abs_()
+
+
+def _look(
+    delta: Tensor | None,
+    tuned: Tensor,
+    base: Tensor,
+    grids: tuple[Grid, Grid],
+    energies: Energies | None,
+    *,
+    alike: bool,
+) -> Look | None:
+    """For jumps, when that is asked for, in rows from all over the matrix, which are kept until then."""
+    if delta is None or energies is None:
+        return None
+    largest = torch.stack(torch.aminmax(base))
+    most = max(float(grid.squared_steps(largest).max()) for grid in grids) / 12
+    if hides_jumps(float(energies[0].sum()) / delta.numel(), most):
+        return None
+    every = max(1, delta.numel() // _SAMPLE)
+    after, before = (whole[::every].clone() if every > 1 else whole for whole in (tuned, base))
+
+    def look() -> Jump | None:
+        once = grids[0].squared_steps(after).div_(12)
+        more = once if alike else _more(before, grids).div_(12)
+        parts = (delta[::every].square(), before.to(torch.float64, copy=True).abs_(), once, more)
+        return jump(*(part.flatten() for part in parts))
+
+    return look
 
 
 def _alike(first: Grid, second: Grid) -> bool:
@@ -235,69 +254,6 @@ def rounding_edge(stored: Tensor, dtype: str) -> float | None:
 
 def _finite(matrix: Tensor) -> bool:
     return all(math.isfinite(extreme) for extreme in torch.aminmax(matrix))  # a sum would make a float64 copy
-
-
-def separable_edge(rows: np.ndarray, columns: np.ndarray) -> float:
-    r"""The largest singular value of independent entries of mean 0 whose variances have these sums.
-
-    With variances aᵢbⱼ the edge is the least λ(w) over 0 < w < 1/max a, where
-    λ = A(w)/u, A(w) = Σ aᵢ/(1 − w aᵢ), B(u) = Σ bⱼ/(1 − u bⱼ) and u solves w·A(w) = u·B(u); σ = √λ.
-    For equal variances v this is √v·(√m + √n).
-
-    Args:
-        rows: Σⱼ of the variances, (m,).
-        columns: Σᵢ of the variances, (n,).
-
-    Example:
-        >>> round(separable_edge(np.full(400, 900.0), np.full(900, 400.0)), 2)
-        50.0
-
-    Reference: Paul & Silverstein 2009 (separable covariance, no eigenvalues outside the limiting support).
-    """
-    total = rows.sum()
-    if not total > 0:
-        return 0.0
-    a, b = rows / rows.max(), columns / columns.max()
-    # Dense at both ends: the minimum lies near 1 where one row or column dominates.
-    t = 0.5 - 0.5 * np.cos(np.pi * (np.arange(1, _GRID) / _GRID))
-    return math.sqrt(_least(a, b, t) * rows.max() * columns.max() / total)
-
-
-def _least(a: np.ndarray, b: np.ndarray, t: np.ndarray) -> float:
-    """The least λ over w in t, u from a table over t: of every eighth w, then of those around its minimum.
-
-    λ has one minimum; were it found at an end of what is looked at, all of t would be.
-    """
-    some = np.append(np.arange(0, len(t) - 1, _EVERY), len(t) - 1)
-    reach_a, reach_b = (t[some] * _resolvent(side, t[some]) for side in (a, b))
-    best = int(_ratios(t[some], reach_a, t[some], reach_b).argmin())
-    first, last = max(best - 2, 0), min(best + 2, len(some) - 1)
-    around = np.arange(some[first], some[last] + 1)
-    low, high = np.searchsorted(reach_b, reach_a[[first, last]])
-    table = np.arange(some[max(low - 1, 0)], some[min(high, len(some) - 1)] + 1)
-    found = _ratios(t[around], t[around] * _resolvent(a, t[around]), t[table], t[table] * _resolvent(b, t[table]))
-    place = int(found.argmin())
-    if (place == 0 and around[0] > 0) or (place == len(around) - 1 and around[-1] < len(t) - 1):
-        found = _ratios(t, t * _resolvent(a, t), t, t * _resolvent(b, t))
-    return float(found.min())
-
-
-def _ratios(w: np.ndarray, reach_a: np.ndarray, u: np.ndarray, reach_b: np.ndarray) -> np.ndarray:
-    """A(w)/u(w) where w·A(w), `reach_a`, is in the table of u·B(u), `reach_b`; ∞ beyond."""
-    found = np.exp(np.interp(np.log(reach_a), np.log(reach_b), np.log(u)))
-    return np.where(reach_a <= reach_b[-1], reach_a / w / found, np.inf)
-
-
-def _resolvent(a: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """Σ aᵢ/(1 − w aᵢ) for every w."""
-    total = np.zeros(len(w))
-    for start in range(0, len(a), _MOST_TERMS):
-        some = a[start : start + _MOST_TERMS]
-        terms = np.multiply.outer(some, -w)  # one array for all steps: fresh memory is what takes the time here
-        terms += 1
-        np.divide(some[:, None], terms, out=terms)
-        total += terms.sum(0)
-    return total
 
 
 def _noise(

@@ -76,7 +76,7 @@ def _chosen(stories: Sequence[Noise], S: np.ndarray, norm: float, shape: tuple[i
     for story in reversed(stories):
         if _found(story, S, norm, shape) <= _MOST:
             return story
-    seen = most.jump
+    seen = most.jump and most.jump()
     if seen is not None and seen.share > _WAS and seen.error < _CLEAR:
         return most
     if seen is not None and seen.share + seen.error < _WAS_NOT:

@@ -16,7 +16,8 @@ from support.checkpoints import write_checkpoint
 import spectra
 from spectra.deltas import grids
 from spectra.deltas.grids import GRIDS, Grid, grid_of
-from spectra.deltas.rounding import rounding_edge, rounding_noise, separable_edge
+from spectra.deltas.rounding import rounding_edge, rounding_noise
+from spectra.deltas.separable import separable_edge
 
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
