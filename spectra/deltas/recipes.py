@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from spectra.deltas.rounding import Noise
 
+_ROUNDED_ENTRIES = 2**16  # at once: they stay in the cache
 _BLOCK_ENTRIES = 2**20  # of a block in which weights are subtracted: 8 MiB in float64, however wide a row is
 
 
@@ -126,11 +127,11 @@ class Difference(FromTensors):
 
         Args:
             noise: how it was stored.
-            update: the update, float64.
+            update: the update.
             base: the base, as stored; None to read it.
         """
         base = self.base.read_real(str(update.device)) if base is None else base
-        height = max(1, _BLOCK_ENTRIES // max(1, update.shape[1]))
+        height = max(1, _ROUNDED_ENTRIES // max(1, update.shape[1]))
         for start in range(0, update.shape[0], height):
             rows = update[start : start + height]
             rows.copy_(noise.rounded(base[start : start + height].to(torch.float64), rows))
