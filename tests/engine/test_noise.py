@@ -223,7 +223,7 @@ def test_of_codes_times_scales_no_edge_is_told(block, tmp_path):
         tmp_path / "1", scaled_codes(weights + update, block).bfloat16(), scaled_codes(weights, block).bfloat16()
     )
     assert coded.rounding == "tuned holds codes times scales, whose rounding is not known"
-    assert (coded.noise_edge, coded.signal_rank) == (0.0, coded.rank)
+    assert (coded.noise_edge, coded.signal_rank) == (None, coded.rank)
     base = scaled_codes(weights, block).bfloat16()
     merged = stored(tmp_path / "2", (base.double() + update).bfloat16(), base)
     assert merged.rounding == "tuned on the bf16 grid, base of codes times scales taken as exact"
