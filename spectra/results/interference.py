@@ -18,7 +18,7 @@ from spectra.deltas.relatedness import unrelated_note
 from spectra.engine.devices import device_named, resolve_device
 from spectra.engine.memory import READ_AHEAD
 from spectra.engine.solve import Wanted, solve, solve_forms
-from spectra.errors import SelectionError
+from spectra.errors import SelectionError, refuse_path_for_source
 from spectra.files.far import expected
 from spectra.metrics.alignment import Triplets
 from spectra.metrics.interference import INTERFERENCE, Together, sum_of
@@ -71,6 +71,9 @@ def interference_rows(
     sources: Sequence[Iterable[WeightDelta]], *, device: str = "auto", executor: Executor | None = None
 ) -> Iterator[Row]:
     """The rows of `interference` as they are finished, in the sources' order; arguments and errors as there."""
+    refuse_path_for_source(sources, "interference")
+    for source in sources:
+        refuse_path_for_source(source, "interference")
     updates = [{delta.name: delta for delta in source} for source in sources]
     if len(updates) < 2:
         raise SelectionError(f"interference is between updates, and {len(updates)} was given: give two or more")
