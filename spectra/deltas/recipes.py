@@ -96,7 +96,7 @@ class Difference(FromTensors):
 
     def read(self, device: str = "cpu") -> Dense:
         """Subtract, and note what the stored weights tell about the difference."""
-        from spectra.deltas.rounding import rounding_noise
+        from spectra.deltas.rounding import CODES, rounding_noise
 
         tuned, base = self.tuned.read_real(device), self.base.read_real(device)
         delta = tuned.to(torch.float64, copy=True)
@@ -108,7 +108,7 @@ class Difference(FromTensors):
             moved += rows.sub_(before).count_nonzero()
             inner += before.mul_(rows).sum()
         # What codes stand for has the codes' precision only before it is scaled: no grid is known of it.
-        stored_as, base_stored_as = ("" if ref.codec else ref.dtype for ref in (self.tuned, self.base))
+        stored_as, base_stored_as = (CODES if ref.codec else ref.dtype for ref in (self.tuned, self.base))
         noise = rounding_noise(tuned, stored_as, base, base_stored_as, delta)
         held = base if any(is_remote(part.file) for part in self.base.parts) else None  # a server is asked once
         del base
@@ -116,7 +116,7 @@ class Difference(FromTensors):
             matrix=delta,
             base_norm=math.sqrt(float(squares)),
             base_inner=float(inner),
-            noise_edge=noise[0].edge if noise else None,
+            noise_edge=noise[0].edge if noise and noise[0].known else None,
             noise=noise,
             rounded=partial(self.rounded, base=held),
             unchanged=(delta.numel() - int(moved)) / delta.numel() if delta.numel() else None,

@@ -29,6 +29,7 @@ from spectra.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+CODES = "codes"  # the type of values that are codes times scales, whatever they are decoded to
 _BLOCK_ENTRIES = 2**16  # half a MiB, which stays in the cache
 _SAMPLE = 2**18  # entries in which a jump is looked for
 # The 99 % quantile of the Tracy–Widom law (real case) is 2.02; relative to the edge of σ for a square matrix
@@ -57,6 +58,9 @@ class Noise:
         edge: the largest singular value of the errors.
         energy: their expected ‖·‖_F².
         said: the story.
+        doubted: the same where nothing bears it out, and it is assumed since it has more noise than the others; "" for
+            the story itself.
+        known: whether anything is known of the rounding; else there is no edge.
         far_fetched: whether nothing in the files suggests it, so that it takes an exact fit to believe it.
         grid: where the tuned values were rounded to after the update was added.
         base_too: whether the base's own rounding adds to the errors.
@@ -71,6 +75,13 @@ class Noise:
     grid: Grid | None = None
     base_too: bool = False
     jump: Look | None = None
+    doubted: str = ""
+    known: bool = True
+
+    @property
+    def said_in_doubt(self) -> str:
+        """What is said where the story is assumed, and neither energy nor jumps bear it out."""
+        return self.doubted or self.said
 
     def scaled(self, factor: float) -> Noise:
         """So many times as much."""
@@ -93,7 +104,7 @@ def rounding_noise(
 
     Args:
         tuned: the tuned weights, (out, in), in their storage type or upcast.
-        dtype: their storage type, in safetensors' words.
+        dtype: their storage type, in safetensors' words; `CODES` of what a codec decoded.
         base: the base weights, likewise.
         base_dtype: their storage type.
         delta: tuned − base, which bounds the errors: what did not move has none but the update that it lacks.
@@ -114,16 +125,16 @@ def rounding_noise(
         return ()
     energies = None if delta is None else _energies(delta)
     last, first = grid_of(tuned, dtype), grid_of(base, base_dtype)
+    if dtype == CODES or (last is not None and is_coded(tuned, last)):
+        return (Noise(0.0, 0.0, "tuned holds codes times scales, whose rounding is not known", known=False),)
     if last is None:
         return ()
-    if is_coded(tuned, last):
-        return (Noise(0.0, 0.0, "tuned holds codes times scales, whose rounding is not known"),)
 
     def once(part: Part) -> Tensor:
         return last.squared_steps(tuned[part])
 
     said = f"tuned on the {last.name} grid"
-    if first is not None and is_coded(base, first):
+    if base_dtype == CODES or (first is not None and is_coded(base, first)):
         said += ", base of codes times scales taken as exact"
     fewest = replace(_noise(once, tuned.shape, 1, said, delta, energies), grid=last)
     return (fewest,) if first is None else _stories(fewest, once, tuned, base, (last, first), delta, energies)
@@ -151,7 +162,9 @@ def _stories(
 
     copy = first.bits < last.bits
     how = "taken for a rounded copy" if copy else "rounded to it first"
+    doubted = "taken for a rounded copy" if copy else "perhaps rounded to it first"
     most = _noise(twice, tuned.shape, 1 if copy else 2, f"{said}, base ({first.name}) {how}", delta, energies)
+    most = replace(most, doubted=f"{said}, base ({first.name}) {doubted}")
     if most.energy > (1 + _NEGLIGIBLE) * fewest.energy:
         return (replace(most, grid=None if copy else last, base_too=True, jump=look(alike=False)), fewest)
     # Grids that differ in their floors alone, where hardly a value lies: bf16, and bf16 values in an fp16 file.
@@ -223,6 +236,8 @@ def together(parts: Sequence[tuple[Noise, ...]]) -> tuple[Noise, ...]:
             math.fsum(noise.energy for noise in told),
             "; ".join(dict.fromkeys(noise.said for noise in told)),
             all(noise.far_fetched for noise in told),
+            doubted="; ".join(dict.fromkeys(noise.said_in_doubt for noise in told)),
+            known=any(noise.known for noise in told),
         )
         for told in zip(*padded, strict=True)
     )

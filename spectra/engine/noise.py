@@ -82,7 +82,9 @@ def _chosen(stories: Sequence[Noise], S: np.ndarray, norm: float, shape: tuple[i
     if seen is not None and seen.share + seen.error < _WAS_NOT:
         return fewest
     fits = 1 / _EXACT <= _found(most, S, norm, shape) <= _EXACT
-    return most if fits or not most.far_fetched else fewest
+    if fits:
+        return most
+    return fewest if most.far_fetched else replace(most, said=most.said_in_doubt)
 
 
 def _found(story: Noise, S: np.ndarray, norm: float, shape: tuple[int, ...]) -> float:

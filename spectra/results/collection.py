@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
 from spectra import naming, text
-from spectra.errors import SelectionError, StoreError
+from spectra.errors import SelectionError, StoreError, refuse_path_for_spectra
 from spectra.results import tables
 from spectra.results.findings import findings
 from spectra.results.records import Header, loaded_vectors
@@ -248,6 +248,7 @@ def save(spectra: Iterable[Spectrum], directory: str | Path) -> None:
     Raises:
         StoreError: the directory cannot be written to, or holds more for one of the matrices.
     """
+    refuse_path_for_spectra(spectra, "save")
     store = Store(directory)
     for spectrum in spectra:
         values, k = store.kept(spectrum.name)
