@@ -16,7 +16,7 @@ from spectra.deltas.at_work import Account, AtWork, at_work, watched
 from spectra.printing import printed
 
 _EVERY = 1.0  # seconds
-_LONG = 1e12  # operations: about half a minute, of which a quarter of a second may go into measuring the pace
+_LONG = 3e11  # operations: about ten seconds, of which a quarter of a second may go into measuring the pace
 _AT_START = "measuring this machine's pace"
 _LONGEST = 40  # characters of a matrix's name
 _FORMAT = "{desc}: {n_fmt}/{total_fmt} |{bar:10}| {elapsed}{postfix}"

@@ -13,6 +13,7 @@ from typing import Any
 from spectra import naming
 from spectra.errors import SelectionError
 from spectra.metrics.similarity import SIDES, SubspaceSimilarity
+from spectra.plots.energy import kept_energy_figure, kept_rows, scree_figure, scree_rows
 from spectra.plots.figures import (
     CLOSE_UP,
     DEFAULT_FORMATS,
@@ -36,6 +37,8 @@ from spectra.results.collection import Spectra
 from spectra.results.shelf import write
 from spectra.results.store import Store, home_of, nothing_stored
 
+KINDS = ("histogram", "depth", "scree", "kept")  # figures of spectra
+USUAL = ("histogram", "depth")
 _LONGEST_LABEL = 28
 _LONGEST_FILE = 60  # characters of a page's name in a file's
 
@@ -54,6 +57,7 @@ def draw_results(
     per_layer: bool = False,
     formats: Sequence[str] = DEFAULT_FORMATS,
     size: str = DEFAULT,
+    kinds: Sequence[str] = USUAL,
 ) -> Drawn:
     """Draw whatever the directories hold; nothing is computed again.
 
@@ -76,14 +80,20 @@ def draw_results(
         per_layer: a curve per layer and role instead of one per role; more than a figure holds are pages of it.
         formats: what to write each figure as: "png", "pdf" or "svg".
         size: "column" or "page" for a paper, or "slide".
+        kinds: which figures of spectra, of "histogram", "depth", "scree" (σ over its index) and "kept" (kept energy
+            over parameters).
 
     Raises:
         StoreError: a directory holds no results, or out cannot be written to.
-        SelectionError: labels do not fit the directories, a format or size is unknown, or layers or sides mean nothing.
+        SelectionError: labels do not fit the directories, a format, size or kind is unknown, or layers or sides mean
+            nothing.
     """
     places = [directories] if isinstance(directories, str | Path) else list(directories)
     check_formats(formats)
     size_of(size)
+    for kind in kinds:
+        if kind not in KINDS:
+            raise SelectionError(f"{kind!r} is not one of the figures {', '.join(KINDS)} (kinds=, --kind)")
     style = Style(title, formats, size)
     if len(places) == 1 and Store(places[0]).run().get("pairs"):
         pairs = load_pairs(places[0], layers=layers, sides=[side for side in SIDES if side in sides])
@@ -105,20 +115,47 @@ def draw_results(
     target = home_of(places[0] if out is None else out)
     if comparisons:
         files += _draw_similarity(comparisons, target, bool(labels) or len(comparisons) > 1, style)
-    if runs:
+    for kind in KINDS if runs else ():
+        if kind not in kinds:
+            continue
         try:
-            if per_layer and len(runs) == 1:
-                (spectra,) = runs.values()
-                pages = pages_by_layer(spectra.without_vectors())
-                files += _draw_pages(pages, target, bins, close_up, style)
+            if kind == "histogram":
+                drawn, more = _draw_values(runs, target, bins, close_up, per_layer, style)
+            elif kind == "depth":
+                drawn, more = [] if per_layer else _draw_depth(runs, target, style), []
             else:
-                curves, more = _curves(runs)
-                notes += more
-                files += _draw_histogram(curves, target, bins, close_up, style)
+                drawn, more = _draw_energy(kind, runs, target, style)
         except SelectionError as problem:
-            notes.append(f"no histogram: {problem}")
-        files += [] if per_layer else _draw_depth(runs, target, style)
+            drawn, more = [], [f"no {kind}: {problem}"]
+        files, notes = [*files, *drawn], [*notes, *(line for line in more if line not in notes)]
     return Drawn(tuple(files), tuple(notes))
+
+
+def _draw_values(
+    runs: Mapping[str, Spectra], target: Path, bins: int, close_up: float, per_layer: bool, style: Style
+) -> tuple[list[Path], list[str]]:
+    """The histogram, and what does not fit into it."""
+    if per_layer and len(runs) == 1:
+        (spectra,) = runs.values()
+        return _draw_pages(pages_by_layer(spectra.without_vectors()), target, bins, close_up, style), []
+    curves, notes = _curves(runs)
+    return _draw_histogram(curves, target, bins, close_up, style), notes
+
+
+def _draw_energy(
+    kind: str, runs: Mapping[str, Spectra], target: Path, style: Style
+) -> tuple[list[Path], list[str]]:
+    """σ over its index, or kept energy over parameters; the latter of whole updates."""
+    path = target / kind
+    table = path.with_name(f"{kind}.csv")
+    if kind == "scree":
+        curves, notes = _curves(runs)
+        held = {label: list(spectra) for label, spectra in curves.items()}
+        figure = scree_figure(held, title=style.title, size=style.size)
+        return style.keep(figure, path, scree_rows(held), table), notes
+    whole = runs if len(runs) > 1 else {"": next(iter(runs.values()))}
+    figure = kept_energy_figure(whole, title=style.title, size=style.size)
+    return style.keep(figure, path, kept_rows(whole), table), []
 
 
 def _of_tables(
