@@ -100,7 +100,7 @@ def _directions(held: Mapping[str, list[Spectrum]], energy: float) -> str:
     """How many directions hold the share, in the median matrix of each curve."""
     found = {label: ranks for label, members in held.items() if (ranks := ranks_for(members, energy))}
     medians = {label: float(np.median(ranks)) for label, ranks in found.items()}
-    return _said(f"{100 * energy:g} % of a matrix' energy in", {k: number(v) for k, v in medians.items()}, medians,
+    return _said(f"{100 * energy:g} % of a matrix's energy in", {k: number(v) for k, v in medians.items()}, medians,
                  "directions", "only the top of the spectra is known")  # fmt: skip
 
 

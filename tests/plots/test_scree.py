@@ -74,8 +74,8 @@ def test_the_figure_says_how_many_directions_hold_the_energy_and_its_numbers_are
     few, many = [matrix([8.0, 1.0, 1.0])], [matrix([3.0, 2.0, 2.0]), matrix([3.0, 2.0, 2.0], "b")]
     figure = spectra.scree_figure({"few": few, "many": many}, energy=0.9)
     (ax,) = figure.axes
-    assert ax.get_title() == "90 % of a matrix' energy in 1 (few) to 3 directions (many)"
-    assert spectra.scree_figure(many).axes[0].get_title() == "90 % of a matrix' energy in 3 directions"
+    assert ax.get_title() == "90 % of a matrix's energy in 1 (few) to 3 directions (many)"
+    assert spectra.scree_figure(many).axes[0].get_title() == "90 % of a matrix's energy in 3 directions"
     rows = scree_rows({"few": few, "many": many})
     assert [row["median"] for row in rows if row["curve"] == "many"] == ax.get_lines()[3].get_ydata().tolist()
     cut = spectra.scree_figure([Spectrum("a", (9, 9), S=[1.0, 1.0], norm=4.0)])
