@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 _SIGNS = 4  # ranks that are written at a curve, beyond which every other one is
 
 
-def plot_kept_energy(spectra: Iterable[Spectrum], *, label: str = "", legend: bool = True, ax: Axes | None = None) -> Axes:
+def plot_kept_energy(
+    spectra: Iterable[Spectrum], *, label: str = "", legend: bool = True, ax: Axes | None = None
+) -> Axes:
     """The share of Σ‖ΔW‖² that is kept, over the parameters of all factors together, logarithmic.
 
     One curve for the ranks that lose least (`rank_plan(…, parameters=N)`), and one for the same rank everywhere, with

@@ -142,9 +142,7 @@ def _draw_values(
     return _draw_histogram(curves, target, bins, close_up, style), notes
 
 
-def _draw_energy(
-    kind: str, runs: Mapping[str, Spectra], target: Path, style: Style
-) -> tuple[list[Path], list[str]]:
+def _draw_energy(kind: str, runs: Mapping[str, Spectra], target: Path, style: Style) -> tuple[list[Path], list[str]]:
     """σ over its index, or kept energy over parameters; the latter of whole updates."""
     path = target / kind
     table = path.with_name(f"{kind}.csv")
