@@ -28,7 +28,7 @@ class Progress:
     Args:
         total: how many there are to do.
         what: the command.
-        costs: whether the engine's plan is all of the command's work: then the time left goes by what each matrix costs.
+        costs: whether the engine's plan is all of the work: then the time left goes by what each matrix costs.
         kept: where they are stored as they come, so that the same command goes on; "" for nowhere.
         otherwise: what to say where they are not.
     """

@@ -1,6 +1,6 @@
 """Which matrices this process reads and solves just now, and how much of a plan is done: what a bar of progress tells.
 
-Whoever reads or solves a matrix writes it down, thread by thread; whoever shows progress looks. Nobody waits for anybody.
+Whoever reads or solves a matrix writes it down, thread by thread; whoever shows progress looks. Nobody waits.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def end() -> None:
 
 def at_work() -> list[AtWork]:
     """What is in hands just now, the one that takes longest first."""
-    return sorted(tuple(_AT_WORK.values()), key=lambda one: one.since)
+    return sorted(_AT_WORK.values(), key=lambda one: one.since)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Whole figures of where an update's energy lies: over the index of its directions, and over the parameters that hold it."""
+"""Whole figures of where an update's energy lies: over its directions, and over the parameters that hold it."""
 
 from __future__ import annotations
 

@@ -31,8 +31,9 @@ def plot_scree(
 ) -> Axes:
     """σ_i over i, both logarithmic: of several matrices the median, and a band that holds the middle 80 % of them.
 
-    A dot on the curve, and the dotted line through it, marks how many directions hold this share of the energy Σσ² (the median of `rank_at`), and the
-    legend says the number. At an index that only some matrices reach, the median is over these.
+    A dot on the curve, and the dotted line through it, mark how many directions hold this share of the energy Σσ² (the
+    median of `rank_at`), and the legend says the number. At an index that only some matrices reach, the median is over
+    these.
 
     Args:
         spectra: updates that make one curve, or label → updates for one curve each.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,9 +91,7 @@ def draw_results(
     places = [directories] if isinstance(directories, str | Path) else list(directories)
     check_formats(formats)
     size_of(size)
-    for kind in kinds:
-        if kind not in KINDS:
-            raise SelectionError(f"{kind!r} is not one of the figures {', '.join(KINDS)} (kinds=, --kind)")
+    _check_kinds(kinds)
     style = Style(title, formats, size)
     if len(places) == 1 and Store(places[0]).run().get("pairs"):
         pairs = load_pairs(places[0], layers=layers, sides=[side for side in SIDES if side in sides])
@@ -115,20 +113,30 @@ def draw_results(
     target = home_of(places[0] if out is None else out)
     if comparisons:
         files += _draw_similarity(comparisons, target, bool(labels) or len(comparisons) > 1, style)
-    for kind in KINDS if runs else ():
-        if kind not in kinds:
-            continue
-        try:
-            if kind == "histogram":
-                drawn, more = _draw_values(runs, target, bins, close_up, per_layer, style)
-            elif kind == "depth":
-                drawn, more = [] if per_layer else _draw_depth(runs, target, style), []
-            else:
-                drawn, more = _draw_energy(kind, runs, target, style)
-        except SelectionError as problem:
-            drawn, more = [], [f"no {kind}: {problem}"]
+    drawers: dict[str, Callable[[], tuple[list[Path], list[str]]]] = {
+        "histogram": lambda: _draw_values(runs, target, bins, close_up, per_layer, style),
+        "depth": lambda: ([] if per_layer else _draw_depth(runs, target, style), []),
+        "scree": lambda: _draw_scree(runs, target, style),
+        "kept": lambda: _draw_kept(runs, target, style),
+    }
+    for kind in [kind for kind in KINDS if runs and kind in kinds]:
+        drawn, more = _drawn(kind, drawers[kind])
         files, notes = [*files, *drawn], [*notes, *(line for line in more if line not in notes)]
     return Drawn(tuple(files), tuple(notes))
+
+
+def _check_kinds(kinds: Sequence[str]) -> None:
+    for kind in kinds:
+        if kind not in KINDS:
+            raise SelectionError(f"{kind!r} is not one of the figures {', '.join(KINDS)} (kinds=, --kind)")
+
+
+def _drawn(kind: str, draw: Callable[[], tuple[list[Path], list[str]]]) -> tuple[list[Path], list[str]]:
+    """The files of one kind of figure and notes on it; where there is nothing to draw, the note says why."""
+    try:
+        return draw()
+    except SelectionError as problem:
+        return [], [f"no {kind}: {problem}"]
 
 
 def _draw_values(
@@ -142,18 +150,19 @@ def _draw_values(
     return _draw_histogram(curves, target, bins, close_up, style), notes
 
 
-def _draw_energy(kind: str, runs: Mapping[str, Spectra], target: Path, style: Style) -> tuple[list[Path], list[str]]:
-    """σ over its index, or kept energy over parameters; the latter of whole updates."""
-    path = target / kind
-    table = path.with_name(f"{kind}.csv")
-    if kind == "scree":
-        curves, notes = _curves(runs)
-        held = {label: list(spectra) for label, spectra in curves.items()}
-        figure = scree_figure(held, title=style.title, size=style.size)
-        return style.keep(figure, path, scree_rows(held), table), notes
+def _draw_scree(runs: Mapping[str, Spectra], target: Path, style: Style) -> tuple[list[Path], list[str]]:
+    """σ over its index, and what does not fit."""
+    curves, notes = _curves(runs)
+    held = {label: list(spectra) for label, spectra in curves.items()}
+    figure = scree_figure(held, title=style.title, size=style.size)
+    return style.keep(figure, target / "scree", scree_rows(held), target / "scree.csv"), notes
+
+
+def _draw_kept(runs: Mapping[str, Spectra], target: Path, style: Style) -> tuple[list[Path], list[str]]:
+    """Kept energy over parameters, of whole updates."""
     whole = runs if len(runs) > 1 else {"": next(iter(runs.values()))}
     figure = kept_energy_figure(whole, title=style.title, size=style.size)
-    return style.keep(figure, path, kept_rows(whole), table), []
+    return style.keep(figure, target / "kept", kept_rows(whole), target / "kept.csv"), []
 
 
 def _of_tables(

@@ -44,7 +44,8 @@ def similarity(strange):
 
 def rows(strange, **more):
     one = {"mean_cosine": 0.2, "norm_ratio": 1.2, "sti": 3.0, "mean_sar": 0.5, "sar_chance": 0.1, "shared": 0.4,
-           "shared_null": 0.3, "cosines": [[1.0, 0.3], [0.3, 1.0]], "cosine": 0.1, "update_cosine": 0.2, "norm": 1.0}  # fmt: skip
+           "shared_null": 0.3, "cosines": [[1.0, 0.3], [0.3, 1.0]], "cosine": 0.1, "update_cosine": 0.2,
+           "norm": 1.0}  # fmt: skip
     return [{"name": name, "role": strange, "layer": i, **one, **more} for i, name in enumerate(named(strange))]
 
 
