@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     BrokenExecutor,
@@ -111,7 +111,7 @@ def _pace(work: Work) -> float:
 
 def _in_turn(
     deltas: Sequence[WeightDelta], schedule: Plan, work: Work, executor: Executor | None, threads: int | None
-) -> Iterator[tuple[int, Spectrum]]:
+) -> Generator[tuple[int, Spectrum], None, None]:
     """Those of the plan, where they are to be solved; what is far away is fetched ahead."""
     if executor is not None and not isinstance(executor, ThreadPoolExecutor):
         yield from _through(executor, deltas, schedule, work)  # others read, each for itself
