@@ -40,6 +40,7 @@ _HOMES = {
         "draw_results",
         "heads_figure",
         "histogram_figure",
+        "kept_energy_figure",
         "pairs_figure",
         "plot_cosines",
         "plot_deciles",
@@ -52,6 +53,7 @@ _HOMES = {
         "plot_similarity",
         "plot_square",
         "roles_over_depth_figure",
+        "scree_figure",
         "series_figure",
         "similarity_figure",
         "squares_figure",
@@ -106,6 +108,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.plots import draw_results as draw_results
     from spectra.plots import heads_figure as heads_figure
     from spectra.plots import histogram_figure as histogram_figure
+    from spectra.plots import kept_energy_figure as kept_energy_figure
     from spectra.plots import pairs_figure as pairs_figure
     from spectra.plots import plot_cosines as plot_cosines
     from spectra.plots import plot_deciles as plot_deciles
@@ -118,6 +121,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.plots import plot_similarity as plot_similarity
     from spectra.plots import plot_square as plot_square
     from spectra.plots import roles_over_depth_figure as roles_over_depth_figure
+    from spectra.plots import scree_figure as scree_figure
     from spectra.plots import series_figure as series_figure
     from spectra.plots import similarity_figure as similarity_figure
     from spectra.plots import squares_figure as squares_figure

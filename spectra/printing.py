@@ -43,10 +43,13 @@ def printed_json(text: str) -> str:
 def in_figure(text: object) -> str:
     """As `printed`, for matplotlib, which takes what stands between two dollar signs for mathematics.
 
-    >>> in_figure("a$b$")
-    'a\\\\$b\\\\$'
+    Nor does it put a curve into a legend whose name begins with an underscore.
+
+    >>> in_figure("a$b$"), in_figure("_hidden")
+    ('a\\\\$b\\\\$', ' _hidden')
     """
-    return printed_lines(text).replace("\\$", "$").replace("$", "\\$")
+    shown = printed_lines(text).replace("\\$", "$").replace("$", "\\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def shortened(text: str, width: int) -> str:

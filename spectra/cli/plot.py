@@ -12,6 +12,8 @@ from spectra.cli.talk import say
 BINS = 100
 CLOSE_UP = 0.05
 FORMATS = ("png", "pdf", "svg")
+KINDS = ("histogram", "depth", "scree", "kept")
+USUAL = ("histogram", "depth")
 
 
 @click.command("plot", short_help="Redraw figures from stored results.")
@@ -31,6 +33,14 @@ FORMATS = ("png", "pdf", "svg")
     "--per-layer", is_flag=True, help="One curve per layer of each role; more than a figure holds are pages of it."
 )
 @click.option(
+    "--kind",
+    "kinds",
+    type=click.Choice(KINDS),
+    multiple=True,
+    help="Which figures of spectra: the histogram, metrics over depth, scree (σ over its index, with a line at 90 % of "
+    "the energy) or kept (kept energy over parameters); repeatable.  [default: histogram, depth]",
+)
+@click.option(
     "--format",
     "formats",
     type=click.Choice(FORMATS),
@@ -48,6 +58,7 @@ def command(
     close_up: float,
     side: str,
     per_layer: bool,
+    kinds: tuple[str, ...],
     formats: tuple[str, ...],
     size: str,
 ) -> None:
@@ -77,6 +88,7 @@ def command(
         bins=bins,
         close_up=close_up,
         per_layer=per_layer,
+        kinds=kinds or USUAL,
         formats=formats or DEFAULT_FORMATS,
         size=size,
     )

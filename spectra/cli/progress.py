@@ -6,14 +6,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
 from spectra.cli.interrupts import STOPPED
 from spectra.cli.talk import is_quiet, say
+from spectra.deltas.at_work import Account, AtWork, at_work, watched
+from spectra.printing import printed
 
 _EVERY = 1.0  # seconds
+_LONG = 3e11  # operations: about ten seconds, of which a quarter of a second may go into measuring the pace
+_AT_START = "measuring this machine's pace"
+_LONGEST = 40  # characters of a matrix's name
+_FORMAT = "{desc}: {n_fmt}/{total_fmt} |{bar:10}| {elapsed}{postfix}"
 
 
 class Progress:
@@ -22,39 +28,70 @@ class Progress:
     Args:
         total: how many there are to do.
         what: the command.
+        costs: whether the engine's plan is all of the work: then the time left goes by what each matrix costs.
         kept: where they are stored as they come, so that the same command goes on; "" for nowhere.
         otherwise: what to say where they are not.
     """
 
-    def __init__(self, total: int, what: str, *, kept: str = "", otherwise: str = "nothing is stored") -> None:
+    def __init__(
+        self, total: int, what: str, *, costs: bool = False, kept: str = "", otherwise: str = "nothing is stored"
+    ) -> None:
         self._total, self._done = total, 0
         self._kept, self._otherwise = kept, otherwise
         self._start, self._before = time.monotonic(), _received()
         self._count, self._latest = 0, self._start
         self._bar = _bar(total, what)
         self._over = threading.Event()
-        if not self._bar.disable and _http() is not None:
+        self._account: Account | None = None
+        self._watching = ExitStack()
+        if not self._bar.disable:
+            self._watching.enter_context(watched(self._begin) if costs else nullcontext())
             threading.Thread(target=self._watch, daemon=True).start()
+
+    def _begin(self, account: Account) -> None:
+        """A plan that takes long is told the time left before its first matrix is done."""
+        if account.total > _LONG:
+            self._say(_AT_START)
+            account.ask()
+        self._account = account
 
     def update(self) -> None:
         """One more is done."""
         self._done += 1
-        self._say_what_is_read()
+        self._tell()
         self._bar.update()
 
-    def _say_what_is_read(self) -> None:
-        """Bytes and rate, where they come from a server."""
+    def _tell(self) -> None:
+        """The time left by costs, bytes and rate where they come from a server, and the matrix that is at work."""
+        read = self._read()
+        now = "" if self._done == self._total else _in_hands(at_work())
+        self._say(", ".join(filter(None, (self._left(bool(read)), read, now))))
+
+    def _say(self, words: str) -> None:
+        self._bar.set_postfix_str(words, refresh=False)
+
+    def _left(self, far: bool) -> str:
+        """About how long the rest takes; nothing before the first is done if servers set the pace."""
+        if self._account is None:
+            spent, rest = time.monotonic() - self._start, self._total - self._done
+            seconds = spent * rest / self._done if self._done and rest else None
+        else:
+            seconds = self._account.left() if self._account.done or not far else None
+        return "" if seconds is None else f"about {duration(seconds)} left"
+
+    def _read(self) -> str:
         count = _received() - self._before
         if count > self._count:
             self._count, self._latest = count, time.monotonic()
-        if count:
-            rate = count / max(self._latest - self._start, 1e-3)  # of the time until the last of them came
-            self._bar.set_postfix_str(f"{count / 2**20:,.1f} MiB read, {rate / 2**20:,.1f} MiB/s", refresh=False)
+        if not count:
+            return ""
+        rate = count / max(self._latest - self._start, 1e-3)  # of the time until the last of them came
+        return f"{count / 2**20:,.1f} MiB read, {rate / 2**20:,.1f} MiB/s"
 
     def _watch(self) -> None:
-        """Show the bytes as they come: a large matrix takes minutes."""
+        """Tell it again and again: a large matrix takes minutes."""
         while not self._over.wait(_EVERY):
-            self._say_what_is_read()
+            self._tell()
             self._bar.refresh()
 
     def __enter__(self) -> Self:
@@ -64,6 +101,7 @@ class Progress:
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
+        self._watching.close()
         self._bar.close()
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             say(f"stopped; {self.stopped}", err=True)
@@ -75,6 +113,27 @@ class Progress:
         if self._kept:
             return f"{self._done} of {self._total} are stored in {self._kept}, the same command goes on"
         return f"{self._done} of {self._total} were done, {self._otherwise}"
+
+
+def duration(seconds: float) -> str:
+    """A time that nobody knows exactly, in words.
+
+    >>> duration(8), duration(95), duration(9000)
+    ('8 s', '2 min', '2.5 h')
+    """
+    if seconds < 60:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _in_hands(matrices: list[AtWork]) -> str:
+    """What has been at work for the longest time, and how many more there are."""
+    if not matrices:
+        return ""
+    first = matrices[0]
+    name = first.name if len(first.name) <= _LONGEST else f"…{first.name[1 - _LONGEST :]}"
+    others = f" and {len(matrices) - 1} more" if len(matrices) > 1 else ""
+    return printed(f"{first.doing} {name} ({'×'.join(map(str, first.shape))}){others}")
 
 
 @contextmanager
@@ -113,4 +172,5 @@ def _bar(total: int, what: str) -> Any:
     from tqdm import tqdm
 
     off = True if is_quiet() else None  # None: where stderr is no terminal
-    return tqdm(total=total, desc=what, unit="matrix", file=sys.stderr, disable=off, leave=False, dynamic_ncols=True)
+    shown: dict[str, Any] = {"file": sys.stderr, "leave": False, "dynamic_ncols": True, "bar_format": _FORMAT}
+    return tqdm(total=total, desc=what, unit="matrix", disable=off, **shown)

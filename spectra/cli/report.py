@@ -140,9 +140,9 @@ def few(names: Sequence[str], shown: int = 2) -> str:
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
-def progress(total: int, what: str, *, kept: str = "", otherwise: str = "nothing is stored") -> Progress:
-    """A bar with ETA on a terminal's stderr, nothing in a pipe; Ctrl-C is said with what is kept, see `Progress`."""
-    return Progress(total, what, kept=kept, otherwise=otherwise)
+def progress(total: int, what: str, **options: Any) -> Progress:
+    """A bar with the time left on a terminal's stderr, nothing in a pipe; the options are those of `Progress`."""
+    return Progress(total, what, **options)
 
 
 def reused(count: int, total: int, out: str | None, notes: Collection[str] = ()) -> None:

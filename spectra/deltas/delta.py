@@ -11,6 +11,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from spectra import naming, text
+from spectra.deltas import at_work
 from spectra.deltas.base import BaseWeight
 from spectra.deltas.forms import Form
 from spectra.deltas.recipe import Recipe, form_of
@@ -89,6 +90,7 @@ class WeightDelta:
         """
         if self.recipe is None:
             raise SelectionError(f"{self.name} cannot be read: {self.status}: {self.reason}")
+        at_work.begin("reading", self.name, self.shape)
         form = self.recipe.read(device)
         if self.base is not None and form.base_norm is None:
             form = form.beside(self.base.read(device))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     BrokenExecutor,
@@ -12,13 +13,16 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     wait,
 )
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
+from spectra.deltas.at_work import Account, announce
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense
+from spectra.engine.costs import flops
 from spectra.engine.devices import cores, device_named, resolve_device
 from spectra.engine.executors.device import decompose_batches
 from spectra.engine.executors.threads import keep_freed_memory, thread_executor
@@ -32,6 +36,7 @@ from spectra.files.far import expected
 from spectra.files.patience import give_up
 from spectra.spectrum import Spectrum
 
+_PROBE = 1024  # rows and columns of a matrix that tells the pace: a quarter of a second
 _PER_WORKER = 2  # tasks in flight per worker of another process: one at work, one waiting
 
 
@@ -71,7 +76,7 @@ def _scheduled(
     deltas: Sequence[WeightDelta], work: Work, executor: Executor | None, budget: int | str | None, threads: int | None
 ) -> Iterator[tuple[int, Spectrum]]:
     """Those that fit the budget, where they are to be solved; of the others, what they need."""
-    top, only_top = work.top, work.only_top
+    top = work.top
     where = work.device if executor is not None else resolve_device(work.device)
     schedule = plan(deltas, _bytes_at_work(budget, where, executor), top)
     for index, bytes_needed in schedule.too_large.items():
@@ -80,6 +85,34 @@ def _scheduled(
         delta = deltas[index]
         yield index, Spectrum(delta.name, delta.shape, "too_large", max_rank=delta.max_rank, reason=reason)
     work = replace(work, device=where)
+    account = announce(_account(deltas, schedule, work, executor))
+    with closing(_in_turn(deltas, schedule, work, executor, threads)) as stream:
+        for index, spectrum in stream:
+            account.finish(spectrum.name)
+            yield index, spectrum
+
+
+def _account(deltas: Sequence[WeightDelta], schedule: Plan, work: Work, executor: Executor | None) -> Account:
+    """What the plan costs; the pace of dense matrices can be measured where they are solved on this machine's CPU."""
+    costs = {deltas[task.index].name: task.flops for task in schedule.tasks}
+    here = work.device == "cpu" and (executor is None or isinstance(executor, ThreadPoolExecutor))
+    dense = bool(schedule.tasks) and deltas[schedule.tasks[0].index].form is Dense
+    return Account(costs, sum(task.flops for task in schedule.tasks), partial(_pace, work) if here and dense else None)
+
+
+def _pace(work: Work) -> float:
+    """Operations per second, as `flops` counts them, of a dense matrix of a usual size."""
+    matrix = torch.randn((_PROBE, _PROBE), generator=torch.Generator().manual_seed(0))
+    delta = WeightDelta.from_tensor("a matrix to measure the pace by", matrix)
+    start = time.monotonic()
+    work(delta)
+    return flops(delta, work.top) / (time.monotonic() - start)
+
+
+def _in_turn(
+    deltas: Sequence[WeightDelta], schedule: Plan, work: Work, executor: Executor | None, threads: int | None
+) -> Generator[tuple[int, Spectrum], None, None]:
+    """Those of the plan, where they are to be solved; what is far away is fetched ahead."""
     if executor is not None and not isinstance(executor, ThreadPoolExecutor):
         yield from _through(executor, deltas, schedule, work)  # others read, each for itself
         return
@@ -87,8 +120,8 @@ def _scheduled(
     with expected(in_turn, schedule.budget // READ_AHEAD, fetches=len(in_turn) > 1):
         if executor is not None:
             yield from _through(executor, deltas, schedule, work)
-        elif where.startswith("cuda"):
-            wanted = Wanted(top or 0, only_top, device_named(where), together=True)
+        elif work.device.startswith("cuda"):
+            wanted = Wanted(work.top or 0, work.only_top, device_named(work.device), together=True)
             yield from decompose_batches(deltas, batches(deltas, schedule), wanted)
         else:
             yield from _side_by_side(deltas, schedule, work, threads)

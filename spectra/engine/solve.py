@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectra.deltas import at_work
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense, Form
 from spectra.deltas.relatedness import unrelated_note
@@ -147,6 +148,7 @@ def solve_forms(deltas: Sequence[WeightDelta], forms: Sequence[Form | Spectrum],
     """
     done: dict[int, Spectrum] = {}
     alike: dict[tuple, dict[int, Unsolved]] = {}
+    at_work.begin("solving", deltas[0].name, deltas[0].shape)
     for place, (delta, form) in enumerate(zip(deltas, forms, strict=True)):
         examined = form if isinstance(form, Spectrum) else _examined(_blank(delta), form, wanted.device.name)
         if isinstance(examined, Spectrum):
@@ -156,6 +158,7 @@ def solve_forms(deltas: Sequence[WeightDelta], forms: Sequence[Form | Spectrum],
             alike.setdefault(shapes, {})[place] = examined
     for group in alike.values():
         done |= zip(group, _solved(list(group.values()), wanted), strict=True)
+    at_work.end()
     return [done[place] for place in range(len(deltas))]
 
 

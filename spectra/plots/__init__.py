@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from spectra.plots.alignment import deciles_figure, plot_cosines, plot_deciles, tops_figure
 from spectra.plots.depth import DepthGrid, depth_grid, plot_depth
+from spectra.plots.energy import kept_energy_figure, scree_figure
 from spectra.plots.figures import (
     depth_figure,
     draw_panels,
@@ -43,6 +44,7 @@ __all__ = [
     "heads_figure",
     "histogram_figure",
     "histogram_panels",
+    "kept_energy_figure",
     "pages_by_layer",
     "pairs_figure",
     "panels_by_role",
@@ -58,6 +60,7 @@ __all__ = [
     "plot_square",
     "roles_over_depth_figure",
     "save_figure",
+    "scree_figure",
     "series_figure",
     "similarity_figure",
     "squares_figure",

@@ -13,8 +13,12 @@ from spectra.spectrum import Spectrum
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_SIGNS = 4  # ranks that are written at a curve, beyond which every other one is
 
-def plot_kept_energy(spectra: Iterable[Spectrum], *, label: str = "", ax: Axes | None = None) -> Axes:
+
+def plot_kept_energy(
+    spectra: Iterable[Spectrum], *, label: str = "", legend: bool = True, ax: Axes | None = None
+) -> Axes:
     """The share of Σ‖ΔW‖² that is kept, over the parameters of all factors together, logarithmic.
 
     One curve for the ranks that lose least (`rank_plan(…, parameters=N)`), and one for the same rank everywhere, with
@@ -23,6 +27,7 @@ def plot_kept_energy(spectra: Iterable[Spectrum], *, label: str = "", ax: Axes |
     Args:
         spectra: the matrices of one update.
         label: what to put before the curves' names, to draw several updates into one axes.
+        legend: whether to say below the axes which curve is which.
         ax: where to draw; None for a new figure.
 
     Raises:
@@ -43,12 +48,13 @@ def plot_kept_energy(spectra: Iterable[Spectrum], *, label: str = "", ax: Axes |
         uniform.parameters, uniform.kept, color=colour, linestyle=line, marker=".", markevery=powers,
         label=in_figure(f"{before}one rank for all"),
     )  # fmt: skip
-    for place in powers:
+    for place in powers if len(powers) <= _SIGNS else powers[::2]:
         at = (uniform.parameters[place], uniform.kept[place])
         ax.annotate(f"r = {place + 1}", at, (4, -9), textcoords="offset points", fontsize="x-small", color=colour)
     ax.set_xscale("log")
     ax.set_ylim(0, 1.02)
     ax.set_xlabel("parameters of all factors")
     ax.set_ylabel("kept energy  Σσ² kept / Σ‖ΔW‖²")
-    legend_below(ax)
+    if legend:
+        legend_below(ax)
     return ax

@@ -9,7 +9,7 @@ import numpy as np
 
 from spectra.errors import SelectionError, TruncatedSpectrumError, refuse_path_for_spectra
 from spectra.metrics.rank import rank_at
-from spectra.plots.style import curves, legend_below, new_axes
+from spectra.plots.style import curves, legend_below, new_axes, stroke
 from spectra.printing import in_figure
 from spectra.results.collection import Spectra
 from spectra.spectrum import Spectrum
@@ -31,8 +31,9 @@ def plot_scree(
 ) -> Axes:
     """σ_i over i, both logarithmic: of several matrices the median, and a band that holds the middle 80 % of them.
 
-    A dot on the curve marks how many directions hold this share of the energy Σσ² (the median of `rank_at`), and the
-    legend says the number. At an index that only some matrices reach, the median is over these.
+    A dot on the curve, and the dotted line through it, mark how many directions hold this share of the energy Σσ² (the
+    median of `rank_at`), and the legend says the number. At an index that only some matrices reach, the median is over
+    these.
 
     Args:
         spectra: updates that make one curve, or label → updates for one curve each.
@@ -52,15 +53,14 @@ def plot_scree(
     if not 0 < energy <= 1:
         raise SelectionError(f"energy={energy} is not a share of Σσ² above 0 and at most 1, such as 0.9")
     groups = {label: _changed(items) for label, items in _labelled(spectra).items()}
-    if not any(groups.values()):
-        raise SelectionError("there is no nonzero singular value to draw: are all updates unchanged?")
+    bands = scree_curves(groups)
     ax = new_axes(ax)
     for (label, members), (colour, line) in zip(groups.items(), curves(), strict=False):
         if not members:
             continue
-        low, middle, high = _percentiles([spectrum.resolved for spectrum in members])
+        low, middle, high = bands[label]
         index = np.arange(1, len(middle) + 1)
-        ranks = _ranks(members, energy)
+        ranks = ranks_for(members, energy)
         said = (
             f"{100 * energy:g} % of the energy in {figure(float(np.median(ranks)))}"
             if ranks
@@ -73,6 +73,7 @@ def plot_scree(
         if ranks:
             place = min(max(round(float(np.median(ranks))), 1), len(middle))
             ax.plot([place], [middle[place - 1]], color=colour, marker="o", markersize=6)
+            ax.axvline(place, color=colour, linestyle=":", linewidth=stroke(0.6))
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlabel("index i of the direction, the strongest first")
@@ -80,6 +81,28 @@ def plot_scree(
     if legend:
         legend_below(ax)
     return ax
+
+
+def scree_curves(
+    spectra: Iterable[Spectrum] | Mapping[str, Iterable[Spectrum]],
+) -> dict[str, np.ndarray]:
+    """Label → the lower end of its band, the median and the upper end, index by index; those with a value to draw.
+
+    Raises:
+        SelectionError: there is none.
+    """
+    groups = {label: _changed(items) for label, items in _labelled(spectra).items()}
+    if not any(groups.values()):
+        raise SelectionError("there is no nonzero singular value to draw: are all updates unchanged?")
+    return {label: _percentiles([item.resolved for item in members]) for label, members in groups.items() if members}
+
+
+def ranks_for(spectra: Iterable[Spectrum], energy: float) -> list[float]:
+    """How many directions hold the share, of every matrix that changed; [] if one is not known far enough."""
+    try:
+        return [rank_at(spectrum, energy) for spectrum in spectra if spectrum.rank]
+    except TruncatedSpectrumError:
+        return []
 
 
 def _labelled(spectra: Iterable[Spectrum] | Mapping[str, Iterable[Spectrum]]) -> Mapping[str, Iterable[Spectrum]]:
@@ -99,11 +122,3 @@ def _percentiles(values: list[np.ndarray]) -> np.ndarray:
     for line, S in zip(padded, values, strict=True):
         line[: len(S)] = S
     return np.nanpercentile(padded, (_BAND[0], 50, _BAND[1]), axis=0)
-
-
-def _ranks(spectra: Iterable[Spectrum], energy: float) -> list[float]:
-    """How many directions hold the share, of every matrix; [] if one of them is not known far enough."""
-    try:
-        return [rank_at(spectrum, energy) for spectrum in spectra]
-    except TruncatedSpectrumError:
-        return []

@@ -80,7 +80,7 @@ def plot_square(
                 written = f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−")
                 ax.text(j, i, written, ha="center", va="center", fontsize="x-small", color="white" if dark else "black")
     if colorbar and ax.figure is not None:
-        ax.figure.colorbar(image, ax=ax, label=label)
+        ax.figure.colorbar(image, ax=ax, label=in_figure(label))
     return ax
 
 
@@ -119,7 +119,7 @@ def squares_figure(
         for place, (ax, (name, square)) in enumerate(zip(axes, drawn.items(), strict=False)):
             named = labels if place % layout.columns == 0 else None
             plot_square(square, labels=named, title=name, limits=limits, colours=colours, colorbar=False, ax=ax)
-        figure.colorbar(axes[0].images[0], ax=axes, label=label, shrink=1.8 / max(layout.rows, 2))
+        figure.colorbar(axes[0].images[0], ax=axes, label=in_figure(label), shrink=1.8 / max(layout.rows, 2))
     return figure
 
 

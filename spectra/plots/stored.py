@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from spectra import naming
 from spectra.errors import SelectionError
 from spectra.metrics.similarity import SIDES, SubspaceSimilarity
+from spectra.plots.energy import kept_energy_figure, kept_rows, scree_figure, scree_rows
 from spectra.plots.figures import (
     CLOSE_UP,
     DEFAULT_FORMATS,
@@ -36,6 +37,8 @@ from spectra.results.collection import Spectra
 from spectra.results.shelf import write
 from spectra.results.store import Store, home_of, nothing_stored
 
+KINDS = ("histogram", "depth", "scree", "kept")  # figures of spectra
+USUAL = ("histogram", "depth")
 _LONGEST_LABEL = 28
 _LONGEST_FILE = 60  # characters of a page's name in a file's
 
@@ -54,6 +57,7 @@ def draw_results(
     per_layer: bool = False,
     formats: Sequence[str] = DEFAULT_FORMATS,
     size: str = DEFAULT,
+    kinds: Sequence[str] = USUAL,
 ) -> Drawn:
     """Draw whatever the directories hold; nothing is computed again.
 
@@ -76,14 +80,18 @@ def draw_results(
         per_layer: a curve per layer and role instead of one per role; more than a figure holds are pages of it.
         formats: what to write each figure as: "png", "pdf" or "svg".
         size: "column" or "page" for a paper, or "slide".
+        kinds: which figures of spectra, of "histogram", "depth", "scree" (σ over its index) and "kept" (kept energy
+            over parameters).
 
     Raises:
         StoreError: a directory holds no results, or out cannot be written to.
-        SelectionError: labels do not fit the directories, a format or size is unknown, or layers or sides mean nothing.
+        SelectionError: labels do not fit the directories, a format, size or kind is unknown, or layers or sides mean
+            nothing.
     """
     places = [directories] if isinstance(directories, str | Path) else list(directories)
     check_formats(formats)
     size_of(size)
+    _check_kinds(kinds)
     style = Style(title, formats, size)
     if len(places) == 1 and Store(places[0]).run().get("pairs"):
         pairs = load_pairs(places[0], layers=layers, sides=[side for side in SIDES if side in sides])
@@ -105,20 +113,56 @@ def draw_results(
     target = home_of(places[0] if out is None else out)
     if comparisons:
         files += _draw_similarity(comparisons, target, bool(labels) or len(comparisons) > 1, style)
-    if runs:
-        try:
-            if per_layer and len(runs) == 1:
-                (spectra,) = runs.values()
-                pages = pages_by_layer(spectra.without_vectors())
-                files += _draw_pages(pages, target, bins, close_up, style)
-            else:
-                curves, more = _curves(runs)
-                notes += more
-                files += _draw_histogram(curves, target, bins, close_up, style)
-        except SelectionError as problem:
-            notes.append(f"no histogram: {problem}")
-        files += [] if per_layer else _draw_depth(runs, target, style)
+    drawers: dict[str, Callable[[], tuple[list[Path], list[str]]]] = {
+        "histogram": lambda: _draw_values(runs, target, bins, close_up, per_layer, style),
+        "depth": lambda: ([] if per_layer else _draw_depth(runs, target, style), []),
+        "scree": lambda: _draw_scree(runs, target, style),
+        "kept": lambda: _draw_kept(runs, target, style),
+    }
+    for kind in [kind for kind in KINDS if runs and kind in kinds]:
+        drawn, more = _drawn(kind, drawers[kind])
+        files, notes = [*files, *drawn], [*notes, *(line for line in more if line not in notes)]
     return Drawn(tuple(files), tuple(notes))
+
+
+def _check_kinds(kinds: Sequence[str]) -> None:
+    for kind in kinds:
+        if kind not in KINDS:
+            raise SelectionError(f"{kind!r} is not one of the figures {', '.join(KINDS)} (kinds=, --kind)")
+
+
+def _drawn(kind: str, draw: Callable[[], tuple[list[Path], list[str]]]) -> tuple[list[Path], list[str]]:
+    """The files of one kind of figure and notes on it; where there is nothing to draw, the note says why."""
+    try:
+        return draw()
+    except SelectionError as problem:
+        return [], [f"no {kind}: {problem}"]
+
+
+def _draw_values(
+    runs: Mapping[str, Spectra], target: Path, bins: int, close_up: float, per_layer: bool, style: Style
+) -> tuple[list[Path], list[str]]:
+    """The histogram, and what does not fit into it."""
+    if per_layer and len(runs) == 1:
+        (spectra,) = runs.values()
+        return _draw_pages(pages_by_layer(spectra.without_vectors()), target, bins, close_up, style), []
+    curves, notes = _curves(runs)
+    return _draw_histogram(curves, target, bins, close_up, style), notes
+
+
+def _draw_scree(runs: Mapping[str, Spectra], target: Path, style: Style) -> tuple[list[Path], list[str]]:
+    """σ over its index, and what does not fit."""
+    curves, notes = _curves(runs)
+    held = {label: list(spectra) for label, spectra in curves.items()}
+    figure = scree_figure(held, title=style.title, size=style.size)
+    return style.keep(figure, target / "scree", scree_rows(held), target / "scree.csv"), notes
+
+
+def _draw_kept(runs: Mapping[str, Spectra], target: Path, style: Style) -> tuple[list[Path], list[str]]:
+    """Kept energy over parameters, of whole updates."""
+    whole = runs if len(runs) > 1 else {"": next(iter(runs.values()))}
+    figure = kept_energy_figure(whole, title=style.title, size=style.size)
+    return style.keep(figure, target / "kept", kept_rows(whole), target / "kept.csv"), []
 
 
 def _of_tables(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra.plots import save_figure
-from spectra.plots.style import curves, look, new_axes
+from spectra.plots.panels import panelled, put_title
+from spectra.plots.sizes import DEFAULT, arranged
+from spectra.plots.style import curves, new_axes, stroke
 from spectra.reproduce.analysis import ALL, ATTENTION, Look, pairs, similarity_of, spectra_of
 from spectra.reproduce.commands import Commands
 from spectra.reproduce.plan import REFERENCE, YARDSTICK, Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _KINDS = {
     "lora": "LoRA",
@@ -23,6 +26,7 @@ _KINDS = {
     "full": "full fine-tuning",
 }
 _STYLE: dict[str, tuple[str, Any]] = {**dict(zip(_KINDS, curves(), strict=False)), "full": ("0.4", ":")}
+_PANEL = (23.0, 20.0)  # ems
 COSTS = {"tokens_per_second": "tokens per second", "peak_mib": "peak memory, MiB"}
 
 
@@ -79,10 +83,10 @@ def plot_cost(
     for kind, places in groups.items():
         colour, line = _STYLE[kind]
         if kind == "full":
-            ax.axhline(places[0][1], color=colour, linestyle=line, linewidth=1.2, label=_KINDS[kind])
+            ax.axhline(places[0][1], color=colour, linestyle=line, linewidth=stroke(0.8), label=_KINDS[kind])
         else:
             x, y = zip(*sorted(places), strict=True)
-            ax.plot(x, y, color=colour, linestyle=line, marker="o", markersize=4, label=_KINDS[kind])
+            ax.plot(x, y, color=colour, linestyle=line, marker="o", label=_KINDS[kind])
     ax.set_ylim(0, 1.12 * max(value for places in groups.values() for _, value in places))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set_xlabel("number of heads N" if against == "heads" else "total rank n·r")
@@ -92,15 +96,43 @@ def plot_cost(
 
 def draw_costs(costs: list[dict[str, Any]], pictures: Path) -> None:
     """Figure 3: LoRA against MultiLoRA above, R-LoRA against multi-head LoRA below."""
-    from matplotlib.figure import Figure
-
     pictures.mkdir(parents=True, exist_ok=True)
+    save_figure(costs_figure(costs), pictures / "cost")
+
+
+def costs_figure(costs: Sequence[Mapping[str, Any]], *, size: str = DEFAULT) -> Figure:
+    """Both costs against total rank and against heads; a panel's title says how much of full fine-tuning's they are.
+
+    Args:
+        costs: as for `plot_cost`.
+        size: "column", "page" or "slide".
+    """
     rows = (("total_rank", ("lora", "multilora", "full")), ("heads", ("rlora", "multihead", "full")))
-    with look():
-        figure = Figure(figsize=(9.0, 6.6), layout="constrained")
-        for axes, (against, kinds) in zip(figure.subplots(2, 2), rows, strict=True):
+    panels = [(against, kinds, quantity) for against, kinds in rows for quantity in COSTS]
+    layout = arranged(size, len(panels), _PANEL, above=1.5 * len(_KINDS), stretched=True)
+    with panelled(layout) as (figure, axes):
+        for ax, (against, kinds, quantity) in zip(axes, panels, strict=False):
             chosen = [row for row in costs if row["kind"] in kinds]
-            for ax, quantity in zip(axes, COSTS, strict=True):
-                plot_cost(chosen, quantity, against=against, ax=ax)
-            axes[0].legend(fontsize=9, loc="lower left")
-    save_figure(figure, pictures / "cost")
+            plot_cost(chosen, quantity, against=against, ax=ax)
+            put_title(ax, _of_full(chosen, quantity), layout)
+        handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+        columns = min(len(handles), max(layout.whole // 26, 1))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+    return figure
+
+
+def _of_full(costs: Sequence[Mapping[str, Any]], quantity: str) -> str:
+    """The range of a cost as a share of full fine-tuning's, for each kind."""
+    whole = next((row[quantity] for row in costs if row["kind"] == "full"), None)
+    if not whole:
+        return COSTS[quantity]
+    shares: dict[str, list[float]] = {}
+    for row in costs:
+        shares.setdefault(row["kind"], []).append(100 * row[quantity] / whole)
+    said = [f"{_KINDS[kind]} {_span(found)} %" for kind, found in shares.items() if kind != "full"]
+    return f"{COSTS[quantity]}, of full fine-tuning's:\n{', '.join(said)}"
+
+
+def _span(found: Sequence[float]) -> str:
+    low, high = f"{min(found):.0f}", f"{max(found):.0f}"
+    return low if low == high else f"{low} to {high}"

@@ -9,6 +9,7 @@ import pytest
 from support.command_line import lora_folder, run, table, titles
 
 import spectra
+from spectra.errors import SelectionError
 
 
 def test_a_histogram_has_room_for_seven_roles_and_names_what_it_leaves_out(tmp_path):
@@ -36,6 +37,31 @@ def test_plot_redraws_and_overlays_without_computing(llama, monkeypatch):
     assert "1 labels for 2" in err
     _, err = run("plot", "nowhere", status=1)
     assert "nowhere does not exist; make them with" in err
+
+
+def test_kinds_of_figures_that_are_asked_for(tmp_path):
+    found = [spectra.Spectrum(f"layers.{i}.v_proj.weight", (3, 3), S=[3.0, 2.0, 1.0]) for i in range(2)]
+    for name in ("one", "two"):
+        spectra.save(found, tmp_path / name)
+    out, _ = run("plot", tmp_path / "one", "--kind", "scree", "--kind", "kept", "--format", "svg")
+    assert [line.rsplit("/")[-1] for line in out.split()] == ["scree.svg", "scree.csv", "kept.svg", "kept.csv"]
+    rows = table(tmp_path / "one" / "scree.csv")
+    assert [float(row["median"]) for row in rows] == [3.0, 2.0, 1.0]
+    assert {row["curve"] for row in rows} == {"v_proj"}
+    out, _ = run("plot", tmp_path / "one", tmp_path / "two", "--kind", "kept", "--out", tmp_path / "both")
+    assert {row["update"] for row in table(tmp_path / "both" / "kept.csv")} == {"one", "two"}
+    _, err = run("plot", tmp_path / "one", "--kind", "skree", status=2)
+    assert "'scree'" in err
+    with pytest.raises(SelectionError, match="'skree' is not one of the figures histogram, depth, scree, kept"):
+        spectra.draw_results(tmp_path / "one", kinds=["skree"])
+
+
+def test_what_of_a_kind_cannot_be_drawn_is_said(tmp_path):
+    spectra.save([spectra.Spectrum("layers.0.v_proj.weight", (2, 2), "unchanged", S=[0.0, 0.0])], tmp_path)
+    out, notes = run("plot", tmp_path, "--kind", "kept", "--kind", "scree")
+    assert out == ""
+    assert "no kept: no matrix changed" in notes
+    assert "no scree: there is no nonzero singular value" in notes
 
 
 def test_several_comparisons_are_one_figure_of_labelled_panels(compared, drawn):

@@ -8,6 +8,7 @@ import pytest
 
 import spectra
 from spectra.errors import SelectionError
+from spectra.plots.energy import kept_rows
 from spectra.spectrum import Spectrum
 
 
@@ -41,6 +42,23 @@ def test_two_updates_share_an_axes_with_curves_that_can_be_told_apart():
     assert len(ax.get_lines()) == 4
     assert len({colour for colour, _ in looks}) == 4
     plt.close("all")
+
+
+def test_the_figure_says_how_many_parameters_keep_the_energy():
+    found = [Spectrum("a", (8, 8), S=[3.0, 1.0]), Spectrum("b", (8, 24), S=[3.0, 1.0])]
+    figure = spectra.kept_energy_figure(found)
+    assert figure.axes[0].get_title() == "90 % of the energy in 48 parameters"  # 19 of 20: b's second is not needed
+    assert rank_plan_keeps(found, 47) < rank_plan_keeps(found, 48) == pytest.approx(0.9)
+    both = spectra.kept_energy_figure({"these": found, "one": found[:1]}, energy=0.5)
+    assert both.axes[0].get_title() == "50 % of the energy in 16 (one) to 48 parameters (these)"
+    rows = kept_rows(found)
+    best = [row["kept"] for row in rows if row["ranks"] == "best"]
+    assert best == figure.axes[0].get_lines()[0].get_ydata().tolist()
+
+
+def rank_plan_keeps(found, parameters):
+    plan = spectra.rank_plan(found, parameters=parameters)
+    return 1 - np.square(plan["relative_error"] * plan["norm"]).sum() / np.square(plan["norm"]).sum()
 
 
 def test_nothing_to_draw_is_an_error():

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 import spectra
 from spectra.errors import SelectionError
 from spectra.metrics.rank import rank_at
+from spectra.plots.energy import scree_rows
 from spectra.spectrum import Spectrum
 
 
@@ -24,11 +25,12 @@ def drawn(*arguments, **options):
 def test_one_matrix_is_its_values_and_the_dot_its_rank():
     S = np.geomspace(1, 1e-3, 40)
     ax = drawn([matrix(S)], energy=0.95)
-    line, dot = ax.get_lines()
+    line, dot, mark = ax.get_lines()
     assert np.array_equal(line.get_xdata(), np.arange(1, 41))
     assert np.allclose(line.get_ydata(), S, rtol=1e-15)
     rank = rank_at(matrix(S), 0.95)
     assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (rank, pytest.approx(S[int(rank) - 1]))
+    assert list(mark.get_xdata()) == [rank, rank], "the energy line"
     assert line.get_label() == f"1 matrix, 95 % of the energy in {rank:g}"
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
     assert not ax.collections, "one matrix has no band"
@@ -66,6 +68,18 @@ def test_nothing_to_draw_and_a_wrong_share_are_errors():
     for energy in (0, 1.5, float("nan")):
         with pytest.raises(SelectionError, match="not a share"):
             drawn([matrix([1.0])], energy=energy)
+
+
+def test_the_figure_says_how_many_directions_hold_the_energy_and_its_numbers_are_the_curves():
+    few, many = [matrix([8.0, 1.0, 1.0])], [matrix([3.0, 2.0, 2.0]), matrix([3.0, 2.0, 2.0], "b")]
+    figure = spectra.scree_figure({"few": few, "many": many}, energy=0.9)
+    (ax,) = figure.axes
+    assert ax.get_title() == "90 % of a matrix's energy in 1 (few) to 3 directions (many)"
+    assert spectra.scree_figure(many).axes[0].get_title() == "90 % of a matrix's energy in 3 directions"
+    rows = scree_rows({"few": few, "many": many})
+    assert [row["median"] for row in rows if row["curve"] == "many"] == ax.get_lines()[3].get_ydata().tolist()
+    cut = spectra.scree_figure([Spectrum("a", (9, 9), S=[1.0, 1.0], norm=4.0)])
+    assert cut.axes[0].get_title() == "only the top of the spectra is known"
 
 
 def test_the_legend_stands_beside_the_data():

@@ -113,6 +113,10 @@ FIGURES = {
     "verdicts": lambda **size: spectra.verdicts_figure(
         [row | {"verdict": VERDICTS[(3 * i) % len(VERDICTS)]} for i, row in enumerate(rows())], **size
     ),
+    "scree": lambda **size: spectra.scree_figure({"full": run(2), f"LoRA of {LONG}": run(1)}, **size),
+    "scree, roles": lambda **size: spectra.scree_figure({r: run(2, [r]) for r in ROLES}, **size),
+    "kept energy": lambda **size: spectra.kept_energy_figure({"full": run(2), f"LoRA of {LONG}": run(1)}, **size),
+    "kept energy, one": lambda **size: spectra.kept_energy_figure(run(2), **size),
     "series": lambda **size: spectra.series_figure(trained(), **size),
 }  # fmt: skip
 
@@ -136,8 +140,8 @@ def test_every_figure_and_what_draws_them_takes_a_size():
     for name in drawing:
         assert inspect.signature(getattr(spectra, name)).parameters["size"].default == "page", name
     assert {name.removesuffix("_figure") for name in drawing if name.endswith("_figure")} == {
-        "cosines", "deciles", "depth", "heads", "histogram", "pairs", "roles_over_depth", "series", "similarity",
-        "squares", "tops", "verdicts",
+        "cosines", "deciles", "depth", "heads", "histogram", "kept_energy", "pairs", "roles_over_depth", "scree",
+        "series", "similarity", "squares", "tops", "verdicts",
     }, "a new figure needs its line in FIGURES, too"  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import pytest
 import spectra
 from spectra.cli import plot as command
 from spectra.errors import SelectionError, StoreError
-from spectra.plots import figures, histogram
+from spectra.plots import figures, histogram, stored
 from spectra.plots.stored import run_labels
 from spectra.spectrum import Spectrum
 
@@ -112,5 +112,6 @@ def test_directories_are_called_by_their_folder_or_their_path_or_as_it_is_said(t
 
 def test_the_command_has_the_defaults_of_the_function():
     defaults = {name: item.default for name, item in inspect.signature(spectra.draw_results).parameters.items()}
+    assert (command.KINDS, command.USUAL) == (stored.KINDS, stored.USUAL)
     assert (command.BINS, command.CLOSE_UP, command.FORMATS) == (histogram.BINS, figures.CLOSE_UP, figures.FORMATS)
     assert (defaults["bins"], defaults["close_up"]) == (histogram.BINS, figures.CLOSE_UP)

@@ -184,6 +184,27 @@ def test_no_width_needs_sideways_scrolling_of_the_page(runs, show, width, scheme
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != background
 
 
+def test_on_a_phone_the_values_of_an_opened_matrix_are_on_the_screen(runs, show):
+    page = show([runs / "first"], width=360)
+    page.locator(".open").first.click()
+    right = page.evaluate(
+        "Math.max(...[...document.querySelectorAll('.detail dd')].map(e => e.getBoundingClientRect().right))"
+    )
+    assert 0 < right <= 360
+
+
+def test_paper_holds_the_tables_whole(runs, show):
+    names = [f"encoder.layer.{i}.attention.self.query.with.a.name.that.is.long.weight" for i in range(2)]
+    spectra.save([Spectrum(name, (1536, 384), S=[1.0, 0.5], base_norm=9.0) for name in names], runs / "long")
+    page = show([runs / "long"], width=700)  # A4 less its margins, in the units of a page
+    page.emulate_media(media="print")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 700
+    right = page.evaluate(
+        "Math.max(...[...document.querySelectorAll('td, th')].map(e => e.getBoundingClientRect().right))"
+    )
+    assert 0 < right <= 700
+
+
 def test_every_control_and_picture_has_a_name_for_a_screen_reader(runs, show):
     page = show([runs / "first", runs / "same"])
     page.locator(".open").first.click()
