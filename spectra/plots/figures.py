@@ -237,6 +237,7 @@ def save_figure(figure: Figure, path: Path, formats: Sequence[str] = DEFAULT_FOR
     """
     written = []
     check_formats(formats)
+    layout = figure.get_layout_engine()
     for kind in formats:
         target = path.with_name(f"{path.name}.{kind}")
         metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
@@ -245,6 +246,9 @@ def save_figure(figure: Figure, path: Path, formats: Sequence[str] = DEFAULT_FOR
                 figure.savefig(target, metadata=metadata, dpi=200)
         except OSError as problem:
             raise StoreError(f"{target} cannot be written ({problem.strerror}); choose {ANOTHER_PLACE}") from None
+        finally:
+            if layout is not None:
+                figure.set_layout_engine("none" if kind != formats[-1] else layout)  # it is found once for all formats
         written.append(target)
     return written
 

@@ -170,7 +170,7 @@ def _chosen(store: Store, layers: str | Sequence[str], wanted: Sequence[str] | N
     there = store.spectra.names()
     names = there if wanted is None else [name for name in wanted if name in set(there)]
     spectra = Spectra.stored(store.directory, names, vectors=False)
-    return spectra.select(layers) if layers else spectra
+    return Spectra(spectra.select(layers) if layers else spectra)  # read once for all figures
 
 
 def _comparison(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -75,14 +75,6 @@ def check_precision(precision: str) -> None:
     """Raise a SelectionError for one that vectors are not stored in."""
     if precision not in PRECISIONS:
         raise SelectionError(f"vectors={precision!r} (--vectors) is not one of {', '.join(PRECISIONS)}")
-
-
-def in_precision(spectrum: Spectrum, precision: Precision) -> Spectrum:
-    """The spectrum that comes back when its vectors are stored so: float64 arrays of what float32 can say."""
-    if precision == "float64" or spectrum.U is None or spectrum.Vh is None:
-        return spectrum
-    U, Vh = (array.astype(np.float32).astype(np.float64) for array in (spectrum.U, spectrum.Vh))
-    return replace(spectrum, U=U, Vh=Vh)
 
 
 def loaded_vectors(spectrum: Spectrum) -> int:

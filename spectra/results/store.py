@@ -14,6 +14,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -172,9 +173,12 @@ class Store:
 
     def put(self, spectrum: Spectrum, key: str = "", precision: records.Precision = "float32") -> Spectrum:
         """Store one spectrum in its final place, with the vectors that are loaded, and give what will come back."""
-        kept = records.in_precision(spectrum, precision)
-        arrays = {name: getattr(kept, name) for name in records.ARRAYS if getattr(kept, name) is not None}
-        arrays |= {name: arrays[name].astype(precision, copy=False) for name in arrays if name != "S"}
+        arrays = {name: getattr(spectrum, name) for name in records.ARRAYS if getattr(spectrum, name) is not None}
+        narrow = {name: arrays[name].astype(precision) for name in arrays if arrays[name].dtype != precision}
+        narrow.pop("S", None)
+        back: dict[str, Any] = {name: array.astype("float64") for name, array in narrow.items()}
+        kept = replace(spectrum, **back) if back else spectrum
+        arrays |= narrow
         record = records.record_of(kept, key, precision) | measured.record_of(kept)
         version = self.spectra.put(kept.name, arrays, record)
         self._seen[kept.name] = version, tables.row(kept)
