@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from spectra.lazy import numpy as np
 from spectra.lazy import torch
 
 if TYPE_CHECKING:
@@ -102,27 +103,28 @@ def grid_of(stored: Tensor, dtype: str) -> Grid | None:
     nominal = GRIDS.get(dtype)
     if nominal is None or stored.numel() < _FEWEST:
         return nominal
-    values = _sample(stored)
-    values = values[values.isfinite() & (values != 0)]
-    if values.numel() < _FEWEST or not _are_various(values):
+    values = _sample(stored).cpu().numpy()  # whole numbers from here on, of which numpy makes less ado
+    values = values[np.isfinite(values) & (values != 0)]
+    if len(values) < _FEWEST or not _are_various(values):
         return nominal
-    pattern = values.view(torch.int64)
+    pattern = values.view(np.int64)
     exponents = ((pattern >> _MANTISSA) & 0x7FF) - _BIAS
     significand = (pattern & (2**_MANTISSA - 1)) | 2**_MANTISSA
-    lowest = (significand & -significand).to(torch.float64).view(torch.int64) >> _MANTISSA
+    lowest = (significand & -significand).astype(np.float64).view(np.int64) >> _MANTISSA
     lengths = _MANTISSA - (lowest - _BIAS)
     bits = min(_quantile(lengths, 1 - _STRAY), nominal.bits)
-    floor = max(_quantile(exponents - lengths, _STRAY), nominal.floor)
-    if float((exponents < floor + bits).double().mean()) <= _BOUND:
+    steps = exponents - lengths
+    floor = max(_quantile(steps, _STRAY), nominal.floor)
+    if np.count_nonzero(exponents < floor + bits) / len(values) <= _BOUND:
         return Grid(bits, nominal.floor)
     # Of multiples of one step, the rare large ones have the long significands.
-    return Grid(min(int(lengths[exponents - lengths >= floor].max()), nominal.bits), floor)
+    return Grid(min(int(lengths[steps >= floor].max()), nominal.bits), floor)
 
 
-def _are_various(values: Tensor) -> bool:
+def _are_various(values: np.ndarray) -> bool:
     """Whether they have enough different sizes; most weights show it in the first few of them."""
-    few = values[: 4 * _FEWEST_DISTINCT].abs().tolist()
-    return len(set(few)) >= _FEWEST_DISTINCT or len(torch.unique(values[:4096].abs())) >= _FEWEST_DISTINCT
+    few = np.abs(values[: 4 * _FEWEST_DISTINCT]).tolist()
+    return len(set(few)) >= _FEWEST_DISTINCT or len(np.unique(np.abs(values[:4096]))) >= _FEWEST_DISTINCT
 
 
 def is_coded(stored: Tensor, grid: Grid) -> bool:
@@ -152,14 +154,15 @@ def _sample(stored: Tensor) -> Tensor:
     """Entries from all over the matrix, float64."""
     matrix = stored.reshape(stored.shape[0], -1)
     every = max(1, math.ceil(matrix.numel() / _SAMPLE))
+    if every == 1:
+        return matrix.to(torch.float64).flatten()
     along_rows = min(every, max(1, matrix.shape[1] // 32))  # from every row, so that none of them goes unseen
     down = max(1, math.ceil(every / along_rows))
     return matrix[::down, ::along_rows].to(torch.float64).flatten()
 
 
-def _quantile(numbers: Tensor, share: float) -> int:
+def _quantile(numbers: np.ndarray, share: float) -> int:
     """The least number that at least such a share of them does not exceed; counted, since few are different."""
-    place = min(max(math.ceil(share * numbers.numel()), 1), numbers.numel())
+    place = min(max(math.ceil(share * len(numbers)), 1), len(numbers))
     least = int(numbers.min())
-    up_to = torch.bincount(numbers - least).cumsum(0)
-    return least + int((up_to < place).sum())
+    return least + int(np.bincount(numbers - least).cumsum().searchsorted(place))

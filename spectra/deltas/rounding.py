@@ -115,9 +115,7 @@ def rounding_noise(
     if is_coded(tuned, last):
         return (Noise(0.0, 0.0, "tuned holds codes times scales, whose rounding is not known"),)
 
-    def once(part: Part) -> Tensor:
-        return last.squared_steps(tuned[part])
-
+    once = _kept(lambda part: last.squared_steps(tuned[part]), tuned.shape)
     said = f"tuned on the {last.name} grid"
     if first is not None and is_coded(base, first):
         said += ", base of codes times scales taken as exact"
@@ -163,7 +161,8 @@ def _jump(delta: Tensor | None, base: Tensor, once: Steps, more: Steps) -> Jump 
         return None
     every = max(1, delta.numel() // _SAMPLE)
     rows = slice(None, None, every)
-    parts = (delta[rows].square(), base[rows].to(torch.float64).abs(), once(rows) / 12, more(rows) / 12)
+    first = once(rows) / 12
+    parts = (delta[rows].square(), base[rows].to(torch.float64).abs(), first, first if more is once else more(rows) / 12)
     return jump(*(part.flatten() for part in parts))
 
 
@@ -345,6 +344,8 @@ def _spike(
     """
     largest, least = 0.0, columns[columns > 0].min(initial=math.inf)
     suspect = np.square(highest * roundings / 4) > rows * least
+    if not suspect.any():
+        return 0.0
     at_once = len(rows) * len(columns) <= _BLOCK_ENTRIES
     blocks = [slice(0, len(rows))] if at_once else [slice(i, i + 1) for i in np.flatnonzero(suspect)]
     for block in blocks:
