@@ -81,7 +81,8 @@ def command(
     source = opening.open(tuned, base)
     _check(view)
     with compute.keywords() as keywords:
-        rows, values, finished = _run(source, top, out, keywords | {"rehash": rehash, "vectors": vectors}, keep_values=as_json)
+        keeping = {"rehash": rehash, "vectors": vectors}
+        rows, values, finished = _run(source, top, out, keywords | keeping, keep_values=as_json)
     names = [delta.name for delta in source]
     written = report.draw(out, names=names, size=figures, finished=finished) if out and figures else []
     if as_json:

@@ -162,7 +162,8 @@ def _jump(delta: Tensor | None, base: Tensor, once: Steps, more: Steps) -> Jump 
     every = max(1, delta.numel() // _SAMPLE)
     rows = slice(None, None, every)
     first = once(rows) / 12
-    parts = (delta[rows].square(), base[rows].to(torch.float64).abs(), first, first if more is once else more(rows) / 12)
+    second = first if more is once else more(rows) / 12
+    parts = (delta[rows].square(), base[rows].to(torch.float64).abs(), first, second)
     return jump(*(part.flatten() for part in parts))
 
 

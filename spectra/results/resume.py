@@ -244,9 +244,7 @@ def _inputs(source: Source, rehash: bool) -> dict[str, Any]:
     }
 
 
-def _details(
-    source: Source, top: int | None, device: str, threads: int | None, vectors: Precision
-) -> dict[str, Any]:
+def _details(source: Source, top: int | None, device: str, threads: int | None, vectors: Precision) -> dict[str, Any]:
     import numpy
     import torch
 
