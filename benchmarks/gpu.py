@@ -1,27 +1,28 @@
 """`python -m benchmarks.gpu`: the device path on a GPU, correctness against float64 on the CPU first, then timings.
 
-Needs nothing but this checkout and a CUDA build of torch. Without a GPU, `--device cpu` runs the same code.
+Needs nothing but this checkout and a CUDA build of torch; one call measures everything and keeps it as
+`benchmarks/results/<card>/gpu.md`. Without a GPU, `--device cpu` runs the same code.
 The CPU of the same machine is timed, too: on a card that is slow at float64 it may be the better choice.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import re
 import sys
-import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from datetime import date
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks import inputs
-from spectra import Spectrum, WeightDelta, decompose
+from benchmarks.gpu_timings import Sizes, on_device, processes, timings
+from spectra import Spectrum, WeightDelta
+from spectra.deltas.forms import Kronecker
 from spectra.engine.devices import device_named, slow_double
-from spectra.engine.executors.device import decompose_batches
-from spectra.engine.schedule import batches, plan
-from spectra.engine.solve import Wanted
+from spectra.engine.solve import Wanted, solve_forms
 
 _VALUES = 1e-7  # of σ₁
 _ANGLE = 1e-5
@@ -31,17 +32,29 @@ def main() -> None:
     """Check, and time what passed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--size", type=int, default=4096)
-    parser.add_argument("--count", type=int, default=8)
     parser.add_argument("--budget-gib", type=float, default=16)
+    parser.add_argument("--layers", type=int, default=32, help="of the models that whole processes read")
+    parser.add_argument("--out", type=Path, help="default: a folder of benchmarks/results named after the card")
     options = parser.parse_args()
-    print(described(options.device))
+    title = described(options.device)
+    print(title)
     budget = int(options.budget_gib * 2**30)
     wrong = [name for name, fault in faults(options.device, budget) if report(name, fault)]
     if wrong:
         sys.exit(f"not timed: {len(wrong)} checks failed")
-    for name, seconds in timings(options.device, budget, options.size, options.count):
-        print(f"{name:60s} {seconds:9.4f} s per matrix", flush=True)
+    out = options.out or Path(__file__).parent / "results" / re.sub(r"\W+", "-", title.split(",")[0].lower())
+    keep(out / "gpu.md", title, timings(options.device, budget, Sizes(layers=options.layers)))
+    keep(out / "gpu-processes.md", title, processes(options.device, options.layers))
+
+
+def keep(file: Path, title: str, lines: Iterable[tuple[str, str]]) -> None:
+    """Print each line and write all so far: what was measured stays if the rest cannot be."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = f"{date.today()}: {title}\n\n| work | measured |\n|---|---|\n"
+    for name, measured in lines:
+        print(f"{name:72s} {measured}", flush=True)
+        text += f"| {name} | {measured} |\n"
+        file.write_text(text)
 
 
 def described(device: str) -> str:
@@ -62,18 +75,6 @@ def report(name: str, fault: str) -> bool:
     return bool(fault)
 
 
-def on_device(deltas: list[WeightDelta], device: str, budget: int, top: int) -> list[Spectrum]:
-    """The device path, in the deltas' order."""
-    groups = batches(deltas, plan(deltas, budget, top or None))
-    found = dict(decompose_batches(deltas, groups, Wanted(top, device=device_named(device), together=True)))
-    return [found[i] for i in range(len(deltas))]
-
-
-def on_cpu(deltas: list[WeightDelta], budget: int, top: int) -> list[Spectrum]:
-    """What `--device cpu` does on this machine."""
-    return list(decompose(deltas, top=top or None, device="cpu", memory_budget=budget))
-
-
 def faults(device: str, budget: int) -> Iterator[tuple[str, str]]:
     """Every check's name, and what is wrong or ""."""
     kinds: dict[str, Callable[[int], WeightDelta]] = {
@@ -88,7 +89,18 @@ def faults(device: str, budget: int) -> Iterator[tuple[str, str]]:
         for top in (0, 4):
             for delta, found in zip(deltas, on_device(deltas, device, budget, top), strict=True):
                 yield f"{name}, top {top}, {found.method}", fault_of(delta, found, top)
+    yield from kronecker(device)
     yield from known_faults(device, budget)
+
+
+def kronecker(device: str) -> Iterator[tuple[str, str]]:
+    """A ⊗ B, whose factors are solved one by one."""
+    left, right = inputs.gaussian(12, 9).double(), inputs.gaussian(11, 14, 1).double()
+    delta = WeightDelta.from_tensor("A ⊗ B", torch.kron(left, right))
+    for top in (0, 4):
+        wanted = Wanted(top, device=device_named(device), together=True)
+        (found,) = solve_forms([delta], [Kronecker(left.to(device), right.to(device))], wanted)
+        yield f"Kronecker 132×126, top {top}, {found.method}", fault_of(delta, found, top)
 
 
 def known_faults(device: str, budget: int) -> Iterator[tuple[str, str]]:
@@ -138,38 +150,6 @@ def fault_of(delta: WeightDelta, found: Spectrum, top: int) -> str:
         angle = float(torch.linalg.matrix_norm(mine - u[:, :kept] @ (u[:, :kept].T @ mine), 2))
         return f"sin θ = {angle:.1e}" if angle > _ANGLE else ""
     return ""
-
-
-def timings(device: str, budget: int, size: int, count: int) -> Iterator[tuple[str, float]]:
-    """Seconds per matrix of the device path, and of torch's own calls on the same device."""
-    dense = [WeightDelta.from_tensor(str(i), inputs.gaussian(size, size, i)) for i in range(count)]
-    thin = [WeightDelta.from_factors(str(i), *inputs.factors(size, 64, size, i)) for i in range(count)]
-    one = dense[0].read(device).to_dense()
-    yield f"all values, {size}²", clock(device, lambda: on_device(dense, device, budget, 0)) / count
-    yield f"values + top 30, {size}²", clock(device, lambda: on_device(dense, device, budget, 30)) / count
-    yield f"factored rank 64 on {size}², top 30", clock(device, lambda: on_device(thin, device, budget, 30)) / count
-    if device != "cpu":  # the other exact choice, for cards that are slow at float64
-        for top in (0, 30):
-            work = f"{f'values + top {top}' if top else 'all values'}, {size}², --device cpu"
-            yield work, clock("cpu", partial(on_cpu, dense, budget, top), repeats=1) / count
-    yield f"torch svdvals float32, {size}²", clock(device, lambda: torch.linalg.svdvals(one.float()))
-    yield f"torch svdvals float64, {size}²", clock(device, lambda: torch.linalg.svdvals(one))
-    yield (
-        f"torch eigvalsh float64 of the Gram matrix, {size}²",
-        clock(device, lambda: torch.linalg.eigvalsh(one @ one.T)),
-    )
-
-
-def clock(device: str, work: Callable[[], object], repeats: int = 3) -> float:
-    """Median seconds, after one run to warm up."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        work()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
 
 
 if __name__ == "__main__":

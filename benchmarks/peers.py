@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ def read_both(base: str, merged: str) -> None:
             load((Path(folder) / file.name).read_bytes())
 
 
-def lora_script(folder: str, top: int) -> None:
+def lora_script(folder: str, device: str = "cpu", *, top: int) -> None:
     """QR of the factors and the SVD of the core: the honest peer for adapters."""
     from safetensors import safe_open
 
@@ -45,12 +46,12 @@ def lora_script(folder: str, top: int) -> None:
     kept = {}
     with safe_open(path / "adapter_model.safetensors", "pt") as file:
         for name in sorted(key for key in file.keys() if ".lora_A." in key):  # noqa: SIM118
-            right = file.get_tensor(name).float()
-            left = scale * file.get_tensor(name.replace(".lora_A.", ".lora_B.")).float()
+            right = file.get_tensor(name).to(device).float()
+            left = scale * file.get_tensor(name.replace(".lora_A.", ".lora_B.")).to(device).float()
             q_left, t_left = torch.linalg.qr(left)
             q_right, t_right = torch.linalg.qr(right.T)
             u, s, vh = torch.linalg.svd(t_left @ t_right.T)
-            kept[name] = s, q_left @ u[:, :top], vh[:top] @ q_right.T
+            kept[name] = [part.cpu() for part in (s, q_left @ u[:, :top], vh[:top] @ q_right.T)]
 
 
 def multilora_script(folder: str, top: int) -> None:
@@ -82,7 +83,7 @@ def values_script(base: str, tuned: str) -> None:
             torch.linalg.svdvals(after[name] - weight)
 
 
-def pair_script(base: str, tuned: str) -> None:
+def pair_script(base: str, tuned: str, device: str = "cpu") -> None:
     """Subtract in float32 and decompose, shard by shard."""
     from safetensors import safe_open
 
@@ -91,13 +92,41 @@ def pair_script(base: str, tuned: str) -> None:
         weights = []
         for folder in (tuned, base):
             with safe_open(Path(folder) / shard, "pt") as file:
-                weights.append(file.get_tensor(name).float())
-        torch.linalg.svd(weights[0] - weights[1], full_matrices=False)
+                weights.append(file.get_tensor(name).to(device).float())
+        u, s, vh = torch.linalg.svd(weights[0] - weights[1], full_matrices=False)
+        (u[:, :30].cpu(), s.cpu(), vh[:30].cpu())
 
+
+def weightwatcher_script(base: str, tuned: str) -> None:
+    """WeightWatcher's analysis of the update: values of each layer, and a power law fitted to them."""
+    from transformers import AutoModel
+    from weightwatcher import WeightWatcher
+
+    before, after = (AutoModel.from_pretrained(folder) for folder in (base, tuned))
+    details = WeightWatcher().analyze(model=after, base_model=before)
+    print(len(details), "layers")
+
+
+def peft_script(base: str, adapter: str) -> None:
+    """Each module's update as PEFT forms it, then torch.linalg.svdvals."""
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(base), adapter)
+    for module in model.modules():
+        if hasattr(module, "get_delta_weight"):
+            torch.linalg.svdvals(module.get_delta_weight("default").float())
+
+
+_SCRIPTS = {
+    "lora": partial(lora_script, top=30),
+    "multilora": partial(multilora_script, top=30),
+    "values": values_script,
+    "pair": pair_script,
+    "weightwatcher": weightwatcher_script,
+    "peft": peft_script,
+}
 
 if __name__ == "__main__":
     what, *paths = sys.argv[1:]
-    if what in ("lora", "multilora"):
-        (lora_script if what == "lora" else multilora_script)(*paths, top=30)
-    else:
-        (pair_script if what == "pair" else values_script)(*paths)
+    _SCRIPTS[what](*paths)

@@ -110,7 +110,10 @@ def _as_here(problem: click.NoSuchOption) -> click.NoSuchOption:
     """The same error, with the name that the option has here if other tools call it so."""
     known = [name for option in problem.ctx.command.params for name in option.opts] if problem.ctx else []
     meant = here(problem.option_name, known)
-    return click.NoSuchOption(problem.option_name, possibilities=meant, ctx=problem.ctx) if meant else problem
+    if not meant:
+        return problem
+    told = f"No such option {problem.option_name!r}. Did you mean {meant[0]!r}?"
+    return click.NoSuchOption(problem.option_name, message=told, ctx=problem.ctx)
 
 
 def _refuse_repeated(command: click.Command, name: str, parent: click.Context, words: list[str]) -> None:

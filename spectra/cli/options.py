@@ -132,6 +132,9 @@ _COMPUTE = (
     click.option("--calibrate/--no-calibrate", default=True, show_default=True, expose_value=False,
                  callback=lambda _context, _option, wanted: _calibrating(wanted),
                  help="Solve by the library that is faster here; measured once, kept in the cache."),
+    click.option("--recalibrate", is_flag=True, expose_value=False,
+                 callback=lambda _context, _option, wanted: _calibrating(True, again=wanted),
+                 help="Measure that once more."),
 )  # fmt: skip
 _RESULT = (
     click.option("--out", type=click.Path(file_okay=False), metavar="DIR", callback=_at_home,
@@ -253,7 +256,7 @@ def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compute_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--device, --workers, --cluster, --memory; the command gets them as `compute`. --calibrate is the library's."""
+    """--device, --workers, --cluster, --memory; the command gets them as `compute`. Calibration is the library's."""
 
     @functools.wraps(command)
     def bundled(*, device: str, workers: int | None, cluster: str | None, memory: str | None, **others: Any) -> Any:
@@ -262,10 +265,10 @@ def compute_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return _apply(bundled, _COMPUTE)
 
 
-def _calibrating(wanted: bool) -> None:
+def _calibrating(wanted: bool, again: bool = False) -> None:
     """The switch is the environment's, which the library and its workers read."""
-    if not wanted:
-        os.environ["SPECTRA_CALIBRATE"] = "0"
+    if not wanted or again:
+        os.environ["SPECTRA_CALIBRATE"] = "again" if again else "0"
 
 
 def result_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -43,13 +43,15 @@ def compare(
     from spectra.results.pairs import Pairs
     from spectra.results.partners import links_of
 
-    pairs = Pairs(labels=list(sources))
+    pairs, notes = Pairs(labels=list(sources)), list[str]()
     total = len(links_of([source.names for source in sources.values()])) * len(wanted.sides)
     otherwise = "nothing is stored: with --out DIR the same command goes on"
     with report.progress(total, "spectra similarity", kept=wanted.out or "", otherwise=otherwise) as bar:
-        for pair in compare_all(sources, top=wanted.top, sides=wanted.sides, out=wanted.out, **compute):
+        for pair in compare_all(sources, top=wanted.top, sides=wanted.sides, out=wanted.out, notes=notes, **compute):
             pairs.add(pair)
             bar.update()
+    for line in notes:
+        report.warning(f"warning: {line}")
     document = _document(heading, pairs, clustered=wanted.clustered)
     if wanted.as_json:
         report.print_json(document)

@@ -83,7 +83,7 @@ def command(
     with report.progress(len(checkpoints), "spectra series", kept=out or "") as bar, compute.keywords() as keywords:
         stream = series_rows(
             checkpoints, base, layers=opening.layers, top=top, side=side, steps=steps or None, start=start, out=out,
-            opened=notes.see, **opening.settings, **keywords,
+            opened=notes.see, notes=notes.warnings, **opening.settings, **keywords,
         )  # fmt: skip
         for row in stream:
             if not rows or rows[-1]["step"] != row["step"]:

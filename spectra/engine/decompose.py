@@ -19,14 +19,14 @@ import torch
 
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense
-from spectra.engine.devices import device_named, resolve_device
+from spectra.engine.devices import cores, device_named, resolve_device
 from spectra.engine.executors.device import decompose_batches
 from spectra.engine.executors.threads import keep_freed_memory, thread_executor
 from spectra.engine.memory import READ_AHEAD, memory_budget, readable_size
 from spectra.engine.schedule import Plan, Task, batches, plan, side_by_side
 from spectra.engine.solve import Wanted, solve
 from spectra.engine.solvers.calibration import calibrate
-from spectra.engine.solvers.eigenvalues import Library, numpy_on_one_core
+from spectra.engine.solvers.eigenvalues import Library, is_numpy_limited, numpy_on_one_core
 from spectra.errors import SelectionError
 from spectra.files.far import expected
 from spectra.files.patience import give_up
@@ -102,7 +102,7 @@ def threads_for(
     if where != "cpu":
         return None
     schedule = plan(deltas, memory_budget(budget), top)
-    return max(1, torch.get_num_threads() // side_by_side(schedule, torch.get_num_threads()))
+    return max(1, cores() // side_by_side(schedule, cores()))
 
 
 def libraries_for(deltas: Iterable[WeightDelta], threads: int | None) -> dict[int, Library]:
@@ -114,8 +114,11 @@ def libraries_for(deltas: Iterable[WeightDelta], threads: int | None) -> dict[in
     if threads != 1:
         return {}
     sizes = [min(delta.shape) for delta in deltas if delta.form is Dense]
-    with numpy_on_one_core(), thread_executor(1, 1) as one_core:
-        return one_core.submit(calibrate, sizes).result()
+    with numpy_on_one_core():
+        if not is_numpy_limited():
+            return {}
+        with thread_executor(1, 1) as one_core:
+            return one_core.submit(calibrate, sizes).result()
 
 
 @dataclass(frozen=True)
@@ -143,16 +146,15 @@ def _side_by_side(
 ) -> Iterator[tuple[int, Spectrum]]:
     """On this machine's CPU: several matrices at once, each on its share of the cores."""
     keep_freed_memory()
-    cores = torch.get_num_threads()
-    workers = side_by_side(schedule, cores)
-    share = threads or max(1, cores // workers)
+    workers = side_by_side(schedule, cores())
+    share = threads or max(1, cores() // workers)
     libraries_for([deltas[task.index] for task in schedule.tasks], share)
     with numpy_on_one_core() if share == 1 else nullcontext():
-        if workers == 1 and share == cores:
+        if workers == 1 and share == torch.get_num_threads():
             for task in schedule.tasks:
                 yield task.index, work(deltas[task.index])
             return
-        with thread_executor(min(workers, max(1, cores // share)), share) as pool:
+        with thread_executor(min(workers, max(1, cores() // share)), share) as pool:
             yield from _through(pool, deltas, schedule, work)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spectra.engine.memory import FRACTION_OF_FREE, memory_budget
+from spectra.engine.quota import granted_cores
 from spectra.errors import DeviceError
 
 # CUDA compute capabilities with float64 at half the float32 rate: P100, V100, A100, H100 and H200, B200.
@@ -132,6 +133,11 @@ class Cuda(Device):
     def release(self) -> None:
         """Empty the allocator's cache."""
         torch.cuda.empty_cache()
+
+
+def cores() -> int:
+    """How many cores of this machine's CPU the matrices may take together: torch's, and no more than are granted."""
+    return min(torch.get_num_threads(), granted_cores() or torch.get_num_threads())
 
 
 def device_named(name: str) -> Device:

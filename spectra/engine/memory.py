@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 
+from spectra.engine.quota import granted_memory
 from spectra.errors import SelectionError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -33,7 +34,13 @@ def memory_budget(given: int | str | None) -> int:
 
 
 def free_memory() -> int:
-    """Bytes that can be had without swapping, by the kernel's own estimate where it gives one."""
+    """Bytes that can be had without swapping, and within what a container or a batch system grants."""
+    granted = granted_memory()
+    return _free_on_machine() if granted is None else min(granted, _free_on_machine())
+
+
+def _free_on_machine() -> int:
+    """By the kernel's own estimate where it gives one."""
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":", 1) for line in file)

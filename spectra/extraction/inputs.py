@@ -21,6 +21,7 @@ from spectra.files.folder import Folder
 from spectra.files.memory import CONTAINER
 from spectra.files.remote import is_url, model_of
 from spectra.models.opening import open_model
+from spectra.results import run_file
 from spectra.results.collection import Spectra, load
 from spectra.sources import open_source
 from spectra.spectrum import Spectrum
@@ -129,12 +130,11 @@ def _sources(given: Any) -> list[Source]:
 
 def _source_of_run(spectra: Spectra) -> Source:
     """The updates that a run decomposed, listed again for their layout: no weight is read."""
-    said = spectra.run.get("inputs") or {}
-    options = said.get("options") or {}
+    said = spectra.run.get("inputs", {})
     if not said.get("tuned"):
         return Source("spectra", tuple(map(_unread, spectra.without_vectors())))
     try:
-        source = open_source(said["tuned"], said.get("base"), **options)
+        source = open_source(said["tuned"], said.get("base"), **run_file.options_of(said))
     except SourceError as problem:
         raise SourceError(f"{spectra.directory} tells of files that cannot be opened any more: {problem}") from None
     there = frozenset(source.names)

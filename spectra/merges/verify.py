@@ -11,7 +11,6 @@ from spectra.engine.memory import READ_AHEAD, readable_size
 from spectra.engine.memory import memory_budget as budget_of
 from spectra.errors import SourceError
 from spectra.files.far import expected
-from spectra.lazy import torch
 from spectra.merges import causes
 from spectra.merges.claims import Claim, Claims, open_claims
 from spectra.merges.report import MatrixCheck, MergeReport, in_order
@@ -70,11 +69,12 @@ def check_claims(
     Several are at work side by side, as many as there are cores and bytes for. Rows whose cause is open come last:
     they take the updates of the other weights to compare with.
     """
+    from spectra.engine.devices import cores
     from spectra.engine.executors.threads import keep_freed_memory, thread_executor
 
     budget = budget_of(memory_budget)
     largest = max((claim.bytes for claim in claims if claim.bytes <= budget), default=1)
-    workers = max(1, min(torch.get_num_threads(), len(claims), budget // max(1, largest)))
+    workers = max(1, min(cores(), len(claims), budget // max(1, largest)))
     unexplained: list[tuple[Claim, MatrixCheck, Tensor]] = []
     keep_freed_memory()
     reads = [_read_of(claim) for claim in claims if claim.bytes <= budget]

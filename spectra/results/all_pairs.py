@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from spectra.results.pairs import Pair, Pairs
 from spectra.results.partners import Link, links_of
 from spectra.results.resume import Kept, check_files, delta_keys
 from spectra.results.similarities import NotCompared
-from spectra.results.store import Store
+from spectra.results.store import NO_KEY, Store
 from spectra.results.streams import opened
 
 PAIRS = "pairs"  # the folder in a results directory that has a results directory for each pair
@@ -37,6 +39,7 @@ def compare_all(
     executor: Executor | None = None,
     memory_budget: int | str | None = None,
     out: str | Path | None = None,
+    notes: list[str] | None = None,
 ) -> Iterator[Pair]:
     """Subspace similarity of every two of several updates, matrix by matrix, as `compare` gives it for two.
 
@@ -54,6 +57,7 @@ def compare_all(
         memory_budget: as for `decompose`.
         out: a results directory with one for each pair in `pairs/`, as `compare(…, out=)` makes it. Only what is
             missing is computed: after a kill, for new matrices, for new updates.
+        notes: gets what was found damaged there, as far as the stream has come.
 
     Raises:
         SelectionError: fewer than two updates, not of a kind, no two share a matrix, or out for deltas of no source.
@@ -74,9 +78,9 @@ def compare_all(
     if any(stored) and not all(stored):
         raise SelectionError("some of the updates are spectra and the others weights: give updates of a kind")
     if all(stored):
-        return _of_spectra(labels, sources, top, sides, out)  # type: ignore[arg-type]
+        return _of_spectra(labels, sources, top, sides, out, notes)  # type: ignore[arg-type]
     compute: dict[str, Any] = {"device": device, "executor": executor, "memory_budget": memory_budget}
-    return _of_weights(labels, sources, top, sides, out, compute)  # type: ignore[arg-type]
+    return _of_weights(labels, sources, top, sides, out, notes, compute)  # type: ignore[arg-type]
 
 
 def load_pairs(directory: str | Path, *, layers: str | Sequence[str] = (), sides: Sequence[Side] = SIDES) -> Pairs:
@@ -118,11 +122,12 @@ def _of_weights(
     top: int,
     sides: Sequence[Side],
     out: str | Path | None,
+    notes: list[str] | None,
     compute: Mapping[str, Any],
 ) -> Iterator[Pair]:
     deltas = [{delta.name: delta for delta in source} for source in sources]
     links = _checked(labels, [list(update) for update in deltas])
-    kept = None if out is None else _begin(out, labels, sources, top, sides)
+    kept = None if out is None else _begin(out, labels, sources, links, top, sides, notes)
     yield from _one_sided(labels, [list(update) for update in deltas], links)
     missing: list[Link] = []
     for link in links:
@@ -133,20 +138,25 @@ def _of_weights(
         if kept:
             kept.put(link, item)
         yield Pair(labels[link.a[0]], labels[link.b[0]], item)
-    if kept:
-        for places in {(link.a[0], link.b[0]) for link in missing}:
-            kept.stores[places].finish()
+    for store in kept.stores.values() if kept else ():
+        store.finish()  # also where nothing was missing: the run before may have been killed just before its tables
 
 
 def _of_spectra(
-    labels: Sequence[str], runs: Sequence[Spectra], top: int, sides: Sequence[Side], out: str | Path | None
+    labels: Sequence[str],
+    runs: Sequence[Spectra],
+    top: int,
+    sides: Sequence[Side],
+    out: str | Path | None,
+    notes: list[str] | None,
 ) -> Iterator[Pair]:
     check_vectors(runs, top)
     links = _checked(labels, [run.names for run in runs])
     stores: dict[tuple[int, int], Store] = {}
     if out is not None:
         options = runs[0].run.get("inputs", {}).get("options", {})
-        stores = _stores(out, labels, {"base": None, "options": options, "top": top}, [{}] * len(runs), sides)
+        inputs = {"base": None, "options": options, "top": top}
+        stores = _stores(out, labels, inputs, [{}] * len(runs), sides, {}, notes)
     yield from _one_sided(labels, [run.names for run in runs], links)
     for link, item in compare_spectra_links(runs, links, top=top, sides=sides):
         if stores and not isinstance(item, NotCompared):
@@ -181,7 +191,13 @@ def _one_sided(labels: Sequence[str], names: Sequence[Sequence[str]], links: Seq
 
 
 def _begin(
-    out: str | Path, labels: Sequence[str], sources: Sequence[Iterable[WeightDelta]], top: int, sides: Sequence[Side]
+    out: str | Path,
+    labels: Sequence[str],
+    sources: Sequence[Iterable[WeightDelta]],
+    links: Sequence[Link],
+    top: int,
+    sides: Sequence[Side],
+    notes: list[str] | None,
 ) -> Kept:
     for source in sources:
         if not isinstance(source, Source):
@@ -191,7 +207,11 @@ def _begin(
     base = next((source.base for source in kept if source.base), None)
     inputs = {"base": base, "options": dict(kept[0].options), "top": top}
     files = [fingerprint.of_files(source) for source in kept]
-    return Kept(_stores(out, labels, inputs, files, sides), [delta_keys(source) for source in kept], sides, top)
+    compared = Kept({}, [delta_keys(source) for source in kept], sides, top)
+    keys: dict[tuple[int, int], set[str]] = {}
+    for link in links:
+        keys.setdefault((link.a[0], link.b[0]), set()).add(compared.key(link))
+    return replace(compared, stores=_stores(out, labels, inputs, files, sides, keys, notes))
 
 
 def _stores(
@@ -200,21 +220,37 @@ def _stores(
     inputs: Mapping[str, Any],
     files: Sequence[Mapping[str, Any]],
     sides: Sequence[Side],
+    keys: Mapping[tuple[int, int], Collection[str]],
+    notes: list[str] | None,
 ) -> dict[tuple[int, int], Store]:
-    """A results directory per pair, and what the whole is in `run.json`."""
+    """A results directory per pair, and what the whole is in `run.json`; keys: fingerprints of each pair's results."""
     details = {"command": sys.argv, "sides": sides}
-    whole = Store(out)
-    known = whole.run().get("pairs", {})
+    whole = Store(out, notes=notes)
+    known = _known(whole)
     folders = {(i, j): pair_folder(a, labels[j]) for i, a in enumerate(labels) for j in range(i + 1, len(labels))}
     named = {folder: [labels[i], labels[j]] for (i, j), folder in folders.items()}
     everything = {path: file for some in files for path, file in some.items()}
-    whole.begin({"kind": "similarities", **inputs, "files": everything}, {**details, "pairs": known | named})
+    whole.begin({"kind": "similarities", **inputs, "files": everything}, {**details, "pairs": {**known, **named}})
     stores = {}
     for (i, j), folder in folders.items():
-        stores[i, j] = Store(whole.directory / PAIRS / folder)
+        stores[i, j] = Store(whole.directory / PAIRS / folder, notes=notes)
         pair = {"kind": "similarity", "a": labels[i], "b": labels[j], **inputs, "files": {**files[i], **files[j]}}
-        stores[i, j].begin(pair, details)
+        stores[i, j].begin(pair, details, keys.get((i, j), [NO_KEY]))
     return stores
+
+
+def _known(whole: Store) -> Mapping[str, Sequence[str]]:
+    """Folder → labels of the pairs that are there; as they say themselves where the whole's `run.json` is damaged."""
+    try:
+        said: Mapping[str, Sequence[str]] = whole.run().get("pairs", {})
+        return said
+    except StoreError:
+        found = {}
+        for folder in sorted((whole.directory / PAIRS).glob("*")):
+            with suppress(StoreError):
+                inputs = Store(folder).run().get("inputs", {})
+                found[folder.name] = [inputs["a"], inputs["b"]] if {"a", "b"} <= inputs.keys() else []
+        return {folder: labels for folder, labels in found.items() if labels}
 
 
 def pair_folder(a: str, b: str) -> str:

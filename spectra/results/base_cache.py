@@ -83,7 +83,8 @@ def triplets_of_base(weight: BaseWeight, matrix: Tensor, cache: BaseCache | None
     fault = check.value_fault(S, float(matrix.norm()), 0.0)
     if fault:
         raise SpectraError(f"the SVD of the base's {weight.name} gave {fault}; try another device= (--device)")
-    triplets = Triplets(U, S, Vh)
+    # In the order in which the cache keeps them: products of another order differ in their last bits.
+    triplets = Triplets(U.contiguous(), S, Vh.contiguous())
     if cache:
         cache.put(weight, triplets)
     return triplets

@@ -8,7 +8,7 @@ from typing import Any
 
 from spectra.deltas.source import Source
 from spectra.errors import SpectraError, StoreError
-from spectra.results import fingerprint
+from spectra.results import fingerprint, run_file
 from spectra.results.collection import Spectra
 from spectra.sources import open_source
 
@@ -32,7 +32,7 @@ def recorded_source(run: Spectra, top: int) -> Source:
         )
     command = command_for(run, inputs, top)
     try:
-        source = open_source(inputs["tuned"], inputs["base"], **inputs["options"])
+        source = open_source(inputs["tuned"], inputs.get("base"), **run_file.options_of(inputs))
         source = source.select(list(run.names))
     except SpectraError as problem:
         raise StoreError(
@@ -51,9 +51,9 @@ def recorded_source(run: Spectra, top: int) -> Source:
 
 def command_for(run: Spectra, inputs: dict[str, Any], top: int) -> str:
     """The command that makes a run again, with vectors."""
-    options: dict[str, Any] = inputs["options"]
+    options = run_file.options_of(inputs)
     words = ["spectra", "svd", "--tuned", inputs["tuned"]]
-    words += ["--base", inputs["base"]] if inputs["base"] else []
+    words += ["--base", inputs["base"]] if inputs.get("base") else []
     words += ["--heads", str(options["heads"])] if options.get("heads", "mean") != "mean" else []
     words += ["--scale", f"{options['scale']:g}"] if options.get("scale") is not None else []
     words += [] if options.get("split", True) else ["--no-split"]

@@ -22,7 +22,7 @@ from spectra.results.comparison import compare_links, one_sided, pair_links
 from spectra.results.partners import By, Link
 from spectra.results.records import Precision
 from spectra.results.similarities import Compared
-from spectra.results.store import Store
+from spectra.results.store import NO_KEY, Store
 from spectra.spectrum import Spectrum
 from spectra.text import matrices
 
@@ -64,8 +64,7 @@ def decompose_into(
         SelectionError: a matrix comes from no file.
     """
     check_files(source)
-    store = Store(out)
-    store.notes = notes
+    store = Store(out, notes=notes)
     threads = None if executor else _threads(store, source, top, device, budget)
     keys = [fingerprint.of_delta(delta) for delta in source]
     store.begin(_inputs(source, rehash), _details(source, top, device, threads, vectors), keys)
@@ -125,8 +124,7 @@ def compare_into(
     """
     check_files(a)
     check_files(b)
-    store = Store(out)
-    store.notes = notes
+    store = Store(out, notes=notes)
     links = pair_links(a.names, b.names, by)
     kept = Kept({(0, 1): store}, [delta_keys(source) for source in (a, b)], sides, top)
     files = fingerprint.of_files(a) | fingerprint.of_files(b)
@@ -201,7 +199,7 @@ def keep_comparisons(
         StoreError: the directory holds results of other inputs, or cannot be written to.
     """
     store = Store(out)
-    store.begin({**inputs, "top": top}, {"command": sys.argv, "sides": sides})
+    store.begin({**inputs, "top": top}, {"command": sys.argv, "sides": sides}, [NO_KEY])
     for item in comparisons:
         if isinstance(item, SubspaceSimilarity):
             store.put_similarity(item)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,26 @@ def read(path: Path) -> dict[str, Any]:
         said = content.pop(_CHECKSUM, None)
         if said is not None and said != _sum(content):
             raise ValueError("its checksum does not fit what it says")
-        if not isinstance(content.get("inputs", {}), dict):
-            raise ValueError("its inputs are no object")
-        files = content.get("inputs", {}).get("files", {})
-        if not isinstance(files, dict) or not all(isinstance(file, dict) for file in files.values()):
-            raise ValueError("its files are no object of objects")
+        _check(content, _KINDS, "")
+        _check(content.get("inputs", {}), _INPUTS, "inputs.")
+        _check(content.get("inputs", {}).get("options", {}), _OPTIONS, "inputs.options.")
         return content
     except (OSError, ValueError, RecursionError) as problem:
         why = problem.strerror if isinstance(problem, OSError) else problem
         raise StoreError(f"{path} is damaged ({why}); the same run again writes it anew") from None
+
+
+def _check(said: Mapping[str, Any], kinds: Mapping[str, Callable[[Any], bool]], where: str) -> None:
+    """Refuse what is not of its kind, before anybody relies on it; what is not there has its default."""
+    for key, fits in kinds.items():
+        if key in said and not fits(said[key]):
+            raise ValueError(f"its {where}{key} is {str(said[key])[:40]!r}")
+
+
+def options_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of `open_source` that the inputs were opened with."""
+    said = inputs.get("options", {})
+    return {key: said[key] for key in _OPTIONS if key in said}
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
@@ -82,6 +93,58 @@ def changed_file(inputs: Mapping[str, Any]) -> str | None:
     """A file that results were computed from and that is another one now; one that is gone does not count."""
     there = ((path, file) for path, file in _files(inputs) if os.path.exists(path))
     return next((path for path, file in there if not fingerprint.is_as_it_was(path, file)), None)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _maybe_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _maybe_count(value: Any) -> bool:
+    return value is None or (type(value) is int and 0 <= value < 2**62)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_text, value))
+
+
+def _object_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def _scalar(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float)
+
+
+_KINDS: Mapping[str, Callable[[Any], bool]] = {
+    "inputs": lambda value: isinstance(value, dict),
+    "started": _text,
+    "finished": _text,
+    "command": _texts,
+    "top": _maybe_count,
+    "device": _text,
+    "threads_per_matrix": _maybe_count,
+    "sides": _texts,
+    "versions": _object_of(_text),
+    "methods": _object_of(_text),
+    "tables": _object_of(_text),
+    "pairs": _object_of(lambda labels: _texts(labels) and len(labels) == 2),
+    "coverage": _object_of(lambda part: _texts(part) or _object_of(_text)(part)),
+}
+_INPUTS: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("kind", "tuned", "base", "a", "b"), _maybe_text),
+    "top": _maybe_count,
+    "options": _object_of(_scalar),
+    "files": _object_of(_object_of(_scalar)),
+}
+_OPTIONS: Mapping[str, Callable[[Any], bool]] = {
+    "split": lambda value: isinstance(value, bool),
+    "heads": lambda value: isinstance(value, str) or (type(value) is int and value >= 0),
+    "scale": lambda value: value is None or (isinstance(value, int | float) and not isinstance(value, bool)),
+}
 
 
 def _sum(content: Mapping[str, Any]) -> str:

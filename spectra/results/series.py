@@ -105,9 +105,16 @@ def series_rows(
     start: str | Path | None = None,
     out: str | Path | None = None,
     opened: Callable[[Source], None] = lambda source: None,
+    notes: list[str] | None = None,
     **others: Any,
 ) -> Iterator[Row]:
-    """The rows of `series` in their order, a checkpoint at a time; `opened` is told of every source, the last first."""
+    """The rows of `series` in their order, a checkpoint at a time.
+
+    Args:
+        opened: is told of every source, the last first.
+        notes: gets what was found damaged in `out`, as far as the rows have come.
+    """
+    notes = [] if notes is None else notes
     if top < 1:
         raise SelectionError(f"top = {top} is not a positive number of directions")
     if side not in SIDES:
@@ -120,10 +127,10 @@ def series_rows(
     stored = stored_steps(home) if home else {}
     if home is not None and given:
         inputs = {"kind": KIND, "base": _whole_path(base), "options": options}
-        _claim(home, inputs, stored, {moment.step for moment in given})
+        _claim(home, inputs, stored, {moment.step for moment in given}, notes)
     if not given and not stored:
         raise SelectionError("a series needs checkpoints, and none was given" + (f" or is in {home}" if home else ""))
-    run = _Run(base, tuple([layers] if isinstance(layers, str) else layers), top, options, others, home, opened)
+    run = _Run(base, tuple([layers] if isinstance(layers, str) else layers), top, options, others, home, opened, notes)
     moments = {moment.step: moment for moment in given}
     return _Series(run, [(step, moments.get(step)) for step in sorted({*stored, *moments})], side, start).rows()
 
@@ -181,6 +188,7 @@ class _Run:
     compute: dict[str, Any]
     home: Path | None
     opened: Callable[[Source], None]
+    notes: list[str]
 
     def source(self, path: str | Path) -> Source:
         """What a checkpoint updates, of the layers that are wanted."""
@@ -199,7 +207,9 @@ class _Run:
         _refuse_unreadable(source)
         self.opened(source)
         out = step_folder(self.home, step) if self.home else None
-        spectra = decompose(source, top=self.top, out=out, **self.compute).collect()
+        stream = decompose(source, top=self.top, out=out, **self.compute)
+        spectra = stream.collect()
+        self.notes.extend(stream.notes)
         return _Look(step, moment.path, spectra, source)
 
 
@@ -361,10 +371,10 @@ def _whole_path(path: str | Path | None) -> str | None:
     return os.path.realpath(place) if os.path.exists(place) else str(path)
 
 
-def _claim(home: Path, inputs: dict[str, Any], stored: dict[int, Path], given: set[int]) -> None:
+def _claim(home: Path, inputs: dict[str, Any], stored: dict[int, Path], given: set[int], notes: list[str]) -> None:
     """Make the directory this series', or raise if it is another run's or its base has changed since."""
-    store = Store(home)
-    if store.run() and store.run().get("inputs", {}).get("kind") != KIND:
+    store = Store(home, notes=notes)
+    if store.kind() not in (None, KIND):
         raise StoreError(f"{home} holds results of another command; choose {ANOTHER_PLACE}")
     for step in sorted(set(stored) - given):
         changed = run_file.changed_file(Store(stored[step]).run().get("inputs", {}))

@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote
@@ -293,6 +294,7 @@ def write(path: Path, content: bytes, *, lasting: bool = True) -> Version:
         StoreError: it cannot be written; what was there before is as it was.
     """
     partial = f"{path.parent}/.{path.name[-100:]}.{_HOST}-{os.getpid()}.partial"
+    _sweep_once(path.parent)
     try:
         with _opened(partial) as file:
             try:
@@ -355,15 +357,27 @@ def alone(directory: Path) -> Iterator[None]:
 def sweep(directory: Path) -> None:
     """Remove the partial files that killed processes left: of this machine at once, of others when they are old."""
     for folder in (directory, directory / "spectra", directory / "similarity"):
-        with suppress(OSError):
-            for file in [folder / name for name in os.listdir(folder) if name.endswith(".partial")]:
-                if _is_abandoned(file):
-                    file.unlink(missing_ok=True)
+        _sweep(folder)
+
+
+@cache
+def _sweep_once(folder: Path) -> None:
+    """The same of any folder that this process writes into: figures, pages and tables leave partial files, too."""
+    _sweep(folder)
+
+
+def _sweep(folder: Path) -> None:
+    with suppress(OSError):
+        for file in [folder / name for name in os.listdir(folder) if name.endswith(".partial")]:
+            if _is_abandoned(file):
+                file.unlink(missing_ok=True)
 
 
 def _is_abandoned(partial: Path) -> bool:
     match = _PARTIAL.fullmatch(partial.name)
-    if match and match[1] == _HOST:
+    if not match:
+        return False  # another program's
+    if match[1] == _HOST:
         try:
             os.kill(int(match[2]), 0)
         except ProcessLookupError:

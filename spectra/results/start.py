@@ -93,7 +93,7 @@ class Start:
             if self._shelf is None or not self._shelf.path(name).is_file():
                 return {}, {}
             arrays, origins = self._shelf.get(name)
-            return ({}, {}) if set(arrays) != set(origins) else (arrays, origins)
+            return (arrays, origins) if _fits(arrays, origins) else ({}, {})
         except StoreError:
             return {}, {}  # damaged: taken anew
 
@@ -107,6 +107,17 @@ class Start:
             arrays, origins = self._stored(name)
             mine = {str(side): (self.of, self._before, top) for side in new}
             self._shelf.put(name, arrays | {str(side): basis for side, basis in new.items()}, origins | mine)
+
+
+def _fits(arrays: Mapping[str, np.ndarray], origins: Mapping[str, Any]) -> bool:
+    """Whether each side has a basis and says what it is taken from, as `put` writes them."""
+    for origin in origins.values():
+        if not (isinstance(origin, list) and len(origin) == 3 and isinstance(origin[0], str)):
+            return False
+        if not (isinstance(origin[1], bool) and (origin[2] is None or type(origin[2]) is int)):
+            return False
+    bases = all(array.ndim == 2 and array.dtype.kind == "f" for array in arrays.values())
+    return bases and set(arrays) == set(origins)
 
 
 def _of_factors(delta: WeightDelta) -> Spans:

@@ -42,6 +42,7 @@ from spectra.spectrum import Spectrum
 RUN = "run.json"
 SUMMARY = "summary.csv"
 COMPARED = "similarity.csv"
+NO_KEY = ""  # the fingerprint of what was not made from files
 _CONFIGS = ("config.json", "adapter_config.json", "model_index.json")
 
 
@@ -51,16 +52,17 @@ class Store:
     Args:
         directory: where it is.
         verify: False takes stored arrays as they are, without their checksums.
+        notes: gets what is found damaged; None for a list of its own.
 
     Attributes:
         notes: what was found damaged or without checksums, as far as it was read.
     """
 
-    def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
+    def __init__(self, directory: str | Path, *, verify: bool = True, notes: list[str] | None = None) -> None:
         self.directory = home_of(directory)
         self.spectra = Shelf(self.directory / "spectra", verify)
         self.similarity = Shelf(self.directory / "similarity", verify)
-        self.notes: list[str] = []
+        self.notes: list[str] = [] if notes is None else notes
         self._claimed: Mapping[str, Any] | None = None
         self._seen: dict[str, tuple[Version, tables.Row]] = {}
         self._wrote = False
@@ -72,6 +74,14 @@ class Store:
             StoreError: it is damaged.
         """
         return run_file.read(self.directory / RUN)
+
+    def kind(self) -> str | None:
+        """What kind of results `run.json` speaks of; None where there is none, or it is damaged."""
+        try:
+            run = self.run()
+        except StoreError:
+            return None
+        return str(run.get("inputs", {}).get("kind", "")) if run else None
 
     def begin(self, inputs: Mapping[str, Any], details: Mapping[str, Any], keys: Collection[str] = ()) -> None:
         """Claim the directory for these inputs, or resume if it already holds their results.
@@ -171,7 +181,7 @@ class Store:
         except ValueError as problem:
             raise damaged(self.spectra.path(name), str(problem)) from None
 
-    def put(self, spectrum: Spectrum, key: str = "", precision: records.Precision = "float32") -> Spectrum:
+    def put(self, spectrum: Spectrum, key: str = NO_KEY, precision: records.Precision = "float32") -> Spectrum:
         """Store one spectrum in its final place, with the vectors that are loaded, and give what will come back."""
         arrays = {name: getattr(spectrum, name) for name in records.ARRAYS if getattr(spectrum, name) is not None}
         narrow = {name: arrays[name].astype(precision) for name in arrays if arrays[name].dtype != precision}
@@ -215,7 +225,7 @@ class Store:
             return None
         return similarity if made_from == key else None
 
-    def put_similarity(self, similarity: SubspaceSimilarity, key: str = "") -> None:
+    def put_similarity(self, similarity: SubspaceSimilarity, key: str = NO_KEY) -> None:
         """Store one comparison."""
         arrays = {name: getattr(similarity, name) for name in records.SIMILARITY_ARRAYS}
         label = _label(similarity.name, similarity.side, similarity.other)
@@ -238,7 +248,10 @@ class Store:
         """
         arrays, record = self.similarity.get(label)
         try:
-            return records.parse_similarity(arrays, record), str(record.get("key"))
+            found = records.parse_similarity(arrays, record)
+            if _label(found.name, found.side, found.other) != label:
+                raise ValueError("it is the record of another comparison")
+            return found, str(record.get("key"))
         except ValueError as problem:
             raise damaged(self.similarity.path(label), str(problem)) from None
 

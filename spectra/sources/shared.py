@@ -7,6 +7,7 @@ from dataclasses import replace
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.recipe import Recipe
 from spectra.deltas.recipes import Summed
+from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
 from spectra.models import tied
 from spectra.naming import split_parts
@@ -20,6 +21,8 @@ def add_up(ledger: Ledger) -> None:
     """Leave one update for every weight that several names of the adapter stand for, and say what it is of."""
     if ledger.base is None:
         _name_as_stored(ledger)
+    else:
+        _join_refused(ledger, ledger.base)
     by_name: dict[str, list[WeightDelta]] = {}
     for delta in ledger.deltas:
         by_name.setdefault(delta.name, []).append(delta)
@@ -77,6 +80,17 @@ def _name_as_stored(ledger: Ledger) -> None:
             ledger.tied.setdefault(embedding, []).append(head)
             own = [replace(delta, name=embedding) if delta.name == head else delta for delta in ledger.deltas]
             ledger.deltas[:] = own
+
+
+def _join_refused(ledger: Ledger, base: Folder) -> None:
+    """Give a head's refused update the name of the adapted embedding that it is: without it, the sum has no number."""
+    adapted = {delta.name for delta in ledger.deltas}
+    for place, delta in enumerate(ledger.deltas):
+        if delta.recipe is None and delta.name not in base.tensors and tied.is_head(delta.name):
+            held = tied.stored_as(delta.name, base.tensors, base.same, base.config_of(delta.name))
+            if held in adapted and held is not None:
+                ledger.tied.setdefault(held, []).append(delta.name)
+                ledger.deltas[place] = replace(delta, name=held)
 
 
 def _is_one(ledger: Ledger, head: str, embedding: str) -> bool | None:

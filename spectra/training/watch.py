@@ -189,7 +189,7 @@ class Watch:
             if later > step:
                 shutil.rmtree(stored[later])
         store = Store(out)
-        if store.run() and store.run().get("inputs", {}).get("kind") != KIND:
+        if store.kind() not in (None, KIND):
             raise StoreError(f"{out} holds results of another command: watch into another directory (out=)")
         store.begin({"kind": KIND, "base": None, "options": {"watched": True}}, {"command": sys.argv})
 

@@ -98,6 +98,8 @@ def test_comparisons_say_what_was_reused(llama, monkeypatch):
     assert "2 of 2 reused from sim" in run(*command, "--layer", "v_proj")[1]
 
 
+# Where the tests run in a shell's background, Ctrl-C is ignored, and so it would be by what they start.
+HEARD = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 LONG = """
 import sys, torch
 from spectra.cli.main import main
@@ -112,7 +114,7 @@ main(sys.argv[1:])
 
 def test_one_ctrl_c_says_what_it_waits_for_and_two_end_it_at_once(llama):
     started = subprocess.Popen(
-        [sys.executable, "-c", LONG, "svd", "--base", "llama-7b", "--tuned", "ckpt", "--workers", "1"],
+        [sys.executable, "-c", HEARD + LONG, "svd", "--base", "llama-7b", "--tuned", "ckpt", "--workers", "1"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -130,7 +132,7 @@ def test_one_ctrl_c_says_what_it_waits_for_and_two_end_it_at_once(llama):
 
 
 def test_a_ctrl_c_that_is_heard_at_once_is_one_word_and_no_traceback(llama):
-    code = "import os, signal, sys; from spectra.cli.main import main; import spectra.sources as it\n"
+    code = f"{HEARD}import os, sys; from spectra.cli.main import main; import spectra.sources as it\n"
     code += "it.open_source = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\nmain(sys.argv[1:])"
     words = [sys.executable, "-c", code, "svd", "--base", "llama-7b", "--tuned", "ckpt"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)

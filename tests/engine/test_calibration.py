@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from threadpoolctl import threadpool_info
 
+from spectra.cli import main
 from spectra.deltas.delta import WeightDelta
-from spectra.engine.decompose import decompose_indexed
+from spectra.engine.decompose import decompose_indexed, libraries_for
 from spectra.engine.solvers import calibration, dense, eigenvalues
 
 NUMPY_WINS = {"torch": 1.0, "numpy": 0.5}
@@ -22,6 +30,7 @@ def cache(monkeypatch, tmp_path):
     """Calibration on, in a cache of its own."""
     monkeypatch.delenv(calibration.SWITCH)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibration, "_asked", set())
     calibration._kept.cache_clear()
     yield tmp_path / "spectra" / "eigenvalues"
     calibration._kept.cache_clear()
@@ -86,6 +95,65 @@ def test_threads_of_numpy_are_as_they_were():
     assert not eigenvalues.is_numpy_limited()
 
 
+def in_new_thread(ask):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(ask).result()
+
+
+def overlapping():
+    """Two streams that are read in turn, begun and ended by threads that end."""
+    first, second = eigenvalues.numpy_on_one_core(), eigenvalues.numpy_on_one_core()
+    in_new_thread(first.__enter__)
+    second.__enter__()
+    in_new_thread(lambda: first.__exit__(None, None, None))
+    there = eigenvalues.is_numpy_limited(), threads_of_numpy()
+    in_new_thread(lambda: second.__exit__(None, None, None))
+    return *there, eigenvalues.is_numpy_limited(), threads_of_numpy()
+
+
+def test_runs_that_overlap_share_the_limit_and_the_last_puts_it_back():
+    """In a process where nobody else has set one, and where there is more than one thread to limit."""
+    code = "from engine.test_calibration import overlapping, threads_of_numpy as t; print(t(), *overlapping())"
+    tests = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "3", "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    before, *found = run.stdout.split()
+    assert found == ["True", "{1}", "False", before]
+
+
+@pytest.mark.parametrize(
+    "pools",
+    [
+        pytest.param([], id="a library that takes no limit"),
+        pytest.param([("openblas", 1), ("mkl", 8)], id="one that is limited for the setting thread alone"),
+        pytest.param([("mkl", 1)], id="not numpy's"),
+    ],
+)
+def test_a_limit_that_others_do_not_see_leaves_numpy_out(cache, monkeypatch, one_core, pools):
+    seen = [{"user_api": "blas", "internal_api": api, "num_threads": count} for api, count in pools]
+    monkeypatch.setattr(eigenvalues, "threadpool_info", lambda: [*seen, {"user_api": "openmp", "num_threads": 1}])
+    monkeypatch.setattr(np, "show_config", lambda **_: {"Build Dependencies": {"lapack": {"name": "scipy-openblas"}}})
+    asked = of_time(monkeypatch, NUMPY_WINS)
+    deltas = [WeightDelta.from_tensor(f"layers.{i}.q_proj.weight", torch.randn(256, 256)) for i in range(8)]
+    assert libraries_for(deltas, 1) == {}
+    assert {spectrum.status for _, spectrum in decompose_indexed(deltas)} == {"ok"}
+    assert asked == []
+    assert not eigenvalues.is_numpy_limited()
+
+
+def test_more_threads_than_numpys_library_was_built_for():
+    """128 at once, where wheels of numpy are built for 64: the same numbers from each."""
+    product = gram(160)
+    alone, together = eigenvalues.by_numpy(product), Barrier(128)
+
+    def solve(_):
+        together.wait()
+        return torch.equal(eigenvalues.by_numpy(product), alone)
+
+    with eigenvalues.numpy_on_one_core(), ThreadPoolExecutor(128) as pool:
+        assert all(pool.map(solve, range(128)))
+
+
 @pytest.mark.parametrize("cores", [1, 2])
 def test_a_run_leaves_numpy_as_it_was(cores, monkeypatch):
     """Whether matrices are solved in this thread or in a pool, and also if it is given up half way."""
@@ -135,6 +203,52 @@ def test_what_another_process_measured_first_stays(cache, monkeypatch):
     monkeypatch.setattr(calibration, "measured", meanwhile)
     assert calibration.calibrate([300] * 8) == {256: "torch"}
     assert len(list(cache.iterdir())) == 1, "nothing half-written is left"
+
+
+def test_kept_where_there_are_no_hard_links(cache, monkeypatch):
+    def unknown(*_):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(os, "link", unknown)
+    asked = of_time(monkeypatch, NUMPY_WINS)
+    assert calibration.calibrate([300] * 8) == calibration.calibrate([300] * 8) == {256: "numpy"}
+    assert asked == [256]
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_measured_again_where_the_user_asks_and_once_in_a_process(cache, monkeypatch):
+    of_time(monkeypatch, NUMPY_WINS)
+    assert calibration.calibrate([300] * 8) == {256: "numpy"}
+    asked = of_time(monkeypatch, {"torch": 1.0, "numpy": 2.0})
+    assert calibration.calibrate([300] * 8) == {256: "numpy"}, "what was measured holds"
+    monkeypatch.setenv(calibration.SWITCH, "again")
+    monkeypatch.setattr(calibration, "_asked", set())
+    assert calibration.calibrate([300] * 8) == calibration.calibrate([300] * 8) == {256: "torch"}
+    assert asked == [256]
+    monkeypatch.setenv(calibration.SWITCH, "")
+    assert calibration.calibrate([300] * 8) == {256: "torch"}, "and holds from now on"
+
+
+def test_another_processor_in_the_same_home_is_measured_for_itself(cache, monkeypatch):
+    """Clouds call several generations by one name."""
+    files = set()
+    for model in ("2", "17"):
+        text = f"processor: 0\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\ncpu MHz: {model}\n\nprocessor: 1\nmodel: 9\n"
+        monkeypatch.setattr(Path, "read_text", lambda *_, said=text, **__: said)
+        assert calibration._processor() == {"model": model, "model name": "AMD EPYC"}
+        calibration._machine.cache_clear()
+        files.add(calibration._file_of(256))
+    calibration._machine.cache_clear()
+    assert len(files) == 2
+
+
+def test_nothing_is_written_where_there_is_no_home(cache, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    asked = of_time(monkeypatch, NUMPY_WINS)
+    assert calibration.calibrate([300] * 8) == {256: "torch"}
+    assert asked == list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"seconds": {"torch": "x"}}', '{"seconds": {}}'])
@@ -195,3 +309,14 @@ def test_measuring_is_of_both():
     seconds = calibration.measured(64)
     assert set(seconds) == {"torch", "numpy"}
     assert all(0 < value < 5 for value in seconds.values())
+
+
+@pytest.mark.parametrize(
+    ("option", "switch"), [("--recalibrate", "again"), ("--no-calibrate", "0"), ("--calibrate", "")]
+)
+def test_the_command_line_sets_the_switch(monkeypatch, tmp_path, option, switch):
+    monkeypatch.setenv(calibration.SWITCH, "")
+    seen = []
+    monkeypatch.setattr("spectra.cli.options.Compute", lambda *_: seen.append(os.environ[calibration.SWITCH]))
+    CliRunner().invoke(main, ["svd", "--tuned", str(tmp_path), option])
+    assert seen == [switch]

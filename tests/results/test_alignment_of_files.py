@@ -101,6 +101,15 @@ def test_the_cache_spares_the_bases_decomposition_until_the_base_changes(tmp_pat
         table(cache=tmp_path / "file")
 
 
+def test_the_cache_does_not_change_the_last_bits(tmp_path):
+    base = llama_tensors()
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "tuned", nudged(base))
+    source = spectra.open_source(tmp_path / "tuned", tmp_path / "base")
+    tables = [spectra.alignment(source, k=3, cache=cache).to_csv() for cache in (None, tmp_path / "kept")]
+    assert spectra.alignment(source, k=3, cache=tmp_path / "kept").to_csv() == tables[0] == tables[1]
+
+
 def test_a_metric_is_one_function_and_one_line_as_contributing_says(tmp_path, base, monkeypatch):
     """The example of "Add a metric" as it stands there becomes a column."""
     section = CONTRIBUTING.read_text().split("## Add a metric")[1].split("\n## ")[0]

@@ -87,6 +87,47 @@ def test_a_stopped_run_keeps_what_was_finished(sources, reads, tmp_path):
     assert sum(reads.values()) < 16
 
 
+def test_a_run_that_was_killed_before_its_tables_writes_them_though_nothing_is_missing(sources, tmp_path):
+    list(spectra.compare_all(sources, top=3, out=tmp_path / "out"))
+    undisturbed = [json.loads(path.read_text()) for path in sorted((tmp_path / "out/pairs").glob("*/run.json"))]
+    tables = sorted((tmp_path / "out/pairs").glob("*/similarity.csv"))
+    right = tables[0].read_bytes()
+    tables[0].unlink()
+    list(spectra.compare_all(sources, top=3, out=tmp_path / "out"))
+    assert tables[0].read_bytes() == right
+    again = [json.loads(path.read_text()) for path in sorted((tmp_path / "out/pairs").glob("*/run.json"))]
+    assert [run["tables"] for run in again] == [run["tables"] for run in undisturbed]
+    assert all(run["finished"] for run in again)
+
+
+@pytest.mark.parametrize("which", ["run.json", "pairs/*/run.json"])
+def test_a_damaged_run_file_is_said_and_written_anew(sources, tmp_path, which):
+    out = tmp_path / "out"
+    first = phis(spectra.compare_all(sources, top=3, out=out))
+    pairs = json.loads((out / "run.json").read_text())["pairs"]
+    for path in out.glob(which):
+        path.write_text("{")
+    notes: list[str] = []
+    three = {label: sources[label] for label in "abc"}
+    found = phis(spectra.compare_all(three, top=3, out=out, notes=notes))
+    assert found == {key: value for key, value in first.items() if "d" not in key[:2]}
+    assert any("run.json was damaged" in line for line in notes)
+    if which == "run.json":
+        assert json.loads((out / which).read_text())["pairs"] == pairs, "the pairs of other updates stay known"
+
+
+def test_a_damaged_comparison_is_said_and_made_again(sources, tmp_path):
+    first = phis(spectra.compare_all(sources, top=3, out=tmp_path / "out"))
+    file = sorted((tmp_path / "out/pairs").glob("*/similarity/*"))[0]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    notes: list[str] = []
+    assert phis(spectra.compare_all(sources, top=3, out=tmp_path / "out", notes=notes)) == first
+    assert len(notes) == 1
+    assert file.name in notes[0]
+
+
 def test_each_pair_is_a_results_directory_like_that_of_compare(sources, tmp_path):
     list(spectra.compare_all({label: sources[label] for label in "abc"}, top=3, out=tmp_path / "sim"))
     list(spectra.compare(sources["a"], sources["b"], top=3, out=tmp_path / "two"))

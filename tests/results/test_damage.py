@@ -17,7 +17,7 @@ from support.spectra_kinds import same_spectrum
 import spectra
 from spectra.cli.main import main
 from spectra.errors import StoreError
-from spectra.results import shelf
+from spectra.results import run_file, shelf
 from spectra.results.store import Store
 from spectra.spectrum import Spectrum
 
@@ -106,12 +106,46 @@ def test_a_record_that_does_not_fit_counts_as_not_stored(stored, changed):
     same_spectrum(spectra.load(stored)[VECTORS], made()[0])
 
 
+@pytest.mark.parametrize("changed", [{"name": ""}, {"side": "right"}, {"other": "layers.9.v_proj.weight"}])
+def test_a_comparison_that_does_not_fit_its_place_counts_as_not_stored(stored, changed):
+    (path,) = (stored / "similarity").iterdir()
+    _resigned(path, **changed)
+    with pytest.raises(StoreError, match="the record of another comparison"):
+        Store(stored).similarities()
+    assert "damaged" in {item.state for item in spectra.check_results(stored)}
+
+
 @pytest.mark.parametrize("deep", ['{"a":' * 100_000 + "1" + "}" * 100_000, "[" * 100_000, "3", "NaN", '"x"'])
 def test_a_run_file_that_says_nothing_is_damaged_and_the_rest_loads(stored, deep):
     (stored / "run.json").write_text(deep)
     with pytest.raises(StoreError, match=r"run.json is damaged .*writes it anew"):
         Store(stored).run()
     assert len(spectra.load(stored)) == 3
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"pairs": {"a~b": None}}, {"pairs": {"a~b": ["a"]}}, {"pairs": []}, {"coverage": {"skipped": 3}},
+        {"methods": [1]}, {"versions": {"torch": []}}, {"command": "spectra"}, {"started": 5}, {"tables": None},
+        {"top": "all"}, {"inputs": {"options": {"heads": []}}}, {"inputs": {"options": {"split": "no"}}},
+        {"inputs": {"tuned": 4}}, {"inputs": {"files": {"x": {"size": [1]}}}}, {"inputs": [1]},
+    ],
+)  # fmt: skip
+def test_a_run_file_whose_fields_are_not_of_their_kind_is_damaged(stored, changed):
+    run = Store(stored).run()
+    run_file.write(stored / "run.json", run)
+    assert Store(stored).run() == run
+    run_file.write(stored / "run.json", run | changed)
+    with pytest.raises(StoreError, match=r"run.json is damaged \(its .* is .*writes it anew"):
+        Store(stored).run()
+    for words in (
+        ["inspect", str(stored), "--verify"],
+        ["plot", str(stored)],
+        ["report", str(stored), "--out", "p.html"],
+    ):
+        shown = CliRunner().invoke(main, words)
+        assert isinstance(shown.exception, SystemExit | None), words
 
 
 def test_vectors_are_checked_when_they_are_read_and_the_hurried_may_not_care(stored):

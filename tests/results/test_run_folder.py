@@ -145,6 +145,17 @@ def test_partial_files_of_killed_runs_are_removed_and_those_of_living_ones_kept(
     assert not far.exists()
 
 
+def test_partial_files_beside_a_figure_or_a_page_are_removed_and_those_of_other_programs_kept(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    orphan, stranger = tmp_path / f".depth.csv.{shelf._HOST}-{dead.pid}.partial", tmp_path / "film.mp4.partial"
+    for path in (orphan, stranger):
+        path.write_bytes(b"half")
+        os.utime(path, (0, 0))
+    shelf.write(tmp_path / "page.html", b"whole")
+    assert [path.exists() for path in (orphan, stranger)] == [False, True]
+
+
 @pytest.mark.parametrize("place", ["~nosuchuser/x", "x" * 5000])
 def test_places_that_cannot_be_are_one_message(place, source):
     for words in (["plot", place], ["inspect", place], ["inspect", place, "--verify"], ["svd", place]):

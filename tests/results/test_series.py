@@ -9,13 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from support.checkpoints import llama_tensors, nudged, write_adapter, write_checkpoint
 
 import spectra
+from spectra.cli import main
 from spectra.errors import BaseRequiredError, SelectionError, SourceError, StoreError
 from spectra.results import streams
-from spectra.results.series import by_role, step_folder
+from spectra.results.series import by_role, series_rows, step_folder
+from spectra.results.shelf import Shelf
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 STEPS = (100, 200, 1000)
@@ -226,6 +229,38 @@ def test_a_directory_of_something_else_or_of_another_base_is_refused(run):
     save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
     with pytest.raises(StoreError, match=r"is not as it was when step 100 was stored"):
         spectra.series(paths(1000), "base", layers="q_proj", out="kept")
+
+
+def test_what_is_damaged_is_said_and_made_anew(run):
+    right = spectra.series(paths(), "base", layers="q_proj", top=3, out="out")
+    (run / "out" / "run.json").write_text("{")
+    (run / "out" / "checkpoints" / "step-200" / "run.json").write_text("[]")
+    file = sorted((run / "out" / "checkpoints" / "step-1000" / "spectra").iterdir())[0]
+    file.write_bytes(file.read_bytes()[:-1])
+    notes: list[str] = []
+    again = pd.DataFrame(list(series_rows(paths(), "base", layers="q_proj", top=3, out="out", notes=notes)))
+    pd.testing.assert_frame_equal(again, right)
+    assert sum("run.json was damaged" in line for line in notes) == 2
+    assert sum(file.name in line for line in notes) == 1
+    shown = CliRunner().invoke(
+        main, ["series", *paths(), "--base", "base", "--layer", "q_proj", "--top", "3", "--out", "out"]
+    )
+    assert "damaged" not in shown.stderr
+    file.write_bytes(file.read_bytes()[:-1])
+    shown = CliRunner().invoke(
+        main, ["series", *paths(), "--base", "base", "--layer", "q_proj", "--top", "3", "--out", "out"]
+    )
+    assert "warning: computed again" in shown.stderr
+
+
+@pytest.mark.parametrize("origin", [1e-320, [], ["step 100", False], ["step 100", 1, 3], [None, False, 3]])
+def test_a_basis_of_the_start_that_does_not_say_what_it_is_of_is_taken_anew(run, origin):
+    right = spectra.series(paths(), "base", layers="q_proj", top=3, out="out")
+    start = Shelf(run / "out" / "start")
+    arrays, origins = start.get(NAME)
+    start.put(NAME, arrays, origins | {"right": origin})
+    pd.testing.assert_frame_equal(spectra.series(paths(), "base", layers="q_proj", top=3, out="out"), right)
+    assert start.get(NAME)[1] == origins
 
 
 def test_fewer_directions_than_asked_for_are_said(run):

@@ -217,8 +217,10 @@ def test_paths_are_opened(tmp_path):
     of_runs = [item.phi for item in spectra.compare(str(tmp_path / "run-a"), tmp_path / "run-b", top=2)]
     assert np.allclose(of_models, of_runs, atol=1e-9)
     assert len(of_runs) == 2
+    of_both = [item.phi for item in spectra.compare(tmp_path / "run-a", tmp_path / "b", top=2)]
+    assert np.allclose(of_models, of_both, atol=1e-9), "a stored run is what it was made of"
     with pytest.raises(SelectionError, match="two of a kind"):
-        spectra.compare(tmp_path / "run-a", tmp_path / "b")
+        spectra.compare(found, tmp_path / "b")
 
 
 def test_what_is_given_in_the_wrong_place_is_told_where_it_belongs(tmp_path):

@@ -62,6 +62,21 @@ def test_a_head_alone_is_the_embedding_of_the_base(tmp_path, said):
     assert "compared with the base" in source.coverage.skipped["lm_head.base_layer.weight"]
 
 
+@pytest.mark.parametrize("lost", ["lora_A", "lora_B"])
+def test_without_all_of_the_heads_factors_the_sum_is_not_known(tmp_path, lost):
+    oracle = tied_oracle(tmp_path, target_modules=["embed_tokens", "lm_head", "q_proj"])
+    file = oracle.adapter / "adapter_model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if f"lm_head.{lost}" not in name}
+    save_file(kept, file)
+    source = spectra.open_source(oracle.adapter, oracle.base)
+    assert source[EMBEDDING].status == "unsupported"
+    assert (
+        f"tied to lm_head.weight, and one of their updates has no number: {lost} of lm_head" in source[EMBEDDING].reason
+    )
+    others = {delta.name for delta in source if delta.recipe is not None}
+    assert others == oracle.deltas.keys() - {EMBEDDING, HEAD}
+
+
 def test_a_head_alone_and_the_base_of_another_model(tmp_path):
     oracle = tied_oracle(tmp_path, target_modules=["lm_head"])
     wrong = {"other.weight": torch.randn(4, 4), EMBEDDING: torch.randn(8, 16)}

@@ -20,6 +20,8 @@ SLOW = (
     "reproduce/test_train.py",
     "results/test_resume.py::test_killed_and_run_again",
     "results/test_resume.py::test_two_runs_into_one_directory",
+    "test_campaign.py::test_a_planted_fault_is_found",
+    "test_campaign.py::test_nothing_is_found_where_there_is_no_fault",
     "test_fuzz.py",
     "test_notebooks.py",
 )

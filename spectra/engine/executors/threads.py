@@ -16,6 +16,8 @@ from contextlib import contextmanager
 
 import torch
 
+from spectra.engine.devices import cores
+
 _LARGEST_KEPT = 31 * 2**20  # bytes; glibc adapts to blocks below 32 MiB only
 
 
@@ -36,7 +38,7 @@ def thread_executor(workers: int, threads: int | None = None) -> Iterator[Execut
         workers: how many matrices side by side.
         threads: torch threads for each; None for an equal share of the caller's.
     """
-    share = threads or max(1, torch.get_num_threads() // workers)
+    share = threads or max(1, cores() // workers)
     inherited: list[int] = []
     _in_new_thread(lambda: inherited.append(torch.get_num_threads()))
     with ThreadPoolExecutor(workers, thread_name_prefix="spectra") as pool:

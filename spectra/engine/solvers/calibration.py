@@ -2,7 +2,8 @@
 
 Two builds of LAPACK are at hand, torch's and numpy's. Which of them is faster, and by how much, depends on the
 processor and the size; the eigenvalues are the same up to the last bits. What was measured holds from then on, so that
-the same command gives the same bits. It is used where a matrix is solved on one core, several of them side by side.
+the same command gives the same bits, until the user asks to measure again. It is used where a matrix is solved on one
+core, several of them side by side.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import platform
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
@@ -25,12 +27,15 @@ from torch import Tensor
 
 from spectra.engine.solvers.eigenvalues import BY, Library, by_torch, is_numpy_limited
 
-SWITCH = "SPECTRA_CALIBRATE"  # "0" or "off": torch's, whatever was measured
+SWITCH = "SPECTRA_CALIBRATE"  # "0" or "off": torch's, whatever was measured; "again": what was measured is replaced
 _SIZES = (256, 384, 512, 768, 1024, 1536)  # below and beyond them no build won by enough
 _LEAST, _MOST = 192, 1792
 _ENOUGH = 8  # matrices of a size that are worth measuring for: it takes as long as solving four to six of them
 _MARGIN = 0.9  # of torch's time, which numpy's has to stay under
 _ROUNDS = 3
+_IDENTITY = ("vendor_id", "cpu family", "model", "model name", "stepping", "cpu implementer", "cpu variant", "cpu part")
+
+_asked: set[Path] = set()  # what this process has measured, or tried to: once is enough
 
 
 def eigenvalues(gram: Float64[Tensor, "*batch s s"]) -> Float64[Tensor, "*batch s"]:
@@ -63,7 +68,8 @@ def calibrate(sizes: Iterable[int]) -> dict[int, Library]:
         return {}
     counts = Counter(near for size in sizes if (near := _class_of(size)) is not None)
     for near, count in counts.items():
-        if count >= _ENOUGH and not _file_of(near).exists():
+        if count >= _ENOUGH and _is_due(_file_of(near)):
+            _asked.add(_file_of(near))
             with suppress(OSError):  # nowhere to keep it: torch's holds, and nothing is measured again and again
                 _measure_into(_file_of(near), near)
     return {near: library_for(near) for near in sorted(counts)}
@@ -87,6 +93,14 @@ def is_off() -> bool:
     return os.environ.get(SWITCH, "").lower() in ("0", "off", "no", "false")
 
 
+def _is_again() -> bool:
+    return os.environ.get(SWITCH, "").lower() == "again"
+
+
+def _is_due(file: Path) -> bool:
+    return file not in _asked if _is_again() else not file.exists()
+
+
 def _class_of(size: int) -> int | None:
     return min(_SIZES, key=lambda near: abs(np.log(near / size))) if _LEAST <= size <= _MOST else None
 
@@ -98,17 +112,22 @@ def _file_of(size: int) -> Path:
 
 @lru_cache(maxsize=1)
 def _machine() -> str:
-    """Changes with the processor and the libraries."""
-    text = f"{_processor()}|torch {torch.__version__}|numpy {np.__version__}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """Changes with the processor and the libraries: several machines may share a home."""
+    builds = f"{torch.__config__.show()}|numpy {np.__version__} {np.show_config(mode='dicts')}"
+    return hashlib.sha256(f"{sorted(_processor().items())}|torch {torch.__version__} {builds}".encode()).hexdigest()[
+        :16
+    ]
 
 
-def _processor() -> str:
+def _processor() -> dict[str, str]:
+    """What the kernel says of the first processor; clouds give several generations the same name."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return {"model name": platform.processor() or platform.machine()}
+    fields = (line.partition(":")[::2] for line in text.partition("\n\n")[0].splitlines())
+    known = {name.strip(): value.strip() for name, value in fields if name.strip().lower() in _IDENTITY}
+    return known or {"model name": platform.machine()}
 
 
 @lru_cache(maxsize=64)
@@ -121,14 +140,29 @@ def _kept(file: Path) -> Library:
 
 
 def _measure_into(file: Path, size: int) -> None:
-    """What is there first stays: other processes may have begun by it."""
+    """What is there first stays, for other processes may have begun by it; unless the user wants it replaced.
+
+    Raises:
+        OSError: it cannot be kept there.
+    """
+    if not file.is_absolute():
+        raise FileNotFoundError(f"no cache folder: {file}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
+    partial = file.with_suffix(f".{uuid.uuid4().hex}.partial")  # other hosts may share the folder
     try:
         with partial.open("w", encoding="utf-8") as writing:
-            json.dump({"processor": _processor(), "size": size, "seconds": measured(size)}, writing)
-        with suppress(FileExistsError):
-            os.link(partial, file)
+            json.dump({**_processor(), "size": size, "seconds": measured(size)}, writing)
+        if _is_again() or not _linked(partial, file):
+            os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
         _kept.cache_clear()
+
+
+def _linked(partial: Path, file: Path) -> bool:
+    """Whether the file is there now; not so on file systems without hard links."""
+    try:
+        os.link(partial, file)
+    except OSError:
+        return file.exists()
+    return True
