@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from spectra.printing import printed
 
 
@@ -66,3 +68,28 @@ class MissingExtraError(SpectraError):
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
         """What to make it of again: an error of a worker process is told in the user's."""
         return MissingExtraError, self._given
+
+
+def refuse_path_for_source(given: object, function: str) -> None:
+    """Refuse a path where updates are wanted: how it is opened, and with which base, is the caller's.
+
+    Raises:
+        SelectionError: it is one.
+    """
+    if isinstance(given, str | os.PathLike):
+        path = os.fspath(given)
+        raise SelectionError(f"{function} takes updates, not a path: open_source({path!r}, base=…) opens it")
+
+
+def refuse_path_for_spectra(given: object, function: str) -> None:
+    """Refuse a path where spectra are wanted, since computing them may take hours.
+
+    Raises:
+        SelectionError: it is one.
+    """
+    if isinstance(given, str | os.PathLike):
+        path = os.fspath(given)
+        raise SelectionError(
+            f"{function} takes spectra, not a path: load({path!r}) where results are stored there, "
+            f"decompose({path!r}) where it is a model"
+        )

@@ -66,6 +66,7 @@ _ORDER = ("embed_tokens", *_ATTENTION, *_MLP, "", "lm_head")
 _PARTS = re.compile(r"\[([^\]]*)\]")
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|block|encoder|decoder|resblocks)\.([0-9]{1,9})(?=\.|$)")
 _LAYERS = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9})(?:\.(.+))?)?")
+_ONE_LAYER = re.compile(r"([0-9]{1,9})\.(.+)")
 _ANY_NUMBER = re.compile(r"(?:^|\.)([0-9]{1,9})(?=\.|$)")
 
 
@@ -169,6 +170,8 @@ def matches(pattern: str, name: str) -> bool:
 def select(patterns: str | Sequence[str], names: Iterable[str]) -> list[str]:
     """The names that any of the patterns means, in their order. A comma separates patterns, too.
 
+    `0.q_proj` is what it says where a name has these parts side by side, and else q_proj of layer 0.
+
     Raises:
         SelectionError: a pattern is not a regular expression, or matches none of the names.
 
@@ -186,13 +189,24 @@ roles: q_proj (2), k_proj (2); layers 0 to 1; did you mean q_proj or k_proj? Exa
     chosen: set[str] = set()
     for pattern in wanted:
         try:
-            hits = [name for name in names if matches(pattern, name)]
+            hits = _meant(pattern, names)
         except re.error as problem:
             raise SelectionError(f"layer pattern {pattern!r} is not a regular expression: {problem}") from None
         if not hits:
             raise SelectionError(f"layer pattern {pattern!r} matches none of {_overview(names, pattern)}")
         chosen.update(hits)
     return [name for name in names if name in chosen]
+
+
+def _meant(pattern: str, names: list[str]) -> list[str]:
+    """The names that match; of `0.v_proj` those of a layer, where no name has these parts side by side.
+
+    >>> _meant("1.v_proj", [f"h.{i}.attn.v_proj.weight" for i in range(3)])
+    ['h.1.attn.v_proj.weight']
+    """
+    hits = [name for name in names if matches(pattern, name)]
+    one = None if hits else _ONE_LAYER.fullmatch(pattern)
+    return [name for name in names if matches(f"{one[1]}-{one[1]}.{one[2]}", name)] if one else hits
 
 
 def _alternatives(pattern: str) -> list[str]:

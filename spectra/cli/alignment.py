@@ -98,16 +98,16 @@ def command(
         "coverage": asdict(source.coverage),
         "matrices": rows,
     }
+    if out:  # before anything is printed, which may end with the pipe that reads it
+        report.keep_table(out, name, document)
+        for path in report.draw(out, names=source.names, size=figures) if figures and not intruders_only else []:
+            report.note(f"figure: {path}")
     if as_json:
         report.print_json(document)
     elif intruders_only:
         _print_counts(rows, view)
     else:
         _print(rows, view)
-    if out:
-        report.keep_table(out, name, document)
-        for path in report.draw(out, names=source.names, size=figures) if figures and not intruders_only else []:
-            report.note(f"figure: {path}")
     report.close(rows)
 
 

@@ -55,17 +55,17 @@ def command(
             rows.append(row)
             bar.update()
     document = {**report.heading(source), "coverage": asdict(source.coverage), "matrices": rows}
-    if as_json:
-        report.print_json(document)
-    else:
-        _print(rows, view)
-    if out:
+    if out:  # before anything is printed, which may end with the pipe that reads it
         report.keep_table(out, "heads", document)
     if out and figures and any(row["status"] == "ok" and row["layer"] is not None for row in rows):
         from spectra.plots.heads import draw_heads
 
         for path in draw_heads(rows, out, size=figures):
             report.note(f"figure: {path}")
+    if as_json:
+        report.print_json(document)
+    else:
+        _print(rows, view)
     report.close(rows)
 
 

@@ -82,17 +82,17 @@ def command(
         "coverage": [asdict(source.coverage) for source in sources],
         "matrices": rows,
     }
-    if as_json:
-        report.print_json(document)
-    else:
-        _print([row for row in rows if row["status"] != ALONE], view)
-    if out:
+    if out:  # before anything is printed, which may end with the pipe that reads it
         report.keep_table(out, "interference", document)
     if out and figures:
         from spectra.plots.interference import draw_interference
 
         for path in draw_interference(rows, out, updates, size=figures):
             report.note(f"figure: {path}")
+    if as_json:
+        report.print_json(document)
+    else:
+        _print([row for row in rows if row["status"] != ALONE], view)
     alone = [row for row in rows if row["status"] == ALONE]
     if alone:
         report.note(f"{len(alone)} matrices are in one update only, such as {alone[0]['name']}: {alone[0]['reason']}")

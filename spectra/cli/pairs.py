@@ -53,6 +53,8 @@ def compare(
     for line in notes:
         report.warning(f"warning: {line}")
     document = _document(heading, pairs, clustered=wanted.clustered)
+    if wanted.out and len(pairs):  # before anything is printed, which may end with the pipe that reads it
+        _keep(wanted, pairs, document)
     if wanted.as_json:
         report.print_json(document)
     elif len(pairs):
@@ -60,8 +62,6 @@ def compare(
             _print_rows(pairs, wanted.view)
         else:
             _print(pairs, wanted.clustered)
-    if wanted.out and len(pairs):
-        _keep(wanted, pairs, document)
     _close(pairs)
 
 

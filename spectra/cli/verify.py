@@ -100,14 +100,14 @@ def command(
             bar.update()
     merge = report_of(claims, checked)
     document = _document(merge)
+    if out:  # before anything is printed, which may end with the pipe that reads it
+        report.keep_table(out, "verify", document)
+        for path in report.draw(out, names=(), size=figures) if figures else []:
+            report.note(f"figure: {path}")
     if as_json:
         report.print_json(document)
     else:
         _print(merge, view)
-    if out:
-        report.keep_table(out, "verify", document)
-        for path in report.draw(out, names=(), size=figures) if figures else []:
-            report.note(f"figure: {path}")
     _close(merge)
 
 

@@ -10,13 +10,16 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spectra.lazy import numpy as np
+import numpy as np
+
 from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _SAMPLE = 2**18  # entries that are looked at, spread over the rows
+_FIRST_LOOK = 2**13  # entries that are enough where they show all bits
+_FULL = 0.25  # of them with all bits; of rounded weights half have
 _FEWEST = 256  # entries without which nothing is concluded: of 2⁻²⁵⁶ that all of them lie on a coarser grid by chance
 _FEWEST_DISTINCT = 16  # values without which a matrix is a pattern, such as ones or signs, rather than rounded
 _STRAY = 1e-3  # share of the entries that may lie off the grid
@@ -53,17 +56,29 @@ class Grid:
     def squared_steps(self, block: Tensor) -> Tensor:
         """The squared distance between neighbouring numbers of the grid at each entry, float64.
 
-        Read from and written into the exponent bits of float64: a tenth of the time of frexp and ldexp.
+        Where 2^(2·floor) is below float64's range it is 0 there.
         """
-        exponent = block.to(torch.float64).contiguous().view(torch.int64) >> _MANTISSA
-        exponent.bitwise_and_(0x7FF).sub_(_BIAS + self.bits).clamp_(min=self.floor)
-        exponent.mul_(2).add_(_BIAS).clamp_(min=0)
-        return exponent.bitwise_left_shift_(_MANTISSA).view(torch.float64)
+        return self._steps(block).square_()
 
     def round(self, matrix: Tensor) -> Tensor:
         """The nearest number of the grid, ties to even, float64."""
-        step = self.squared_steps(matrix).sqrt_()
-        return torch.where(step > 0, (matrix / step).round_().mul_(step), matrix)
+        numbers = matrix.to(torch.float64, copy=True).contiguous()
+        few = numbers.abs() < 2.0 ** (self.floor + self.bits)
+        near_zero = numbers[few] if self.floor > -_BIAS and bool(few.any()) else None
+        cut = _MANTISSA - self.bits
+        if cut:  # half a unit is added to the bits and what is below the unit cut off: a third of a division's time
+            bits = numbers.view(torch.int64)
+            odd = (bits >> cut).bitwise_and_(1) if self.bits else 1  # the leading bit itself, which is not stored
+            bits.add_(odd).add_(2 ** (cut - 1) - 1).bitwise_and_(-(2**cut))
+        if near_zero is not None:
+            numbers[few] = near_zero.div_(2.0**self.floor).round_().mul_(2.0**self.floor)
+        return numbers
+
+    def _steps(self, block: Tensor) -> Tensor:
+        """The distance between neighbouring numbers of the grid at each entry, float64."""
+        exponent = block.to(torch.float64, copy=True).contiguous().view(torch.int64)
+        power = exponent.bitwise_and_(0x7FF << _MANTISSA).view(torch.float64)
+        return power.mul_(2.0**-self.bits).clamp_(min=2.0**self.floor)
 
 
 # Storage types: bits after the leading one, and the exponent of the smallest subnormal number.
@@ -103,22 +118,48 @@ def grid_of(stored: Tensor, dtype: str) -> Grid | None:
     nominal = GRIDS.get(dtype)
     if nominal is None or stored.numel() < _FEWEST:
         return nominal
-    values = _sample(stored).cpu().numpy()  # whole numbers from here on, of which numpy makes less ado
-    values = values[np.isfinite(values) & (values != 0)]
-    if len(values) < _FEWEST or not _are_various(values):
+    if _shows_all_bits(_sample(stored, _FIRST_LOOK), nominal):
         return nominal
-    pattern = values.view(np.int64)
-    exponents = ((pattern >> _MANTISSA) & 0x7FF) - _BIAS
-    significand = (pattern & (2**_MANTISSA - 1)) | 2**_MANTISSA
-    lowest = (significand & -significand).astype(np.float64).view(np.int64) >> _MANTISSA
-    lengths = _MANTISSA - (lowest - _BIAS)
+    values = _sample(stored, _SAMPLE)
+    values = values[np.isfinite(values) & (values != 0)]
+    if values.size < _FEWEST or not _are_various(values):
+        return nominal
+    exponents, lengths = _exponents_and_lengths(values)
     bits = min(_quantile(lengths, 1 - _STRAY), nominal.bits)
-    steps = exponents - lengths
-    floor = max(_quantile(steps, _STRAY), nominal.floor)
-    if np.count_nonzero(exponents < floor + bits) / len(values) <= _BOUND:
+    floor = max(_quantile(exponents - lengths, _STRAY), nominal.floor)
+    if (exponents < floor + bits).mean() <= _BOUND:
         return Grid(bits, nominal.floor)
     # Of multiples of one step, the rare large ones have the long significands.
-    return Grid(min(int(lengths[steps >= floor].max()), nominal.bits), floor)
+    return Grid(min(int(lengths[exponents - lengths >= floor].max()), nominal.bits), floor)
+
+
+def _shows_all_bits(values: np.ndarray, nominal: Grid) -> bool:
+    """Whether a few thousand entries leave no doubt that the grid is the storage type's own.
+
+    A quarter of these entries with full significands are more than a thousandth of all that `grid_of` would look at.
+    The step is taken from three thousandths and has to be too small for half of `_BOUND`: of values on a coarser step,
+    with as many strays as are allowed, one matrix in a million on the verge of both limits would pass.
+    """
+    values = values[values != 0]
+    if values.size < _FIRST_LOOK // 2 or not (np.isfinite(values).all() and _are_various(values)):
+        return False
+    exponents, lengths = _exponents_and_lengths(values)
+    if (lengths >= nominal.bits).mean() < _FULL:
+        return False
+    floor = max(_quantile(exponents - lengths, 3 * _STRAY), nominal.floor)
+    return bool((exponents < floor + nominal.bits).mean() <= _BOUND / 2)
+
+
+def _exponents_and_lengths(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of finite numbers other than zero: the leading bit's exponent, and how many bits after it are used."""
+    single = values.dtype == np.float32
+    mantissa, bias = (23, 127) if single else (_MANTISSA, _BIAS)
+    integer = np.dtype(np.int32 if single else np.int64)
+    pattern: np.ndarray = values.view(integer)
+    exponents = ((pattern >> mantissa) & (2 * bias + 1)) - bias
+    significand = (pattern & (2**mantissa - 1)) | 2**mantissa
+    lowest = (significand & -significand).astype(values.dtype).view(integer) >> mantissa
+    return exponents, mantissa + bias - lowest
 
 
 def _are_various(values: np.ndarray) -> bool:
@@ -141,28 +182,31 @@ def is_coded(stored: Tensor, grid: Grid) -> bool:
     """
     if grid.bits < GRIDS["BF16"].bits or stored.ndim != 2 or stored.shape[1] < _RUN:
         return False
-    rows = stored[:: max(1, stored.shape[0] // _RUNS), :_RUN].to(torch.float64).abs()
-    if len(torch.unique(rows)) < _FEWEST_DISTINCT:
-        return False
-    ordered = rows.sort(dim=1).values
-    different = (ordered.diff(dim=1) > 0).sum(1) + (ordered[:, 0] > 0)
-    share = different / (rows > 0).sum(1).clamp(min=1)
-    return bool(share.median() < _FEW_DIFFERENT)
+    rows = stored[:: max(1, stored.shape[0] // _RUNS), :_RUN]
+    rows = rows if rows.dtype == torch.float64 else rows.to(torch.float32)
+    ordered = np.sort(rows.abs().cpu().numpy(), axis=1)
+    different = (ordered[:, 1:] > ordered[:, :-1]).sum(1) + (ordered[:, 0] > 0)
+    shares = np.sort(different / (ordered > 0).sum(1).clip(min=1))
+    few = shares[(len(shares) - 1) // 2] < _FEW_DIFFERENT
+    return bool(few and len(np.unique(ordered)) >= _FEWEST_DISTINCT)
 
 
-def _sample(stored: Tensor) -> Tensor:
-    """Entries from all over the matrix, float64."""
+def _sample(stored: Tensor, count: int) -> np.ndarray:
+    """Entries from all over the matrix, float32 where that holds them with all their bits, else float64."""
     matrix = stored.reshape(stored.shape[0], -1)
-    every = max(1, math.ceil(matrix.numel() / _SAMPLE))
-    if every == 1:
-        return matrix.to(torch.float64).flatten()
+    every = max(1, math.ceil(matrix.numel() / count))
     along_rows = min(every, max(1, matrix.shape[1] // 32))  # from every row, so that none of them goes unseen
     down = max(1, math.ceil(every / along_rows))
-    return matrix[::down, ::along_rows].to(torch.float64).flatten()
+    entries = matrix[::down, ::along_rows]
+    if entries.dtype == torch.float64:
+        return entries.flatten().cpu().numpy()
+    values = entries.to(torch.float32).flatten().cpu().numpy()
+    subnormal = (np.abs(values) < np.finfo(np.float32).tiny) & (values != 0)
+    return values.astype(np.float64) if subnormal.any() else values
 
 
 def _quantile(numbers: np.ndarray, share: float) -> int:
     """The least number that at least such a share of them does not exceed; counted, since few are different."""
-    place = min(max(math.ceil(share * len(numbers)), 1), len(numbers))
+    place = min(max(math.ceil(share * numbers.size), 1), numbers.size)
     least = int(numbers.min())
-    return least + int(np.bincount(numbers - least).cumsum().searchsorted(place))
+    return least + int(np.searchsorted(np.bincount(numbers - least).cumsum(), place))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from spectra.deltas.rounding import Noise
 
 _SMALL = 2**16  # entries of a base that is kept until its update is solved
+_ROUNDED_ENTRIES = 2**16  # at once: they stay in the cache
 _BLOCK_ENTRIES = 2**20  # of a block in which weights are subtracted: 8 MiB in float64, however wide a row is
 
 
@@ -96,7 +97,7 @@ class Difference(FromTensors):
 
     def read(self, device: str = "cpu") -> Dense:
         """Subtract, and note what the stored weights tell about the difference."""
-        from spectra.deltas.rounding import rounding_noise
+        from spectra.deltas.rounding import CODES, rounding_noise
 
         tuned, base = self.tuned.read_real(device), self.base.read_real(device)
         delta = tuned.to(torch.float64, copy=True)
@@ -108,7 +109,7 @@ class Difference(FromTensors):
             moved += rows.sub_(before).count_nonzero()
             inner += before.mul_(rows).sum()
         # What codes stand for has the codes' precision only before it is scaled: no grid is known of it.
-        stored_as, base_stored_as = ("" if ref.codec else ref.dtype for ref in (self.tuned, self.base))
+        stored_as, base_stored_as = (CODES if ref.codec else ref.dtype for ref in (self.tuned, self.base))
         noise = rounding_noise(tuned, stored_as, base, base_stored_as, delta)
         # A server is asked once, and what is small is not worth asking for again.
         small = base.numel() <= _SMALL and base.device.type == "cpu"
@@ -119,7 +120,7 @@ class Difference(FromTensors):
             matrix=delta,
             base_norm=math.sqrt(float(squares)),
             base_inner=float(inner),
-            noise_edge=noise[0].edge if noise else None,
+            noise_edge=noise[0].edge if noise and noise[0].known else None,
             noise=noise,
             rounded=partial(self.rounded, base=held),
             unchanged=(delta.numel() - int(moved)) / delta.numel() if delta.numel() else None,
@@ -130,11 +131,11 @@ class Difference(FromTensors):
 
         Args:
             noise: how it was stored.
-            update: the update, float64.
+            update: the update.
             base: the base, as stored; None to read it.
         """
         base = self.base.read_real(str(update.device)) if base is None else base
-        height = max(1, _BLOCK_ENTRIES // max(1, update.shape[1]))
+        height = max(1, _ROUNDED_ENTRIES // max(1, update.shape[1]))
         for start in range(0, update.shape[0], height):
             rows = update[start : start + height]
             rows.copy_(noise.rounded(base[start : start + height].to(torch.float64), rows))

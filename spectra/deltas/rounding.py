@@ -16,21 +16,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from spectra.deltas.grids import UNLIMITED, Grid, grid_of, is_coded
-from spectra.deltas.jumps import Jump, jump
+from spectra.deltas.jumps import Jump, hides_jumps, jump
+from spectra.deltas.separable import separable_edge
 from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+CODES = "codes"  # the type of values that are codes times scales, whatever they are decoded to
 _BLOCK_ENTRIES = 2**16  # half a MiB, which stays in the cache
 _SAMPLE = 2**18  # entries in which a jump is looked for
-_GRID = 400
-_MOST_TERMS = 4096  # rows or columns at once, 13 MB
 # The 99 % quantile of the Tracy–Widom law (real case) is 2.02; relative to the edge of σ for a square matrix
 # of size s one unit of it is 0.315·s^(−2/3) (Johnstone 2001, Theorem 1.1).
 _FLUCTUATION = 2.02 * 0.315
@@ -43,7 +44,9 @@ _SLACK = 1.1  # over the energy that a row or column has: chance lowers half of 
 _NEGLIGIBLE = 0.02  # share of the energy below which a second rounding is no story of its own: 1 % of the edge
 
 
-Part = slice | int | tuple[slice, int]  # rows, a row, or a column of a matrix
+Part = slice | int | tuple[slice, int] | np.ndarray  # rows, a row, a column, or some rows by their numbers
+Look = Callable[[], Jump | None]
+Energies = tuple[np.ndarray, np.ndarray, np.ndarray]  # of the rows and of the columns; each row's largest square
 Steps = Callable[[Part], "Tensor"]  # the sum of the squared steps of all roundings, at each entry of a part
 
 
@@ -55,10 +58,14 @@ class Noise:
         edge: the largest singular value of the errors.
         energy: their expected ‖·‖_F².
         said: the story.
+        doubted: the same where nothing bears it out, and it is assumed since it has more noise than the others; "" for
+            the story itself.
+        known: whether anything is known of the rounding; else there is no edge.
         far_fetched: whether nothing in the files suggests it, so that it takes an exact fit to believe it.
         grid: where the tuned values were rounded to after the update was added.
         base_too: whether the base's own rounding adds to the errors.
-        jump: how much of the second rounding, which the first story has and the last has not, is in the update.
+        jump: tells how much of the second rounding, which the first story has and the last has not, is in the update;
+            a fit, made where the energies tell nothing.
     """
 
     edge: float
@@ -67,7 +74,14 @@ class Noise:
     far_fetched: bool = False
     grid: Grid | None = None
     base_too: bool = False
-    jump: Jump | None = None
+    jump: Look | None = None
+    doubted: str = ""
+    known: bool = True
+
+    @property
+    def said_in_doubt(self) -> str:
+        """What is said where the story is assumed, and neither energy nor jumps bear it out."""
+        return self.doubted or self.said
 
     def scaled(self, factor: float) -> Noise:
         """So many times as much."""
@@ -90,7 +104,7 @@ def rounding_noise(
 
     Args:
         tuned: the tuned weights, (out, in), in their storage type or upcast.
-        dtype: their storage type, in safetensors' words.
+        dtype: their storage type, in safetensors' words; `CODES` of what a codec decoded.
         base: the base weights, likewise.
         base_dtype: their storage type.
         delta: tuned − base, which bounds the errors: what did not move has none but the update that it lacks.
@@ -109,62 +123,92 @@ def rounding_noise(
     """
     if tuned.numel() == 0 or not (_finite(tuned) and _finite(base)):
         return ()
+    energies = None if delta is None else _energies(delta)
     last, first = grid_of(tuned, dtype), grid_of(base, base_dtype)
+    if dtype == CODES or (last is not None and is_coded(tuned, last)):
+        return (Noise(0.0, 0.0, "tuned holds codes times scales, whose rounding is not known", known=False),)
     if last is None:
         return ()
-    if is_coded(tuned, last):
-        return (Noise(0.0, 0.0, "tuned holds codes times scales, whose rounding is not known"),)
 
-    once = _kept(lambda part: last.squared_steps(tuned[part]), tuned.shape)
+    def once(part: Part) -> Tensor:
+        return last.squared_steps(tuned[part])
+
     said = f"tuned on the {last.name} grid"
-    if first is not None and is_coded(base, first):
+    if base_dtype == CODES or (first is not None and is_coded(base, first)):
         said += ", base of codes times scales taken as exact"
-    fewest = replace(_noise(once, tuned.shape, 1, said, delta), grid=last)
-    return (fewest,) if first is None else _stories(fewest, once, tuned, base, (last, first), delta)
+    fewest = replace(_noise(once, tuned.shape, 1, said, delta, energies), grid=last)
+    return (fewest,) if first is None else _stories(fewest, once, tuned, base, (last, first), delta, energies)
 
 
 def _stories(
-    fewest: Noise, once: Steps, tuned: Tensor, base: Tensor, grids: tuple[Grid, Grid], delta: Tensor | None
+    fewest: Noise,
+    once: Steps,
+    tuned: Tensor,
+    base: Tensor,
+    grids: tuple[Grid, Grid],
+    delta: Tensor | None,
+    energies: Energies | None,
 ) -> tuple[Noise, ...]:
     """What a second rounding would add to the first one, on the grids of the tuned and of the base."""
     last, first = grids
     said = fewest.said
-    if _alike(first, last):
-        return (_copied(fewest, _jump(delta, base, once, once)), fewest)
 
-    def more(part: Part) -> Tensor:
-        before = base[part]
-        return last.squared_steps(before).sub_(first.squared_steps(before)).abs_()
+    look = partial(_look, delta, tuned, base, grids, energies)
+    if _alike(first, last):
+        return (_copied(fewest, look(alike=True)), fewest)
 
     def twice(part: Part) -> Tensor:
-        return more(part).add_(last.squared_steps(tuned[part]))
+        return _more(base[part], grids).add_(last.squared_steps(tuned[part]))
 
     copy = first.bits < last.bits
     how = "taken for a rounded copy" if copy else "rounded to it first"
-    most = _noise(twice, tuned.shape, 1 if copy else 2, f"{said}, base ({first.name}) {how}", delta)
+    doubted = "taken for a rounded copy" if copy else "perhaps rounded to it first"
+    most = _noise(twice, tuned.shape, 1 if copy else 2, f"{said}, base ({first.name}) {how}", delta, energies)
+    most = replace(most, doubted=f"{said}, base ({first.name}) {doubted}")
     if most.energy > (1 + _NEGLIGIBLE) * fewest.energy:
-        seen = _jump(delta, base, once, more)
-        return (replace(most, grid=None if copy else last, base_too=True, jump=seen), fewest)
+        return (replace(most, grid=None if copy else last, base_too=True, jump=look(alike=False)), fewest)
     # Grids that differ in their floors alone, where hardly a value lies: bf16, and bf16 values in an fp16 file.
-    return (_copied(fewest, _jump(delta, base, once, once)), fewest) if first.bits == last.bits else (fewest,)
+    return (_copied(fewest, look(alike=True)), fewest) if first.bits == last.bits else (fewest,)
 
 
-def _copied(fewest: Noise, seen: Jump | None) -> Noise:
+def _copied(fewest: Noise, seen: Look | None) -> Noise:
     """The story of a base that was rounded to the tuned one's grid, too."""
     said = f"{fewest.said}, base a copy rounded to it"
     return replace(fewest.scaled(math.sqrt(2)), said=said, grid=None, far_fetched=True, base_too=True, jump=seen)
 
 
-def _jump(delta: Tensor | None, base: Tensor, once: Steps, more: Steps) -> Jump | None:
-    """On rows from all over the matrix."""
-    if delta is None:
+def _more(before: Tensor, grids: tuple[Grid, Grid]) -> Tensor:
+    """What a second rounding of the base's values adds to the squared steps."""
+    last, first = grids
+    return last.squared_steps(before).sub_(first.squared_steps(before)).abs_()
+
+
+def _look(
+    delta: Tensor | None,
+    tuned: Tensor,
+    base: Tensor,
+    grids: tuple[Grid, Grid],
+    energies: Energies | None,
+    *,
+    alike: bool,
+) -> Look | None:
+    """For jumps, when that is asked for, in rows from all over the matrix, which are kept until then."""
+    if delta is None or energies is None:
+        return None
+    largest = torch.stack(torch.aminmax(base))
+    most = max(float(grid.squared_steps(largest).max()) for grid in grids) / 12
+    if hides_jumps(float(energies[0].sum()) / delta.numel(), most):
         return None
     every = max(1, delta.numel() // _SAMPLE)
-    rows = slice(None, None, every)
-    first = once(rows) / 12
-    second = first if more is once else more(rows) / 12
-    parts = (delta[rows].square(), base[rows].to(torch.float64).abs(), first, second)
-    return jump(*(part.flatten() for part in parts))
+    after, before = (whole[::every].clone() if every > 1 else whole for whole in (tuned, base))
+
+    def look() -> Jump | None:
+        once = grids[0].squared_steps(after).div_(12)
+        more = once if alike else _more(before, grids).div_(12)
+        parts = (delta[::every].square(), before.to(torch.float64, copy=True).abs_(), once, more)
+        return jump(*(part.flatten() for part in parts))
+
+    return look
 
 
 def _alike(first: Grid, second: Grid) -> bool:
@@ -192,6 +236,8 @@ def together(parts: Sequence[tuple[Noise, ...]]) -> tuple[Noise, ...]:
             math.fsum(noise.energy for noise in told),
             "; ".join(dict.fromkeys(noise.said for noise in told)),
             all(noise.far_fetched for noise in told),
+            doubted="; ".join(dict.fromkeys(noise.said_in_doubt for noise in told)),
+            known=any(noise.known for noise in told),
         )
         for told in zip(*padded, strict=True)
     )
@@ -225,54 +271,14 @@ def _finite(matrix: Tensor) -> bool:
     return all(math.isfinite(extreme) for extreme in torch.aminmax(matrix))  # a sum would make a float64 copy
 
 
-def separable_edge(rows: np.ndarray, columns: np.ndarray) -> float:
-    r"""The largest singular value of independent entries of mean 0 whose variances have these sums.
-
-    With variances aᵢbⱼ the edge is the least λ(w) over 0 < w < 1/max a, where
-    λ = A(w)/u, A(w) = Σ aᵢ/(1 − w aᵢ), B(u) = Σ bⱼ/(1 − u bⱼ) and u solves w·A(w) = u·B(u); σ = √λ.
-    For equal variances v this is √v·(√m + √n).
-
-    Args:
-        rows: Σⱼ of the variances, (m,).
-        columns: Σᵢ of the variances, (n,).
-
-    Example:
-        >>> round(separable_edge(np.full(400, 900.0), np.full(900, 400.0)), 2)
-        50.0
-
-    Reference: Paul & Silverstein 2009 (separable covariance, no eigenvalues outside the limiting support).
-    """
-    total = rows.sum()
-    if not total > 0:
-        return 0.0
-    a, b = rows / rows.max(), columns / columns.max()
-    # Grids that are dense at both ends: the minimum lies near 1 where one row or column dominates.
-    t = 0.5 - 0.5 * np.cos(np.pi * (np.arange(1, _GRID) / _GRID))
-    sum_a, sum_b = _resolvent(a, t), _resolvent(b, t)
-    u = np.exp(np.interp(np.log(t * sum_a), np.log(t * sum_b), np.log(t)))
-    reached = t * sum_a <= (t * sum_b)[-1]
-    ratio = np.where(reached, sum_a / u, np.inf)
-    return math.sqrt(ratio.min() * rows.max() * columns.max() / total)
-
-
-def _resolvent(a: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """Σ aᵢ/(1 − w aᵢ) for every w."""
-    total = np.zeros(len(w))
-    for start in range(0, len(a), _MOST_TERMS):
-        some = a[start : start + _MOST_TERMS]
-        terms = np.multiply.outer(some, -w)  # one array for all steps: fresh memory is what takes the time here
-        terms += 1
-        np.divide(some[:, None], terms, out=terms)
-        total += terms.sum(0)
-    return total
-
-
-def _noise(steps: Steps, shape: torch.Size, roundings: int, said: str, delta: Tensor | None) -> Noise:
+def _noise(
+    steps: Steps, shape: torch.Size, roundings: int, said: str, delta: Tensor | None, energies: Energies | None
+) -> Noise:
     """The story's noise, from the squared steps at the entries; no row or column has more of it than energy."""
     steps = _kept(steps, shape)
     rows, columns, highest = _variance_sums(steps, shape)
-    if delta is not None:
-        row_energies, column_energies, largest = _energies(delta)
+    if energies is not None:
+        row_energies, column_energies, largest = energies
         rows, columns = np.minimum(rows, _SLACK * row_energies), np.minimum(columns, _SLACK * column_energies)
         highest = np.minimum(highest, 4 * largest)
         total = min(rows.sum(), columns.sum())
@@ -317,7 +323,7 @@ def _sums(entries: Steps, shape: torch.Size) -> tuple[np.ndarray, np.ndarray, np
     return torch.cat(rows).cpu().numpy(), columns.cpu().numpy(), torch.cat(highest).cpu().numpy()
 
 
-def _energies(delta: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _energies(delta: Tensor) -> Energies:
     """Σ of the squares of every row and column, and each row's largest square, a block of rows at a time."""
     return _sums(lambda block: delta[block].square(), delta.shape)
 
@@ -345,18 +351,16 @@ def _spike(
     """
     largest, least = 0.0, columns[columns > 0].min(initial=math.inf)
     suspect = np.square(highest * roundings / 4) > rows * least
-    if not suspect.any():
-        return 0.0
-    at_once = len(rows) * len(columns) <= _BLOCK_ENTRIES
-    blocks = [slice(0, len(rows))] if at_once else [slice(i, i + 1) for i in np.flatnonzero(suspect)]
-    for block in blocks:
+    some = np.flatnonzero(suspect)
+    height = max(1, _BLOCK_ENTRIES // len(columns))
+    for start in range(0, len(some), height):
+        block = some[start : start + height]
         largest_errors = steps(block).mul(roundings / 4)
         if delta is not None:
             largest_errors = torch.minimum(largest_errors, delta[block].square())
         squared = largest_errors.cpu().numpy()
-        r, c = np.broadcast_arrays(rows[block, None], columns)
-        out = suspect[block, None] & (np.square(squared) > r * c)
-        if out.any():
-            theta, r, c = squared[out], r[out], c[out]
+        i, j = np.nonzero(np.square(squared) > rows[block, None] * columns)
+        if len(i):
+            theta, r, c = squared[i, j], rows[block[i]], columns[j]
             largest = max(largest, float(((theta + r) * (theta + c) / theta).max()))
     return math.sqrt(largest)

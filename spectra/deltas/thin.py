@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxtyping import Float64
+    from jaxtyping import Float
     from torch import Tensor
 
 
-def times(matrix: Float64[Tensor, "*batch m n"], block: Float64[Tensor, "*batch n k"]) -> Float64[Tensor, "*batch m k"]:
+def times(matrix: Float[Tensor, "*batch m n"], block: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch m k"]:
     """A·X as (Xᵀ·Aᵀ)ᵀ, for X of few columns.
 
     BLAS then sees few rows times a large matrix, which it reads once and in order. Written as A·X, the same product

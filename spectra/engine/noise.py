@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from spectra.deltas.forms import Dense
 from spectra.deltas.rounding import Noise
-from spectra.engine.flips import top_values, top_vectors
+from spectra.engine.flips import SINGLE, top_values, top_vectors
 
 _MOST = 1.35  # of its energy that may be found below a story's edge before another rounding is assumed
 _EXACT = 1.15  # within which the energy has to fit where nothing else suggests a story
@@ -31,6 +32,7 @@ _FITS, _FEWEST_FITS = 0.01, 3  # the change of its values at which an update fit
 _MOST_FITS, _MOST_FITS_OF_ONE = 24, 15
 _SLACK = 1.05  # over what comes back of the errors: measured 0 to 3 % less, and the largest value varies by 1 %
 _MOSTLY_UNMOVED = 0.9  # of the entries: artefacts are as large as the update then
+_TINY = 1e-30  # an edge whose squares float32 might lose
 _FEWEST_HIDE = 3  # directions, from which on they hide one another's errors
 
 
@@ -74,13 +76,15 @@ def _chosen(stories: Sequence[Noise], S: np.ndarray, norm: float, shape: tuple[i
     for story in reversed(stories):
         if _found(story, S, norm, shape) <= _MOST:
             return story
-    seen = most.jump
+    seen = most.jump and most.jump()
     if seen is not None and seen.share > _WAS and seen.error < _CLEAR:
         return most
     if seen is not None and seen.share + seen.error < _WAS_NOT:
         return fewest
     fits = 1 / _EXACT <= _found(most, S, norm, shape) <= _EXACT
-    return most if fits or not most.far_fetched else fewest
+    if fits:
+        return most
+    return fewest if most.far_fetched else replace(most, said=most.said_in_doubt)
 
 
 def _found(story: Noise, S: np.ndarray, norm: float, shape: tuple[int, ...]) -> float:
@@ -113,7 +117,7 @@ def with_artefacts(noise: Noise, form: Dense, S: np.ndarray) -> Noise:
     k = min(k, 1) if unmoved else k
     tries = _MOST_FITS
     while tries > 0 and 0 < k < count <= _MOST_ARTEFACTS and k <= _FEW:
-        again, used = _replayed(noise, form, k, min(tries, _MOST_FITS_OF_ONE))
+        again, used = _replayed(noise, form, k, min(tries, _MOST_FITS_OF_ONE), float(S[0]))
         tries -= used
         edge = _SLACK * float(again[k]) / min(1.0, float((again[:k] / S[:k]).min()))
         if not math.isfinite(edge):
@@ -127,18 +131,21 @@ def with_artefacts(noise: Noise, form: Dense, S: np.ndarray) -> Noise:
     return found
 
 
-def _replayed(noise: Noise, form: Dense, k: int, tries: int) -> tuple[np.ndarray, int]:
+def _replayed(noise: Noise, form: Dense, k: int, tries: int, largest: float) -> tuple[np.ndarray, int]:
     """The k + 1 largest values that rounding leaves of the update of k directions of which it leaves the stored ones.
 
-    X ← the top k of X + ΔW − (what rounding leaves of X), from the top k of ΔW, until X changes no more.
+    X ← the top k of X + ΔW − (what rounding leaves of X), from the top k of ΔW, until X changes no more; in float32
+    where the edge is far above what that loses.
     """
     assert form.rounded is not None
-    U, S, Vh = top_vectors(form.matrix, k)
+    single = noise.edge > max(SINGLE * largest, _TINY)
+    matrix = form.matrix.to(torch.float32) if single else form.matrix
+    U, S, Vh = top_vectors(matrix, k)
     fits = 0
     while fits < tries:
         fits += 1
         left, before = form.rounded(noise, (U * S) @ Vh), S
-        U, S, Vh = top_vectors(left.neg_().add_(form.matrix).addmm_(U * S, Vh), k, Vh)
+        U, S, Vh = top_vectors(left.neg_().add_(matrix).addmm_(U * S, Vh), k, Vh)
         if fits > _FEWEST_FITS and float((S / before - 1).abs().max()) < _FITS:
             break
     return top_values(form.rounded(noise, (U * S) @ Vh), k + 1), fits

@@ -307,8 +307,8 @@ def _noise_of(noise: Noise | None) -> dict[str, Any]:
     if noise is None:
         return {}
     return {
-        "noise_edge": noise.edge,
-        "noise_energy": noise.energy,
+        "noise_edge": noise.edge if noise.known else None,
+        "noise_energy": noise.energy if noise.known else None,
         "rounding": noise.said,
         "base_rounding": noise.base_too,
     }

@@ -47,7 +47,7 @@ def _kept(gains: np.ndarray) -> np.ndarray:
 def _counts(totals: Sequence[np.ndarray], costs: Sequence[int], budget: int, unit: int) -> list[int]:
     """How many triplets of each cost to take, by dynamic programming over what is spent.
 
-    Reference: Bellman 1957, ch. I.11 (the cargo-loading problem).
+    Reference: Bellman & Dreyfus 1962, "Applied Dynamic Programming" (the cargo-loading problem).
     """
     size = budget // unit
     best = np.zeros(size + 1)

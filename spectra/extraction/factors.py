@@ -63,8 +63,14 @@ def balanced(spectrum: Spectrum, rank: int, dtype: str = "float32") -> Factors:
         A[:kept] = torch.from_numpy(root[:, None] * spectrum.Vh[:kept])
     stored = B.to(getattr(torch, dtype)), A.to(getattr(torch, dtype))
     if not all(bool(factor.isfinite().all()) for factor in stored):
-        raise SelectionError(f"the factors of {spectrum.name} overflow in {dtype}: store them in bfloat16 or float32")
+        raise SelectionError(f"the factors of {spectrum.name} overflow in {dtype}: {_wider(dtype)}")
     return Factors(*stored, _rounding(B, A, *stored))
+
+
+def _wider(dtype: str) -> str:
+    if torch.finfo(getattr(torch, dtype)).max < torch.finfo(torch.bfloat16).max:
+        return "store them in bfloat16 or float32"
+    return "no type that an adapter is stored in holds values of this size; leave the matrix out (--layer)"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spectra.errors import SelectionError
+from spectra.errors import SelectionError, refuse_path_for_spectra
 from spectra.extraction.budget import best_ranks, in_turn
 from spectra.metrics.rank import rank_at
 from spectra.spectrum import DONE, Spectrum
@@ -271,5 +271,6 @@ def rank_plan(
     """
     import pandas as pd
 
+    refuse_path_for_spectra(spectra, "rank_plan")
     choices = choose(Rule(rank, energy, parameters, above_noise), list(spectra))
     return pd.DataFrame([asdict(choice) for choice in choices], columns=[item.name for item in fields(Choice)])

@@ -61,7 +61,8 @@ def check(claim: Claim) -> tuple[MatrixCheck | None, Tensor | None]:
     if not fitted.is_finite:
         return replace(row, verdict="nonfinite", cause=f"{_nonfinite(weights)} holds NaN or infinity"), None
     verdict = verdict_on(weights, fitted)
-    row = replace(row, scale=fitted.scale, residual=fitted.residual, rounding=fitted.rounding)
+    scale = 0.0 if equals(weights.base, weights.merged) and fitted.change else fitted.scale  # sums leave 1e-16 of it
+    row = replace(row, scale=scale, residual=fitted.residual, rounding=fitted.rounding)
     return replace(row, verdict=verdict.word, replay=verdict.replay, cause=verdict.cause), verdict.sketch
 
 

@@ -14,6 +14,7 @@ from scipy.special import betainc
 from torch import Tensor
 
 from spectra.deltas.forms import Form
+from spectra.engine.extremes import within_range
 
 _ROUNDING = 1e-14  # float64, with room for the length of the sums
 
@@ -78,31 +79,60 @@ class AgainstBase:
         return self.base.first(min(self.k, self.base.rank))
 
     @cached_property
+    def unit(self) -> tuple[Form, int]:
+        """D and e with ΔW = 2^e·D, so that squares of D are in float64's range whatever those of ΔW are."""
+        return within_range(self.update)
+
+    @cached_property
+    def norm(self) -> float:
+        """‖ΔW‖_F."""
+        form, exponent = self.unit
+        return math.ldexp(form.norm, exponent)
+
+    @cached_property
     def seen_from_left(self) -> Float64[Tensor, "n s"]:
-        """ΔWᵀx_i of every left vector x_i of W₀."""
-        return self.update.T.times(self.base.U)
+        """ΔWᵀx_i / ‖ΔW‖ of every left vector x_i of W₀."""
+        form, _ = self.unit
+        return form.T.times(self.base.U) / form.norm
 
     @cached_property
     def left_energy(self) -> Float64[Tensor, " s"]:
         """‖x_iᵀΔW‖² / ‖ΔW‖² of every left vector x_i of W₀: what share of ΔW's energy it carries."""
-        return self.seen_from_left.square().sum(0) / self.update.norm**2
+        return self.seen_from_left.square().sum(0)
 
     @cached_property
     def right_energy(self) -> Float64[Tensor, " s"]:
         """‖ΔW z_i‖² / ‖ΔW‖² of every right vector z_i of W₀."""
-        return self.update.times(self.base.Vh.mT).square().sum(0) / self.update.norm**2
+        form, _ = self.unit
+        return (form.times(self.base.Vh.mT) / form.norm).square().sum(0)
 
     @property
     def tuned_norm(self) -> float:
         """‖W₀ + ΔW‖_F, from ‖W₀‖² + 2⟨W₀, ΔW⟩ + ‖ΔW‖² with ⟨W₀, ΔW⟩ = Σ σ_i x_iᵀΔW z_i."""
-        inner = float(((self.seen_from_left * self.base.Vh.mT).sum(0) * self.base.S).sum())
-        return math.sqrt(max(float(self.base.S.square().sum()) + 2 * inner + self.update.norm**2, 0.0))
+        size = max(length(self.base.S), self.norm)
+        if not size:
+            return 0.0
+        S, own = self.base.S / size, self.norm / size
+        inner = own * float(((self.seen_from_left * self.base.Vh.mT).sum(0) * S).sum())
+        return size * math.sqrt(max(float(S.square().sum()) + 2 * inner + own**2, 0.0))
 
     def base_within(self, left: Tensor, right: Tensor) -> float:
         """‖LᵀW₀R‖_F for orthonormal L (m, k) and R (n, k); 0 where only rounding is left of it."""
         within = (left.mT @ self.base.U * self.base.S) @ (self.base.Vh @ right)
-        size, whole = float(within.norm()), float(self.base.S.norm())
+        size, whole = length(within), length(self.base.S)
         return size if size > _ROUNDING * whole else 0.0
+
+
+def length(values: Tensor) -> float:
+    """The square root of the sum of all squares, whatever these are in float64.
+
+    >>> length(torch.tensor([3e-300, 4e-300], dtype=torch.float64)), length(torch.tensor([3e300], dtype=torch.float64))
+    (5e-300, 3e+300)
+    """
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    exponent = math.frexp(largest)[1] if 0 < largest < math.inf else 0
+    half = -exponent // 2
+    return math.ldexp(float((values * 2.0**half * 2.0 ** (-exponent - half)).norm()), exponent)
 
 
 def cosines(seen: AgainstBase) -> list[list[float]]:
@@ -152,7 +182,7 @@ def amplification(seen: AgainstBase) -> float:
 
     Reference: Hu et al. 2021, §7.3 and App. H.4.
     """
-    return _ratio(seen.update.norm, seen.base_within(seen.update_top.U, seen.update_top.Vh.mT))
+    return _ratio(seen.norm, seen.base_within(seen.update_top.U, seen.update_top.Vh.mT))
 
 
 def amplification_own(seen: AgainstBase) -> float:
@@ -160,7 +190,7 @@ def amplification_own(seen: AgainstBase) -> float:
 
     Reference: Hu et al. 2021, Table 7.
     """
-    return _ratio(seen.update.norm, float(seen.base.S[: len(seen.update_top.S)].norm()))
+    return _ratio(seen.norm, length(seen.base.S[: len(seen.update_top.S)]))
 
 
 def amplification_random(seen: AgainstBase) -> float:
@@ -169,7 +199,7 @@ def amplification_random(seen: AgainstBase) -> float:
     Reference: Hu et al. 2021, Table 7, which draws one pair.
     """
     m, n = seen.update.shape
-    return _ratio(seen.update.norm, len(seen.update_top.S) * float(seen.base.S.norm()) / math.sqrt(m * n))
+    return _ratio(seen.norm, len(seen.update_top.S) * length(seen.base.S) / math.sqrt(m * n))
 
 
 def left_in_top(seen: AgainstBase) -> float:
@@ -279,8 +309,8 @@ def _deciles(energy: Float64[Tensor, " s"]) -> list[float]:
 
 
 def _within(seen: AgainstBase, part: Triplets) -> float:
-    inner = part.U.mT @ seen.update.times(part.Vh.mT)
-    return float(inner.square().sum()) / seen.update.norm**2
+    form, _ = seen.unit
+    return float((part.U.mT @ form.times(part.Vh.mT) / form.norm).square().sum())
 
 
 def _ratio(above: float, below: float) -> float:

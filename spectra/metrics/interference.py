@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from spectra.metrics.alignment import Triplets
+from spectra.metrics.alignment import Triplets, length
 from spectra.metrics.shared_basis import SharedBasis
 from spectra.metrics.sides import Side
 
@@ -46,7 +46,7 @@ class Together:
     @cached_property
     def norms(self) -> list[float]:
         """‖Δ_t‖_F."""
-        return [float(values.norm()) for values in self.values]
+        return [length(values) for values in self.values]
 
     @cached_property
     def basis(self) -> SharedBasis:
@@ -94,8 +94,10 @@ def norms(seen: Together) -> list[float]:
 
 def norm_ratio(seen: Together) -> float:
     """‖ΣΔ‖_F² / Σ‖Δ‖_F²: N where all are equal, 1 where they are orthogonal (as by chance), 0 where they cancel."""
-    squares = sum(norm**2 for norm in seen.norms)
-    return float(seen.total.S.square().sum()) / squares if squares else math.nan
+    largest = max(seen.norms)
+    if not largest:
+        return math.nan
+    return float((seen.total.S / largest).square().sum()) / sum((norm / largest) ** 2 for norm in seen.norms)
 
 
 def sti_raw(seen: Together) -> float:
@@ -134,7 +136,7 @@ def sar(seen: Together) -> list[float]:
     """
     k = sar_k(seen)
     top = seen.total.U[:, :k]
-    kept = [float((top.mT @ U * values).norm()) for U, values in zip(seen.left.vectors, seen.values, strict=True)]
+    kept = [length(top.mT @ U * values) for U, values in zip(seen.left.vectors, seen.values, strict=True)]
     return [inside / norm if k and norm else math.nan for inside, norm in zip(kept, seen.norms, strict=True)]
 
 

@@ -112,7 +112,7 @@ def rank_at(spectrum: Spectrum, share: float) -> float:
     Raises:
         TruncatedSpectrumError: the values that are there do not reach the share.
 
-    Reference: Biderman et al. 2024, §4.5, reading "variance" as σ².
+    Reference: Biderman et al. 2024, §4.6 of the published version, reading "variance" as σ².
     """
     if not spectrum.rank:
         return math.nan

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from spectra.errors import SelectionError
+from spectra.errors import SelectionError, refuse_path_for_spectra
 from spectra.metrics import METRICS
 from spectra.plots.places import Place, ordered_places, ordered_rows, place_of, row_of, stack_labels
 from spectra.plots.style import HEATMAP, curves, new_axes
@@ -130,6 +130,7 @@ def _median(members: Sequence[float]) -> float:
 def depth_table(table_or_spectra: Any, metrics: Sequence[str] = ()) -> list[Mapping[str, Any]]:
     """A row per matrix, with these metrics of it, or with all; a table's rows are as they are."""
     table = table_or_spectra
+    refuse_path_for_spectra(table, "plot_depth")
     if hasattr(table, "to_dict") and hasattr(table, "columns"):
         table = table.to_dict("records")
     elif isinstance(table, Spectra):

@@ -6,10 +6,11 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectra.errors import SelectionError, StoreError
+from spectra.errors import SelectionError
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.plots.depth import (
     DepthGrid,
@@ -28,7 +29,7 @@ from spectra.plots.places import place_of
 from spectra.plots.similarity import add_colorbar, heading, plot_similarity
 from spectra.plots.sizes import DEFAULT, Layout, arranged, size_of
 from spectra.plots.style import look
-from spectra.results.shelf import ANOTHER_PLACE
+from spectra.results.shelf import write
 from spectra.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -241,14 +242,14 @@ def save_figure(figure: Figure, path: Path, formats: Sequence[str] = DEFAULT_FOR
     for kind in formats:
         target = path.with_name(f"{path.name}.{kind}")
         metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
+        drawn = BytesIO()  # whole before anything is written: a full disk ends matplotlib's writers in errors of theirs
         try:
             with look():
-                figure.savefig(target, metadata=metadata, dpi=200)
-        except OSError as problem:
-            raise StoreError(f"{target} cannot be written ({problem.strerror}); choose {ANOTHER_PLACE}") from None
+                figure.savefig(drawn, format=kind, metadata=metadata, dpi=200)
         finally:
             if layout is not None:
                 figure.set_layout_engine("none" if kind != formats[-1] else layout)  # it is found once for all formats
+        write(target, drawn.getvalue(), lasting=False)
         written.append(target)
     return written
 
@@ -271,16 +272,17 @@ def save_pages(pages: Iterable[tuple[str, Figure]], path: Path, formats: Sequenc
     target = path.with_name(f"{path.name}.pdf")
     single = [kind for kind in formats if kind != "pdf"]
     written: list[Path] = []
-    try:
-        with PdfPages(target, metadata={"CreationDate": None}) if "pdf" in formats else nullcontext() as book:
-            for name, figure in pages:
-                written += save_figure(figure, path.with_name(f"{path.name}-{name}"), single)
-                if book is not None:
-                    with look():
-                        book.savefig(figure)
-    except OSError as problem:
-        raise StoreError(f"{target} cannot be written ({problem.strerror}); choose {ANOTHER_PLACE}") from None
-    return [*written, *([target] if "pdf" in formats else [])]
+    drawn = BytesIO()
+    with PdfPages(drawn, metadata={"CreationDate": None}) if "pdf" in formats else nullcontext() as book:
+        for name, figure in pages:
+            written += save_figure(figure, path.with_name(f"{path.name}-{name}"), single)
+            if book is not None:
+                with look():
+                    book.savefig(figure)
+    if "pdf" in formats:
+        write(target, drawn.getvalue(), lasting=False)
+        written.append(target)
+    return written
 
 
 def check_formats(formats: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spectra.errors import SelectionError
+from spectra.errors import SelectionError, refuse_path_for_spectra
 from spectra.plots.style import curves, legend_below, new_axes, stroke
 from spectra.printing import in_figure
 from spectra.results.collection import Spectra
@@ -135,6 +135,7 @@ def pool_values(spectra: Iterable[Spectrum], label: str = "") -> PooledValues:
         >>> pooled.x.tolist(), pooled.zero
         ([-0.0, -0.0], 1)
     """
+    refuse_path_for_spectra(spectra, "a plot")
     kept: list[np.ndarray] = []
     edges: list[float] = []
     matrices = zero = unresolved = missing = possible = 0

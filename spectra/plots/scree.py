@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spectra.errors import SelectionError, TruncatedSpectrumError
+from spectra.errors import SelectionError, TruncatedSpectrumError, refuse_path_for_spectra
 from spectra.metrics.rank import rank_at
 from spectra.plots.style import curves, legend_below, new_axes
 from spectra.printing import in_figure
@@ -87,6 +87,7 @@ def _labelled(spectra: Iterable[Spectrum] | Mapping[str, Iterable[Spectrum]]) ->
 
 
 def _changed(spectra: Iterable[Spectrum]) -> list[Spectrum]:
+    refuse_path_for_spectra(spectra, "a plot")
     held = spectra.without_vectors() if isinstance(spectra, Spectra) else spectra
     return [spectrum for spectrum in held if spectrum.rank]
 

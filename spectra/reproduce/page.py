@@ -22,7 +22,8 @@ _SPECTRUM = {
     "stable_rank": ("stable rank", "{:.1f}"),
     "effective_rank": ("effective rank", "{:.1f}"),
     "effective_share": ("effective / possible rank", "{:.2f}"),
-    "gini": ("Gini", "{:.2f}"),
+    "gini": ("Gini of possible values", "{:.2f}"),
+    "gini_all": ("Gini of all values", "{:.2f}"),
 }
 # The same of what `controls` gives.
 _CONTROLS = {
@@ -94,7 +95,11 @@ def tables(pictures: Path) -> str:
 
 
 def _spectra(spectra: pd.DataFrame, similarity: pd.DataFrame, role: str, step: int) -> str:
-    chosen = spectra[(spectra["role"] == role) & (spectra["step"] == step)]
+    of_role = spectra[spectra["role"] == role]
+    # With zeros appended to r values, so that they are s, a Gini coefficient g becomes 1 − (r/s)(1 − g).
+    share = of_role["max_rank"] / of_role["max_rank"].max()  # full fine-tuning's is min(out, in)
+    of_role = of_role.assign(gini_all=1 - share * (1 - of_role["gini"]))
+    chosen = of_role[of_role["step"] == step]
     alike = similarity[
         (similarity["role"] == role) & (similarity["step"] == step) & (similarity["compared_to"] == REFERENCE)
     ].set_index(["run", "side"])

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from spectra.engine.devices import device_named, resolve_device
 from spectra.engine.memory import READ_AHEAD, readable_size
 from spectra.engine.memory import memory_budget as memory_budget_of
 from spectra.engine.solve import Wanted, out_of_memory, read, solve_forms
-from spectra.errors import BaseRequiredError, SelectionError, SpectraError, StoreError
+from spectra.errors import BaseRequiredError, SelectionError, SpectraError, StoreError, refuse_path_for_source
 from spectra.files.far import expected
 from spectra.metrics.alignment import ALIGNMENT, AgainstBase, Triplets
 from spectra.results.base_cache import BaseCache, triplets_of_base
@@ -103,6 +103,7 @@ def rows_of(
         BaseRequiredError: no matrix knows its W₀.
         SelectionError: k is not positive, or epsilon not in (0, 1].
     """
+    refuse_path_for_source(source, work.called)
     if work.k < 1:
         raise SelectionError(f"k = {work.k} is not a positive number of directions")
     if not 0 < work.epsilon <= 1:
@@ -188,6 +189,8 @@ class Work:
     device: str
     budget: int = 0
     cache: BaseCache | None = None
+
+    called: ClassVar[str] = "alignment"
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
 from spectra import naming, text
-from spectra.errors import SelectionError, StoreError
+from spectra.errors import SelectionError, StoreError, refuse_path_for_spectra
 from spectra.results import tables
 from spectra.results.findings import findings
 from spectra.results.records import Header, Precision, check_precision, loaded_vectors
@@ -255,6 +255,7 @@ def save(spectra: Iterable[Spectrum], directory: str | Path, *, vectors: Precisi
         SelectionError: vectors is neither of the two.
     """
     check_precision(vectors)
+    refuse_path_for_spectra(spectra, "save")
     store = Store(directory)
     for spectrum in spectra:
         values, k, precision = store.kept(spectrum.name)

@@ -10,7 +10,7 @@ from spectra import naming
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import LowRank
 from spectra.deltas.recipes import Factors
-from spectra.errors import SelectionError, SpectraError
+from spectra.errors import SelectionError, SpectraError, refuse_path_for_source
 from spectra.lazy import torch
 from spectra.metrics.heads import head_cosines, mean_pairwise, update_cosines
 from spectra.results.partners import weight_of
@@ -62,6 +62,7 @@ def heads_of(source: Iterable[WeightDelta]) -> dict[str, list[WeightDelta]]:
     Raises:
         SelectionError: none has.
     """
+    refuse_path_for_source(source, "head_similarity")
     modules: dict[str, list[WeightDelta]] = {}
     for delta in source:
         if weight_of(delta.name) != delta.name or delta.recipe is None:

@@ -18,7 +18,7 @@ from spectra.deltas.relatedness import unrelated_note
 from spectra.engine.devices import device_named, resolve_device
 from spectra.engine.memory import READ_AHEAD
 from spectra.engine.solve import Wanted, solve, solve_forms
-from spectra.errors import SelectionError
+from spectra.errors import SelectionError, refuse_path_for_source
 from spectra.files.far import expected
 from spectra.metrics.alignment import Triplets
 from spectra.metrics.interference import INTERFERENCE, Together, sum_of
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from spectra.results.tables import Row
 
+_LARGEST, _SMALLEST = 1e70, 1e-70  # of σ, whose squares, and products of those, are in range between
 ALONE = "alone"  # the status of a matrix that only one update has
 COLUMNS = ("name", "role", "layer", "status", "updates", *INTERFERENCE, "reason", "note")
 
@@ -70,6 +71,9 @@ def interference_rows(
     sources: Sequence[Iterable[WeightDelta]], *, device: str = "auto", executor: Executor | None = None
 ) -> Iterator[Row]:
     """The rows of `interference` as they are finished, in the sources' order; arguments and errors as there."""
+    refuse_path_for_source(sources, "interference")
+    for source in sources:
+        refuse_path_for_source(source, "interference")
     updates = [{delta.name: delta for delta in source} for source in sources]
     if len(updates) < 2:
         raise SelectionError(f"interference is between updates, and {len(updates)} was given: give two or more")
@@ -132,13 +136,38 @@ def _done(name: str, there: Mapping[int, WeightDelta], count: int, device: str) 
         said = unrelated_note(spectrum.base_cosine, spectrum.unmoved_share)
         note = note if said in note else "; ".join(filter(None, (note, said)))
         found.append(_triplets(spectrum, device))
+    exponent = _brought_near(found)
     values, left, right = _sides(found)
     total = _sum(name, sum_of(values, left, right), device)
     if total.status not in DONE:
         return _line(name, there, total.status, f"the sum of the updates: {total.reason}", note)
     seen = Together(values, left, right, _triplets(total, device))
-    numbers = {column: metric(seen) for column, metric in INTERFERENCE.items()}
+    numbers: Row = {column: metric(seen) for column, metric in INTERFERENCE.items()}
+    numbers["norms"] = [_ldexp(norm, exponent) for norm in numbers["norms"]]
+    numbers["sti_raw"] = _ldexp(numbers["sti_raw"], exponent)
     return _line(name, there, "ok", "", note) | _in_their_places(numbers, list(there), count)
+
+
+def _brought_near(updates: list[Triplets]) -> int:
+    """Divide all of them by 2^e if their squares leave float64's range, in the list; e.
+
+    The numbers are of what the updates are to one another, the norms and `sti_raw` aside.
+    """
+    largest = max((float(update.S[0]) for update in updates if len(update.S)), default=0.0)
+    if not largest or _SMALLEST < largest < _LARGEST:
+        return 0
+    exponent = math.frexp(largest)[1]
+    half = -exponent // 2
+    factors = 2.0**half, 2.0 ** (-exponent - half)
+    updates[:] = [Triplets(update.U, update.S * factors[0] * factors[1], update.Vh) for update in updates]
+    return exponent
+
+
+def _ldexp(value: float, exponent: int) -> float:
+    try:
+        return math.ldexp(value, exponent)
+    except OverflowError:
+        return math.inf
 
 
 def _sides(updates: list[Triplets]) -> tuple[tuple[Tensor, ...], Side, Side]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense
@@ -88,6 +88,8 @@ def intruder_rows(
 @dataclass(frozen=True)
 class _Counting(Work):
     """Counts the intruders of every delta."""
+
+    called: ClassVar[str] = "intruders"
 
     @property
     def columns(self) -> tuple[str, ...]:

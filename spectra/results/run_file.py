@@ -13,7 +13,7 @@ from spectra.errors import StoreError
 from spectra.results import fingerprint, shelf
 from spectra.results.shelf import json_text
 
-_CHECKSUM = "checksum"
+_CHECKSUM, _BYTES = "checksum", 16
 _LARGEST = 512 * 2**20
 
 
@@ -34,6 +34,8 @@ def read(path: Path) -> dict[str, Any]:
         said = content.pop(_CHECKSUM, None)
         if said is not None and said != _sum(content):
             raise ValueError("its checksum does not fit what it says")
+        if said is None and _has_a_sum_by_another_name(content):
+            raise ValueError("its checksum has lost its name")
         _check(content, _KINDS, "")
         _check(content.get("inputs", {}), _INPUTS, "inputs.")
         _check(content.get("inputs", {}).get("options", {}), _OPTIONS, "inputs.options.")
@@ -147,9 +149,15 @@ _OPTIONS: Mapping[str, Callable[[Any], bool]] = {
 }
 
 
+def _has_a_sum_by_another_name(content: Mapping[str, Any]) -> bool:
+    """Whether damage has struck the one word that says which entry is the checksum."""
+    texts = [key for key, value in content.items() if isinstance(value, str) and len(value) == 2 * _BYTES]
+    return any(_sum({other: content[other] for other in content if other != key}) == content[key] for key in texts)
+
+
 def _sum(content: Mapping[str, Any]) -> str:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(text.encode(), digest_size=_BYTES).hexdigest()
 
 
 def _files(inputs: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:

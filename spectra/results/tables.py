@@ -7,14 +7,13 @@ import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from spectra import naming
-from spectra.errors import SelectionError, TruncatedSpectrumError
+from spectra.errors import SelectionError, TruncatedSpectrumError, refuse_path_for_spectra
 from spectra.metrics import METRICS
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.printing import printed
@@ -222,11 +221,7 @@ def summarize(spectra: Iterable[Spectrum], *, by: Whole = "matrix") -> pd.DataFr
 
 def _only_spectra(given: Iterable[Any]) -> Iterator[Spectrum]:
     """What is given, if it holds spectra; else what to do, since computing them may take hours."""
-    if isinstance(given, str | Path):
-        raise SelectionError(
-            f"summarize takes spectra, not a path: load({str(given)!r}) where results are stored there, "
-            f"decompose({str(given)!r}) where it is a model"
-        )
+    refuse_path_for_spectra(given, "summarize")
     for item in given:
         if not isinstance(item, Spectrum):
             raise SelectionError(

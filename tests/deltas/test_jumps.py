@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spectra.deltas.grids import GRIDS
-from spectra.deltas.jumps import jump
+from spectra.deltas.jumps import _kinds, hides_jumps, jump
 
 BF16 = GRIDS["BF16"]
 
@@ -53,3 +53,22 @@ def test_the_share_is_that_of_weighted_least_squares():
             wanted.append((squares[mine] - steps[mine]) * weight)
     expected = torch.linalg.lstsq(torch.cat(rows), torch.cat(wanted)[:, None], driver="gelsd").solution[3, 0]
     assert jump(squares, base.abs(), steps, steps).share == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_what_hides_the_jumps_is_an_update_in_which_the_fit_tells_nothing(constant):
+    torch.manual_seed(0)
+    base = BF16.round(0.04 * torch.randn(724, 724, dtype=torch.float64))
+    most = float(BF16.squared_steps(base).max() / 12)
+    update = torch.ones_like(base) if constant else torch.randn_like(base)
+    update *= (1.1e5 * most) ** 0.5
+    assert hides_jumps(float(update.square().mean()), most)
+    assert not hides_jumps(0.5 * float(update.square().mean()), most)
+    assert seen(BF16.round(base + update) - base, base).error > 0.75
+
+
+def test_kinds_are_those_of_sorting():
+    torch.manual_seed(0)
+    for more in (2.0 ** torch.randint(-30, -20, (4096,)).double(), torch.randint(1, 40, (4096,)) / 7.0):
+        expected = torch.unique(more.double(), return_inverse=True)
+        assert all(torch.equal(*pair) for pair in zip(_kinds(more.double()), expected, strict=True))

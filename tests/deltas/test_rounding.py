@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from safetensors.torch import load_file
 from support.checkpoints import write_checkpoint
 
 import spectra
+from spectra.deltas import grids
 from spectra.deltas.grids import GRIDS, Grid, grid_of
-from spectra.deltas.rounding import rounding_edge, rounding_noise, separable_edge
+from spectra.deltas.rounding import rounding_edge, rounding_noise
+from spectra.deltas.separable import separable_edge
 
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -27,6 +30,32 @@ def test_ulp_is_the_distance_to_the_next_number(name):
     following = (x.view(integer) + 1).view(TYPES[name])
     gap = following.double() - x.double()
     assert torch.equal(GRIDS[name].squared_steps(x[None].double())[0], gap.square())
+
+
+def whole_table(rows, columns):
+    """The definition over the whole table of w and u."""
+    t = 0.5 - 0.5 * np.cos(np.pi * np.arange(1, 400) / 400)
+    a, b = ((side / side.max())[:, None] for side in (rows, columns))
+    reach_a, reach_b = (t * (side / (1 - t * side)).sum(0) for side in (a, b))
+    u = np.exp(np.interp(np.log(reach_a), np.log(reach_b), np.log(t)))
+    least = np.where(reach_a <= reach_b[-1], reach_a / t / u, np.inf).min()
+    return math.sqrt(least * rows.max() * columns.max() / rows.sum())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_separable_edge_is_the_least_of_the_whole_table(seed):
+    rng = np.random.default_rng(seed)
+    kinds = [
+        np.ones,
+        rng.random,
+        lambda k: rng.pareto(1, k) + 1e-9,
+        lambda k: np.where(rng.random(k) < 0.1, 100.0, 1.0),
+    ]
+    for make in kinds:
+        rows = make(int(rng.integers(1, 200)))
+        columns = kinds[seed % 4](int(rng.integers(1, 200)))
+        columns *= rows.sum() / columns.sum()
+        assert separable_edge(rows, columns) == pytest.approx(whole_table(rows, columns), rel=1e-12)
 
 
 @settings(max_examples=15)
@@ -155,6 +184,46 @@ def test_a_few_values_off_the_grid_do_not_hide_it():
     assert grid_of(stored, "F32").name == "bf16"
     stored[::2] = weights[::2]
     assert grid_of(stored, "F32").name == "f32"
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_a_first_look_at_a_few_entries_changes_no_grid(kind, monkeypatch):
+    store, dtype, _ = STORED[kind]
+    torch.manual_seed(0)
+    values = store(0.04 * torch.randn(1024, 512))
+    found = grid_of(values, dtype)
+    monkeypatch.setattr(grids, "_shows_all_bits", lambda *_: False)
+    assert grid_of(values, dtype) == found
+
+
+@pytest.mark.parametrize("strays", [0.0, 5e-4])
+def test_a_step_is_seen_though_many_values_have_all_bits(strays):
+    """Multiples of 2⁻²⁴, as random generators make them: a third have 23 bits."""
+    torch.manual_seed(0)
+    values = torch.randint(2**22, 2**24, (512, 512)).float() * 2.0**-24
+    values[:, ::16] *= 0.0  # and a few that are nothing
+    values[torch.rand(512, 512) < 0.1] = 3 * 2.0**-24
+    off = torch.rand(512, 512) < strays
+    values[off] *= 1e-3
+    assert grid_of(values, "F32") == Grid(23, -24)
+    assert grid_of(torch.randn(512, 512), "F32") == GRIDS["F32"]
+
+
+def bits_one_by_one(x, grid):
+    """The slow definition: Python's exact integers."""
+    _, exponent = math.frexp(x)
+    step = Fraction(2) ** max(exponent - 1 - grid.bits, grid.floor)
+    return float(round(Fraction(x) / step) * step)
+
+
+@pytest.mark.parametrize("grid", [*GRIDS.values(), Grid(5, -8), Grid(0, -3)])
+def test_rounding_is_exact_also_at_ties_near_zero_and_below_the_smallest_step(grid):
+    torch.manual_seed(0)
+    near = 2.0 ** max(grid.floor, -1000) * torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 3.5, 2.0**grid.bits])
+    ties = (1 + (2 * torch.arange(8) + 1) * 2.0 ** -(grid.bits + 1)).double() if grid.bits < 52 else torch.ones(1)
+    x = torch.cat([near.double(), ties.double(), torch.randn(200, dtype=torch.float64), torch.tensor([1e-5, 3e7])])
+    x = torch.cat([x, -x])
+    assert grid.round(x).tolist() == [bits_one_by_one(value, grid) for value in x.tolist()]
 
 
 def test_rounding_is_that_of_torch():

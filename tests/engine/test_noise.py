@@ -223,8 +223,19 @@ def test_of_codes_times_scales_no_edge_is_told(block, tmp_path):
         tmp_path / "1", scaled_codes(weights + update, block).bfloat16(), scaled_codes(weights, block).bfloat16()
     )
     assert coded.rounding == "tuned holds codes times scales, whose rounding is not known"
-    assert (coded.noise_edge, coded.signal_rank) == (0.0, coded.rank)
+    assert (coded.noise_edge, coded.signal_rank) == (None, coded.rank)
     base = scaled_codes(weights, block).bfloat16()
     merged = stored(tmp_path / "2", (base.double() + update).bfloat16(), base)
     assert merged.rounding == "tuned on the bf16 grid, base of codes times scales taken as exact"
     assert merged.signal_rank == 8
+
+
+def test_a_second_rounding_that_nothing_bears_out_is_called_perhaps(tmp_path):
+    """Three steps large in few entries, the update hides the jumps and reaches below every edge."""
+    torch.manual_seed(5)
+    weights = gaussian()[:128, :128].contiguous()
+    tuned = (weights + 0.02 * weights.norm() / 128 * torch.randn(128, 128)).bfloat16()
+    found = stored(tmp_path, tuned, weights)
+    assert found.rounding == "tuned on the bf16 grid, base (f32) perhaps rounded to it first"
+    twice = (weights.bfloat16() + product(weights, 8, 1e-2)).bfloat16()
+    assert stored(tmp_path, twice, weights).rounding == "tuned on the bf16 grid, base (f32) rounded to it first"

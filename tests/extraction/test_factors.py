@@ -32,6 +32,13 @@ def test_both_factors_have_the_same_norm_triplet_by_triplet():
     assert torch.allclose(factors.B.norm(dim=0), factors.A.norm(dim=1))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_no_wider_type_is_named_where_there_is_none(dtype):
+    huge = Spectrum("a", (1, 1), S=[1e80], U=np.eye(1), Vh=np.eye(1))
+    with pytest.raises(SelectionError, match=rf"overflow in {dtype}: no type .* leave the matrix out \(--layer\)"):
+        balanced(huge, 1, dtype)
+
+
 def test_factors_that_overflow_are_refused():
     with pytest.raises(SelectionError, match="overflow in float16: store them in bfloat16 or float32"):
         balanced(some(scale=1e12), 2, "float16")

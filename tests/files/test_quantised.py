@@ -70,6 +70,8 @@ def test_fp8_times_its_scale_is_exact(case, dtype, tmp_path):
     assert torch.equal(source[NAME].read().to_dense(), expected)
     assert any("fp8 codes times scales" in warning for warning in source.coverage.warnings)
     assert not source.coverage.tuned_only
+    found = spectra.decompose(source).collect()[NAME]
+    assert (found.noise_edge, found.rounding) == (None, "tuned holds codes times scales, whose rounding is not known")
     packed = pickle.dumps(source[NAME])
     assert len(packed) < 3000
     assert torch.equal(pickle.loads(packed).read().to_dense(), expected)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -16,7 +18,8 @@ from matplotlib.figure import Figure
 
 import spectra
 from spectra import plots
-from spectra.errors import SelectionError
+from spectra.errors import SelectionError, StoreError
+from spectra.plots.figures import save_figure, save_pages
 from spectra.plots.histogram import pool_values
 from spectra.plots.style import COLOURS, LINES, curves
 from spectra.spectrum import Spectrum
@@ -382,3 +385,22 @@ def test_the_layout_is_found_once_for_all_formats_and_the_figure_keeps_its_engin
     assert len(found) == 1
     assert [path.stat().st_size > 1000 for path in written] == [True] * 3
     assert figure.get_layout_engine() is engine
+
+
+@pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
+@pytest.mark.parametrize("save", [save_figure, lambda figure, path, kinds: save_pages([("1", figure)], path, kinds)])
+def test_a_full_disk_is_one_message_and_leaves_what_was_there(tmp_path, monkeypatch, kind, save):
+    """Matplotlib's own writer of pdf ends in an AttributeError there."""
+    figure = Figure()
+    figure.subplots().plot([1, 2])
+    (before,) = save(figure, tmp_path / "it", [kind])
+    was = before.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(StoreError, match="No space left on device"):
+        save(figure, tmp_path / "it", [kind])
+    assert before.read_bytes() == was
+    assert [path.name for path in tmp_path.iterdir()] == [before.name]

@@ -235,3 +235,12 @@ def test_comparisons_are_made_again_where_they_are_damaged(tmp_path, source):
     assert sorted(item.phi for item in again) == sorted(first)
     assert len(again.reused) == len(first) - 1
     assert any("compared again" in line for line in again.notes)
+
+
+def test_a_checksum_whose_name_is_damaged_is_damage(stored):
+    """It would else pass for a file of before there were any."""
+    path = stored / "run.json"
+    path.write_text(path.read_text().replace('"checksum"', '"chec+sum"'))
+    assert {item.file: item.state for item in spectra.check_results(stored)}["run.json"] == "damaged"
+    with pytest.raises(StoreError, match=r"run.json is damaged \(its checksum has lost its name\)"):
+        run_file.read(path)

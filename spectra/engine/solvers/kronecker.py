@@ -25,7 +25,7 @@ def kronecker_svd(
         >>> kronecker_svd(A, B)[0].tolist()
         [10.0, 5.0]
 
-    Reference: Van Loan 2000, §2 (the SVD of a Kronecker product).
+    Reference: Van Loan 2000, "The ubiquitous Kronecker product" (the SVD of a Kronecker product).
     """
     if top == 0:
         values = torch.outer(torch.linalg.svdvals(first), torch.linalg.svdvals(second))
