@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from spectra.errors import SelectionError
 
@@ -111,6 +112,7 @@ def layer_of(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+@lru_cache(2**15)  # tables and figures ask for those of thousands of matrices, each several times
 def role_of(name: str) -> str:
     """What the weight does in its layer, in LLaMA's words where the architecture has such a part.
 

@@ -119,6 +119,11 @@ class Spectrum:
         """The singular values above the method's resolution, descending."""
         return self.S[self.resolution < self.S]
 
+    @cached_property
+    def settled(self) -> np.ndarray:
+        """All values that are there, those that are not resolved as zero."""
+        return np.where(self.resolution < self.S, self.S, 0.0)
+
     @property
     def rank(self) -> int:
         """The number of resolved singular values."""

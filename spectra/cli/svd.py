@@ -45,6 +45,13 @@ _LAYOUT = Layout(
 )
 @click.option("--top", type=click.IntRange(min=1), metavar="K", help="Keep the top K singular vectors, too.")
 @click.option(
+    "--vectors",
+    type=click.Choice(("float32", "float64")),
+    default="float32",
+    show_default=True,
+    help="With --top and --out: what vectors are kept in. float32 changes entries by 6e-8 of themselves.",
+)
+@click.option(
     "--rehash",
     is_flag=True,
     help="With --out: hash all of every file that is read, and hold it against the stored run's, not samples alone.",
@@ -57,6 +64,7 @@ def command(
     base: str | None,
     tuned: str,
     top: int | None,
+    vectors: str,
     rehash: bool,
     opening: Opening,
     compute: Compute,
@@ -73,7 +81,8 @@ def command(
     source = opening.open(tuned, base)
     _check(view)
     with compute.keywords() as keywords:
-        rows, values, finished = _run(source, top, out, keywords | {"rehash": rehash}, keep_values=as_json)
+        keeping = {"rehash": rehash, "vectors": vectors}
+        rows, values, finished = _run(source, top, out, keywords | keeping, keep_values=as_json)
     names = [delta.name for delta in source]
     written = report.draw(out, names=names, size=figures, finished=finished) if out and figures else []
     if as_json:

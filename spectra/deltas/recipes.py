@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from spectra.deltas.rounding import Noise
 
+_SMALL = 2**16  # entries of a base that is kept until its update is solved
 _ROUNDED_ENTRIES = 2**16  # at once: they stay in the cache
 _BLOCK_ENTRIES = 2**20  # of a block in which weights are subtracted: 8 MiB in float64, however wide a row is
 
@@ -110,7 +111,10 @@ class Difference(FromTensors):
         # What codes stand for has the codes' precision only before it is scaled: no grid is known of it.
         stored_as, base_stored_as = (CODES if ref.codec else ref.dtype for ref in (self.tuned, self.base))
         noise = rounding_noise(tuned, stored_as, base, base_stored_as, delta)
-        held = base if any(is_remote(part.file) for part in self.base.parts) else None  # a server is asked once
+        # A server is asked once, and what is small is not worth asking for again.
+        small = base.numel() <= _SMALL and base.device.type == "cpu"
+        kept = small or any(is_remote(part.file) for part in self.base.parts)
+        held = base if kept else None
         del base
         return Dense(
             matrix=delta,

@@ -192,12 +192,11 @@ def _with_norms(blank: Spectrum, given: Form) -> Spectrum | Unsolved:
         base_norm=form.base_norm,
         base_cosine=form.base_cosine,
         resolution=_ROUNDING * form.magnitude,
-        noise_edge=form.noise_edge,
         unmoved_share=form.unchanged,
         moved=given.moved,
         note=_told(blank.note, form),
+        **{"noise_edge": form.noise_edge} | _noise_of(form.noise[0] if form.noise else None),
     )
-    known = replace(known, **_noise_of(form.noise[0] if form.noise else None))
     if norm == 0:  # where nothing moved, nothing speaks for more than one rounding
         zeros = np.zeros(blank.max_rank or 0)
         known = replace(known, **_noise_of(form.noise[-1] if form.noise else None))
@@ -286,7 +285,7 @@ def _accepted(case: Unsolved, rung: Rung, numbers: Numbers, tried: list[str], wa
     told = plausible_noise(case.form.noise, values, case.form.norm, known.shape)
     if told is not None and isinstance(case.form, Dense):
         told = with_artefacts(with_flips(told, case.form, values), case.form, values)
-    known = replace(known, **_noise_of(told))
+    noise = _noise_of(told)
     return replace(
         known,
         S=values[: wanted.top] if wanted.only_top and wanted.top else values,
@@ -296,14 +295,14 @@ def _accepted(case: Unsolved, rung: Rung, numbers: Numbers, tried: list[str], wa
         status="ok",
         reason=f"top {wanted.top} is more than the rank allows: {rank} kept" if wanted.top > rank else "",
         method="; then ".join([*tried, rung.name]),
-        note="; ".join(filter(None, (known.note, _nothing_but_rounding(known, S)))),
+        note="; ".join(filter(None, (known.note, _nothing_but_rounding(noise.get("noise_edge", known.noise_edge), S)))),
+        **noise,
     )
 
 
-def _nothing_but_rounding(known: Spectrum, S: Tensor) -> str:
+def _nothing_but_rounding(edge: float | None, S: Tensor) -> str:
     """Said of an update of which nothing is above the rounding edge."""
-    edge = known.noise_edge or 0.0
-    return ROUNDING_ONLY if edge >= float(S[0]) else ""
+    return ROUNDING_ONLY if (edge or 0.0) >= float(S[0]) else ""
 
 
 def _noise_of(noise: Noise | None) -> dict[str, Any]:

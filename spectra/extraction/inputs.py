@@ -137,7 +137,8 @@ def _source_of_run(spectra: Spectra) -> Source:
         source = open_source(said["tuned"], said.get("base"), **run_file.options_of(said))
     except SourceError as problem:
         raise SourceError(f"{spectra.directory} tells of files that cannot be opened any more: {problem}") from None
-    return source.select([name for name in spectra.names if name in set(source.names)])
+    there = frozenset(source.names)
+    return source.select([name for name in spectra.names if name in there])
 
 
 def _unread(spectrum: Spectrum) -> WeightDelta:

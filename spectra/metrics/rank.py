@@ -21,7 +21,7 @@ def values(spectrum: Spectrum, metric: str) -> np.ndarray:
             f"{metric} needs all singular values of {spectrum.name}, and {len(spectrum.S)} of "
             f"{spectrum.max_rank} are there; decompose without only_top"
         )
-    return np.where(spectrum.resolution < spectrum.S, spectrum.S, 0.0)
+    return spectrum.settled
 
 
 def stable_rank(spectrum: Spectrum) -> float:

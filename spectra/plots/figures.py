@@ -238,12 +238,17 @@ def save_figure(figure: Figure, path: Path, formats: Sequence[str] = DEFAULT_FOR
     """
     written = []
     check_formats(formats)
+    layout = figure.get_layout_engine()
     for kind in formats:
         target = path.with_name(f"{path.name}.{kind}")
         metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
         drawn = BytesIO()  # whole before anything is written: a full disk ends matplotlib's writers in errors of theirs
-        with look():
-            figure.savefig(drawn, format=kind, metadata=metadata, dpi=200)
+        try:
+            with look():
+                figure.savefig(drawn, format=kind, metadata=metadata, dpi=200)
+        finally:
+            if layout is not None:
+                figure.set_layout_engine("none" if kind != formats[-1] else layout)  # it is found once for all formats
         write(target, drawn.getvalue(), lasting=False)
         written.append(target)
     return written

@@ -104,8 +104,8 @@ def draw_results(
     for label, directory in rest.items():
         store = _results(directory)
         try:
-            if store.spectra.names():
-                runs[label] = _chosen(store, layers, wanted)
+            if there := store.spectra.names():
+                runs[label] = _chosen(store, there, layers, wanted)
             if store.similarity.names():
                 comparisons.append(_comparison(label, store, layers, wanted, sides))
         except SelectionError as problem:
@@ -181,7 +181,7 @@ def _of_tables(
         store = Store(directory)
         if drawn is not None:
             files, notes = [*files, *drawn.files], [*notes, *drawn.notes]
-        if drawn is None or store.spectra.names() or store.similarity.names():
+        if drawn is None or store.spectra.files() or store.similarity.files():
             rest[label] = directory
     return files, notes, rest
 
@@ -205,16 +205,16 @@ def run_labels(directories: Sequence[str | Path], labels: Sequence[str] = ()) ->
 
 def _results(directory: str | Path) -> Store:
     store = Store(directory)
-    if not store.spectra.names() and not store.similarity.names():
+    if not store.spectra.files() and not store.similarity.files():
         raise nothing_stored(directory)
     return store
 
 
-def _chosen(store: Store, layers: str | Sequence[str], wanted: Sequence[str] | None) -> Spectra:
-    there = store.spectra.names()
-    names = there if wanted is None else [name for name in wanted if name in set(there)]
+def _chosen(store: Store, there: Sequence[str], layers: str | Sequence[str], wanted: Sequence[str] | None) -> Spectra:
+    stored = frozenset(there)
+    names = there if wanted is None else [name for name in wanted if name in stored]
     spectra = Spectra.stored(store.directory, names, vectors=False)
-    return spectra.select(layers) if layers else spectra
+    return Spectra(spectra.select(layers) if layers else spectra)  # read once for all figures
 
 
 def _comparison(

@@ -11,7 +11,7 @@ from spectra import naming, text
 from spectra.errors import SelectionError, StoreError, refuse_path_for_spectra
 from spectra.results import tables
 from spectra.results.findings import findings
-from spectra.results.records import Header, loaded_vectors
+from spectra.results.records import Header, Precision, check_precision, loaded_vectors
 from spectra.results.store import RUN, Store, nothing_stored
 from spectra.spectrum import Spectrum
 from spectra.text import Row
@@ -240,24 +240,31 @@ def _header_row(name: str, header: Header | None) -> Row:
     return name, known.status, text.size(known.shape), norm, known.max_rank, header.values, header.k
 
 
-def save(spectra: Iterable[Spectrum], directory: str | Path) -> None:
+def save(spectra: Iterable[Spectrum], directory: str | Path, *, vectors: Precision = "float32") -> None:
     """Store spectra as one run, each as soon as it comes, and write the table.
 
     A stored result is replaced only by one that holds at least as much; a damaged one is replaced.
 
+    Args:
+        spectra: what to store.
+        directory: where.
+        vectors: what singular vectors are stored in, as for `decompose`. Those that are there in float64 stay so.
+
     Raises:
         StoreError: the directory cannot be written to, or holds more for one of the matrices.
+        SelectionError: vectors is neither of the two.
     """
+    check_precision(vectors)
     refuse_path_for_spectra(spectra, "save")
     store = Store(directory)
     for spectrum in spectra:
-        values, k = store.kept(spectrum.name)
+        values, k, precision = store.kept(spectrum.name)
         if k > loaded_vectors(spectrum) or values > len(spectrum.S):
             raise StoreError(
                 f"{store.directory} holds {values} values and {k} vectors of {spectrum.name}, more "
                 f"than the new {len(spectrum.S)} and {loaded_vectors(spectrum)}; save to another directory"
             )
-        store.put(spectrum)
+        store.put(spectrum, precision=max(vectors, precision))
     store.finish()
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from spectra.errors import SelectionError
 from spectra.metrics.similarity import SIDES, SubspaceSimilarity
 from spectra.spectrum import DONE, STATUSES, Spectrum
 
+Precision = Literal["float32", "float64"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "float64")  # of stored vectors, the least first
 ARRAYS = ("S", "U", "Vh")
 SIMILARITY_ARRAYS = ("grid", "chance", "angles")
 RECORDED = {item.name: item.name for item in fields(Spectrum) if item.name not in ARRAYS}
@@ -29,15 +32,19 @@ class Header:
         values: how many values are stored.
         k: how many vectors of each side are.
         key: the fingerprint of what it was made from.
+        precision: of the vectors that are stored; what an older version stored is float64.
     """
 
     blank: Spectrum
     values: int
     k: int
     key: str
+    precision: Precision = "float64"
 
-    def holds(self, key: str, top: int | None, only_top: bool) -> bool:
+    def holds(self, key: str, top: int | None, only_top: bool, precision: Precision = "float32") -> bool:
         """Whether this is a final result for this key that holds at least what is asked for."""
+        if top and self.k and precision > self.precision:
+            return False
         status, largest = self.blank.status, self.blank.max_rank or 0
         if self.key != key or status not in _FINAL:
             return False
@@ -55,13 +62,19 @@ class Header:
             if name not in wanted or array.shape != wanted[name] or array.dtype.kind not in "fiu":
                 raise ValueError(f"{name} {list(array.shape)} of {array.dtype} does not fit the record")
         said = {item.name: getattr(self.blank, item.name) for item in fields(Spectrum) if item.name not in ARRAYS}
-        return Spectrum(**said | dict(arrays))
+        return Spectrum(**said | {name: array.astype(np.float64, copy=False) for name, array in arrays.items()})
 
 
-def record_of(spectrum: Spectrum, key: str) -> dict[str, Any]:
+def record_of(spectrum: Spectrum, key: str, precision: Precision = "float64") -> dict[str, Any]:
     """What is stored of a spectrum beside its arrays."""
     record = {said: getattr(spectrum, attribute) for attribute, said in RECORDED.items()}
-    return record | {"k": loaded_vectors(spectrum), "values": len(spectrum.S), "key": key}
+    return record | {"k": loaded_vectors(spectrum), "values": len(spectrum.S), "key": key, "vectors": precision}
+
+
+def check_precision(precision: str) -> None:
+    """Raise a SelectionError for one that vectors are not stored in."""
+    if precision not in PRECISIONS:
+        raise SelectionError(f"vectors={precision!r} (--vectors) is not one of {', '.join(PRECISIONS)}")
 
 
 def loaded_vectors(spectrum: Spectrum) -> int:
@@ -90,7 +103,8 @@ def parse(record: Mapping[str, Any], name: str) -> Header:
     known = {attribute: record[said] for attribute, said in RECORDED.items() if said in record}
     if known.get("resolution", 0.0) is None:  # strict JSON has no infinity
         known["resolution"] = math.inf
-    return Header(Spectrum(**known), record["values"], record["k"], record["key"])
+    precision: Precision = record.get("vectors", "float64")
+    return Header(Spectrum(**known), record["values"], record["k"], record["key"], precision)
 
 
 def similarity_record(similarity: SubspaceSimilarity, key: str) -> dict[str, Any]:
@@ -147,6 +161,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "values": _count,
     "k": _count,
     "key": _text,
+    "vectors": lambda value: value in PRECISIONS,
     "norm": _maybe_real,
     "max_rank": lambda value: value is None or _count(value),
     "noise_edge": _maybe_real,

@@ -20,9 +20,11 @@ from spectra.metrics.similarity import Side, SubspaceSimilarity
 from spectra.results import fingerprint
 from spectra.results.comparison import compare_links, one_sided, pair_links
 from spectra.results.partners import By, Link
+from spectra.results.records import Precision
 from spectra.results.similarities import Compared
 from spectra.results.store import NO_KEY, Store
 from spectra.spectrum import Spectrum
+from spectra.text import matrices
 
 
 def decompose_into(
@@ -37,6 +39,7 @@ def decompose_into(
     executor: Executor | None = None,
     budget: int | str | None = None,
     rehash: bool = False,
+    vectors: Precision = "float32",
 ) -> Iterator[Spectrum]:
     """The spectra of a source, stored ones first, new ones as they finish and are stored.
 
@@ -54,6 +57,7 @@ def decompose_into(
         executor: as for `decompose`.
         budget: as `memory_budget` for `decompose`.
         rehash: as for `decompose`.
+        vectors: as for `decompose`.
 
     Raises:
         StoreError: the directory holds results of other inputs, or cannot be written to.
@@ -63,24 +67,27 @@ def decompose_into(
     store = Store(out, notes=notes)
     threads = None if executor else _threads(store, source, top, device, budget)
     keys = [fingerprint.of_delta(delta) for delta in source]
-    store.begin(_inputs(source, rehash), _details(source, top, device, threads), keys)
-    missing: dict[tuple[int, bool], list[int]] = {}
+    store.begin(_inputs(source, rehash), _details(source, top, device, threads, vectors), keys)
+    missing: dict[tuple[int, bool, Precision], list[int]] = {}
+    again = 0
     for place, delta in enumerate(source):
-        stored = store.stored(delta.name, keys[place], top, only_top)
+        stored = store.stored(delta.name, keys[place], top, only_top, vectors)
         if stored is not None:
             reused.append(delta.name)
             yield stored
         else:
-            values, k = store.kept(delta.name)
-            missing.setdefault((max(top or 0, k), only_top and not values), []).append(place)
-    for (k, only), places in missing.items():
+            values, k, kept = store.kept(delta.name)
+            again += bool(top and k and kept < vectors)
+            missing.setdefault((max(top or 0, k), only_top and not values, max(vectors, kept)), []).append(place)
+    if again:
+        notes.append(f"vectors in {out} are float32: {matrices(again)} computed again for float64")
+    for (k, only, precision), places in missing.items():
         deltas = [source.deltas[place] for place in places]
         stream = decompose_indexed(
             deltas, top=k or None, only_top=only, device=device, executor=executor, budget=budget, threads=threads
         )
         for index, spectrum in stream:
-            store.put(spectrum, keys[places[index]])
-            yield spectrum
+            yield store.put(spectrum, keys[places[index]], precision)
     store.finish()
 
 
@@ -235,13 +242,14 @@ def _inputs(source: Source, rehash: bool) -> dict[str, Any]:
     }
 
 
-def _details(source: Source, top: int | None, device: str, threads: int | None) -> dict[str, Any]:
+def _details(source: Source, top: int | None, device: str, threads: int | None, vectors: Precision) -> dict[str, Any]:
     import numpy
     import torch
 
     return {
         "command": sys.argv,
         "top": top,
+        "vectors": vectors,
         "device": device,
         "threads_per_matrix": threads,
         "eigenvalues": {str(size): library for size, library in libraries_for(source, threads).items()},

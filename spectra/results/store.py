@@ -2,7 +2,7 @@
 
     DIR/run.json              what was run on what, with which versions, and the method per matrix
     DIR/summary.csv           one row per matrix
-    DIR/spectra/NAME.safetensors     S, and U and Vh where they were asked for, float64
+    DIR/spectra/NAME.safetensors     S in float64, and U and Vh where they were asked for
     DIR/similarity/NAME.safetensors  φ, chance and angles, for a comparison
 
 What is stored carries checksums; what does not fit them counts as not stored, is said, and is computed again.
@@ -14,6 +14,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 from spectra.errors import StoreError
 from spectra.files.choice import WEIGHT_SUFFIXES
 from spectra.metrics.similarity import SubspaceSimilarity
-from spectra.results import records, run_file, tables
+from spectra.results import measured, records, run_file, tables
 from spectra.results.partners import apart
 from spectra.results.shelf import (
     ANOTHER_PLACE,
@@ -141,7 +142,9 @@ class Store:
                 except StoreError:
                     yield file, None
 
-    def stored(self, name: str, key: str, top: int | None, only_top: bool) -> Spectrum | None:
+    def stored(
+        self, name: str, key: str, top: int | None, only_top: bool, precision: records.Precision = "float32"
+    ) -> Spectrum | None:
         """The stored result for this key if it is final, sound, and holds at least what is asked for."""
         version = self.spectra.version(name)
         if version is None:
@@ -151,20 +154,21 @@ class Store:
         except StoreError as problem:
             self.notes.append(f"computed again: {problem}")
             return None
-        if not header.holds(key, top, only_top):
+        if not header.holds(key, top, only_top, precision):
             return None
         self._seen[name] = version, tables.row(spectrum)
         return spectrum
 
-    def kept(self, name: str) -> tuple[int, int]:
-        """How many values and vectors are stored for a matrix; none if what is stored is missing or damaged."""
+    def kept(self, name: str) -> tuple[int, int, records.Precision]:
+        """How many values and vectors are stored for a matrix, and those how; none if that is missing or damaged."""
+        nothing: tuple[int, int, records.Precision] = (0, 0, records.PRECISIONS[0])
         if self.spectra.version(name) is None:
-            return 0, 0
+            return nothing
         try:
             header = self.header(name)
         except StoreError:
-            return 0, 0
-        return header.values, header.k
+            return nothing
+        return (header.values, header.k, header.precision) if header.k else (header.values, *nothing[1:])
 
     def header(self, name: str) -> records.Header:
         """What is said of a stored spectrum, without its arrays.
@@ -177,12 +181,19 @@ class Store:
         except ValueError as problem:
             raise damaged(self.spectra.path(name), str(problem)) from None
 
-    def put(self, spectrum: Spectrum, key: str = NO_KEY) -> None:
-        """Store one spectrum in its final place, with the vectors that are loaded."""
+    def put(self, spectrum: Spectrum, key: str = NO_KEY, precision: records.Precision = "float32") -> Spectrum:
+        """Store one spectrum in its final place, with the vectors that are loaded, and give what will come back."""
         arrays = {name: getattr(spectrum, name) for name in records.ARRAYS if getattr(spectrum, name) is not None}
-        version = self.spectra.put(spectrum.name, arrays, records.record_of(spectrum, key))
-        self._seen[spectrum.name] = version, tables.row(spectrum)
+        narrow = {name: arrays[name].astype(precision) for name in arrays if arrays[name].dtype != precision}
+        narrow.pop("S", None)
+        back: dict[str, Any] = {name: array.astype("float64") for name, array in narrow.items()}
+        kept = replace(spectrum, **back) if back else spectrum
+        arrays |= narrow
+        record = records.record_of(kept, key, precision) | measured.record_of(kept)
+        version = self.spectra.put(kept.name, arrays, record)
+        self._seen[kept.name] = version, tables.row(kept)
         self._wrote = True
+        return kept
 
     def get(self, name: str, vectors: bool = True) -> Spectrum:
         """One stored spectrum, with its vectors or without reading them.
@@ -196,9 +207,11 @@ class Store:
         arrays, record = self.spectra.get(name, None if vectors else ("S",))
         try:
             header = records.parse(record, name)
-            return header, header.with_arrays(arrays)
+            spectrum = header.with_arrays(arrays)
         except ValueError as problem:
             raise damaged(self.spectra.path(name), str(problem)) from None
+        measured.remember(spectrum, record)
+        return header, spectrum
 
     def similarity_of(self, name: str, side: str, key: str, other: str = "") -> SubspaceSimilarity | None:
         """A stored comparison, of another weight where `other` is its name, if it was made from the same inputs."""

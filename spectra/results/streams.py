@@ -17,6 +17,7 @@ from spectra.results.collection import Spectra, holds_results, load
 from spectra.results.comparison import compare_deltas, compare_spectra
 from spectra.results.partners import By
 from spectra.results.recorded import recorded_source
+from spectra.results.records import Precision, check_precision
 from spectra.results.resume import compare_into, decompose_into, keep_comparisons
 from spectra.results.similarities import Compared
 from spectra.sources import open_source
@@ -102,6 +103,7 @@ def decompose(
     memory_budget: int | str | None = None,
     out: str | Path | None = None,
     rehash: bool = False,
+    vectors: Precision = "float32",
 ) -> Decomposition:
     """The singular spectrum of every delta, each as soon as it is finished: not in the input's order.
 
@@ -119,10 +121,14 @@ def decompose(
         out: a results directory for a source that was read from files; None to store nothing.
         rehash: whether files are those of the stored results is told by size, time, header and sampled blocks; True
             reads and hashes all of each file, and holds that against the hash of an earlier run with it.
+        vectors: what `out` keeps singular vectors in: "float32", which changes each entry by at most 6e-8 of itself
+            and no φ by more than 1e-6, or "float64", which takes twice the room. They come as float64 arrays either
+            way; values are float64 always. What is stored in float64 serves both, what is in float32 is computed again
+            for "float64".
 
     Raises:
-        SelectionError: top is not positive, only_top without top, out for deltas that are no source's, or the source
-            holds results already.
+        SelectionError: top is not positive, only_top without top, out for deltas that are no source's, vectors is
+            neither of the two, or the source holds results already.
         DeviceError: the device is not there.
         StoreError: out holds results of other inputs, or cannot be written to.
 
@@ -133,6 +139,7 @@ def decompose(
         >>> [spectrum.S.tolist() for spectrum in decompose(deltas).collect()]
         [[4.0, 3.0], [2.0, 1.0]]
     """
+    check_precision(vectors)
     source = _weights(source)
     deltas = source.deltas if isinstance(source, Source) else tuple(source)
     names = [delta.name for delta in deltas]
@@ -154,6 +161,7 @@ def decompose(
         executor=executor,
         budget=memory_budget,
         rehash=rehash,
+        vectors=vectors,
     )
     return Decomposition(stream, names, out, reused, notes)
 

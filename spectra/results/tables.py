@@ -42,14 +42,26 @@ def row(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]] =
     asked = tuple(metrics.items())
     before, columns = _MADE.get(spectrum, (None, {}))
     if before != asked:
-        columns = _row(spectrum, metrics)
+        columns = _row(spectrum, _measured(spectrum, metrics))
         _MADE[spectrum] = asked, columns
     return dict(columns)
 
 
-def _row(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]]) -> Row:
-    out, inside = spectrum.shape if len(spectrum.shape) == 2 else (None, None)
+def remember(spectrum: Spectrum, measured: Mapping[str, float]) -> None:
+    """Make its row from metrics that are known already."""
+    _MADE[spectrum] = tuple(METRICS.items()), _row(spectrum, measured)
+
+
+def _measured(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]]) -> Row:
     usual, exponent = _of_usual_size(spectrum)
+    columns = {name: _value(metric, usual) for name, metric in metrics.items()}
+    if exponent:
+        columns |= {name: math.ldexp(columns[name], exponent) for name in _SIZES if name in columns}
+    return columns
+
+
+def _row(spectrum: Spectrum, measured: Mapping[str, float]) -> Row:
+    out, inside = spectrum.shape if len(spectrum.shape) == 2 else (None, None)
     columns: Row = {
         "name": spectrum.name,
         "role": spectrum.role,
@@ -64,10 +76,8 @@ def _row(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]])
         "unmoved_share": spectrum.unmoved_share,
         "base_cosine": spectrum.base_cosine,
         "k": spectrum.k,
+        **measured,
     }
-    for name, metric in metrics.items():
-        value = _value(metric, usual)
-        columns[name] = math.ldexp(value, exponent) if exponent and name in _SIZES else value
     moved = dict(zip(MOVED, spectrum.moved or (None,) * len(MOVED), strict=True))
     said = {"method": spectrum.method, "reason": spectrum.reason, "note": spectrum.note, "rounding": spectrum.rounding}
     return columns | said | moved

@@ -373,6 +373,20 @@ def test_a_figure_shows_itself_in_a_notebook_without_pyplot():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_layout_is_found_once_for_all_formats_and_the_figure_keeps_its_engine(tmp_path, monkeypatch):
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    found = []
+    execute = ConstrainedLayoutEngine.execute
+    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", lambda *a: found.append(1) or execute(*a))
+    figure = plots.histogram_figure([Spectrum("layers.0.v_proj.weight", (3, 3), S=[3.0, 2.0, 1.0])])
+    engine = figure.get_layout_engine()
+    written = plots.save_figure(figure, tmp_path / "histogram", ("png", "pdf", "svg"))
+    assert len(found) == 1
+    assert [path.stat().st_size > 1000 for path in written] == [True] * 3
+    assert figure.get_layout_engine() is engine
+
+
 @pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
 @pytest.mark.parametrize("save", [save_figure, lambda figure, path, kinds: save_pages([("1", figure)], path, kinds)])
 def test_a_full_disk_is_one_message_and_leaves_what_was_there(tmp_path, monkeypatch, kind, save):

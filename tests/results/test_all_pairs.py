@@ -149,7 +149,8 @@ def test_stored_spectra_are_compared_and_kept_too(sources, tmp_path):
         runs[label] = spectra.load(tmp_path / f"run-{label}")
     found = phis(spectra.compare_all(runs, top=3, out=tmp_path / "sim"))
     assert found == pytest.approx(
-        phis(spectra.compare_all({label: sources[label] for label in "abc"}, top=3)), abs=1e-9
+        phis(spectra.compare_all({label: sources[label] for label in "abc"}, top=3)),
+        abs=1e-7,  # float32
     )
     assert len(list((tmp_path / "sim/pairs").iterdir())) == 3
 

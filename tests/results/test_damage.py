@@ -26,8 +26,9 @@ VECTORS = "layers.10.v_proj.weight"
 
 def made():
     rng = np.random.default_rng(0)
+    U = rng.standard_normal((3, 2)).astype(np.float32)  # as it is stored
     return [
-        Spectrum(VECTORS, (3, 2), S=[2.0, 0.1], U=rng.standard_normal((3, 2)), Vh=np.eye(2), method="x"),
+        Spectrum(VECTORS, (3, 2), S=[2.0, 0.1], U=U, Vh=np.eye(2), method="x"),
         Spectrum("layers.9.v_proj.weight", (3, 2), "unchanged", S=np.zeros(2), unmoved_share=1.0),
         Spectrum("b.weight", (3, 2), "nonfinite", reason="2 entries are NaN"),
     ]

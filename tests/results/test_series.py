@@ -123,7 +123,7 @@ def test_a_new_last_checkpoint_changes_phi_to_last_without_reading_the_others(ru
         write_checkpoint(run / f"checkpoint-{step}", weights(step), shards=2)
     plain = spectra.series(paths(), "base", layers="q_proj", top=4)
     for column in ("phi_to_last", "phi_to_previous", "start_left"):
-        np.testing.assert_allclose(found[column], plain[column], rtol=1e-9)
+        np.testing.assert_allclose(found[column], plain[column], rtol=1e-6)
 
 
 def test_a_checkpoint_that_cannot_be_read_is_one_row_and_the_others_go_on(run):
