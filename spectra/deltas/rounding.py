@@ -33,7 +33,7 @@ CODES = "codes"  # the type of values that are codes times scales, whatever they
 _BLOCK_ENTRIES = 2**16  # half a MiB, which stays in the cache
 _SAMPLE = 2**18  # entries in which a jump is looked for
 # The 99 % quantile of the Tracy–Widom law (real case) is 2.02; relative to the edge of σ for a square matrix
-# of size s one unit of it is 0.315·s^(−2/3) (Johnstone 2001, Theorem 1.1).
+# of size s one unit of it is 0.315·s^(−2/3) (Johnstone 2001).
 _FLUCTUATION = 2.02 * 0.315
 # Real weights are not quite separable: over MiniLM's 36 matrices in bf16 and fp16 the largest value of the
 # rounding errors came up to 2 % above the edge of the separable model.

@@ -158,7 +158,7 @@ def largest_cosines(seen: AgainstBase) -> list[float]:
 def intruders(seen: AgainstBase) -> int:
     """How many of W's top k left vectors have a largest cosine under ε with W₀'s: directions that W₀ does not know.
 
-    Reference: Shuttleworth et al. 2024, Alg. 1 (k = 10, ε = .5).
+    Reference: Shuttleworth et al. 2024, Alg. 1, with k = 10 of their Fig. 4 and ε = .5 of their App. I.
     """
     return sum(cosine < seen.epsilon for cosine in largest_cosines(seen))
 

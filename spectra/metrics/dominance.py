@@ -22,7 +22,7 @@ def top_k_share(spectrum: Spectrum, k: int) -> float:
     Raises:
         TruncatedSpectrumError: fewer than k values are there and the rest are not known to be zero.
 
-    Reference: Wang et al. 2023, §3 ("dominance of top singular vectors"), made a number.
+    Reference: Wang et al. 2023, abstract ("dominance of top singular vectors"), made a number.
     """
     if not spectrum.rank:
         return math.nan

@@ -36,7 +36,7 @@ class MultiLoRAConfig:
         >>> MultiLoRAConfig(r=4, num_modules=3, alpha=8, target_modules="v_proj").scale
         2.0
 
-    Reference: Wang et al. 2023 (MultiLoRA), §3.
+    Reference: Wang et al. 2023 (MultiLoRA).
     """
 
     r: int
@@ -84,7 +84,7 @@ class RLoRAConfig:
         >>> RLoRAConfig.hydralora(r=4, num_heads=3, alpha=8, dropout=0.1).head_init
         'zero'
 
-    Reference: Liu et al. 2025 (R-LoRA), §3, and the authors' repository (`reinit.py`, `fine-tuning.sh`); Tian et al.
+    Reference: Liu et al. 2025 (R-LoRA), and the authors' repository (`reinit.py`, `fine-tuning.sh`); Tian et al.
     2024 (HydraLoRA), §3.
     """
 

@@ -18,7 +18,7 @@ class MultiLoRA(Adapter):
     """ΔW = (α/r)·Σᵢ diag(sᵢ)·Bᵢ·Aᵢ.
 
     Aᵢ and Bᵢ are Kaiming-uniform (a = √5, so U(±1/√in) and U(±1/√r)) and sᵢ is zero: at the first step the
-    output is the base's, and only sᵢ gets a gradient. Reference: Wang et al. 2023 (MultiLoRA), §3.
+    output is the base's, and only sᵢ gets a gradient. Reference: Wang et al. 2023 (MultiLoRA).
 
     Attributes:
         multilora_A: (n, r, in).

@@ -22,13 +22,13 @@ class RLoRA(Adapter):
     B̄⁰ = mean_k(B_k⁰) are kept as they were at the start, and their product is subtracted: training starts
     at the base. It is kept apart from the base's weight, not subtracted from it once as in the paper,
     because a bf16 weight would round it, and then neither start nor ΔW were exact. In training every head
-    sees A·x under a dropout mask of its own. Reference: Liu et al. 2025 (R-LoRA), §3 and table 1.
+    sees A·x under a dropout mask of its own. Reference: Liu et al. 2025 (R-LoRA), table 1 for the start.
 
     The authors' code (`init="released"`) draws A ~ N(0, 1/max(r, in)) and B_k ~ N(0, 1/max(out, r)) and scales by
     t = r^¼/√γ instead, anew for every head that it draws: A ends with the factor tᴺ, B_k (k = 0 … N − 1) with tᴺ⁻ᵏ.
     Its router starts random, and s = α/√r. Reference: `reinit.py` of the repository jinda-liu/R-LoRA.
 
-    Zero heads (the baseline): A is Kaiming-uniform, B_k = 0, no offset. Reference: Tian et al. 2024, §3.
+    Zero heads (the baseline): A is Kaiming-uniform, B_k = 0, no offset. Reference: Tian et al. 2024, §2.1 and 3.
 
     The router starts at zero for random heads of the paper, so that every ω_k is 1/N. For zero heads it starts random,
     as in HydraLoRA: with equal weights the heads, equal at the start, would stay equal for ever.

@@ -1,4 +1,4 @@
-"""MultiLoRA has the properties that its paper gives it (Wang et al. 2023, §3)."""
+"""MultiLoRA has the properties that its paper gives it (Wang et al. 2023)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""R-LoRA and its baseline have the properties that their papers give them (Liu et al. 2025, §3)."""
+"""R-LoRA and its baseline have the properties that their papers give them (Liu et al. 2025)."""
 
 from __future__ import annotations
 

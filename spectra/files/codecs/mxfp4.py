@@ -4,7 +4,7 @@ w = v[code]·2^(scale − 127). `…_blocks` (experts, out, groups, 16) holds tw
 `…_scales` (experts, out, groups) the exponents. transformers keeps such a weight as (experts, in, out), under the
 name without `_blocks`: so does this. The value is exact in bfloat16, to which the kernels decode.
 
-Reference: OCP Microscaling Formats (MX) v1.0, §5.3.3 and 6.3; transformers, integrations/mxfp4.py
+Reference: OCP Microscaling Formats (MX) v1.0, §5.3.3 (E2M1) and 5.4.1 (E8M0); transformers, integrations/mxfp4.py
 (`convert_moe_packed_tensors`).
 """
 
