@@ -82,6 +82,12 @@ def open_claims(
         SelectionError: one of the three is not what it should be, or a pattern of `layers` matches nothing.
         SourceError: the adapter changes no matrix; a file is broken.
     """
+    for what, given in (("base", base), ("adapter", adapter), ("merged", merged)):
+        if not isinstance(given, str | Path):
+            raise SelectionError(
+                f"{what} is a {type(given).__name__}: a merge is checked on files, bit for bit; save it and give "
+                "its path"
+            )
     adapter_folder, merged_folder = (open_model(hub.resolve(path)) for path in (adapter, merged))
     updates = source_of(adapter_folder, base, heads=heads, scale=scale)
     if updates.kind == "checkpoint":

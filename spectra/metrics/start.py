@@ -29,8 +29,9 @@ def span(matrix: Float64[np.ndarray, "d r"]) -> Float64[np.ndarray, "d p"]:
 def start_share(spectrum: Spectrum, basis: Float64[np.ndarray, "d p"], *, top: int, side: Side = "left") -> float:
     r"""Σ_{i≤k} σᵢ²‖Qᵀuᵢ‖² / Σ_{i≤k} σᵢ²: the share of the energy of an update's top k directions that lies in a span.
 
-    Q is where training started. Chance is p/d, with p directions in ℝᵈ. k is the update's rank if that is less, and
-    then the share is of the whole update: ‖QᵀΔW‖²/‖ΔW‖².
+    Q is where training started. Chance is p/d, with p directions in ℝᵈ. k is the number of the update's directions
+    above storage rounding if that is less (`signal_rank`); without rounding the share is then of the whole update:
+    ‖QᵀΔW‖²/‖ΔW‖².
 
     Args:
         spectrum: the update now, with vectors.
@@ -48,7 +49,7 @@ def start_share(spectrum: Spectrum, basis: Float64[np.ndarray, "d p"], *, top: i
     """
     if spectrum.U is None or spectrum.Vh is None:
         raise SelectionError(f"{spectrum.name} has no vectors to compare with the start")
-    k = min(top, spectrum.k, spectrum.rank)
+    k = min(top, spectrum.k, spectrum.signal_rank)
     vectors = (spectrum.U if side == "left" else spectrum.Vh.T)[:, :k]
     if vectors.shape[0] != basis.shape[0]:
         raise SelectionError(

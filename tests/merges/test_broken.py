@@ -11,7 +11,7 @@ import torch
 from support.merges import Merge, peft_merge
 
 import spectra
-from spectra.errors import SpectraError
+from spectra.errors import SelectionError, SpectraError
 from spectra.merges.report import AS_IT_SHOULD_BE
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -295,3 +295,10 @@ def test_a_file_that_breaks_off(tmp_path):
     assert report.verdict not in AS_IT_SHOULD_BE
     assert "unreadable" in report.counts
     assert "exact" in report.counts
+
+
+@pytest.mark.parametrize("what", ["base", "adapter", "merged"])
+def test_what_is_in_memory_is_told_to_be_saved(what):
+    given = {"base": "b", "adapter": "a", "merged": "m"} | {what: {"w": torch.ones(2, 2)}}
+    with pytest.raises(SelectionError, match=f"{what} is a dict: a merge is checked on files"):
+        spectra.verify_merge(**given)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -73,3 +75,12 @@ def test_what_has_no_vectors_or_other_sizes_is_refused():
         start_share(Spectrum("w", (2, 2), S=[1.0, 0.0]), np.eye(2), top=1)
     with pytest.raises(SelectionError, match="3 entries on the left, the start 2"):
         start_share(spectrum_of(np.eye(3)), np.eye(2), top=1)
+
+
+def test_what_rounding_left_does_not_count():
+    """The start's own directions are those above the edge, so of the start itself all is left."""
+    update = spectrum_of(np.diag([3.0, 2.0, 0.1, 0.1]))
+    rounded = replace(update, noise_edge=0.5)
+    assert start_share(rounded, update.U[:, :2], top=4) == 1.0
+    assert start_share(update, update.U[:, :2], top=4) == pytest.approx(13 / 13.02)
+    assert np.isnan(start_share(replace(update, noise_edge=5.0), update.U[:, :2], top=4))
