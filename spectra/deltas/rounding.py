@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 CODES = "codes"  # the type of values that are codes times scales, whatever they are decoded to
 _BLOCK_ENTRIES = 2**16  # half a MiB, which stays in the cache
+_SQUARED = 2.0**500  # what can be squared and summed
 _SAMPLE = 2**18  # entries in which a jump is looked for
 # The 99 % quantile of the Tracy–Widom law (real case) is 2.02; relative to the edge of σ for a square matrix
 # of size s one unit of it is 0.315·s^(−2/3) (Johnstone 2001).
@@ -110,8 +111,8 @@ def rounding_noise(
         delta: tuned − base, which bounds the errors: what did not move has none but the update that it lacks.
 
     Returns:
-        The stories, the one with the most noise first; none for a type without a known rounding, an empty matrix, or
-        weights that are not finite.
+        The stories, the one with the most noise first; none for a type without a known rounding, an empty matrix,
+        weights that are not finite, or float64 ones whose squares are not.
 
     Example:
         >>> import torch
@@ -122,6 +123,8 @@ def rounding_noise(
     Reference: `separable_edge`; independent uniform errors, step²/12: Widrow, Kollár & Liu 1996.
     """
     if tuned.numel() == 0 or not (_finite(tuned) and _finite(base)):
+        return ()
+    if dtype == "F64" and max(float(part.abs().max()) for part in (tuned, base)) > _SQUARED:
         return ()
     energies = None if delta is None else _energies(delta)
     last, first = grid_of(tuned, dtype), grid_of(base, base_dtype)

@@ -126,8 +126,9 @@ class AgainstBase:
 def length(values: Tensor) -> float:
     """The square root of the sum of all squares, whatever these are in float64.
 
-    >>> length(torch.tensor([3e-300, 4e-300], dtype=torch.float64)), length(torch.tensor([3e300], dtype=torch.float64))
-    (5e-300, 3e+300)
+    >>> tiny, huge = (torch.tensor(values, dtype=torch.float64) for values in ([3e-300, 4e-300], [3e300]))
+    >>> f"{length(tiny):.6g}", f"{length(huge):.6g}"
+    ('5e-300', '3e+300')
     """
     largest = float(values.abs().max()) if values.numel() else 0.0
     exponent = math.frexp(largest)[1] if 0 < largest < math.inf else 0

@@ -36,6 +36,12 @@ def cache(monkeypatch, tmp_path):
     calibration._kept.cache_clear()
 
 
+@pytest.fixture(autouse=True)
+def _own_limit(monkeypatch):
+    """Whatever a run that another test has left open holds."""
+    monkeypatch.setattr(eigenvalues, "_LIMIT", eigenvalues._Limit())
+
+
 @pytest.fixture
 def one_core():
     before = torch.get_num_threads()

@@ -75,7 +75,7 @@ def test_a_worker_killed_in_the_middle_costs_nothing(cluster, tmp_path):
     for spectrum in here.values():
         assert stored[spectrum.name].status == "ok"
         assert pytest.approx(spectrum.S, rel=1e-12) == stored[spectrum.name].S
-        assert abs(stored[spectrum.name].U) == pytest.approx(abs(spectrum.U), abs=1e-9)
+        assert abs(stored[spectrum.name].U) == pytest.approx(abs(spectrum.U), abs=1e-7)  # kept in float32
 
 
 def test_a_matrix_above_a_workers_memory_is_named(cluster):
