@@ -88,7 +88,7 @@ def test_a_listing_does_without_numpy(tmp_path):
     save_file({"layers.0.q_proj.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     code = (
         f"import sys; from spectra.cli import main; main(['inspect', {str(tmp_path)!r}], standalone_mode=False); "
-        "print({'numpy', 'torch'} & set(sys.modules))"
+        "print({'numpy', 'torch', 'ssl'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("\nset()\n")
 

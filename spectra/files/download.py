@@ -8,7 +8,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import proxy_bypass
 
 from spectra.errors import NotFoundError
 
@@ -125,4 +124,8 @@ def by_proxy(url: str) -> str:
     parts = urlsplit(url)
     names = (f"{parts.scheme}_proxy", "all_proxy")
     given = [name for lower in names for name in (lower, lower.upper()) if os.environ.get(name)]
-    return f" by way of the proxy in ${given[0]}" if given and not proxy_bypass(parts.netloc) else ""
+    if not given:
+        return ""
+    from urllib.request import proxy_bypass  # brings ssl and a client along, for which no listing waits
+
+    return "" if proxy_bypass(parts.netloc) else f" by way of the proxy in ${given[0]}"

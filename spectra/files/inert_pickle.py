@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import pickletools
 import re
 from collections import OrderedDict
 from collections.abc import Callable
@@ -113,6 +112,8 @@ def _remembers_too_much(content: bytes | bytearray) -> bool:
     else:
         return False
     try:
+        import pickletools  # for the damaged alone
+
         numbers = (given for code, given, _ in pickletools.genops(bytes(content)) if code.name == "LONG_BINPUT")
         return any(number is not None and number > len(content) for number in numbers)
     except _DAMAGED:
