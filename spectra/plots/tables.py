@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra import naming
-from spectra.errors import SelectionError
+from spectra.errors import SelectionError, StoreError
 from spectra.plots.alignment import alignment_numbers, deciles_figure, tops_figure, undrawn_roles
 from spectra.plots.figures import save_figure
 from spectra.plots.series import left_out_roles, series_curves, series_figure
 from spectra.plots.verdicts import verdicts_figure
-from spectra.results.series import TABLE, is_series
+from spectra.results.series import COLUMNS, MEASURED, TABLE, is_series
 from spectra.results.shelf import write
 from spectra.results.tables import to_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 ALIGNMENT_TABLE = "alignment.json"
 VERIFIED = "verify.json"
@@ -81,9 +82,7 @@ def draw_tables(
 
 def _draw_series(directory: Path, target: Path, layers: str | Sequence[str], label: str, style: Style) -> Drawn:
     """The curves of a stored series, from its table; several of them into files of their own labels."""
-    import pandas as pd
-
-    table = pd.read_csv(directory / TABLE, keep_default_na=False, na_values=[""])
+    table = _stored_series(directory / TABLE)
     if layers:
         chosen = naming.select(layers, dict.fromkeys(table["name"].dropna()))
         table = table[table["name"].isin(chosen)]
@@ -94,6 +93,24 @@ def _draw_series(directory: Path, target: Path, layers: str | Sequence[str], lab
         return Drawn((), (f"no curves of {directory}: {problem}",))
     files = style.keep(figure, target / name, series_curves(table), target / f"{name}_curves.csv")
     return Drawn(tuple(files), too_many(left_out_roles(table)))
+
+
+def _stored_series(path: Path) -> DataFrame:
+    """The table as `series` writes it.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+        lacking = [name for name in COLUMNS if name not in table]
+        if lacking:
+            raise ValueError(f"it lacks the column {lacking[0]}")
+        return table.assign(**{name: pd.to_numeric(table[name]) for name in ("step", "layer", "k", *MEASURED)})
+    except (OSError, ValueError) as problem:
+        raise StoreError(f"{path} is damaged ({problem}); the command that made it writes it anew") from None
 
 
 def _draw_alignment(directory: Path, target: Path, layers: str | Sequence[str], label: str, style: Style) -> Drawn:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from support.checkpoints import llama_tensors, nudged, write_checkpoint
 
 import spectra
-from spectra.errors import SelectionError
+from spectra.errors import SelectionError, StoreError
 from spectra.plots.series import series_curves
 
 
@@ -83,3 +83,25 @@ def test_a_stored_series_is_redrawn_with_its_numbers_beside_it(tmp_path):
         [tmp_path / "kept", tmp_path / "kept"], tmp_path / "both", labels=["a", "b"], layers="q_proj"
     )
     assert {path.name for path in both.files} >= {"series-a.png", "series-b.png"}
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("name\n\n", "it lacks the column step"),
+        ("", "No columns"),
+        ("\x00\n\xff", "damaged"),
+        (None, "Unable to parse"),
+    ],
+)
+def test_a_damaged_table_is_one_message(tmp_path, content, why):
+    base = write_checkpoint(tmp_path / "base", llama_tensors())
+    write_checkpoint(tmp_path / "step-1", nudged(llama_tensors()))
+    spectra.series([tmp_path / "step-1"], base, layers="q_proj", top=2, out=tmp_path / "kept")
+    table = tmp_path / "kept" / "series.csv"
+    if content is None:
+        frame = pd.read_csv(table)
+        content = frame.assign(norm="many").to_csv(index=False)
+    table.write_text(content, encoding="latin-1")
+    with pytest.raises(StoreError, match=f"series.csv is damaged.*{why}|series.csv is {why}"):
+        spectra.draw_results(tmp_path / "kept")
