@@ -86,12 +86,13 @@ def _width(entry: tuple[str, list[int], int, int]) -> int:
 
 
 def check_free(directory: str | Path) -> Path:
-    """The folder, if nothing is in it yet.
+    """The folder, if nothing is in it yet. What killed processes left beside it is removed, whatever it holds.
 
     Raises:
         StoreError: it holds something, or is a file.
     """
     folder = home_of(directory)
+    _remove_abandoned(folder.resolve())
     if folder.is_dir() and next(folder.iterdir(), None) is None:
         return folder
     if folder.exists() or folder.is_symlink():
@@ -104,8 +105,6 @@ def check_free(directory: str | Path) -> Path:
 def new_folder(directory: str | Path) -> Iterator[Path]:
     """A hidden folder beside the one that is wanted, which takes its name if all goes well and is gone if not.
 
-    What a killed process left is removed.
-
     Raises:
         StoreError: there is something already, or the disk does not let itself be written to.
     """
@@ -113,7 +112,6 @@ def new_folder(directory: str | Path) -> Iterator[Path]:
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder)
         partial.mkdir()
         try:
             yield partial
@@ -128,7 +126,7 @@ def new_folder(directory: str | Path) -> Iterator[Path]:
 
 def _remove_abandoned(folder: Path) -> None:
     """Remove the partial folders of processes that are no more."""
-    for left in folder.parent.iterdir():
+    for left in folder.parent.glob(".*.partial"):
         owner = left.name.removeprefix(f".{folder.name}.").removesuffix(".partial")
         if left.name == f".{folder.name}.{owner}.partial" and owner.isdigit() and not _is_running(int(owner)):
             shutil.rmtree(left, ignore_errors=True)

@@ -100,3 +100,12 @@ def test_the_folder_may_be_where_one_is(tmp_path, source, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     spectra.extract(source, ".", rank=1)
     assert names(tmp_path / "here") == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_what_a_killed_process_left_goes_also_where_another_one_was_done(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")
+    (tmp_path / ".out.999999999.partial").mkdir()
+    with pytest.raises(StoreError, match="is not empty"), new_folder(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == ["out"]
