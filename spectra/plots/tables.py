@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra import naming
-from spectra.errors import SelectionError, StoreError
+from spectra.errors import SelectionError
 from spectra.plots.alignment import alignment_numbers, deciles_figure, tops_figure, undrawn_roles
 from spectra.plots.figures import save_figure
 from spectra.plots.series import left_out_roles, series_curves, series_figure
 from spectra.plots.verdicts import verdicts_figure
+from spectra.results.documents import damaged, read_document
 from spectra.results.series import COLUMNS, MEASURED, TABLE, is_series
 from spectra.results.shelf import write
 from spectra.results.tables import to_csv
@@ -110,14 +110,14 @@ def _stored_series(path: Path) -> DataFrame:
             raise ValueError(f"it lacks the column {lacking[0]}")
         return table.assign(**{name: pd.to_numeric(table[name]) for name in ("step", "layer", "k", *MEASURED)})
     except (OSError, ValueError) as problem:
-        raise StoreError(f"{path} is damaged ({problem}); the command that made it writes it anew") from None
+        raise damaged(path, problem) from None
 
 
 def _draw_alignment(directory: Path, target: Path, layers: str | Sequence[str], label: str, style: Style) -> Drawn:
     """The two figures of a stored alignment, from its table."""
     import pandas as pd
 
-    table = pd.DataFrame(json.loads((directory / ALIGNMENT_TABLE).read_text(encoding="utf-8"))["matrices"])
+    table = pd.DataFrame(read_document(directory / ALIGNMENT_TABLE)["matrices"])
     if layers:
         table = table[table["name"].isin(naming.select(layers, table["name"]))]
     end = f"-{label}" if label else ""
@@ -135,7 +135,7 @@ def _draw_alignment(directory: Path, target: Path, layers: str | Sequence[str], 
 
 def _draw_verdicts(directory: Path, target: Path, layers: str | Sequence[str], label: str, style: Style) -> Drawn:
     """What each matrix of a verified merge is."""
-    rows = json.loads((directory / VERIFIED).read_text(encoding="utf-8"))["matrices"]
+    rows = read_document(directory / VERIFIED)["matrices"]
     chosen = set(naming.select(layers or "*", [row["name"] for row in rows]))
     kept = [row for row in rows if row["name"] in chosen]
     path = target / (f"verdicts-{label}" if label else "verdicts")

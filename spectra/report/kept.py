@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,19 +12,16 @@ from typing import Any
 import numpy as np
 
 from spectra import naming, text
-from spectra.errors import StoreError
 from spectra.plots.depth import depth_grid, value_range
 from spectra.plots.interference import mean_squares
 from spectra.plots.places import ordered_rows
 from spectra.plots.squares import most_alike, short_names
 from spectra.report import cells
+from spectra.results.documents import Document, damaged, read_document
 from spectra.results.pairs import Pairs
 from spectra.results.series import TABLE as SERIES
 from spectra.results.series import by_role
 from spectra.results.tables import Row
-
-Document = Mapping[str, Any]
-_LARGEST = 512 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,39 +65,13 @@ def kept_sections(directory: str | Path, label: str, layers: str | Sequence[str]
     for name, make in _SECTIONS.items():
         path = Path(directory, name)
         if path.is_file():
-            document = _read(path)
+            document = read_document(path)
             rows = _chosen(document["matrices"], layers)
             try:
                 found += [make(document, rows, label)] if rows else []
             except (KeyError, TypeError, ValueError, AttributeError) as problem:
-                raise _damaged(path, f"it lacks {problem}" if isinstance(problem, KeyError) else problem) from None
+                raise damaged(path, f"it lacks {problem}" if isinstance(problem, KeyError) else problem) from None
     return found
-
-
-def _read(path: Path) -> Document:
-    """The document of a table, with its rows under `matrices`."""
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise ValueError("it is larger than any table")
-        if path.suffix == ".csv":
-            import pandas as pd
-
-            rows = pd.read_csv(path, keep_default_na=False, na_values=[""]).to_dict("records")
-            return {"kind": "series", "matrices": [{str(k): _known(v) for k, v in row.items()} for row in rows]}
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(document, dict) or not all(isinstance(row, dict) for row in document.get("matrices", [0])):
-            raise ValueError("it holds no rows of matrices")
-        return document
-    except (OSError, ValueError, RecursionError) as problem:
-        raise _damaged(path, problem) from None
-
-
-def _damaged(path: Path, why: object) -> StoreError:
-    return StoreError(f"{path} is damaged ({why}); the command that made it writes it anew")
-
-
-def _known(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _chosen(rows: Sequence[Row], layers: str | Sequence[str]) -> list[Row]:
