@@ -60,8 +60,7 @@ def command(
     if out and figures and any(row["status"] == "ok" and row["layer"] is not None for row in rows):
         from spectra.plots.heads import draw_heads
 
-        for path in draw_heads(rows, out, size=figures):
-            report.note(f"figure: {path}")
+        report.figures(draw_heads(rows, out, size=figures))
     if as_json:
         report.print_json(document)
     else:

@@ -87,8 +87,7 @@ def command(
     if out and figures:
         from spectra.plots.interference import draw_interference
 
-        for path in draw_interference(rows, out, updates, size=figures):
-            report.note(f"figure: {path}")
+        report.figures(draw_interference(rows, out, updates, size=figures))
     if as_json:
         report.print_json(document)
     else:

@@ -190,8 +190,7 @@ def _keep(wanted: Wanted, pairs: Pairs, document: dict[str, Any]) -> None:
     if wanted.figures:
         from spectra.plots.several import draw_pairs
 
-        for path in draw_pairs(out, pairs, sides=wanted.sides, clustered=wanted.clustered, size=wanted.figures):
-            report.note(f"figure: {path}")
+        report.figures(draw_pairs(out, pairs, sides=wanted.sides, clustered=wanted.clustered, size=wanted.figures))
 
 
 def _close(pairs: Pairs) -> None:

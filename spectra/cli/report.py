@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,12 @@ def draw(out: str, *, names: Sequence[str], size: str, sides: Sequence[str] = ()
     return list(drawn.files)
 
 
+def figures(paths: Iterable[Path]) -> None:
+    """Say which figures were written."""
+    for path in paths:
+        note(f"figure: {path}")
+
+
 def coverage_notes(coverages: Mapping[str, Coverage]) -> None:
     """Warnings in full; what was not used as counts with a few names. `inspect` lists everything.
 
@@ -109,8 +115,7 @@ def lacking(names: Sequence[str]) -> None:
     from spectra.deltas.source import SAVED_WHOLE
 
     if names:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        warning(f"not done: {names[0]}{more}: {SAVED_WHOLE}")
+        warning(f"not done: {few(names, 1)}: {SAVED_WHOLE}")
         talk.leave_undone()
 
 

@@ -172,8 +172,7 @@ def _close(rows: list[Row], checkpoints: tuple[str, ...], out: str | None, writt
 
     if out:
         report.note(f"results: {out}/series.csv, {out}/checkpoints/")
-    for path in written:
-        report.note(f"figure: {path}")
+    report.figures(written)
     steps = {row["step"]: row["checkpoint"] for row in rows}
     others = [step for step, path in steps.items() if path not in checkpoints]
     if others and checkpoints:

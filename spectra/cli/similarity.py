@@ -226,8 +226,7 @@ def _row(item: SubspaceSimilarity) -> Row:
 def _close(done: list[SubspaceSimilarity], undone: list[NotCompared], out: str | None, written: list[Path]) -> None:
     if out:
         report.note(f"results: {out}/similarity.csv, {out}/run.json, {out}/similarity/")
-    for path in written:
-        report.note(f"figure: {path}")
+    report.figures(written)
     only_one = [item for item in undone if item.one_sided]
     failed = [item for item in undone if item.status == "failed"]
     if only_one:

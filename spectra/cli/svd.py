@@ -187,8 +187,7 @@ def _close(rows: list[Row], out: str | None, written: list[Path]) -> None:
         report.note(f"note: {clamped[0]['name']}: {clamped[0]['reason']} ({len(clamped)} matrices)")
     if out:
         report.note(f"results: {out}/summary.csv, {out}/run.json, {out}/spectra/")
-    for path in written:
-        report.note(f"figure: {path}")
+    report.figures(written)
     undone = [line for line in rows if line["status"] not in DONE]
     for line in undone:
         report.warning(f"not done: {line['name']}: {line['status']}: {line['reason']}")

@@ -102,8 +102,7 @@ def command(
     document = _document(merge)
     if out:  # before anything is printed, which may end with the pipe that reads it
         report.keep_table(out, "verify", document)
-        for path in report.draw(out, names=(), size=figures) if figures else []:
-            report.note(f"figure: {path}")
+        report.figures(report.draw(out, names=(), size=figures) if figures else [])
     if as_json:
         report.print_json(document)
     else:
