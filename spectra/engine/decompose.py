@@ -29,7 +29,7 @@ from spectra.engine.executors.threads import keep_freed_memory, thread_executor
 from spectra.engine.memory import READ_AHEAD, memory_budget, readable_size
 from spectra.engine.schedule import Plan, Task, batches, plan, side_by_side
 from spectra.engine.solve import Wanted, solve
-from spectra.engine.solvers.calibration import calibrate
+from spectra.engine.solvers.calibration import calibrate, concerns
 from spectra.engine.solvers.eigenvalues import Library, is_numpy_limited, numpy_on_one_core
 from spectra.errors import SelectionError
 from spectra.files.far import expected
@@ -144,9 +144,9 @@ def libraries_for(deltas: Iterable[WeightDelta], threads: int | None) -> dict[in
     Args:
         threads: that each matrix has; none but torch's are used where it is not one.
     """
-    if threads != 1:
-        return {}
     sizes = [min(delta.shape) for delta in deltas if delta.form is Dense]
+    if threads != 1 or not concerns(sizes):
+        return {}
     with numpy_on_one_core():
         if not is_numpy_limited():
             return {}

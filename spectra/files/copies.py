@@ -16,6 +16,7 @@ from spectra.errors import NotFoundError, SourceError
 from spectra.files.choice import PIPELINE, WEIGHT_SUFFIXES, choose, read_json
 from spectra.files.far import Far
 from spectra.files.remote import Web
+from spectra.files.snapshots import users_cache
 from spectra.files.storage import Place
 
 _CHUNK = 64 * 2**20  # bytes in memory at a time: eight requests side by side
@@ -27,7 +28,7 @@ Progress = Callable[[int, int], None]  # bytes that came, bytes of all files
 def cache() -> Path:
     """Where copies are kept: `$SPECTRA_CACHE`, or `spectra` in the user's cache folder."""
     given = os.environ.get("SPECTRA_CACHE")
-    return Path(given or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "spectra")).expanduser()
+    return Path(given or users_cache() / "spectra").expanduser()
 
 
 def copy(place: Place, progress: Progress | None = None) -> Path:

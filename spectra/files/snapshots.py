@@ -16,12 +16,17 @@ from spectra.files.storage import Place
 _REPOSITORY = re.compile(r"models--([^/]+?)--([^/]+)")
 
 
+def users_cache() -> Path:
+    """The user's folder for what can be had again: `$XDG_CACHE_HOME`, or `~/.cache`."""
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+
+
 def cache() -> Path:
     """Where huggingface_hub keeps its downloads, by its own environment variables."""
     given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     if given:
         return Path(os.path.expanduser(given))
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    home = os.environ.get("HF_HOME") or users_cache() / "huggingface"
     return Path(os.path.expanduser(home)) / "hub"
 
 

@@ -26,6 +26,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from spectra.engine.solvers.eigenvalues import BY, Library, by_torch, is_numpy_limited
+from spectra.files.snapshots import users_cache
 
 SWITCH = "SPECTRA_CALIBRATE"  # "0" or "off": torch's, whatever was measured; "again": what was measured is replaced
 _SIZES = (256, 384, 512, 768, 1024, 1536)  # below and beyond them no build won by enough
@@ -54,6 +55,11 @@ def library_for(size: int) -> Library:
     """Whose eigenvalues a matrix of s rows gets on one core: what was measured, torch's where nothing was."""
     near = _class_of(size)
     return "torch" if near is None or is_off() else _kept(_file_of(near))
+
+
+def concerns(sizes: Iterable[int]) -> bool:
+    """Whether there is a choice for any of the sizes."""
+    return not is_off() and any(_class_of(size) is not None for size in sizes)
 
 
 def calibrate(sizes: Iterable[int]) -> dict[int, Library]:
@@ -106,8 +112,7 @@ def _class_of(size: int) -> int | None:
 
 
 def _file_of(size: int) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return home / "spectra" / "eigenvalues" / f"{_machine()}-{size}.json"
+    return users_cache() / "spectra" / "eigenvalues" / f"{_machine()}-{size}.json"
 
 
 @lru_cache(maxsize=1)
