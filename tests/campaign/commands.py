@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from support.checkpoints import llama_tensors, nudged, write_checkpoint
 from support.command_line import lora_folder
 
 from campaign import children, disk
-from campaign.case import HarmError
+from campaign.case import Area, HarmError
 
 OUT = "out"
 TIME = 100  # seconds for one command on a busy machine; most take two
@@ -124,3 +124,13 @@ def spectra_command(words: list[str], first: Callable[[], object] = lambda: None
         return main.main(words, prog_name="spectra")
 
     return work
+
+
+class OfCommands(Area):
+    """Harm to commands at work, all of them or those that `kinds` names."""
+
+    def kinds(self) -> Sequence[str]:
+        return list(COMMANDS)
+
+    def prepare(self, shelf: Path) -> None:
+        self.bench = Bench(shelf)

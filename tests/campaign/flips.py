@@ -10,8 +10,8 @@ import numpy as np
 
 import spectra
 from campaign import children, judges
-from campaign.case import Area, Case, HarmError
-from campaign.commands import OUT, TIME, Bench, spectra_command
+from campaign.case import Case, HarmError
+from campaign.commands import OUT, TIME, OfCommands, spectra_command
 from spectra.errors import StoreError
 from spectra.results.store import Store
 
@@ -19,7 +19,7 @@ KINDS = ("svd", "svd-lora", "similarity", "similarity-many", "series", "alignmen
 _SIGNED = ("run.json", "summary.csv", "similarity.csv")
 
 
-class Flips(Area):
+class Flips(OfCommands):
     """Damage to what is stored."""
 
     name = "flip"
@@ -28,9 +28,6 @@ class Flips(Area):
 
     def kinds(self) -> tuple[str, ...]:
         return KINDS
-
-    def prepare(self, shelf: Path) -> None:
-        self.bench = Bench(shelf)
 
     def run(self, case: Case, home: Path) -> str:
         rng = case.rng

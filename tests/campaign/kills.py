@@ -9,23 +9,17 @@ from pathlib import Path
 
 import spectra
 from campaign import children, disk, judges
-from campaign.case import Area, Case, HarmError
-from campaign.commands import COMMANDS, OUT, TIME, Bench, spectra_command
+from campaign.case import Case, HarmError
+from campaign.commands import COMMANDS, OUT, TIME, OfCommands, spectra_command
 from spectra.errors import StoreError
 
 
-class Kills(Area):
+class Kills(OfCommands):
     """Killed once to three times, and the same command again."""
 
     name = "kill"
     share = 2.0
     seconds = 5 * TIME
-
-    def kinds(self) -> list[str]:
-        return list(COMMANDS)
-
-    def prepare(self, shelf: Path) -> None:
-        self.bench = Bench(shelf)
 
     def run(self, case: Case, home: Path) -> str:
         rng, command = case.rng, case.kind

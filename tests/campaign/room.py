@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from campaign import children, judges
-from campaign.case import Area, Case, HarmError
-from campaign.commands import COMMANDS, OUT, TIME, Bench, spectra_command
+from campaign.case import Case, HarmError
+from campaign.commands import COMMANDS, OUT, TIME, OfCommands, spectra_command
 from campaign.disk import limit, no_room, on_change
 from campaign.kills import readable
 
@@ -16,17 +16,11 @@ _NEW_MOUNTS = 0x00020000  # CLONE_NEWNS
 _PRIVATE, _REMOUNT = (1 << 18) | (1 << 14), 32  # MS_PRIVATE | MS_REC, MS_REMOUNT
 
 
-class Room(Area):
+class Room(OfCommands):
     """Writing fails: at a random file, beyond a random size, or on a small disk in memory where that is allowed."""
 
     name = "disk"
     seconds = 4 * TIME
-
-    def kinds(self) -> list[str]:
-        return list(COMMANDS)
-
-    def prepare(self, shelf: Path) -> None:
-        self.bench = Bench(shelf)
 
     def run(self, case: Case, home: Path) -> str:
         rng, command = case.rng, case.kind

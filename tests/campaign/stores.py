@@ -16,8 +16,8 @@ from support.fuzz import ODD
 
 import spectra
 from campaign import children, judges
-from campaign.case import Area, Case, HarmError
-from campaign.commands import OUT, TIME, Bench, spectra_command
+from campaign.case import Case, HarmError
+from campaign.commands import OUT, TIME, OfCommands, spectra_command
 from spectra.errors import SpectraError, StoreError
 from spectra.results import run_file, shelf
 
@@ -34,7 +34,7 @@ _READING = (
 )
 
 
-class Stores(Area):
+class Stores(OfCommands):
     """Forged records and files that no run makes."""
 
     name = "store"
@@ -44,9 +44,6 @@ class Stores(Area):
 
     def kinds(self) -> tuple[str, ...]:
         return ("svd", "similarity", "similarity-many", "series")
-
-    def prepare(self, shelf: Path) -> None:
-        self.bench = Bench(shelf)
 
     def run(self, case: Case, home: Path) -> str:
         rng = case.rng

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from campaign import children, judges
-from campaign.case import Area, Case, HarmError
-from campaign.commands import COMMANDS, TIME, Bench, spectra_command
+from campaign.case import Case, HarmError
+from campaign.commands import COMMANDS, TIME, OfCommands, spectra_command
 
 KINDS = tuple(name for name in COMMANDS if not name.endswith("-figures"))
 
 
-class Together(Area):
+class Together(OfCommands):
     """The same command several times at once."""
 
     name = "together"
@@ -19,9 +19,6 @@ class Together(Area):
 
     def kinds(self) -> tuple[str, ...]:
         return KINDS
-
-    def prepare(self, shelf: Path) -> None:
-        self.bench = Bench(shelf)
 
     def run(self, case: Case, home: Path) -> str:
         rng, command = case.rng, case.kind

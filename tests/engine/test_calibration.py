@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from support.torch_threads import torch_threads
 from threadpoolctl import threadpool_info
 
 from spectra.cli import main
@@ -44,10 +45,8 @@ def _own_limit(monkeypatch):
 
 @pytest.fixture
 def one_core():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(1):
+        yield
 
 
 def gram(size, seed=0):
@@ -168,14 +167,10 @@ def test_a_run_leaves_numpy_as_it_was(cores, monkeypatch):
     monkeypatch.setattr(calibration, "by_torch", lambda g: inside.append(threads_of_numpy()) or values(g))
     monkeypatch.setattr(calibration, "BY", {"torch": calibration.by_torch})
     deltas = [WeightDelta.from_tensor(f"layers.{i}.q_proj.weight", torch.randn(9, 9)) for i in range(4)]
-    running = torch.get_num_threads()
-    torch.set_num_threads(cores)
-    try:
+    with torch_threads(cores):
         run = decompose_indexed(deltas, threads=1)
         next(run)
         run.close()
-    finally:
-        torch.set_num_threads(running)
     assert {1} in inside
     assert threads_of_numpy() == before
 

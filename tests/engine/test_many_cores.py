@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.torch_threads import torch_threads
 
 from spectra.deltas.delta import WeightDelta
 from spectra.engine import decompose as engine
@@ -59,10 +60,8 @@ class Watched:
 
 @pytest.fixture(params=[8, 32, 128])
 def many(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with torch_threads(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("top", [None, 30])
@@ -104,17 +103,13 @@ def test_a_container_is_given_its_share(monkeypatch, tmp_path):
     assert (quota.granted_cores(), quota.granted_memory()) == (4, 2**30 + 2**29)
     monkeypatch.setattr(memory, "_free_on_machine", lambda: 500 * 2**30)
     assert memory.memory_budget(None) == 3 * 2**28
-    before = torch.get_num_threads()
-    torch.set_num_threads(128)
-    try:
+    with torch_threads(128):
         for mix in ("one", "small"):
             watched = Watched(None, 1 if mix == "one" else 4)
             monkeypatch.setattr(engine, "solve", watched)
             list(engine.decompose_indexed(deltas_of(mix), device="cpu"))
             assert watched.threads == 4
         assert torch.get_num_threads() == 128
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_the_older_groups_of_a_container_that_does_not_see_its_path(monkeypatch, tmp_path):

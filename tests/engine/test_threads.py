@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 from support.spectra_kinds import matrix_of
+from support.torch_threads import torch_threads
 
 from spectra.deltas.delta import WeightDelta
 from spectra.engine.decompose import decompose_indexed, threads_for
@@ -18,10 +19,8 @@ from spectra.engine.executors.threads import thread_executor
 
 @pytest.fixture
 def three_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(3):
+        yield
 
 
 def _in_new_thread():
