@@ -32,14 +32,18 @@ class AtWork:
 _AT_WORK: dict[int, AtWork] = {}  # a thread's id → what it has in hands
 
 
-def begin(doing: str, name: str, shape: tuple[int, ...]) -> None:
-    """This thread has a matrix in hands now, instead of the one before."""
-    _AT_WORK[threading.get_ident()] = AtWork(name, shape, doing, time.monotonic())
-
-
-def end() -> None:
-    """This thread has none any more."""
-    _AT_WORK.pop(threading.get_ident(), None)
+@contextmanager
+def in_hands(doing: str, name: str, shape: tuple[int, ...]) -> Iterator[None]:
+    """This thread has a matrix in hands inside; the one that it had before is in hands again afterwards."""
+    thread = threading.get_ident()
+    before = _AT_WORK.get(thread)
+    _AT_WORK[thread] = AtWork(name, shape, doing, time.monotonic())
+    try:
+        yield
+    finally:
+        _AT_WORK.pop(thread)
+        if before is not None:
+            _AT_WORK[thread] = before
 
 
 def at_work() -> list[AtWork]:

@@ -90,11 +90,11 @@ class WeightDelta:
         """
         if self.recipe is None:
             raise SelectionError(f"{self.name} cannot be read: {self.status}: {self.reason}")
-        at_work.begin("reading", self.name, self.shape)
-        form = self.recipe.read(device)
-        if self.base is not None and form.base_norm is None:
-            form = form.beside(self.base.read(device))
-        return form
+        with at_work.in_hands("reading", self.name, self.shape):
+            form = self.recipe.read(device)
+            if self.base is not None and form.base_norm is None:
+                form = form.beside(self.base.read(device))
+            return form
 
     @classmethod
     def from_tensor(cls, name: str, matrix: Tensor) -> WeightDelta:

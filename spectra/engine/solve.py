@@ -148,17 +148,16 @@ def solve_forms(deltas: Sequence[WeightDelta], forms: Sequence[Form | Spectrum],
     """
     done: dict[int, Spectrum] = {}
     alike: dict[tuple, dict[int, Unsolved]] = {}
-    at_work.begin("solving", deltas[0].name, deltas[0].shape)
-    for place, (delta, form) in enumerate(zip(deltas, forms, strict=True)):
-        examined = form if isinstance(form, Spectrum) else _examined(_blank(delta), form, wanted.device.name)
-        if isinstance(examined, Spectrum):
-            done[place] = examined
-        else:
-            shapes = (type(examined.form), *(tensor.shape for tensor in examined.form.tensors))
-            alike.setdefault(shapes, {})[place] = examined
-    for group in alike.values():
-        done |= zip(group, _solved(list(group.values()), wanted), strict=True)
-    at_work.end()
+    with at_work.in_hands("solving", deltas[0].name, deltas[0].shape):
+        for place, (delta, form) in enumerate(zip(deltas, forms, strict=True)):
+            examined = form if isinstance(form, Spectrum) else _examined(_blank(delta), form, wanted.device.name)
+            if isinstance(examined, Spectrum):
+                done[place] = examined
+            else:
+                shapes = (type(examined.form), *(tensor.shape for tensor in examined.form.tensors))
+                alike.setdefault(shapes, {})[place] = examined
+        for group in alike.values():
+            done |= zip(group, _solved(list(group.values()), wanted), strict=True)
     return [done[place] for place in range(len(deltas))]
 
 

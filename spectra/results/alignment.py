@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from spectra.deltas.at_work import in_hands
 from spectra.deltas.base import BaseWeight
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense, Form
@@ -206,7 +207,7 @@ class Work:
 
     def __call__(self, delta: WeightDelta) -> Row:
         """The row of one matrix; what cannot be done has a status there."""
-        with expected([_read_of(delta)]):
+        with expected([_read_of(delta)]), in_hands("solving", delta.name, delta.shape):
             return self._done(delta)
 
     def _done(self, delta: WeightDelta) -> Row:

@@ -10,7 +10,7 @@ import torch
 
 import spectra
 from spectra.cli import progress
-from spectra.deltas.at_work import Account, at_work, begin, end
+from spectra.deltas.at_work import Account, at_work, in_hands
 from spectra.deltas.delta import WeightDelta
 from spectra.engine import decompose
 from spectra.engine.solvers import dense
@@ -116,9 +116,8 @@ def test_a_plan_tells_the_time_by_what_each_matrix_costs():
 
 def test_those_that_others_are_at_work_on_count_for_half():
     account = Account({"a": 1.0, "b": 1.0}, 2.0, start=time.monotonic() - 30)
-    begin("solving", "b", (2, 2))
-    account.finish("a")
-    end()
+    with in_hands("solving", "b", (2, 2)):
+        account.finish("a")
     assert account.left() == pytest.approx(10, abs=0.5)  # 1.5 of 2 in 30 s
 
 
@@ -127,10 +126,21 @@ def test_the_pace_is_that_of_a_matrix_which_is_solved():
     assert 1e6 < decompose._pace(work) < 1e15
 
 
+def test_what_was_read_is_in_hands_no_more_whoever_read_it():
+    delta = WeightDelta.from_tensor("a", torch.eye(2))
+    delta.read()
+    assert at_work() == []
+    with in_hands("solving", "a", (2, 2)):
+        delta.read()
+        assert [one.doing for one in at_work()] == ["solving"]
+    with pytest.raises(KeyboardInterrupt), in_hands("reading", "a", (2, 2)):
+        raise KeyboardInterrupt
+    assert at_work() == []
+
+
 def test_a_hostile_name_is_printed_and_a_long_one_is_cut():
-    begin("reading", "\x1b[31m" + "x" * 50 + "\x1b[0m", (2, 3))
-    words = progress._in_hands(at_work())
-    end()
+    with in_hands("reading", "\x1b[31m" + "x" * 50 + "\x1b[0m", (2, 3)):
+        words = progress._in_hands(at_work())
     assert "\x1b" not in words
     assert words.startswith("reading …x")
     assert words.endswith("(2×3)")

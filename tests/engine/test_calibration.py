@@ -139,7 +139,7 @@ def test_a_limit_that_others_do_not_see_leaves_numpy_out(cache, monkeypatch, one
     monkeypatch.setattr(eigenvalues, "threadpool_info", lambda: [*seen, {"user_api": "openmp", "num_threads": 1}])
     monkeypatch.setattr(np, "show_config", lambda **_: {"Build Dependencies": {"lapack": {"name": "scipy-openblas"}}})
     asked = of_time(monkeypatch, NUMPY_WINS)
-    deltas = [WeightDelta.from_tensor(f"layers.{i}.q_proj.weight", torch.randn(256, 256)) for i in range(8)]
+    deltas = [WeightDelta.from_tensor(f"layers.{i}.q_proj.weight", torch.randn(512, 512)) for i in range(8)]
     assert libraries_for(deltas, 1) == {}
     assert {spectrum.status for _, spectrum in decompose_indexed(deltas)} == {"ok"}
     assert asked == []
@@ -178,10 +178,10 @@ def test_a_run_leaves_numpy_as_it_was(cores, monkeypatch):
 @pytest.mark.parametrize(("seconds", "chosen"), [(NUMPY_WINS, "numpy"), ({"torch": 1.0, "numpy": 0.95}, "torch")])
 def test_what_was_measured_is_kept_and_used(cache, monkeypatch, seconds, chosen):
     asked = of_time(monkeypatch, seconds)
-    assert calibration.calibrate([300] * 8) == {256: chosen}
-    assert calibration.calibrate([300] * 8) == {256: chosen}
-    assert asked == [256], "once"
-    assert [calibration.library_for(size) for size in (191, 192, 310, 320, 1793)] == ["torch", chosen, chosen] + [
+    assert calibration.calibrate([600] * 8) == {512: chosen}
+    assert calibration.calibrate([600] * 8) == {512: chosen}
+    assert asked == [512], "once"
+    assert [calibration.library_for(size) for size in (500, 501, 620, 640, 1793)] == ["torch", chosen, chosen] + [
         "torch"
     ] * 2
     (file,) = cache.iterdir()
@@ -190,7 +190,7 @@ def test_what_was_measured_is_kept_and_used(cache, monkeypatch, seconds, chosen)
 
 def test_few_matrices_are_not_worth_measuring_for(cache, monkeypatch):
     asked = of_time(monkeypatch, NUMPY_WINS)
-    assert calibration.calibrate([300] * 7 + [100] * 50 + [4096] * 50) == {256: "torch"}
+    assert calibration.calibrate([600] * 7 + [100] * 50 + [4096] * 50) == {512: "torch"}
     assert asked == []
 
 
@@ -202,7 +202,7 @@ def test_what_another_process_measured_first_stays(cache, monkeypatch):
         return NUMPY_WINS
 
     monkeypatch.setattr(calibration, "measured", meanwhile)
-    assert calibration.calibrate([300] * 8) == {256: "torch"}
+    assert calibration.calibrate([600] * 8) == {512: "torch"}
     assert len(list(cache.iterdir())) == 1, "nothing half-written is left"
 
 
@@ -212,22 +212,22 @@ def test_kept_where_there_are_no_hard_links(cache, monkeypatch):
 
     monkeypatch.setattr(os, "link", unknown)
     asked = of_time(monkeypatch, NUMPY_WINS)
-    assert calibration.calibrate([300] * 8) == calibration.calibrate([300] * 8) == {256: "numpy"}
-    assert asked == [256]
+    assert calibration.calibrate([600] * 8) == calibration.calibrate([600] * 8) == {512: "numpy"}
+    assert asked == [512]
     assert len(list(cache.iterdir())) == 1
 
 
 def test_measured_again_where_the_user_asks_and_once_in_a_process(cache, monkeypatch):
     of_time(monkeypatch, NUMPY_WINS)
-    assert calibration.calibrate([300] * 8) == {256: "numpy"}
+    assert calibration.calibrate([600] * 8) == {512: "numpy"}
     asked = of_time(monkeypatch, {"torch": 1.0, "numpy": 2.0})
-    assert calibration.calibrate([300] * 8) == {256: "numpy"}, "what was measured holds"
+    assert calibration.calibrate([600] * 8) == {512: "numpy"}, "what was measured holds"
     monkeypatch.setenv(calibration.SWITCH, "again")
     monkeypatch.setattr(calibration, "_asked", set())
-    assert calibration.calibrate([300] * 8) == calibration.calibrate([300] * 8) == {256: "torch"}
-    assert asked == [256]
+    assert calibration.calibrate([600] * 8) == calibration.calibrate([600] * 8) == {512: "torch"}
+    assert asked == [512]
     monkeypatch.setenv(calibration.SWITCH, "")
-    assert calibration.calibrate([300] * 8) == {256: "torch"}, "and holds from now on"
+    assert calibration.calibrate([600] * 8) == {512: "torch"}, "and holds from now on"
 
 
 def test_another_processor_in_the_same_home_is_measured_for_itself(cache, monkeypatch):
@@ -238,7 +238,7 @@ def test_another_processor_in_the_same_home_is_measured_for_itself(cache, monkey
         monkeypatch.setattr(Path, "read_text", lambda *_, said=text, **__: said)
         assert calibration._processor() == {"model": model, "model name": "AMD EPYC"}
         calibration._machine.cache_clear()
-        files.add(calibration._file_of(256))
+        files.add(calibration._file_of(512))
     calibration._machine.cache_clear()
     assert len(files) == 2
 
@@ -248,38 +248,38 @@ def test_nothing_is_written_where_there_is_no_home(cache, monkeypatch, tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     asked = of_time(monkeypatch, NUMPY_WINS)
-    assert calibration.calibrate([300] * 8) == {256: "torch"}
+    assert calibration.calibrate([600] * 8) == {512: "torch"}
     assert asked == list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"seconds": {"torch": "x"}}', '{"seconds": {}}'])
 def test_a_damaged_file_counts_as_torch(cache, monkeypatch, damage):
     of_time(monkeypatch, NUMPY_WINS)
-    calibration.calibrate([300] * 8)
+    calibration.calibrate([600] * 8)
     next(cache.iterdir()).write_text(damage)
     calibration._kept.cache_clear()
-    assert calibration.calibrate([300] * 8) == {256: "torch"}
+    assert calibration.calibrate([600] * 8) == {512: "torch"}
 
 
 def test_where_nothing_can_be_kept_nothing_is_measured(cache, monkeypatch):
     asked = of_time(monkeypatch, NUMPY_WINS)
     cache.parent.parent.joinpath("spectra").write_text("a file where the folder would be")
-    assert calibration.calibrate([300] * 8) == {256: "torch"}
+    assert calibration.calibrate([600] * 8) == {512: "torch"}
     assert asked == []
 
 
 def test_switched_off(cache, monkeypatch):
     of_time(monkeypatch, NUMPY_WINS)
-    calibration.calibrate([300] * 8)
+    calibration.calibrate([600] * 8)
     monkeypatch.setenv(calibration.SWITCH, "off")
-    assert calibration.calibrate([300] * 8) == {}
-    assert calibration.library_for(300) == "torch"
+    assert calibration.calibrate([600] * 8) == {}
+    assert calibration.library_for(600) == "torch"
 
 
 def test_a_run_measures_uses_it_and_gets_the_same_numbers(cache, monkeypatch, one_core):
     deltas = [
         WeightDelta.from_tensor(
-            f"layers.{i}.q_proj.weight", torch.randn((260, 256), generator=torch.Generator().manual_seed(i))
+            f"layers.{i}.q_proj.weight", torch.randn((516, 512), generator=torch.Generator().manual_seed(i))
         )
         for i in range(8)
     ]
@@ -288,7 +288,7 @@ def test_a_run_measures_uses_it_and_gets_the_same_numbers(cache, monkeypatch, on
     by_numpy = eigenvalues.by_numpy
     monkeypatch.setattr(calibration, "BY", {**eigenvalues.BY, "numpy": lambda g: calls.append(g.shape) or by_numpy(g)})
     there = dict(decompose_indexed(deltas))
-    assert asked == [256]
+    assert asked == [512]
     assert len(calls) == 8
     monkeypatch.setenv(calibration.SWITCH, "0")
     for place, spectrum in decompose_indexed(deltas):
@@ -299,11 +299,11 @@ def test_a_run_measures_uses_it_and_gets_the_same_numbers(cache, monkeypatch, on
 
 def test_several_cores_for_one_matrix_are_torchs(cache, monkeypatch):
     of_time(monkeypatch, NUMPY_WINS)
-    calibration.calibrate([300] * 8)
+    calibration.calibrate([600] * 8)
     monkeypatch.setattr(calibration, "BY", {"numpy": lambda _: pytest.fail("on one core only")})
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with eigenvalues.numpy_on_one_core():
-        assert calibration.eigenvalues(gram(300)).shape == (300,)
+        assert calibration.eigenvalues(gram(600)).shape == (600,)
 
 
 def test_measuring_is_of_both():

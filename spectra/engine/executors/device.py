@@ -11,7 +11,6 @@ from dataclasses import replace
 from itertools import zip_longest
 from threading import Event
 
-from spectra.deltas import at_work
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Form
 from spectra.engine.devices import Device
@@ -87,7 +86,6 @@ def read_batch(members: Sequence[WeightDelta], device: Device, stop: Event) -> R
             if stop.is_set():
                 break
             found.append(read(delta, device.name, finish))
-    at_work.end()
     return found
 
 

@@ -29,8 +29,8 @@ from spectra.engine.solvers.eigenvalues import BY, Library, by_torch, is_numpy_l
 from spectra.files.snapshots import users_cache
 
 SWITCH = "SPECTRA_CALIBRATE"  # "0" or "off": torch's, whatever was measured; "again": what was measured is replaced
-_SIZES = (256, 384, 512, 768, 1024, 1536)  # below and beyond them no build won by enough
-_LEAST, _MOST = 192, 1792
+_SIZES = (512, 768, 1024, 1536)  # beyond them no build won by enough
+_LEAST, _MOST = 501, 1792  # up to 500 rows numpy keeps the interpreter's lock: nothing else would go on meanwhile
 _ENOUGH = 8  # matrices of a size that are worth measuring for: it takes as long as solving four to six of them
 _MARGIN = 0.9  # of torch's time, which numpy's has to stay under
 _ROUNDS = 3

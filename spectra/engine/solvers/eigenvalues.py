@@ -29,7 +29,9 @@ def by_torch(gram: Float64[Tensor, "*batch s s"]) -> Float64[Tensor, "*batch s"]
 
 
 def by_numpy(gram: Float64[Tensor, "s s"]) -> Float64[Tensor, " s"]:
-    """The same of one matrix on the CPU; other threads of this process go on meanwhile.
+    """The same of one matrix on the CPU; from 501 rows on, other threads of this process go on meanwhile.
+
+    Numpy gives the interpreter's lock away where a call has more than 500 things to do, and counts rows here.
 
     Raises:
         RuntimeError: the iteration did not converge, which torch tells by the same class.
