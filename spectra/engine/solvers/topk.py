@@ -280,8 +280,8 @@ def _inverse(gram: Tensor, shift: float, taken: Leading) -> Operator:
     Raises:
         NotConvergedError: μ is not above every eigenvalue of G'.
     """
-    factor, refused = torch.linalg.cholesky_ex(_below(gram, shift, taken), upper=True)
-    if int(refused):
+    factor, refused = _factored(_below(gram, shift, taken))
+    if refused:
         raise NotConvergedError(f"an eigenvalue above {shift:.6e} is left")
 
     def solve(block: Tensor) -> Tensor:
@@ -289,6 +289,19 @@ def _inverse(gram: Tensor, shift: float, taken: Leading) -> Operator:
         return torch.linalg.solve_triangular(factor, half, upper=True)
 
     return solve
+
+
+def _factored(matrix: Tensor) -> tuple[Tensor, bool]:
+    """The upper Cholesky factor of a symmetric matrix, and whether there is none.
+
+    On the CPU it takes the matrix's place: the transpose is in LAPACK's order.
+    """
+    if matrix.is_cuda:
+        factor, refused = torch.linalg.cholesky_ex(matrix, upper=True)
+    else:
+        refused = torch.empty((), dtype=torch.int32)
+        factor, refused = torch.linalg.cholesky_ex(matrix.mT, upper=True, out=(matrix.mT, refused))
+    return factor, bool(refused)
 
 
 def _below(gram: Tensor, shift: float, taken: Leading) -> Tensor:
@@ -326,4 +339,4 @@ def certify(gram: Float64[Tensor, "s s"], leading: Leading) -> bool:
     """
     hair = max(1e-9 * float(leading.values[-1]), 16 * _FLOOR * float(leading.values[0]))
     shifted = _below(gram, float(leading.values[-1]) + hair, leading)
-    return int(torch.linalg.cholesky_ex(shifted).info) == 0
+    return not _factored(shifted)[1]
