@@ -1,4 +1,4 @@
-"""A figure that shows itself as the value of a notebook's cell, and how a figure is laid out once for all its formats."""
+"""A figure that shows itself as the value of a notebook's cell, and one that is laid out once for all formats."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.layout_engine import LayoutEngine
 from spectra.plots.sizes import DEFAULT, SIZES
 from spectra.plots.style import look
 
-_NO_ENGINE = {"figure.autolayout": False, "figure.constrained_layout.use": False}
+_NO_ENGINE: Any = {"figure.autolayout": False, "figure.constrained_layout.use": False}
 
 
 class ShownFigure(Figure):
