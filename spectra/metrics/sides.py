@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+_ROWS = 512  # of all vectors that are decomposed at once, at least
+
 
 @dataclass(frozen=True, eq=False)
 class Side:
@@ -40,7 +42,7 @@ class Side:
         everything = _beside(updates)
         overlap = everything.mT @ everything
         size, count = everything.shape
-        found = torch.linalg.qr(everything, "r").R if count < size else everything
+        found = _triangle(everything) if count < size else everything
         return cls(size, torch.split(found, counts, 1), overlap)
 
     @property
@@ -80,6 +82,19 @@ def _gaussian(size: int, count: int, generator: np.random.Generator) -> Tensor:
     if count < size:
         drawn = np.triu(drawn, 1) + np.diag(np.sqrt(generator.chisquare(size - np.arange(count))))
     return torch.from_numpy(drawn)
+
+
+def _triangle(tall: Float64[Tensor, "d R"]) -> Float64[Tensor, "R R"]:
+    """R of the QR decomposition, some rows after the others: LAPACK would copy all of them at once.
+
+    Reference: Demmel et al. 2012 (TSQR, the sequential one).
+    """
+    count = tall.shape[1]
+    height = max(_ROWS, 2 * count)
+    found = tall[:0]
+    for start in range(0, tall.shape[0], height):
+        found = torch.linalg.qr(torch.cat([found, tall[start : start + height]]), "r").R
+    return found
 
 
 def _beside(updates: list[Tensor]) -> Tensor:

@@ -1,13 +1,21 @@
-"""A figure that shows itself as the value of a notebook's cell, whether pyplot is loaded or not."""
+"""A figure that shows itself as the value of a notebook's cell, and one that is laid out once for all formats."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import LayoutEngine
 
+from spectra.plots.sizes import DEFAULT, SIZES
 from spectra.plots.style import look
+
+_NO_ENGINE: Any = {"figure.autolayout": False, "figure.constrained_layout.use": False}
 
 
 class ShownFigure(Figure):
@@ -19,15 +27,61 @@ class ShownFigure(Figure):
     """
 
     def __init__(self, *, text: float, **options: Any) -> None:
-        self._text = text
+        self.points = text
         super().__init__(**options)
 
     def draw(self, renderer: Any) -> None:
         """Draw it with the project's settings, whichever are set by then."""
-        with look(self._text):
+        with look(self.points):
             super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=self.dpi)
         return buffer.getvalue()
+
+
+@contextmanager
+def laid_out_once(figure: Figure, formats: Sequence[str], dpi: float) -> Iterator[Callable[[], None]]:
+    """While a figure is saved in these formats: its layout is found once, by the sizes that text has in the first.
+
+    As long as a figure has a layout engine, `savefig` draws it twice, and the first time is for the engine alone. So
+    it is taken out when it has done its work, and it is back afterwards. What a png needs, it does without a drawing.
+
+    Args:
+        figure: the figure.
+        formats: in which order it is going to be saved.
+        dpi: of the png.
+
+    Yields:
+        What to call when a format is saved.
+    """
+    engine = figure.get_layout_engine()
+
+    def take_out() -> None:
+        with mpl.rc_context(_NO_ENGINE):
+            figure.set_layout_engine(None)
+
+    if engine is None:
+        yield lambda: None
+        return
+    try:
+        if next(iter(formats), "") == "png":
+            _lay_out(figure, engine, dpi)
+            take_out()
+        yield take_out
+    finally:
+        figure.set_layout_engine(engine)
+
+
+def _lay_out(figure: Figure, engine: LayoutEngine, dpi: float) -> None:
+    """Let the engine place the axes, as saving a png does before it draws anything."""
+    canvas, before = figure.canvas, figure.dpi
+    try:
+        figure.set_dpi(dpi)
+        FigureCanvasAgg(figure)
+        with look(figure.points if isinstance(figure, ShownFigure) else SIZES[DEFAULT].text):
+            engine.execute(figure)
+    finally:
+        figure.set_canvas(canvas)
+        figure.set_dpi(before)

@@ -45,6 +45,7 @@ _HISTOGRAM = 27.0  # ems: of a panel with its curves' names
 _ROW, _ROWS = 3.2, 16.0  # ems of a curve's row, and of what is above and below the rows
 _SQUARE, _BAR = 14.5, 5.5  # ems of a heatmap with its words, and of the colour bar
 _LINE = 1.15  # ems of a line of small text
+_DPI = 200  # of a png that is saved
 
 
 def histogram_figure(
@@ -236,21 +237,20 @@ def save_figure(figure: Figure, path: Path, formats: Sequence[str] = DEFAULT_FOR
         SelectionError: a format is not one of FORMATS.
         StoreError: it cannot be written.
     """
+    from spectra.plots.canvas import laid_out_once
+
     written = []
     check_formats(formats)
-    layout = figure.get_layout_engine()
-    for kind in formats:
-        target = path.with_name(f"{path.name}.{kind}")
-        metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
-        drawn = BytesIO()  # whole before anything is written: a full disk ends matplotlib's writers in errors of theirs
-        try:
+    with laid_out_once(figure, formats, _DPI) as drawn_once:
+        for kind in formats:
+            target = path.with_name(f"{path.name}.{kind}")
+            metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
+            drawn = BytesIO()  # whole before anything is written: a full disk ends matplotlib's writers in their errors
             with look():
-                figure.savefig(drawn, format=kind, metadata=metadata, dpi=200)
-        finally:
-            if layout is not None:
-                figure.set_layout_engine("none" if kind != formats[-1] else layout)  # it is found once for all formats
-        write(target, drawn.getvalue(), lasting=False)
-        written.append(target)
+                figure.savefig(drawn, format=kind, metadata=metadata, dpi=_DPI)
+            drawn_once()
+            write(target, drawn.getvalue(), lasting=False)
+            written.append(target)
     return written
 
 
