@@ -68,7 +68,9 @@ def test_the_command_reads_the_copies(server, tmp_path):
     assert "missing" not in said
     chosen = spectra.open_source(tmp_path / "tuned", tmp_path / "base").select("layers.1.self_attn.v_proj")
     shards = {f"{ref.file.parent.name}/{ref.file.name}" for delta in chosen for ref in delta.refs}
-    copied = {f"{file.parent.name.rpartition('-')[0]}/{file.name}" for file in tmp_path.glob("cache/models/*/*.safet*")}
+    copied = {
+        f"{file.parent.name.rpartition('-')[0]}/{file.name}" for file in (tmp_path / "cache").rglob("*.safetensors")
+    }
     assert copied == shards, "the shards of the chosen matrices and no others"
     inputs = json.loads((tmp_path / "out" / "run.json").read_text())["inputs"]
     assert inputs["tuned"].startswith(str(tmp_path / "cache" / "models" / "tuned-"))

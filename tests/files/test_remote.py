@@ -433,7 +433,7 @@ def test_a_file_by_url_with_nothing_beside_it_is_opened(server, tmp_path):
     """As adapters lie on servers: under a name of their own, and no config in the folder."""
     folder = lora_folder(tmp_path / "lora", seed=1)
     server.plain["/files/my-style.safetensors"] = next(folder.glob("*.safetensors")).read_bytes()
-    assert len(spectra.inspect(f"{server.cdn}/files/my-style.safetensors").folder.tensors) == 4
+    assert len(spectra.open_source(f"{server.cdn}/files/my-style.safetensors", scale=1.0)) == 2
 
 
 def test_the_pages_of_the_hub_mean_the_model(server):
