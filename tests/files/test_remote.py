@@ -341,6 +341,26 @@ def test_killed_and_resumed_nothing_is_read_twice(server, tmp_path):
     assert list(ranges.folder().iterdir()) == [], "what was done is not kept"
 
 
+def test_who_stops_leaves_what_had_come_and_who_has_seen_enough_nothing(server):
+    delta = spectra.open_source("org/tuned", "org/base").select("v_proj").deltas[0]
+
+    def stopped():
+        with far.expected([delta.refs]):
+            delta.read()
+            raise KeyboardInterrupt
+
+    pytest.raises(KeyboardInterrupt, stopped)
+    left = set(ranges.folder().iterdir())
+    assert len(left) == 2, "for the run that goes on"
+    stream = spectra.decompose(spectra.open_source("org/tuned", "org/base"))
+    next(stream)
+    del stream
+    until = time.monotonic() + 30
+    while set(ranges.folder().iterdir()) - left and time.monotonic() < until:  # a request may be on its way
+        time.sleep(0.05)
+    assert set(ranges.folder().iterdir()) <= left
+
+
 def test_the_base_that_rounding_is_replayed_on_is_not_read_again(server):
     form = spectra.open_source("org/tuned", "org/base").select("v_proj").deltas[0].read()
     start = len(server.seen)
