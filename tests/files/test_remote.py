@@ -349,7 +349,8 @@ def test_who_stops_leaves_what_had_come_and_who_has_seen_enough_nothing(server):
             delta.read()
             raise KeyboardInterrupt
 
-    pytest.raises(KeyboardInterrupt, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     left = set(ranges.folder().iterdir())
     assert len(left) == 2, "for the run that goes on"
     stream = spectra.decompose(spectra.open_source("org/tuned", "org/base"))
