@@ -68,5 +68,6 @@ def _no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
     empty = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(empty / "hub"))
+    monkeypatch.setenv("SPECTRA_CACHE", str(empty / "cache"))
     monkeypatch.setenv("SPECTRA_CONFIG", str(empty / "config.toml"))
     monkeypatch.delenv("SPECTRA_MODELS", raising=False)

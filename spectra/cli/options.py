@@ -14,10 +14,10 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -93,7 +93,7 @@ layer_option = click.option(
 )  # fmt: skip
 download_option = click.option(
     "--download", is_flag=True,
-    help="Download models of the hub or a URL into a cache, instead of reading what is needed.",
+    help="Download what holds the matrices from the hub or a URL into a cache, instead of reading ranges.",
 )  # fmt: skip
 scale_option = click.option("--scale", type=float, help="The scale s where the adapter does not carry α/r.")
 table_option = click.option(
@@ -157,15 +157,32 @@ def _figures_of(command: Callable[..., Any]) -> Callable[..., Any]:
     return bundled
 
 
-def fetched(path: str, download: bool) -> str:
-    """A path, hub id, URL or alias as it is; with --download, where it lies on this machine then."""
+def fetched(path: str, download: bool, only: Collection[str] | None = None) -> str:
+    """A path, hub id, URL or alias as it is; with --download, where it lies on this machine then.
+
+    Args:
+        path: one of these.
+        download: whether to.
+        only: the addresses of the weight files that are wanted; None for all.
+    """
     from spectra.cli.progress import downloading
     from spectra.files import hub
 
     if not download:
         return path
     with downloading(path) as progress:
-        return str(hub.resolve(path, fetch=True, progress=progress))
+        return str(hub.resolve(path, fetch=True, progress=progress, only=only))
+
+
+def files_of(source: Source, layers: Sequence[str]) -> set[str]:
+    """The addresses of the files that hold the chosen matrices; none where the patterns mean nothing."""
+    from spectra.errors import SelectionError
+
+    try:
+        chosen = source.select(layers) if layers else source
+    except SelectionError:
+        return set()
+    return {part.path for delta in chosen for ref in delta.refs for part in ref.parts}
 
 
 @dataclass(frozen=True)
@@ -202,13 +219,23 @@ class Opening:
 
     def opened(self, tuned: str, base: str | None) -> Source:
         """All of it, without a word."""
+        from spectra.errors import SourceError
         from spectra.sources import open_source
 
         for option, given in (("TUNED", tuned), ("--base", base)):
             if given is not None and not given.strip():
                 raise click.UsageError(f"{option} is empty: give a path, hub id or alias")
-        tuned, base = fetched(tuned, self.download), fetched(base, self.download) if base else None
-        return open_source(tuned, base, **self.settings)
+        if not self.download:
+            return open_source(tuned, base, **self.settings)
+        only, source = None, None
+        with suppress(SourceError):  # such as a torch file, of which nothing is known from afar
+            source = open_source(tuned, base, **self.settings)
+            only = files_of(source, self.layers)
+        if source is not None and not only:
+            return source  # nothing is chosen, as who chooses says, or it is all here
+        tuned, base = fetched(tuned, True, only), fetched(base, True, only) if base else None
+        here = open_source(tuned, base, **self.settings)
+        return here if source is None else replace(here, coverage=source.coverage)  # what was not chosen is not missing
 
     def chosen(self, source: Source) -> Source:
         """The matrices that --layer means; those among them that lack the base are said."""

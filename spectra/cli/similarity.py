@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +136,9 @@ def _open(
         runs = [stored[path] for path in updates]
         return [run.select(how.layers) if how.layers else run for run, how in zip(runs, openings, strict=True)]
     weights = [path for path in dict.fromkeys(updates) if path not in stored]
-    opened = dict(zip(weights, openings[0].opened_all(weights, base), strict=True))
+    chosen = [how.layers for how in openings]
+    opening = replace(openings[0], layers=tuple(chain(*chosen)) if all(chosen) else ())
+    opened = dict(zip(weights, opening.opened_all(weights, base), strict=True))
     for path in stored:
         opened[path] = recorded_source(stored[path], top + 1)
         made_of = f"computed from {opened[path].tuned}, which it was made of"

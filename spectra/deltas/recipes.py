@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from spectra.deltas.forms import Dense, Form, LowRank
 from spectra.deltas.recipe import Recipe
-from spectra.files.far import is_remote
+from spectra.files.far import is_at_hand
 from spectra.files.tensors import TensorRef
 from spectra.lazy import torch
 
@@ -111,9 +111,9 @@ class Difference(FromTensors):
         # What codes stand for has the codes' precision only before it is scaled: no grid is known of it.
         stored_as, base_stored_as = (CODES if ref.codec else ref.dtype for ref in (self.tuned, self.base))
         noise = rounding_noise(tuned, stored_as, base, base_stored_as, delta)
-        # A server is asked once, and what is small is not worth asking for again.
+        # A server is asked once, and what is small is not worth reading again.
         small = base.numel() <= _SMALL and base.device.type == "cpu"
-        kept = small or any(is_remote(part.file) for part in self.base.parts)
+        kept = small or not is_at_hand(self.base)
         held = base if kept else None
         del base
         return Dense(

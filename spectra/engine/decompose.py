@@ -26,13 +26,13 @@ from spectra.engine.costs import flops
 from spectra.engine.devices import cores, device_named, resolve_device
 from spectra.engine.executors.device import decompose_batches
 from spectra.engine.executors.threads import keep_freed_memory, thread_executor
-from spectra.engine.memory import READ_AHEAD, memory_budget, readable_size
+from spectra.engine.memory import memory_budget, readable_size
 from spectra.engine.schedule import Plan, Task, batches, plan, side_by_side
 from spectra.engine.solve import Wanted, solve
 from spectra.engine.solvers.calibration import calibrate, concerns
 from spectra.engine.solvers.eigenvalues import Library, is_numpy_limited, numpy_on_one_core
 from spectra.errors import SelectionError
-from spectra.files.far import expected
+from spectra.files.far import done, expected
 from spectra.files.patience import give_up
 from spectra.spectrum import Spectrum
 
@@ -90,6 +90,7 @@ def _scheduled(
         for index, spectrum in stream:
             account.finish(spectrum.name)
             yield index, spectrum
+            done(deltas[index].refs)  # whoever keeps results has kept it
 
 
 def _account(deltas: Sequence[WeightDelta], schedule: Plan, work: Work, executor: Executor | None) -> Account:
@@ -117,7 +118,7 @@ def _in_turn(
         yield from _through(executor, deltas, schedule, work)  # others read, each for itself
         return
     in_turn = [deltas[task.index].refs for task in schedule.tasks]
-    with expected(in_turn, schedule.budget // READ_AHEAD, fetches=len(in_turn) > 1):
+    with expected(in_turn, fetches=len(in_turn) > 1):
         if executor is not None:
             yield from _through(executor, deltas, schedule, work)
         elif work.device.startswith("cuda"):

@@ -10,7 +10,6 @@ from spectra.errors import SelectionError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 FRACTION_OF_FREE = 0.5  # of what is free: used where no budget is given
-READ_AHEAD = 8  # of the budget, one part in so many: what may be here from a server before it is asked for
 
 
 def memory_budget(given: int | str | None) -> int:

@@ -27,7 +27,6 @@ from spectra.engine.ladder import Ladder, Numbers, Rung, Solver, ladder_for
 from spectra.engine.noise import plausible_noise, with_artefacts
 from spectra.engine.solvers.topk import NotConvergedError
 from spectra.errors import SpectraError
-from spectra.files.far import dropped
 from spectra.spectrum import Spectrum
 
 ROUNDING_ONLY = (
@@ -127,7 +126,6 @@ def read(delta: WeightDelta, device: str, finish: Callable[[], None] = lambda: N
         finish()
         return form
     except SpectraError as problem:
-        dropped(delta.refs)
         return replace(_blank(delta), status="unreadable", reason=str(problem))
     except (MemoryError, RuntimeError) as problem:
         return _undone(_blank(delta), GaveUp.over(problem), device)

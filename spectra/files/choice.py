@@ -179,13 +179,22 @@ def _shards(folder: Place, index: Place) -> Choice:
     missing = {shard for shard in names if not (folder / shard).is_file()}
     if len(missing) == len(names):
         hint = snapshots.why_no_weights(folder) or "; download them"
+        elsewhere = folder.storage.local_path(folder.path) is None
+        hint = f": {_why_missing(folder / names[0])}" if elsewhere else hint
         raise NotFoundError(f"{index} names {len(names)} shards and none of them is there{hint}")
-    broken = {
-        name: f"{folder / shard} is missing; download it again"
-        for name, shard in weight_map.items()
-        if shard in missing
-    }
+    why = {shard: _why_missing(folder / shard) for shard in missing}
+    broken = {name: why[shard] for name, shard in weight_map.items() if shard in missing}
     return Choice([folder / shard for shard in names if shard not in missing], weight_map, broken, home=folder)
+
+
+def _why_missing(file: Place) -> str:
+    """Why a file is not there, in its server's words where it is elsewhere."""
+    try:
+        if file.storage.local_path(file.path) is None:
+            file.stamp()
+    except SourceError as problem:
+        return str(problem)
+    return f"{file} is missing; download it again"
 
 
 def inside(folder: Place, file: Place) -> Place:

@@ -16,7 +16,8 @@ from typing import Any
 
 from spectra.errors import MissingExtraError, NotFoundError, SourceError
 from spectra.files import http
-from spectra.files.far import Far, lanes
+from spectra.files.far import Far
+from spectra.files.lanes import Sink, lanes
 from spectra.files.storage import Place, Stamp
 
 _PAUSES = (0.5, 2.0)  # seconds before another attempt: the packages have tried several times by then
@@ -61,32 +62,33 @@ class Cloud(Far):
 
     def stamp(self, path: str) -> Stamp:
         """Size and version, as they were when the file was first asked for."""
-        return _pins[path] if path in _pins else _pins.setdefault(path, self._stamp_now(path))
+        if path not in _pins:
+            with lanes:
+                _pins.setdefault(path, self._stamp_now(path))
+        return _pins[path]
 
-    def fetch(self, path: str, stamp: Stamp, offset: int, buffer: memoryview) -> int:
-        """As `Far.fetch`; the version is looked at once the bytes are here."""
-        count = super().fetch(path, stamp, offset, buffer)
+    def piece(self, path: str, offset: int, buffer: Sink, stamp: Stamp) -> int:
+        """As `Far.piece`; the version is looked at once the bytes are here."""
+        stop = min(offset + len(buffer), stamp[0])
+        wanted = max(stop - offset, 0)
+        content = self._content(path, offset, stop) if wanted else b""
         if self._stamp_now(path) != stamp:
             _pins.pop(path, None)  # whoever opens it again gets what is there now
             raise http.ChangedError(path)
-        return count
+        buffer[:wanted] = content
+        return wanted
 
-    def piece(self, path: str, offset: int, buffer: memoryview, stamp: Stamp) -> int:
-        """As `Far.piece`."""
-        stop = min(offset + len(buffer), stamp[0])
-        wanted = max(stop - offset, 0)
-        for pause in (*_PAUSES, None) if wanted else ():
+    def _content(self, path: str, start: int, stop: int) -> bytes:
+        """Bytes of whatever version is there."""
+        for pause in (*_PAUSES, None):
             with _told(path, "read", again=pause is not None):
-                content = self._files().cat_file(path, start=offset, end=stop)
+                content: bytes = self._files().cat_file(path, start=start, end=stop)
                 http.count(len(content))
-                if len(content) == wanted:
-                    buffer[:wanted] = content
-                    return wanted
+                if len(content) == stop - start:
+                    return content
             if pause is not None:
                 time.sleep(pause)
-        if wanted:
-            raise SourceError(f"{path} cannot be read: fewer bytes come than it has; run the same again later")
-        return 0
+        raise SourceError(f"{path} cannot be read: fewer bytes come than it has; run the same again later")
 
     def local_path(self, path: str) -> None:
         """It is elsewhere."""
@@ -105,7 +107,7 @@ class Cloud(Far):
             raise NotFoundError(f"{self.protocol}:// is nothing that fsspec opens: {problem}") from None
 
     def _stamp_now(self, path: str) -> Stamp:
-        with _told(path, "opened"), lanes:
+        with _told(path, "opened"):
             said = self._files().info(path)
         if said.get("type") == "directory":
             raise NotFoundError(f"{path} is a folder")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from spectra.errors import NotFoundError, SourceError
 from spectra.files.choice import PIPELINE, WEIGHT_SUFFIXES, choose, read_json
 from spectra.files.far import Far
 from spectra.files.remote import Web
-from spectra.files.snapshots import users_cache
+from spectra.files.snapshots import spectras_cache
 from spectra.files.storage import Place
 
 _CHUNK = 64 * 2**20  # bytes in memory at a time: eight requests side by side
@@ -25,18 +25,13 @@ _BESIDE = (".json", ".yaml", ".distcp", ".metadata")
 Progress = Callable[[int, int], None]  # bytes that came, bytes of all files
 
 
-def cache() -> Path:
-    """Where copies are kept: `$SPECTRA_CACHE`, or `spectra` in the user's cache folder."""
-    given = os.environ.get("SPECTRA_CACHE")
-    return Path(given or users_cache() / "spectra").expanduser()
-
-
-def copy(place: Place, progress: Progress | None = None) -> Path:
+def copy(place: Place, progress: Progress | None = None, only: Collection[str] | None = None) -> Path:
     """The folder, or file, on this machine that holds what the place holds now.
 
     Args:
         place: a folder or file below a URL.
         progress: is told how far it is.
+        only: the addresses of the weight files that are wanted; None for all.
 
     Raises:
         NotFoundError: there are no weights.
@@ -47,8 +42,9 @@ def copy(place: Place, progress: Progress | None = None) -> Path:
     files = [place, *_configs(home)] if alone else list(_files(place))
     said = sorted((file.path, file.stamp()) for file in files)
     name = f"{home.name or 'model'}-{hashlib.sha256(repr(said).encode()).hexdigest()[:16]}"
-    folder, total, before = cache() / "models" / name, sum(stamp[0] for _, stamp in said), 0
-    for file in files:
+    wanted = [file for file in files if only is None or file.path in only or file.suffix in _BESIDE]
+    folder, total, before = spectras_cache() / "models" / name, sum(file.stamp()[0] for file in wanted), 0
+    for file in wanted:
         target = folder / file.path.removeprefix(home.path).strip("/")
         for count in _copied(file, target):
             if progress:

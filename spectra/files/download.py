@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Collection
+from glob import escape
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,8 +24,13 @@ SAID = {
 }
 
 
-def download(repo: str, revision: str) -> Path:
+def download(repo: str, revision: str, only: Collection[str] | None = None) -> Path:
     """The folder with the model's weights and json files, fetched where they are not there yet.
+
+    Args:
+        repo: the model's id.
+        revision: a branch, tag or commit.
+        only: the files of weights that are wanted; None for all.
 
     The hub has to answer within 5 s, or $HF_HUB_ETAG_TIMEOUT.
 
@@ -35,6 +42,7 @@ def download(repo: str, revision: str) -> Path:
     try:
         files = [file.rfilename for file in listing.siblings or ()]
         wanted = _WEIGHTS_AND_JSON[:2] if any(file.endswith(".safetensors") for file in files) else _WEIGHTS_AND_JSON
+        wanted = wanted if only is None else [*map(escape, only), "*.json"]
         there = client.snapshot_download(repo, revision=revision, allow_patterns=wanted, etag_timeout=_seconds())
     except _families(errors) as problem:
         raise NotFoundError(_reason(problem, _seconds())) from None

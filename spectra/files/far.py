@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from spectra.files import lanes
 from spectra.files.ahead import Ahead, Wanted
+from spectra.files.lanes import Sink
 from spectra.files.patience import give_up
 from spectra.files.storage import Place, Stamp
 from spectra.files.tensors import TensorRef
 
-_PIECE = 8 * 2**20  # bytes per request of what is large: enough to hide a round trip, little to ask for again
-LANES = 8  # requests at a time in this process
 _KEPT = 4 * 2**20  # bytes of a config or index that is kept
-_ROOM = 128 * 2**20  # bytes that may be here before they are asked for, where nobody says another number
 
-lanes = threading.BoundedSemaphore(LANES)
 _ahead: list[Ahead] = []
 _configs: dict[tuple[str, Stamp], bytes] = {}
 
@@ -28,7 +24,7 @@ class Far(ABC):
     """Files on another machine: `piece` asks for a range in one request, and everything else is the same for all."""
 
     @abstractmethod
-    def piece(self, path: str, offset: int, buffer: memoryview, stamp: Stamp) -> int:
+    def piece(self, path: str, offset: int, buffer: Sink, stamp: Stamp) -> int:
         """Fill the buffer with bytes of the version that the stamp names, and return how many there were.
 
         Raises:
@@ -49,28 +45,32 @@ class Far(ABC):
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> int:
         """As `Storage.read_into`: what was fetched ahead is here, and a config or an index comes once."""
-        stamp, span = self.stamp(path), (offset, offset + len(buffer))
+        stamp, key = self.stamp(path), (path, (offset, offset + len(buffer)))
         fetch = partial(self.fetch, path, stamp)
         if path.endswith(".json") and offset == 0 and len(buffer) == stamp[0] <= _KEPT:
-            key = (path, stamp)
-            if key not in _configs:
+            if (path, stamp) not in _configs:
                 count = fetch(0, buffer)
-                _configs[key] = bytes(buffer[:count])
-            buffer[: len(_configs[key])] = _configs[key]
-            return len(_configs[key])
+                _configs[path, stamp] = bytes(buffer[:count])
+            content = _configs[path, stamp]
+            buffer[: len(content)] = content
+            return len(content)
         for ahead in tuple(_ahead):
-            if (path, span) in ahead:
-                return ahead.read_into(path, offset, buffer, fetch)
+            if key in ahead and ahead.read_into(key, buffer):
+                return len(buffer)
         return fetch(offset, buffer)
 
     def fetch(self, path: str, stamp: Stamp, offset: int, buffer: memoryview) -> int:
         """Fill the buffer, in pieces side by side where it is large."""
 
         def piece(start: int) -> int:
-            with lanes:
-                return self.piece(path, offset + start, buffer[start : start + _PIECE], stamp)
+            return self.in_a_lane(path, stamp, offset + start, buffer[start : start + lanes.PIECE])
 
-        return sum(_all_of(piece, range(0, len(buffer), _PIECE)))
+        return sum(lanes.all_of(piece, range(0, len(buffer), lanes.PIECE)))
+
+    def in_a_lane(self, path: str, stamp: Stamp, offset: int, buffer: Sink) -> int:
+        """Fill the buffer by one request, once there are few enough others."""
+        with lanes.lanes:
+            return self.piece(path, offset, buffer, stamp)
 
 
 def is_remote(place: Place) -> bool:
@@ -79,51 +79,50 @@ def is_remote(place: Place) -> bool:
 
 
 @contextmanager
-def expected(matrices: Iterable[Iterable[TensorRef]], room: int = _ROOM, *, fetches: bool = False) -> Iterator[None]:
-    """Say what is going to be read, in order: small neighbours come together, and what is read twice comes once.
+def expected(matrices: Iterable[Iterable[TensorRef]], *, fetches: bool = False) -> Iterator[None]:
+    """Say what is going to be read, in order: small neighbours come together, and everything comes once.
+
+    What came stays on this machine's disk until all matrices that it is part of are `done`, or the block has ended; of
+    a run that is broken off it stays for the next.
 
     Args:
-        matrices: the tensors of every matrix; one that will be read twice occurs twice.
-        room: bytes that may be here before they are asked for.
+        matrices: the tensors of every matrix.
         fetches: fetch a matrix ahead of those that are asked for.
     """
     wanted = [found for matrix in matrices if (found := list(_far_parts(matrix)))]
     if not wanted:
         yield
         return
-    ahead = Ahead(wanted, room, fetches=fetches)
+    ahead = Ahead(wanted, fetches=fetches)
     _ahead.append(ahead)
+    broken_off = True
     try:
         yield
+        broken_off = False
+    except GeneratorExit:  # of whoever has seen enough
+        broken_off = False
+        raise
     finally:
         _ahead.remove(ahead)
-        if ahead.stop():
+        if ahead.stop(keep=broken_off):
             give_up()  # of what nobody waits for any more
 
 
-def dropped(refs: Iterable[TensorRef]) -> None:
-    """Say that a matrix will not be read after all."""
-    for item in _far_parts(refs):
+def done(refs: Iterable[TensorRef]) -> None:
+    """Say that nothing more is read of a matrix: its result is where it belongs, or it has none."""
+    for item in set(_far_parts(refs)):
         for ahead in tuple(_ahead):
-            if (item.path, item.span) in ahead:
-                ahead.drop(item.path, item.span)
+            if item.key in ahead:
+                ahead.done(item.key)
+
+
+def is_at_hand(ref: TensorRef) -> bool:
+    """Whether reading it once more, while its matrix is at work, asks no other machine."""
+    return all(any(ahead.has(item.key) for ahead in tuple(_ahead)) for item in _far_parts([ref]))
 
 
 def _far_parts(refs: Iterable[TensorRef]) -> Iterator[Wanted]:
     for part in (part for ref in refs for part in ref.parts):
         if part.bytes_read > 0 and isinstance(part.storage, Far) and is_remote(part.file):
             span = (part.offset, part.offset + part.bytes_read)
-            yield Wanted(part.path, span, partial(part.storage.fetch, part.path, part.stamp))
-
-
-def _all_of(piece: Callable[[int], int], starts: range) -> list[int]:
-    if len(starts) < 2:
-        return [piece(start) for start in starts]
-    pool = ThreadPoolExecutor(min(LANES, len(starts)))
-    try:
-        return list(pool.map(piece, starts))
-    except KeyboardInterrupt:
-        give_up()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+            yield Wanted(part.path, span, part.stamp, part.storage.in_a_lane)

@@ -245,7 +245,8 @@ def _beside(home: Place, name: str) -> dict[str, Any] | None:
     """
     if (home / name).is_file():
         return read_json(inside(home, home / name))
-    if home.is_folder() and name in snapshots.dangling(home):
+    on_this_machine = home.storage.local_path(home.path) is not None  # others have no links, and servers list nothing
+    if on_this_machine and home.is_folder() and name in snapshots.dangling(home):
         raise SourceError(f"{home / name} is a link to a file that is not there; download or copy it again")
     return None
 

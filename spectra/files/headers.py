@@ -37,6 +37,8 @@ def read_header(file: Place) -> Header:
         NotFoundError: there is no such file.
         SourceError: its kind is not known, or it is broken.
     """
+    if is_remote(file):
+        file.stamp()  # which says why there is none
     if not file.is_file():
         raise NotFoundError(f"{file} does not exist; the download may be incomplete")
     state = training_state.what(file.name)

@@ -20,6 +20,7 @@ from urllib.parse import urljoin, urlsplit
 
 from spectra.errors import NotFoundError, SourceError
 from spectra.files.download import BUSY, SAID, by_proxy, library, offline
+from spectra.files.lanes import Sink
 from spectra.files.patience import Patience, TryAgainError, answered, origin
 from spectra.files.storage import Stamp
 
@@ -109,7 +110,7 @@ def stat(url: str, *, first: float | None = None) -> Stamp:
     return (size, version)
 
 
-def read_into(url: str, offset: int, buffer: memoryview, stamp: Stamp) -> int:
+def read_into(url: str, offset: int, buffer: Sink, stamp: Stamp) -> int:
     """Fill the buffer from `offset` on with bytes of the version that the stamp names; fewer where the file ends.
 
     Raises:

@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,13 @@ _LONGEST = 400  # characters of what was tried, which may be a path of thousands
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
-def resolve(name: str | Path | Place, *, fetch: bool = False, progress: Progress | None = None) -> Place:
+def resolve(
+    name: str | Path | Place,
+    *,
+    fetch: bool = False,
+    progress: Progress | None = None,
+    only: Collection[str] | None = None,
+) -> Place:
     """The folder or file that a path, URL, alias or hub id means; a place means itself.
 
     Tried in order: a URL; the path; the user's aliases; the folder `$SPECTRA_MODELS`; the built-in aliases;
@@ -51,6 +58,7 @@ def resolve(name: str | Path | Place, *, fetch: bool = False, progress: Progress
         fetch: download a model of the hub into its cache, or what a URL leads to into ours, instead of reading there
             what is needed when it is.
         progress: is told how far a download from a URL is.
+        only: the addresses of the weight files that a download is for; None for all.
 
     Raises:
         NotFoundError: nothing was found; the message lists what was tried.
@@ -60,25 +68,30 @@ def resolve(name: str | Path | Place, *, fetch: bool = False, progress: Progress
     if not str(name).strip():
         raise NotFoundError("an empty name was given instead of a path, hub id or alias; is a shell variable not set?")
     if remote.is_url(str(name)):
-        return _of_url(str(name), fetch=fetch, progress=progress)
+        return _of_url(str(name), fetch=fetch, progress=progress, only=only)
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):
         return Place.of(path)
-    return Place.of(_by_name(str(name), [f"the path {path}{_how_far(path)}"], fetch=fetch))
+    return Place.of(_by_name(str(name), [f"the path {path}{_how_far(path)}"], fetch=fetch, only=only))
 
 
-def _of_url(url: str, *, fetch: bool, progress: Progress | None) -> Place:
+def _of_url(url: str, *, fetch: bool, progress: Progress | None, only: Collection[str] | None) -> Place:
     place = remote.open_url(url)
     if not fetch or not isinstance(place.storage, Far):
         return place
     if isinstance(place.storage, remote.Hub):
-        whole = Place.of(download(place.storage.repo, place.storage.commit))
+        whole = Place.of(download(place.storage.repo, place.storage.commit, _names(only)))
         inner = place.path.removeprefix(place.storage.root).strip("/")
         return whole / inner if inner else whole
-    return Place.of(copy(place, progress))
+    return Place.of(copy(place, progress, only))
 
 
-def _by_name(name: str, tried: list[str], *, fetch: bool) -> Path | Place:
+def _names(only: Collection[str] | None) -> list[str] | None:
+    """The names that files have in their models on the hub, from their addresses."""
+    return None if only is None else [remote.file_of(address) for address in only]
+
+
+def _by_name(name: str, tried: list[str], *, fetch: bool, only: Collection[str] | None) -> Path | Place:
     """The folder or file that an alias or hub id means."""
     text = name
     config = config_file()
@@ -89,7 +102,7 @@ def _by_name(name: str, tried: list[str], *, fetch: bool) -> Path | Place:
         if os.path.exists(target):
             return target
         if remote.is_url(aliases[text]):
-            return _of_url(aliases[text], fetch=fetch, progress=None)
+            return _of_url(aliases[text], fetch=fetch, progress=None, only=only)
         text, tried = aliases[text], [*tried, f"its alias {aliases[text]}"]
     models = os.environ.get("SPECTRA_MODELS")
     if models and os.path.exists(Path(os.path.expanduser(models)) / text):
@@ -102,7 +115,7 @@ def _by_name(name: str, tried: list[str], *, fetch: bool) -> Path | Place:
     if not match:
         raise _not_found(name, tried)
     repo, revision, meant = match["repo"], match["revision"] or "main", _is_a_path(text)
-    return _from_hub(name, repo, revision, tried, meant=meant, fetch=fetch)
+    return _from_hub(name, repo, revision, tried, meant=meant, fetch=fetch, only=only)
 
 
 def _is_a_path(text: str) -> str:
@@ -183,7 +196,9 @@ def _user_aliases(config: Path) -> dict[str, str]:
     return aliases
 
 
-def _from_hub(name: str, repo: str, revision: str, tried: list[str], *, meant: str, fetch: bool) -> Path | Place:
+def _from_hub(
+    name: str, repo: str, revision: str, tried: list[str], *, meant: str, fetch: bool, only: Collection[str] | None
+) -> Path | Place:
     """A model of the hub: in its cache, or on the hub unless the name is meant as a path."""
     folder = snapshots.cache() / f"models--{repo.replace('/', '--')}"
     try:
@@ -199,7 +214,7 @@ def _from_hub(name: str, repo: str, revision: str, tried: list[str], *, meant: s
     if meant:
         raise _not_found(name, [*tried, f"not the hub, since {meant}"])
     try:
-        return download(repo, revision) if fetch else remote.open_hub(repo, revision)
+        return download(repo, revision, _names(only)) if fetch else remote.open_hub(repo, revision)
     except NotFoundError as problem:
         if str(problem) == SAID["GatedRepoError"]:
             raise NotFoundError(f"{repo}: {problem}") from None

@@ -18,12 +18,13 @@ from spectra.errors import NotFoundError, SourceError
 from spectra.files import download, http, snapshots
 from spectra.files.choice import KNOWN_NAMES, WEIGHT_SUFFIXES
 from spectra.files.cloud import Cloud, open_cloud
-from spectra.files.far import LANES, Far, lanes
+from spectra.files.far import Far
+from spectra.files.lanes import LANES, Sink, lanes
 from spectra.files.storage import DISK, Place, Stamp
 
 _ABSENT_FOR = 30.0  # seconds for which a file that was not there is not asked for again
 _PAGE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve|raw)/(?P<revision>[^/]+)(?P<rest>/.*)?)?/?")
-_RESOLVED = re.compile(r"(?P<hub>.+?)/(?P<repo>[\w.-]+/[\w.-]+)/resolve/(?P<commit>[0-9a-f]{40})(?:/.*)?")
+_RESOLVED = re.compile(r"(?P<hub>.+?)/(?P<repo>[\w.-]+/[\w.-]+)/resolve/(?P<commit>[0-9a-f]{40})(?:/(?P<file>.*))?")
 _HUBS = ("https://huggingface.co", "https://hf.co")
 
 _listings: dict[Hub, dict[str, Stamp]] = {}
@@ -77,7 +78,7 @@ class Hub(Far):
         local = self.local_path(path)
         return DISK.read_into(local, offset, buffer) if local else super().read_into(path, offset, buffer)
 
-    def piece(self, path: str, offset: int, buffer: memoryview, stamp: Stamp) -> int:
+    def piece(self, path: str, offset: int, buffer: Sink, stamp: Stamp) -> int:
         """As `Far.piece`."""
         return http.read_into(quote(path, safe=":/%"), offset, buffer, stamp)
 
@@ -145,7 +146,7 @@ class Web(Far):
             raise NotFoundError(f"{path}: there is no such file (404)")
         return found
 
-    def piece(self, path: str, offset: int, buffer: memoryview, stamp: Stamp) -> int:
+    def piece(self, path: str, offset: int, buffer: Sink, stamp: Stamp) -> int:
         """As `Far.piece`."""
         try:
             return http.read_into(quote(path, safe=":/%"), offset, buffer, stamp)
@@ -271,6 +272,16 @@ def model_of(path: str) -> str:
     """
     match = _RESOLVED.fullmatch(path)
     return match["repo"] if match else ""
+
+
+def file_of(path: str) -> str:
+    """The name of a file in its model on the hub, from its address; "" for any other address.
+
+    >>> file_of("https://huggingface.co/org/name/resolve/" + 40 * "a" + "/unet/model.safetensors")
+    'unet/model.safetensors'
+    """
+    match = _RESOLVED.fullmatch(path)
+    return unquote(match["file"] or "") if match else ""
 
 
 def _is_a_file(url: str) -> bool:

@@ -21,6 +21,12 @@ def users_cache() -> Path:
     return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
 
 
+def spectras_cache() -> Path:
+    """Where what came from servers is kept: `$SPECTRA_CACHE`, or `spectra` in the user's cache folder."""
+    given = os.environ.get("SPECTRA_CACHE")
+    return Path(given or users_cache() / "spectra").expanduser()
+
+
 def cache() -> Path:
     """Where huggingface_hub keeps its downloads, by its own environment variables."""
     given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spectra.engine.memory import READ_AHEAD, readable_size
 from spectra.engine.memory import memory_budget as budget_of
+from spectra.engine.memory import readable_size
 from spectra.errors import SourceError
-from spectra.files.far import expected
+from spectra.files.far import done, expected
 from spectra.merges import causes
 from spectra.merges.claims import Claim, Claims, open_claims
 from spectra.merges.report import MatrixCheck, MergeReport, in_order
@@ -78,7 +78,7 @@ def check_claims(
     unexplained: list[tuple[Claim, MatrixCheck, Tensor]] = []
     keep_freed_memory()
     reads = [_read_of(claim) for claim in claims if claim.bytes <= budget]
-    with expected(reads, budget // READ_AHEAD, fetches=len(reads) > 1), thread_executor(workers, 1) as pool:
+    with expected(reads, fetches=len(reads) > 1), thread_executor(workers, 1) as pool:
         futures = [pool.submit(_check, claim, budget) for claim in claims]
         try:
             for claim, future in zip(claims, futures, strict=True):
@@ -110,6 +110,8 @@ def _check(claim: Claim, budget: int) -> tuple[MatrixCheck | None, Tensor | None
         return check(claim)
     except SourceError as problem:
         return MatrixCheck(claim.name, "unreadable", cause=str(problem), note=claim.note), None
+    finally:
+        done(_read_of(claim))
 
 
 def report_of(claims: Claims, checked: Iterable[tuple[Claim, MatrixCheck | None]]) -> MergeReport:

@@ -20,11 +20,11 @@ from spectra.deltas.forms import Dense, Form
 from spectra.deltas.relatedness import unrelated_note
 from spectra.deltas.source import Source
 from spectra.engine.devices import device_named, resolve_device
-from spectra.engine.memory import READ_AHEAD, readable_size
 from spectra.engine.memory import memory_budget as memory_budget_of
+from spectra.engine.memory import readable_size
 from spectra.engine.solve import Wanted, out_of_memory, read, solve_forms
 from spectra.errors import BaseRequiredError, SelectionError, SpectraError, StoreError, refuse_path_for_source
-from spectra.files.far import expected
+from spectra.files.far import done, expected
 from spectra.metrics.alignment import ALIGNMENT, AgainstBase, Triplets
 from spectra.results.base_cache import BaseCache, triplets_of_base
 from spectra.spectrum import Spectrum, Status
@@ -123,14 +123,15 @@ def rows_of(
 
 
 def _one_by_one(work: Work, deltas: Sequence[WeightDelta]) -> Iterator[Row]:
-    with expected(map(_read_of, deltas), work.budget // READ_AHEAD, fetches=len(deltas) > 1):
+    with expected(map(_read_of, deltas), fetches=len(deltas) > 1):
         for delta in deltas:
             yield work(delta)
+            done(_read_of(delta))
 
 
-def _read_of(delta: WeightDelta) -> list[TensorRef]:
-    """What is read of a matrix: W₀ for ΔW, and by itself."""
-    return [*delta.refs, delta.base.ref] if delta.base and delta.recipe else []
+def _read_of(delta: WeightDelta) -> Sequence[TensorRef]:
+    """What is read of a matrix; nothing where there is no W₀ to compare it with."""
+    return delta.refs if delta.base is not None else ()
 
 
 def _budget(given: int | str | None, device: str) -> int:

@@ -16,10 +16,10 @@ from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense
 from spectra.deltas.relatedness import unrelated_note
 from spectra.engine.devices import device_named, resolve_device
-from spectra.engine.memory import READ_AHEAD
 from spectra.engine.solve import Wanted, solve, solve_forms
 from spectra.errors import SelectionError, refuse_path_for_source
-from spectra.files.far import expected
+from spectra.files.far import done, expected
+from spectra.files.tensors import TensorRef
 from spectra.metrics.alignment import Triplets
 from spectra.metrics.interference import INTERFERENCE, Together, sum_of
 from spectra.metrics.sides import Side
@@ -91,10 +91,16 @@ def interference_rows(
 
 
 def _one_by_one(of_each: Sequence[tuple[str, Mapping[int, WeightDelta]]], count: int, device: str) -> Iterator[Row]:
-    together = [[ref for delta in there.values() for ref in delta.refs] for _, there in of_each if len(there) > 1]
-    with expected(together, device_named(device).budget() // READ_AHEAD, fetches=len(together) > 1):
+    together = [refs for _, there in of_each if (refs := _read_of(there))]
+    with expected(together, fetches=len(together) > 1):
         for name, there in of_each:
             yield _row(name, there, count, device)
+            done(_read_of(there))
+
+
+def _read_of(there: Mapping[int, WeightDelta]) -> list[TensorRef]:
+    """What is read of a matrix that several updates have; nothing of one that has nothing to be measured with."""
+    return [ref for delta in there.values() for ref in delta.refs] if len(there) > 1 else []
 
 
 def _ahead(
@@ -116,7 +122,7 @@ def _ahead(
 
 def _row(name: str, there: Mapping[int, WeightDelta], count: int, device: str) -> Row:
     """One matrix over the updates that have it, by their places among `count`."""
-    with expected([delta.refs for delta in there.values()]):
+    with expected([_read_of(there)]):
         return _done(name, there, count, device)
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +16,10 @@ import numpy as np
 
 from spectra.deltas.source import Source
 from spectra.errors import DeviceError, SelectionError, SourceError, SpectraError, StoreError
+from spectra.files import hub
+from spectra.files.far import is_remote
+from spectra.files.ranges import read_again
+from spectra.files.storage import Place
 from spectra.metrics import METRICS
 from spectra.metrics.similarity import SIDES, Side, SubspaceSimilarity, subspace_similarity
 from spectra.metrics.start import start_share
@@ -130,7 +135,8 @@ def series_rows(
         _claim(home, inputs, stored, {moment.step for moment in given}, notes)
     if not given and not stored:
         raise SelectionError("a series needs checkpoints, and none was given" + (f" or is in {home}" if home else ""))
-    run = _Run(base, tuple([layers] if isinstance(layers, str) else layers), top, options, others, home, opened, notes)
+    at = _place_of(base) if given else base
+    run = _Run(at, tuple([layers] if isinstance(layers, str) else layers), top, options, others, home, opened, notes)
     moments = {moment.step: moment for moment in given}
     return _Series(run, [(step, moments.get(step)) for step in sorted({*stored, *moments})], side, start).rows()
 
@@ -181,7 +187,7 @@ def _median(values: Iterable[float | None]) -> float | None:
 class _Run:
     """How to get the spectra of a checkpoint."""
 
-    base: str | Path | None
+    base: str | Path | Place | None
     layers: tuple[str, ...]
     top: int
     options: dict[str, Any]
@@ -244,7 +250,12 @@ class _Series:
         self.start = self._start(start)
 
     def rows(self) -> Iterator[Row]:
-        """All rows; the table is written when they have gone."""
+        """All rows; the table is written when they have gone. What is read of a base on a server is read once."""
+        base = self.run.base
+        with read_again(base.path) if isinstance(base, Place) else nullcontext():
+            yield from self._rows()
+
+    def _rows(self) -> Iterator[Row]:
         last, previous = self._last(), None
         kept: list[Row] = []
         for step, moment in self.moments:
@@ -362,6 +373,12 @@ def _similarity(a: Spectrum, b: Spectrum, top: int, side: Side) -> SubspaceSimil
         return subspace_similarity(a, b, top=top, side=side)
     except SelectionError:
         return None
+
+
+def _place_of(base: str | Path | None) -> str | Path | Place | None:
+    """A base on a server as the place that its name means now, for all checkpoints; any other as it is."""
+    place = hub.resolve(base) if base is not None else None
+    return place if place is not None and is_remote(place) else base
 
 
 def _whole_path(path: str | Path | None) -> str | None:

@@ -63,10 +63,18 @@ def test_a_folder_is_copied_once(server, tmp_path, shards):
 def test_the_command_reads_the_copies(server, tmp_path):
     base = serve(server, write_checkpoint(tmp_path / "base", llama_tensors(), shards=2))
     tuned = serve(server, write_checkpoint(tmp_path / "tuned", nudged(llama_tensors()), shards=2))
-    run("svd", tuned, "--base", base, "--layer", "v_proj", "--download", "--out", tmp_path / "out", "--no-figures")
+    options = ("--layer", "layers.1.self_attn.v_proj", "--download", "--out", tmp_path / "out", "--no-figures")
+    _, said = run("svd", tuned, "--base", base, *options)
+    assert "missing" not in said
+    chosen = spectra.open_source(tmp_path / "tuned", tmp_path / "base").select("layers.1.self_attn.v_proj")
+    shards = {f"{ref.file.parent.name}/{ref.file.name}" for delta in chosen for ref in delta.refs}
+    copied = {
+        f"{file.parent.name.rpartition('-')[0]}/{file.name}" for file in (tmp_path / "cache").rglob("*.safetensors")
+    }
+    assert copied == shards, "the shards of the chosen matrices and no others"
     inputs = json.loads((tmp_path / "out" / "run.json").read_text())["inputs"]
     assert inputs["tuned"].startswith(str(tmp_path / "cache" / "models" / "tuned-"))
-    for spectrum in spectra.decompose(spectra.open_source(tmp_path / "tuned", tmp_path / "base").select("v_proj")):
+    for spectrum in spectra.decompose(chosen):
         np.testing.assert_array_equal(spectra.load(tmp_path / "out")[spectrum.name].S, spectrum.S)
 
 

@@ -22,7 +22,8 @@ from support.hub_server import HubServer, md5
 
 import spectra
 from spectra.errors import NotFoundError, SourceError, StoreError
-from spectra.files import far, http, hub, patience
+from spectra.files import far, http, hub, lanes, patience, ranges
+from spectra.results.series import series_rows
 
 constants = pytest.importorskip("huggingface_hub.constants")
 TOKEN = "hf_thesecretofthistest"
@@ -94,7 +95,7 @@ def test_opening_reads_headers_only_and_asks_each_shard_twice(server):
 
 
 def test_large_tensors_come_in_pieces_side_by_side(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(far, "_PIECE", 1000)
+    monkeypatch.setattr(lanes, "PIECE", 1000)
     assert_right(remotely(), tmp_path)
 
 
@@ -209,7 +210,7 @@ def test_inspect_tells_what_a_command_reads(server):
     assert "v_proj 32.0 KiB" in printed
 
 
-def test_download_takes_the_whole_model_into_the_cache(server, tmp_path, monkeypatch):
+def test_download_takes_the_shards_of_the_chosen_matrices_into_the_cache(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     code = "from spectra.cli import main; main()"
     command = [sys.executable, "-c", code, "svd", "org/tuned", "--base", "org/base", "--layer", "v_proj", "--download"]
@@ -217,7 +218,15 @@ def test_download_takes_the_whole_model_into_the_cache(server, tmp_path, monkeyp
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run([*command, "--out", tmp_path / "out"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "cache").glob("models--org--*/snapshots/*/*.safetensors"))) == 2 * SHARDS
+    source = spectra.open_source(tmp_path / "tuned", tmp_path / "base").select("v_proj")
+    shards = {part.path.removeprefix(f"{tmp_path}/") for delta in source for part in delta.refs}
+    there = [file.relative_to(tmp_path / "cache") for file in (tmp_path / "cache").rglob("*.safetensors")]
+    assert {f"{file.parts[0].rpartition('--')[2]}/{file.name}" for file in there} == shards
+    assert len(shards) < 2 * SHARDS, "else this tells nothing"
+    assert "missing" not in done.stdout + done.stderr
+    offline = environment | {"HF_HUB_OFFLINE": "1"}
+    again = subprocess.run([*command, "--out", tmp_path / "out"], env=offline, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
     found = {spectrum.name: spectrum for spectrum in spectra.load(tmp_path / "out")}
     assert_right(found, tmp_path)
 
@@ -239,7 +248,8 @@ def test_matrices_that_cannot_be_had_do_not_hold_up_the_others(server, tmp_path,
     monkeypatch.setattr(far, "Ahead", noted)
     statuses = [spectrum.status for spectrum in spectra.decompose(source)]
     assert {"ok", "unreadable"} == set(statuses)
-    assert [holder._held for holder in holders if holder._held] == []
+    assert [holder._unread for holder in holders if holder._unread] == []
+    assert list(ranges.folder().iterdir()) == [], "nothing is left on the disk"
 
 
 READ_ONCE = {
@@ -256,12 +266,100 @@ def test_a_command_reads_every_byte_once(server, tmp_path, name):
     write_checkpoint(tmp_path / "other", nudged(larger(llama_tensors()), seed=3), shards=SHARDS)
     server.add("org/other", tmp_path / "other")
     run(*(word.format(tmp_path=tmp_path) for word in READ_ONCE[name]), "--layer", "v_proj")
-    ranges = [(seen.path, *map(int, seen.range.removeprefix("bytes=").split("-"))) for seen in server.seen
+    asked = [(seen.path, *map(int, seen.range.removeprefix("bytes=").split("-"))) for seen in server.seen
               if seen.server == "cdn" and seen.range != "bytes=0-0"]  # fmt: skip
-    data = sorted(item for item in ranges if item[2] - item[1] > 2000)
+    data = sorted(item for item in asked if item[2] - item[1] > 2000)
     assert len(data) == 2 * (3 if "other" in str(READ_ONCE[name]) else 2)
     for first, second in pairwise(data):
         assert first[0] != second[0] or first[2] < second[1]
+    assert list(ranges.folder().iterdir()) == [], "nothing is left on the disk"
+
+
+def data_of(server, repo, start=0):
+    """Bytes of matrices that were sent of a model, and the ranges."""
+    seen = [seen for seen in server.seen[start:] if seen.server == "cdn" and f"/{repo}/" in seen.path]
+    asked = [(one.path.partition("?")[0], one.range) for one in seen if one.sent > 2000]
+    return sum(one.sent for one in seen if one.sent > 2000), asked
+
+
+def test_a_series_reads_the_base_once(server, tmp_path):
+    paths = []
+    for step in (100, 200, 300):
+        write_checkpoint(tmp_path / f"checkpoint-{step}", nudged(larger(llama_tensors()), seed=step), shards=SHARDS)
+        server.add(f"org/checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+        paths.append(f"org/checkpoint-{step}")
+    rows = spectra.series(paths, "org/base", layers="v_proj", top=2, out=tmp_path / "out")
+    sent, asked = data_of(server, "org/base")
+    assert sent == 2 * 4 * (4 * 8) * (4 * 16)
+    assert len(asked) == 2
+    assert all(len(data_of(server, path)[1]) == 2 for path in paths)
+    assert list(ranges.folder().iterdir()) == [], "nothing is left on the disk"
+    local = spectra.series([tmp_path / path.removeprefix("org/") for path in paths], tmp_path / "base",
+                           layers="v_proj", top=2, out=tmp_path / "local")  # fmt: skip
+    np.testing.assert_array_equal(rows["norm"], local["norm"])
+    np.testing.assert_array_equal(rows["phi_to_last"], local["phi_to_last"])
+
+
+def test_a_series_is_held_against_one_commit_of_its_base(server, tmp_path):
+    stream = series_rows(["org/tuned", "org/base"], "org/base", layers=("v_proj",), steps=(2, 1), top=2)
+    next(stream)
+    write_checkpoint(tmp_path / "moved", larger(llama_tensors(seed=7)), shards=SHARDS)
+    server.add("org/base", tmp_path / "moved")
+    commits = {path.split("/")[4] for path, _ in data_of(server, "org/base")[1]}
+    list(stream)
+    assert {path.split("/")[4] for path, _ in data_of(server, "org/base")[1]} == commits
+
+
+KILLED = """
+import os, signal, sys
+import spectra
+from spectra.engine import solve
+real, done = solve.solve_forms, []
+def killed(deltas, forms, wanted):
+    done.append(deltas)
+    if len(done) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(deltas, forms, wanted)
+solve.solve_forms = killed
+source = spectra.open_source("org/tuned", "org/base").select(["v_proj", "q_proj"])
+list(spectra.decompose(source, out=sys.argv[1]))
+"""
+
+
+def test_killed_and_resumed_nothing_is_read_twice(server, tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "out"], env=environment, capture_output=True)
+    assert killed.returncode == -9, killed.stderr
+    before = [*data_of(server, "org/base")[1], *data_of(server, "org/tuned")[1]]
+    assert len(before) >= 4, "two matrices were begun"
+    start = len(server.seen)
+    found = remotely(["v_proj", "q_proj"], out=tmp_path / "out")
+    after = [*data_of(server, "org/base", start)[1], *data_of(server, "org/tuned", start)[1]]
+    assert not {*before} & {*after}
+    assert len({*before, *after}) == len(before) + len(after) == 2 * 4
+    assert {spectrum.status for spectrum in found.values()} == {"ok"}
+    assert list(ranges.folder().iterdir()) == [], "what was done is not kept"
+
+
+def test_who_stops_leaves_what_had_come_and_who_has_seen_enough_nothing(server):
+    delta = spectra.open_source("org/tuned", "org/base").select("v_proj").deltas[0]
+
+    def stopped():
+        with far.expected([delta.refs]):
+            delta.read()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    left = set(ranges.folder().iterdir())
+    assert len(left) == 2, "for the run that goes on"
+    stream = spectra.decompose(spectra.open_source("org/tuned", "org/base"))
+    next(stream)
+    del stream
+    until = time.monotonic() + 30
+    while set(ranges.folder().iterdir()) - left and time.monotonic() < until:  # a request may be on its way
+        time.sleep(0.05)
+    assert set(ranges.folder().iterdir()) <= left
 
 
 def test_the_base_that_rounding_is_replayed_on_is_not_read_again(server):
@@ -270,6 +368,26 @@ def test_the_base_that_rounding_is_replayed_on_is_not_read_again(server):
     noise = next(noise for noise in form.noise if noise.grid)
     assert form.rounded(noise, torch.zeros(form.shape, dtype=torch.float64)).isfinite().all()
     assert len(server.seen) == start
+
+
+def test_while_a_matrix_is_at_work_its_base_waits_on_the_disk_and_not_in_memory(server, tmp_path):
+    write_checkpoint(tmp_path / "wide", {"layers.0.v_proj.weight": torch.randn(300, 300)})
+    write_checkpoint(tmp_path / "wider", {"layers.0.v_proj.weight": torch.randn(300, 300)})
+    for name in ("wide", "wider"):
+        server.add(f"org/{name}", tmp_path / name)
+    (delta,) = spectra.open_source("org/wider", "org/wide")
+    assert delta.read().rounded.keywords["base"] is not None, "read by itself it is held, not asked for again"
+    with far.expected([delta.refs]):
+        form = delta.read()
+        start = len(server.seen)
+        assert form.rounded.keywords["base"] is None
+        noise = next(noise for noise in form.noise if noise.grid)
+        again = form.rounded(noise, torch.zeros(form.shape, dtype=torch.float64))
+        assert len(server.seen) == start
+        far.done(delta.refs)
+        assert list(ranges.folder().iterdir()) == []
+    (local,) = spectra.open_source(tmp_path / "wider", tmp_path / "wide")
+    assert torch.equal(again, local.read().rounded(noise, torch.zeros(form.shape, dtype=torch.float64)))
 
 
 def test_the_parts_of_a_fused_weight_that_are_columns_come_in_one_reading(server, tmp_path):
@@ -330,6 +448,13 @@ def test_folders_and_files_by_url(server, tmp_path):
     assert_right({spectrum.name: spectrum for spectrum in spectra.decompose(source)}, tmp_path)
     one = f"{server.cdn}/plain/base/model-00001-of-{SHARDS:05}.safetensors"
     assert spectra.inspect(one).folder.tensors
+
+
+def test_a_file_by_url_with_nothing_beside_it_is_opened(server, tmp_path):
+    """As adapters lie on servers: under a name of their own, and no config in the folder."""
+    folder = lora_folder(tmp_path / "lora", seed=1)
+    server.plain["/files/my-style.safetensors"] = next(folder.glob("*.safetensors")).read_bytes()
+    assert len(spectra.open_source(f"{server.cdn}/files/my-style.safetensors", scale=1.0)) == 2
 
 
 def test_the_pages_of_the_hub_mean_the_model(server):
@@ -408,7 +533,7 @@ def test_a_fault_that_passes_ends_in_the_right_numbers(server, tmp_path, fault):
 def test_many_faults_at_random_end_in_the_right_numbers(server, tmp_path, monkeypatch):
     monkeypatch.setattr(patience, "PATIENCE", 60.0)
     monkeypatch.setattr(patience, "_LONGEST_WAIT", 0.01)
-    monkeypatch.setattr(far, "_PIECE", 1500)
+    monkeypatch.setattr(lanes, "PIECE", 1500)
     draw, kinds = random.Random(0), [kind for kind in FAULTS if "link" not in kind]
     happened = []
 
@@ -535,6 +660,18 @@ def test_the_token_goes_to_the_hub_only_and_is_kept_nowhere(server, tmp_path):
     kept = [file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()]
     assert kept
     assert not any(TOKEN.encode() in content or b"sig=" in content for content in kept)
+
+
+def test_what_a_server_refuses_or_lacks_is_said_in_its_words(server, tmp_path):
+    serve_plainly(server, tmp_path)
+    with pytest.raises(NotFoundError, match=r"model.safetensors: there is no such file \(404\)"):
+        spectra.inspect(f"{server.cdn}/plain/nothing/model.safetensors")
+    for status, said in ((403, r"the server refuses it \(403\), and no password"), (404, "there is no such file")):
+        server.faults[:] = [times(-1, lambda handler, seen, status=status: handler.say(status))]
+        with pytest.raises(NotFoundError, match=said):
+            spectra.inspect(f"{server.cdn}/plain/base/model-00001-of-{SHARDS:05}.safetensors")
+        with pytest.raises(NotFoundError, match=f"names {SHARDS} shards and none of them is there: .*{said}"):
+            spectra.inspect(f"{server.cdn}/plain/base")
 
 
 def test_servers_without_ranges_or_versions_are_refused(server, tmp_path):
