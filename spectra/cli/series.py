@@ -79,16 +79,17 @@ def command(
     checkpoints = tuple(fetched(path, opening.download) for path in checkpoints)
     base = fetched(base, opening.download) if base else None
     rows: list[Row] = []
-    notes = _Notes(opening.layers)
+    notes, reused = _Notes(opening.layers), list[str]()
     with report.progress(len(checkpoints), "spectra series", kept=out or "") as bar, compute.keywords() as keywords:
         stream = series_rows(
             checkpoints, base, layers=opening.layers, top=top, side=side, steps=steps or None, start=start, out=out,
-            opened=notes.see, notes=notes.warnings, **opening.settings, **keywords,
+            opened=notes.see, notes=notes.warnings, reused=reused, **opening.settings, **keywords,
         )  # fmt: skip
         for row in stream:
             if not rows or rows[-1]["step"] != row["step"]:
                 bar.update()
             rows.append(row)
+    report.reused(len(reused), sum(bool(row["name"]) for row in rows), out)
     notes.print()
     written = report.draw(out, names=(), size=figures) if out and figures else []
     if as_json:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spectra import naming
 from spectra.deltas.source import Source
 from spectra.errors import DeviceError, SelectionError, SourceError, SpectraError, StoreError
 from spectra.metrics import METRICS
@@ -45,7 +46,7 @@ _PROBLEMS_OF_ALL = (StoreError, DeviceError)  # not one checkpoint's
 
 
 def series(
-    checkpoints: Sequence[str | Path] = (),
+    checkpoints: Sequence[str | Path] | str | Path = (),
     base: str | Path | None = None,
     *,
     layers: str | Sequence[str] = (),
@@ -95,7 +96,7 @@ def series(
 
 
 def series_rows(
-    checkpoints: Sequence[str | Path] = (),
+    checkpoints: Sequence[str | Path] | str | Path = (),
     base: str | Path | None = None,
     *,
     layers: str | Sequence[str] = (),
@@ -106,6 +107,7 @@ def series_rows(
     out: str | Path | None = None,
     opened: Callable[[Source], None] = lambda source: None,
     notes: list[str] | None = None,
+    reused: list[str] | None = None,
     **others: Any,
 ) -> Iterator[Row]:
     """The rows of `series` in their order, a checkpoint at a time.
@@ -113,8 +115,10 @@ def series_rows(
     Args:
         opened: is told of every source, the last first.
         notes: gets what was found damaged in `out`, as far as the rows have come.
+        reused: gets the name of each matrix of a checkpoint that was stored there before, likewise.
     """
-    notes = [] if notes is None else notes
+    notes, reused = [] if notes is None else notes, [] if reused is None else reused
+    checkpoints = [checkpoints] if isinstance(checkpoints, str | Path) else checkpoints
     if top < 1:
         raise SelectionError(f"top = {top} is not a positive number of directions")
     if side not in SIDES:
@@ -130,7 +134,8 @@ def series_rows(
         _claim(home, inputs, stored, {moment.step for moment in given}, notes)
     if not given and not stored:
         raise SelectionError("a series needs checkpoints, and none was given" + (f" or is in {home}" if home else ""))
-    run = _Run(base, tuple([layers] if isinstance(layers, str) else layers), top, options, others, home, opened, notes)
+    chosen = tuple([layers] if isinstance(layers, str) else layers)
+    run = _Run(base, chosen, top, options, others, home, opened, notes, reused)
     moments = {moment.step: moment for moment in given}
     return _Series(run, [(step, moments.get(step)) for step in sorted({*stored, *moments})], side, start).rows()
 
@@ -155,6 +160,8 @@ def is_series(directory: str | Path) -> bool:
 def by_role(rows: Sequence[Row], columns: Sequence[str] = (*MEASURED, *_LEVELS)) -> list[Row]:
     """One row per step and role: how many matrices, and the median of each column over those that have a value.
 
+    Roles stand in the model's order.
+
     Example:
         >>> rows = [{"step": 1, "role": "q_proj", "status": "ok", "norm": norm} for norm in (1.0, 2.0, 6.0)]
         >>> found = by_role(rows)[0]
@@ -165,10 +172,11 @@ def by_role(rows: Sequence[Row], columns: Sequence[str] = (*MEASURED, *_LEVELS))
     for line in rows:
         if line["status"] == "ok":
             groups.setdefault((line["step"], line["role"]), []).append(line)
+    roles = naming.in_model_order(role for _, role in groups)
     return [
-        {"step": step, "role": role, "matrices": len(lines)}
-        | {name: _median(line.get(name) for line in lines) for name in columns}
-        for (step, role), lines in groups.items()
+        {"step": step, "role": role, "matrices": len(groups[step, role])}
+        | {name: _median(line.get(name) for line in groups[step, role]) for name in columns}
+        for step, role in sorted(groups, key=lambda group: (group[0], roles.index(group[1])))
     ]
 
 
@@ -189,6 +197,7 @@ class _Run:
     home: Path | None
     opened: Callable[[Source], None]
     notes: list[str]
+    reused: list[str]
 
     def source(self, path: str | Path) -> Source:
         """What a checkpoint updates, of the layers that are wanted."""
@@ -202,7 +211,9 @@ class _Run:
             folder = step_folder(self.home, step)
             spectra = Spectra.stored(folder)
             path = str(spectra.run.get("inputs", {}).get("tuned") or folder)
-            return _Look(step, path, spectra.select(self.layers) if self.layers else spectra)
+            spectra = spectra.select(self.layers) if self.layers else spectra
+            self.reused.extend(spectra.names)
+            return _Look(step, path, spectra)
         source = self.source(moment.path)
         _refuse_unreadable(source)
         self.opened(source)
@@ -210,6 +221,7 @@ class _Run:
         stream = decompose(source, top=self.top, out=out, **self.compute)
         spectra = stream.collect()
         self.notes.extend(stream.notes)
+        self.reused.extend(stream.reused)
         return _Look(step, moment.path, spectra, source)
 
 
