@@ -46,7 +46,8 @@ def compare(
     pairs, notes, reused = Pairs(labels=list(sources)), list[str](), list[str]()
     links = len(links_of([source.names for source in sources.values()]))
     otherwise = "nothing is stored: with --out DIR the same command goes on"
-    with report.progress(links * len(wanted.sides), "spectra similarity", kept=wanted.out or "", otherwise=otherwise) as bar:
+    total = links * len(wanted.sides)
+    with report.progress(total, "spectra similarity", kept=wanted.out or "", otherwise=otherwise) as bar:
         kept = {"out": wanted.out, "notes": notes, "reused": reused}
         for pair in compare_all(sources, top=wanted.top, sides=wanted.sides, **kept, **compute):
             pairs.add(pair)

@@ -62,7 +62,8 @@ def compare_all(
         reused: gets the name of each pair of matrices that was stored there before, likewise.
 
     Raises:
-        SelectionError: no mapping is given, fewer than two updates, not of a kind, no two share a matrix, or out for deltas of no source.
+        SelectionError: no mapping, fewer than two updates, not of a kind, no two share a matrix, or out for deltas of
+            no source.
         StoreError: out holds results of other inputs, or cannot be written to.
 
     Example:

@@ -209,7 +209,7 @@ class Pairs:
         return sorted(rows, key=lambda row: (first[row["a"], row["b"]], roles.index(row["role"])))
 
     def groups(self, by: Pooling = "role") -> list[str | int | None]:
-        """The roles, layers or matrices that there are: roles in the model's order, layers ascending, the rest as it comes."""
+        """The roles, layers or matrices that there are: roles in the model's order, layers ascending."""
         present = list(dict.fromkeys(_GROUPS[by](kept)[1] for kept in self._kept))
         if by == "role":
             return list(naming.in_model_order(kept.role for kept in self._kept))

@@ -222,7 +222,7 @@ class _Run:
         spectra = stream.collect()
         self.notes.extend(stream.notes)
         self.reused.extend(stream.reused)
-        return _Look(step, moment.path, spectra, source)
+        return _Look(step, moment.path, spectra, source, moment.note)
 
 
 def _refuse_unreadable(source: Source) -> None:
@@ -241,6 +241,7 @@ class _Look:
     path: str
     spectra: Spectra
     source: Source | None = None
+    note: str = ""
 
 
 class _Series:
@@ -297,7 +298,8 @@ class _Series:
             name = spectrum.name
             self.start.see(spectrum, deltas.get(name))
             compared = {which: other.spectra[name] for which, other in others.items() if name in there[which]}
-            yield row(look.step, look.path, spectrum, self.start, compared, top=self.run.top, side=self.side)
+            cells = row(look.step, look.path, spectrum, self.start, compared, top=self.run.top, side=self.side)
+            yield cells | {"note": "; ".join(filter(None, (look.note, cells["note"])))}
 
     def _start(self, given: str | Path | None) -> Start:
         run = self.run

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.checkpoints import llama_tensors, write_adapter, write_checkpoint
+from support.checkpoints import llama_tensors, nudged, write_adapter, write_checkpoint
 from support.command_line import lora_folder, run
 
 from spectra.cli import main
@@ -229,3 +229,15 @@ def test_an_adapter_without_heads_is_refused_without_a_word_of_options_that_nobo
     assert err.startswith("Error: no module has two heads to compare: give an adapter of several heads")
     assert err.count("\n") == 1
     assert "--heads" not in err
+
+
+@pytest.mark.parametrize(
+    "words", [("alignment", "ckpt"), ("interference", "ckpt", "step-9"), ("series", "step-9"), ("svd", "ckpt"),
+              ("alignment", "ckpt", "--intruders-only")],
+)  # fmt: skip
+def test_an_unrelated_base_is_a_warning_that_q_does_not_silence(llama, words):
+    write_checkpoint(llama / "other", llama_tensors(seed=77))
+    write_checkpoint(llama / "step-9", nudged(llama_tensors(), seed=9))
+    _, err = run(*words, "--base", "other", "--layer", "v_proj", "-q")
+    assert "unrelated to the base" in err
+    assert "unrelated" not in run(*words, "--base", "llama-7b", "--layer", "v_proj", "-q")[1]

@@ -277,3 +277,10 @@ def test_roles_stand_in_the_models_order_in_every_table(all_kinds, command):
     there = [role for role in model if role in roles]
     assert len(there) > 1
     assert roles == there * (len(roles) // len(there))  # series has them once for each step
+
+
+def test_a_layer_has_no_median_and_roles_are_sorted_as_the_model_has_them(llama):
+    layers = columns_of(("svd", *PAIR, "--columns", "layer,norm", "--sort", "layer"), "layer")
+    assert layers == ["1"] * 7 + ["0"] * 7 + ["–"] * 2  # outside of layers last
+    rows = [{"role": role} for role in ("down_proj", "k_proj", "q_proj")]
+    assert [row["role"] for row in _sorted(rows, "role", smallest_first=False)] == ["q_proj", "k_proj", "down_proj"]
