@@ -48,7 +48,7 @@ def compare(
     otherwise = "nothing is stored: with --out DIR the same command goes on"
     total = links * len(wanted.sides)
     with report.progress(total, "spectra similarity", kept=wanted.out or "", otherwise=otherwise) as bar:
-        kept = {"out": wanted.out, "notes": notes, "reused": reused}
+        kept: dict[str, Any] = {"out": wanted.out, "notes": notes, "reused": reused}
         for pair in compare_all(sources, top=wanted.top, sides=wanted.sides, **kept, **compute):
             pairs.add(pair)
             bar.update()

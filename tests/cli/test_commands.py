@@ -183,6 +183,15 @@ def test_stored_results_are_no_model(llama):
     )
 
 
+def test_a_stored_series_and_stored_pairs_are_no_model(llama):
+    for step in (1, 2, 3):
+        lora_folder(llama / f"step-{step}", seed=step)
+    run("series", "step-1", "--out", "run", "--no-figures")
+    run("similarity", "step-1", "step-2", "step-3", "--out", "pairs", "--no-figures")
+    for place in ("run", "pairs"):
+        assert "it holds stored results of a series or of pairs" in run("inspect", place, status=1)[1]
+
+
 @pytest.fixture
 def saved_whole(llama):
     """A LoRA whose config saves the head whole: its update needs the base, the factors none."""
