@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 
 from spectra.printing import printed
 
@@ -71,21 +72,27 @@ class MissingExtraError(SpectraError):
 
 
 def refuse_path_for_source(given: object, function: str) -> None:
-    """Refuse a path where updates are wanted: how it is opened, and with which base, is the caller's.
+    """Refuse a path or a model where updates are wanted, and one thing in place of several.
+
+    How it is opened, and with which base, is the caller's.
 
     Raises:
-        SelectionError: it is one.
+        SelectionError: it is one of these.
     """
     if isinstance(given, str | os.PathLike):
         path = os.fspath(given)
         raise SelectionError(f"{function} takes updates, not a path: open_source({path!r}, base=…) opens it")
+    if isinstance(given, Mapping) or hasattr(given, "state_dict"):
+        kind = type(given).__name__
+        raise SelectionError(f"{function} takes updates, not a model ({kind}): open_source(model, base=…) opens it")
+    _refuse_one(given, function, "updates")
 
 
 def refuse_path_for_spectra(given: object, function: str) -> None:
-    """Refuse a path where spectra are wanted, since computing them may take hours.
+    """Refuse a path where spectra are wanted, since computing them may take hours, and one thing in place of several.
 
     Raises:
-        SelectionError: it is one.
+        SelectionError: it is one of these.
     """
     if isinstance(given, str | os.PathLike):
         path = os.fspath(given)
@@ -93,3 +100,10 @@ def refuse_path_for_spectra(given: object, function: str) -> None:
             f"{function} takes spectra, not a path: load({path!r}) where results are stored there, "
             f"decompose({path!r}) where it is a model"
         )
+    _refuse_one(given, function, "spectra")
+
+
+def _refuse_one(given: object, function: str, wanted: str) -> None:
+    if not isinstance(given, Iterable):
+        kind = type(given).__name__
+        raise SelectionError(f"{function} takes several {wanted}, and was given one {kind}: [it] is a list of one")

@@ -247,8 +247,12 @@ def _overview(names: list[str], pattern: str) -> str:
 
 def _similar(pattern: str, roles: Iterable[str], names: Iterable[str]) -> list[str]:
     """Roles, words and parts of names that look like a pattern or are what other architectures call so."""
+    turned = _LAYERS.fullmatch(pattern)
+    if turned and turned[2] and int(turned[1]) > int(turned[2]):
+        return [f"{turned[2]}-{turned[1]}" + (f".{turned[3]}" if turned[3] else "")]
     roles = list(roles)
     same = [role for role in roles if role == role_of(pattern)]
     words = dict.fromkeys([*roles, *(word for name in names for word in name.split(".") if not word.isdigit())])
-    close = difflib.get_close_matches(pattern, words, n=3)
+    groups = [group for group, members in _GROUPS.items() if {*members} & {*roles}]
+    close = difflib.get_close_matches(pattern, words, n=3) or difflib.get_close_matches(pattern, groups, n=1)
     return list(dict.fromkeys([*same, *close, *(role for role in roles if role.startswith(pattern))]))[:3]

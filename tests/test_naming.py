@@ -98,6 +98,10 @@ def test_every_pattern_must_match_and_the_order_is_the_inputs():
         ("7-9", r"layers 0 to 1\. Example"),
         ("q_proj,w_proj", "'w_proj' matches none of the 4 matrices"),
         ("slef_attn", r"did you mean self_attn\?"),
+        ("atn", r"did you mean attn\?"),
+        ("attnetion", r"did you mean attention\?"),
+        ("1-0", r"did you mean 0-1\?"),
+        ("1-0.up_proj", r"did you mean 0-1\.up_proj\?"),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_told_what_is_near(pattern, told):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from spectra import naming
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
 from spectra.cli.options import Opening, figures_options, json_option, layer_option, scale_option, table_option
@@ -87,7 +88,7 @@ def _means(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
         roles.setdefault(row["role"], []).append(row)
     return [
         {"role": role, "modules": len(members), **{column: _mean(members, column) for column in columns}}
-        for role, members in roles.items()
+        for role, members in ((role, roles[role]) for role in naming.in_model_order(roles))
     ]
 
 

@@ -43,15 +43,16 @@ def compare(
     from spectra.results.pairs import Pairs
     from spectra.results.partners import links_of
 
-    pairs, notes = Pairs(labels=list(sources)), list[str]()
-    total = len(links_of([source.names for source in sources.values()])) * len(wanted.sides)
+    pairs, notes, reused = Pairs(labels=list(sources)), list[str](), list[str]()
+    links = len(links_of([source.names for source in sources.values()]))
     otherwise = "nothing is stored: with --out DIR the same command goes on"
+    total = links * len(wanted.sides)
     with report.progress(total, "spectra similarity", kept=wanted.out or "", otherwise=otherwise) as bar:
-        for pair in compare_all(sources, top=wanted.top, sides=wanted.sides, out=wanted.out, notes=notes, **compute):
+        kept: dict[str, Any] = {"out": wanted.out, "notes": notes, "reused": reused}
+        for pair in compare_all(sources, top=wanted.top, sides=wanted.sides, **kept, **compute):
             pairs.add(pair)
             bar.update()
-    for line in notes:
-        report.warning(f"warning: {line}")
+    report.reused(len(reused), links, wanted.out, notes)
     document = _document(heading, pairs, clustered=wanted.clustered)
     if wanted.out and len(pairs):  # before anything is printed, which may end with the pipe that reads it
         _keep(wanted, pairs, document)

@@ -180,10 +180,27 @@ def keep_table(out: str, name: str, document: dict[str, Any]) -> None:
     note(f"results: {paths[0]}, {paths[1]}")
 
 
+def unrelated(rows: Sequence[dict[str, Any]]) -> None:
+    """One warning for the rows that say of themselves that they are no update."""
+    from spectra.deltas.relatedness import UNRELATED_NOTE
+
+    those = [row for row in rows if UNRELATED_NOTE in row["note"]]
+    if those:
+        warning(f"warning: {len(those)} of {len(rows)} rows, such as {those[0]['name']}: {UNRELATED_NOTE}")
+
+
+def note_of(row: dict[str, Any]) -> str:
+    """What a row says of itself, without what `unrelated` says of it."""
+    from spectra.deltas.relatedness import UNRELATED_NOTE
+
+    return "; ".join(said for said in row["note"].split("; ") if said != UNRELATED_NOTE)
+
+
 def close(rows: Sequence[dict[str, Any]], done: Sequence[str] = ("ok", "unchanged")) -> None:
     """Notes of the rows, what could not be done, and exit status 1 if there is any."""
-    for said in sorted({row["note"] for row in rows if row["note"]}):
+    for said in sorted({*map(note_of, rows)} - {""}):
         note(f"note: {said}")
+    unrelated(rows)
     undone = [row for row in rows if row["status"] not in done]
     for row in undone:
         warning(f"not done: {row['name']}: {row['status']}: {row['reason']}")

@@ -79,16 +79,17 @@ def command(
     checkpoints = tuple(fetched(path, opening.download) for path in checkpoints)
     base = fetched(base, opening.download) if base else None
     rows: list[Row] = []
-    notes = _Notes(opening.layers)
+    notes, reused = _Notes(opening.layers), list[str]()
     with report.progress(len(checkpoints), "spectra series", kept=out or "") as bar, compute.keywords() as keywords:
         stream = series_rows(
             checkpoints, base, layers=opening.layers, top=top, side=side, steps=steps or None, start=start, out=out,
-            opened=notes.see, notes=notes.warnings, **opening.settings, **keywords,
+            opened=notes.see, notes=notes.warnings, reused=reused, **opening.settings, **keywords,
         )  # fmt: skip
         for row in stream:
             if not rows or rows[-1]["step"] != row["step"]:
                 bar.update()
             rows.append(row)
+    report.reused(len(reused), sum(bool(row["name"]) for row in rows), out)
     notes.print()
     written = report.draw(out, names=(), size=figures) if out and figures else []
     if as_json:
@@ -161,7 +162,8 @@ def _print(rows: list[Row], view: View) -> None:
         report.note("medians over the changed matrices of a role; --all lists every matrix, and so do --out and --json")
     levels = [(name, [line[f"{name}_chance"] for line in table if line[f"{name}_chance"]]) for name in _SHOWN
               if f"{name}_chance" in table[0]]  # fmt: skip
-    told = [f"{_SHOWN[name]} {min(values):.2g} – {max(values):.2g}" for name, values in levels if values]
+    ends = [(name, f"{min(values):.2g}", f"{max(values):.2g}") for name, values in levels if values]
+    told = [f"{_SHOWN[name]} {low}" + (f" – {high}" if high != low else "") for name, low, high in ends]
     if told:
         report.note(f"by chance: {', '.join(told)}")
 
@@ -178,7 +180,8 @@ def _close(rows: list[Row], checkpoints: tuple[str, ...], out: str | None, writt
     if others and checkpoints:
         report.note(f"stored before in {out}, and part of the series: steps {', '.join(map(str, others))}")
     _missing(rows)
-    notes = Counter(note for row in rows for note in row["note"].split("; ") if note)
+    report.unrelated([row for row in rows if row["name"]])
+    notes = Counter(note for row in rows for note in report.note_of(row).split("; ") if note)
     for text, count in notes.most_common(_MOST_NOTES):
         report.note(f"note: {text} ({count} rows)")
     if len(notes) > _MOST_NOTES:

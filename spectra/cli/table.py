@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from spectra import naming
 from spectra.printing import printed, shortened
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 MOST_LINES = 12  # more matrices than this are shown by role
 _GAP = "  "
 _PLAIN = ("step",)  # numbers that count nothing: 1000, not 1,000
+_OF_ONE = ("layer",)  # numbers that name a matrix, of which there is no median
 _NARROWEST = 20  # characters of a name or note, before columns go
 _LONGEST_HEAD, _LONGEST_LINE = 7, 9  # characters of a heading that is not wrapped, and of a line of one that is
 
@@ -127,7 +129,9 @@ class Layout:
             return True
         if self.pooled is not None:
             return column in self.pooled
-        return all(row[column] is None or isinstance(row[column], int | float) for row in rows)
+        return column not in _OF_ONE and all(
+            row[column] is None or isinstance(row[column], int | float) for row in rows
+        )
 
 
 def print_rows(rows: Sequence[Row], layout: Layout, view: View) -> bool:
@@ -290,9 +294,12 @@ def _text(value: Any) -> str:
 
 
 def _sorted(rows: list[Row], key: str, *, smallest_first: bool) -> list[Row]:
-    """Rows by a column, words by the alphabet; those without a value last."""
+    """Rows by a column, words by the alphabet and roles as the model has them; those without a value last."""
     missing = [row for row in rows if row[key] is None or row[key] != row[key]]
     known = [row for row in rows if row[key] is not None and row[key] == row[key]]
+    if key == "role":
+        roles = naming.in_model_order(row[key] for row in known)
+        return sorted(known, key=lambda row: roles.index(row[key])) + missing
     words = any(isinstance(row[key], str) and not row[key][:1].isdigit() for row in known)
     return sorted(known, key=lambda row: _order(row[key]), reverse=not smallest_first and not words) + missing
 

@@ -142,6 +142,8 @@ def _hint(folder: Place) -> str:
     names = [item.name for item in folder.items()]
     if "run.json" in names and {"spectra", "similarity"} & set(names):
         return "; it holds stored results: spectra plot and spectra similarity take them, load(…) in Python"
+    if "run.json" in names and {"checkpoints", "pairs"} & set(names):
+        return "; it holds stored results of a series or of pairs: spectra plot and spectra report take them"
     name, what = training_state.among(names)
     if name == dcp.METADATA:
         return (

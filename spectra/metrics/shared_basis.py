@@ -107,8 +107,11 @@ class SharedBasis:
     def null(self) -> float:
         """`share`, of as many directions, of random updates, each with the leading values that it has without the mean.
 
-        As many values as its rank; their left and right directions are uniformly random, each update's by itself.
+        As many values as its rank; their left and right directions are uniformly random, each update's by itself. NaN
+        where the updates are all equal, as `share` is.
         """
+        if math.isnan(self.share):
+            return math.nan
         values = tuple(
             torch.linalg.eigvalsh(apart).flip(0).clamp(min=0.0).sqrt()[: len(own)]
             for apart, own in zip(self._apart(), self.values, strict=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spectra import text
+from spectra import naming, text
 from spectra.errors import SelectionError
 from spectra.plots.panels import panelled, put_legend
 from spectra.plots.similarity import tick_positions
@@ -175,7 +175,8 @@ def _by_role(table: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
     if not len(done):
         raise SelectionError("no matrix has numbers to draw")
     kept = set(done["role"].value_counts().index[:_MOST_ROLES])
-    return {role: rows for role, rows in done.groupby("role", sort=False) if role in kept}
+    roles = {role: rows for role, rows in done.groupby("role", sort=False) if role in kept}
+    return {role: roles[role] for role in naming.in_model_order(roles)}
 
 
 def _heading(role: str, rows: pd.DataFrame) -> str:

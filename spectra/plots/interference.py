@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spectra import naming
 from spectra.errors import SelectionError
 from spectra.plots.figures import save_figure
 from spectra.plots.panels import panelled, put_label, put_legend, put_title
@@ -135,7 +136,7 @@ def mean_squares(table: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
             groups.setdefault(row["role"], []).append(square)
     if len(groups) == 2:
         del groups["all"]
-    return {role: _mean(squares) for role, squares in groups.items() if squares}
+    return {role: _mean(groups[role]) for role in ("all", *_in_order(groups)) if groups.get(role)}
 
 
 def draw_interference(rows: Rows, out: str | Path, labels: Sequence[str], *, size: str = DEFAULT) -> list[Path]:
@@ -184,5 +185,10 @@ def _by_role(table: Sequence[Mapping[str, Any]], column: str) -> dict[str, dict[
         by_role.setdefault(row["role"], {}).setdefault(int(layer), []).append(float(value))
     return {
         role: {layer: math.fsum(values) / len(values) for layer, values in sorted(layers.items())}
-        for role, layers in by_role.items()
+        for role, layers in ((role, by_role[role]) for role in naming.in_model_order(by_role))
     }
+
+
+def _in_order(groups: Iterable[str]) -> list[str]:
+    """The roles among them, as the model has them."""
+    return naming.in_model_order(role for role in groups if role != "all")

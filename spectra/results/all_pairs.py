@@ -14,7 +14,7 @@ from typing import Any
 from spectra import naming
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.source import Source
-from spectra.errors import SelectionError, StoreError
+from spectra.errors import SelectionError, StoreError, refuse_path_for_source
 from spectra.metrics.similarity import SIDES, Side, SubspaceSimilarity
 from spectra.results import fingerprint
 from spectra.results.collection import Spectra
@@ -40,6 +40,7 @@ def compare_all(
     memory_budget: int | str | None = None,
     out: str | Path | None = None,
     notes: list[str] | None = None,
+    reused: list[str] | None = None,
 ) -> Iterator[Pair]:
     """Subspace similarity of every two of several updates, matrix by matrix, as `compare` gives it for two.
 
@@ -58,9 +59,11 @@ def compare_all(
         out: a results directory with one for each pair in `pairs/`, as `compare(…, out=)` makes it. Only what is
             missing is computed: after a kill, for new matrices, for new updates.
         notes: gets what was found damaged there, as far as the stream has come.
+        reused: gets the name of each pair of matrices that was stored there before, likewise.
 
     Raises:
-        SelectionError: fewer than two updates, not of a kind, no two share a matrix, or out for deltas of no source.
+        SelectionError: no mapping, fewer than two updates, not of a kind, no two share a matrix, or out for deltas of
+            no source.
         StoreError: out holds results of other inputs, or cannot be written to.
 
     Example:
@@ -71,7 +74,11 @@ def compare_all(
         >>> [(pair.a, pair.b, pair.outcome.phi) for pair in compare_all({"a": one, "b": turned, "c": one}, top=1)]
         [('a', 'b', 0.0), ('a', 'c', 1.0), ('b', 'c', 0.0)]
     """
+    if not isinstance(updates, Mapping):
+        raise SelectionError("compare_all takes what each update is called and the update: {'a': …, 'b': …}")
     labels, sources = list(updates), [opened(update) for update in updates.values()]
+    for source in sources:
+        refuse_path_for_source(source, "compare_all")
     if len(sources) < 2:
         raise SelectionError(f"updates are compared two by two, and {len(sources)} was given: give two or more")
     stored = [isinstance(source, Spectra) for source in sources]
@@ -80,7 +87,7 @@ def compare_all(
     if all(stored):
         return _of_spectra(labels, sources, top, sides, out, notes)  # type: ignore[arg-type]
     compute: dict[str, Any] = {"device": device, "executor": executor, "memory_budget": memory_budget}
-    return _of_weights(labels, sources, top, sides, out, notes, compute)  # type: ignore[arg-type]
+    return _of_weights(labels, sources, top, sides, out, notes, reused, compute)  # type: ignore[arg-type]
 
 
 def load_pairs(directory: str | Path, *, layers: str | Sequence[str] = (), sides: Sequence[Side] = SIDES) -> Pairs:
@@ -123,6 +130,7 @@ def _of_weights(
     sides: Sequence[Side],
     out: str | Path | None,
     notes: list[str] | None,
+    reused: list[str] | None,
     compute: Mapping[str, Any],
 ) -> Iterator[Pair]:
     deltas = [{delta.name: delta for delta in source} for source in sources]
@@ -134,6 +142,8 @@ def _of_weights(
         similarities = kept.stored(link) if kept else []
         yield from (Pair(labels[link.a[0]], labels[link.b[0]], item) for item in similarities)
         missing += [] if similarities else [link]
+        if similarities and reused is not None:
+            reused.append(link.a[1])
     for link, item in compare_links(deltas, missing, top=top, sides=sides, **compute):
         if kept:
             kept.put(link, item)

@@ -15,6 +15,7 @@ from spectra import naming
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense
 from spectra.deltas.relatedness import unrelated_note
+from spectra.deltas.source import Source
 from spectra.engine.devices import device_named, resolve_device
 from spectra.engine.solve import Wanted, solve, solve_forms
 from spectra.errors import SelectionError, refuse_path_for_source
@@ -71,6 +72,8 @@ def interference_rows(
     sources: Sequence[Iterable[WeightDelta]], *, device: str = "auto", executor: Executor | None = None
 ) -> Iterator[Row]:
     """The rows of `interference` as they are finished, in the sources' order; arguments and errors as there."""
+    if isinstance(sources, Source):
+        raise SelectionError("interference is between updates, and 1 was given: give a list of two or more")
     refuse_path_for_source(sources, "interference")
     for source in sources:
         refuse_path_for_source(source, "interference")

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from spectra.deltas.base import BaseWeight
 from spectra.deltas.delta import WeightDelta
-from spectra.deltas.forms import Dense
+from spectra.deltas.forms import Dense, Form
+from spectra.deltas.relatedness import unrelated_note
 from spectra.metrics import alignment as metrics
 from spectra.metrics.alignment import AgainstBase, Triplets, largest_cosines
 from spectra.metrics.nearness import nearness
@@ -19,6 +21,7 @@ from spectra.spectrum import Spectrum
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
     from spectra.results.tables import Row
 
@@ -101,6 +104,10 @@ class _Counting(Work):
         form, weight, where = self.read(delta)
         if form.is_zero:
             raise UndoneError(Spectrum(delta.name, delta.shape, "unchanged", reason="ΔW = 0"))
+        counted = self._counted(delta, form, weight, where)
+        return counted | {"note": unrelated_note(form.base_cosine, form.unchanged)}
+
+    def _counted(self, delta: WeightDelta, form: Form, weight: Tensor, where: BaseWeight) -> Row:
         tuned = self.top(delta, Dense(weight + form.to_dense()), self.k)
         if self.cache is None or self.cache.get(where) is None:
             top = self.top(delta, Dense(weight), min(_TOP * self.k, *weight.shape))

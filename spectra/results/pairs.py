@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from spectra import naming
 from spectra.errors import SelectionError
 from spectra.metrics.similarity import Side
 from spectra.results.similarities import Compared, NotCompared
@@ -198,14 +199,20 @@ class Pairs:
         groups: dict[tuple[Any, ...], list[_Kept]] = {}
         for kept in self._in_order():
             groups.setdefault((kept.a, kept.b, *_GROUPS[by](kept), kept.side), []).append(kept)
-        return [
+        rows = [
             {"a": a, "b": b, word: value, "side": side, "matrices": len(members), **_mean(members)}
             for (a, b, word, value, side), members in groups.items()
         ]
+        if by != "role":
+            return rows
+        first, roles = {pair: i for i, pair in enumerate(dict.fromkeys(key[:2] for key in groups))}, self.groups(by)
+        return sorted(rows, key=lambda row: (first[row["a"], row["b"]], roles.index(row["role"])))
 
     def groups(self, by: Pooling = "role") -> list[str | int | None]:
-        """The roles, layers or matrices that there are: layers ascending, the others as they come."""
+        """The roles, layers or matrices that there are: roles in the model's order, layers ascending."""
         present = list(dict.fromkeys(_GROUPS[by](kept)[1] for kept in self._kept))
+        if by == "role":
+            return list(naming.in_model_order(kept.role for kept in self._kept))
         return sorted(present, key=lambda layer: (layer is None, layer)) if by == "layer" else present
 
     def square(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spectra import naming
 from spectra.deltas.source import Source
 from spectra.errors import DeviceError, SelectionError, SourceError, SpectraError, StoreError
 from spectra.files import hub
@@ -50,7 +51,7 @@ _PROBLEMS_OF_ALL = (StoreError, DeviceError)  # not one checkpoint's
 
 
 def series(
-    checkpoints: Sequence[str | Path] = (),
+    checkpoints: Sequence[str | Path] | str | Path = (),
     base: str | Path | None = None,
     *,
     layers: str | Sequence[str] = (),
@@ -100,7 +101,7 @@ def series(
 
 
 def series_rows(
-    checkpoints: Sequence[str | Path] = (),
+    checkpoints: Sequence[str | Path] | str | Path = (),
     base: str | Path | None = None,
     *,
     layers: str | Sequence[str] = (),
@@ -111,6 +112,7 @@ def series_rows(
     out: str | Path | None = None,
     opened: Callable[[Source], None] = lambda source: None,
     notes: list[str] | None = None,
+    reused: list[str] | None = None,
     **others: Any,
 ) -> Iterator[Row]:
     """The rows of `series` in their order, a checkpoint at a time.
@@ -118,8 +120,10 @@ def series_rows(
     Args:
         opened: is told of every source, the last first.
         notes: gets what was found damaged in `out`, as far as the rows have come.
+        reused: gets the name of each matrix of a checkpoint that was stored there before, likewise.
     """
-    notes = [] if notes is None else notes
+    notes, reused = [] if notes is None else notes, [] if reused is None else reused
+    checkpoints = [checkpoints] if isinstance(checkpoints, str | Path) else checkpoints
     if top < 1:
         raise SelectionError(f"top = {top} is not a positive number of directions")
     if side not in SIDES:
@@ -136,7 +140,8 @@ def series_rows(
     if not given and not stored:
         raise SelectionError("a series needs checkpoints, and none was given" + (f" or is in {home}" if home else ""))
     at = _place_of(base) if given else base
-    run = _Run(at, tuple([layers] if isinstance(layers, str) else layers), top, options, others, home, opened, notes)
+    chosen = tuple([layers] if isinstance(layers, str) else layers)
+    run = _Run(at, chosen, top, options, others, home, opened, notes, reused)
     moments = {moment.step: moment for moment in given}
     return _Series(run, [(step, moments.get(step)) for step in sorted({*stored, *moments})], side, start).rows()
 
@@ -161,6 +166,8 @@ def is_series(directory: str | Path) -> bool:
 def by_role(rows: Sequence[Row], columns: Sequence[str] = (*MEASURED, *_LEVELS)) -> list[Row]:
     """One row per step and role: how many matrices, and the median of each column over those that have a value.
 
+    Roles stand in the model's order.
+
     Example:
         >>> rows = [{"step": 1, "role": "q_proj", "status": "ok", "norm": norm} for norm in (1.0, 2.0, 6.0)]
         >>> found = by_role(rows)[0]
@@ -171,10 +178,11 @@ def by_role(rows: Sequence[Row], columns: Sequence[str] = (*MEASURED, *_LEVELS))
     for line in rows:
         if line["status"] == "ok":
             groups.setdefault((line["step"], line["role"]), []).append(line)
+    roles = naming.in_model_order(role for _, role in groups)
     return [
-        {"step": step, "role": role, "matrices": len(lines)}
-        | {name: _median(line.get(name) for line in lines) for name in columns}
-        for (step, role), lines in groups.items()
+        {"step": step, "role": role, "matrices": len(groups[step, role])}
+        | {name: _median(line.get(name) for line in groups[step, role]) for name in columns}
+        for step, role in sorted(groups, key=lambda group: (group[0], roles.index(group[1])))
     ]
 
 
@@ -195,6 +203,7 @@ class _Run:
     home: Path | None
     opened: Callable[[Source], None]
     notes: list[str]
+    reused: list[str]
 
     def source(self, path: str | Path) -> Source:
         """What a checkpoint updates, of the layers that are wanted."""
@@ -208,7 +217,9 @@ class _Run:
             folder = step_folder(self.home, step)
             spectra = Spectra.stored(folder)
             path = str(spectra.run.get("inputs", {}).get("tuned") or folder)
-            return _Look(step, path, spectra.select(self.layers) if self.layers else spectra)
+            spectra = spectra.select(self.layers) if self.layers else spectra
+            self.reused.extend(spectra.names)
+            return _Look(step, path, spectra)
         source = self.source(moment.path)
         _refuse_unreadable(source)
         self.opened(source)
@@ -216,7 +227,8 @@ class _Run:
         stream = decompose(source, top=self.top, out=out, **self.compute)
         spectra = stream.collect()
         self.notes.extend(stream.notes)
-        return _Look(step, moment.path, spectra, source)
+        self.reused.extend(stream.reused)
+        return _Look(step, moment.path, spectra, source, moment.note)
 
 
 def _refuse_unreadable(source: Source) -> None:
@@ -235,6 +247,7 @@ class _Look:
     path: str
     spectra: Spectra
     source: Source | None = None
+    note: str = ""
 
 
 class _Series:
@@ -296,7 +309,8 @@ class _Series:
             name = spectrum.name
             self.start.see(spectrum, deltas.get(name))
             compared = {which: other.spectra[name] for which, other in others.items() if name in there[which]}
-            yield row(look.step, look.path, spectrum, self.start, compared, top=self.run.top, side=self.side)
+            cells = row(look.step, look.path, spectrum, self.start, compared, top=self.run.top, side=self.side)
+            yield cells | {"note": "; ".join(filter(None, (look.note, cells["note"])))}
 
     def _start(self, given: str | Path | None) -> Start:
         run = self.run

@@ -28,10 +28,12 @@ class Moment:
     Attributes:
         step: the number of optimizer steps, or of epochs where the names count those.
         path: the checkpoint as it was given.
+        note: where its name and its `trainer_state.json` contradict each other, what counts.
     """
 
     step: int
     path: str
+    note: str = ""
 
 
 def in_order(paths: Sequence[str | Path], steps: Sequence[int] | None = None) -> list[Moment]:
@@ -58,32 +60,63 @@ def in_order(paths: Sequence[str | Path], steps: Sequence[int] | None = None) ->
         raise SelectionError(f"{len(steps)} steps for {len(names)} checkpoints: give steps= (--step) once for each")
     if steps is not None and any(isinstance(step, bool) or int(step) != step or step < 0 for step in steps):
         raise SelectionError(f"steps = {list(steps)} are not all whole numbers from 0: give each checkpoint's step")
-    counted = [(int(step), "step") for step in steps] if steps is not None else [_said(name) for name in names]
-    _refuse_two_units(names, [unit for _, unit in counted])
-    by_step: dict[int, str] = {}
-    for name, (step, _) in zip(names, counted, strict=True):
-        if step in by_step:
+    counted = [(int(step), "step", "") for step in steps] if steps is not None else [_said(name) for name in names]
+    _refuse_two_units(names, [unit for _, unit, _ in counted])
+    moments: dict[int, Moment] = {}
+    for name, (step, _, note) in zip(names, counted, strict=True):
+        if step in moments:
             raise SelectionError(
-                f"{by_step[step]} and {name} are both of step {step}: leave one out, or give steps= (--step) for each"
+                f"{moments[step].path} and {name} are both of step {step}: leave one out, or give steps= (--step) for "
+                "each" + "".join(f"; {said}" for said in (moments[step].note, note) if said)
             )
-        by_step[step] = name
-    return [Moment(step, by_step[step]) for step in sorted(by_step)]
+        moments[step] = Moment(step, name, note)
+    return [moments[step] for step in sorted(moments)]
 
 
-def _said(name: str) -> tuple[int, str]:
-    """The step of a checkpoint, and what is counted."""
+def _said(name: str) -> tuple[int, str, str]:
+    """The step of a checkpoint, what is counted, and where its name contradicts its state."""
     in_state = _from_state(name)
     if in_state is not None:
-        return in_state, "step"
+        return in_state, "step", _contradiction(name, in_state)
+    in_name = _from_name(name)
+    if in_name is not None:
+        return *in_name, ""
+    inside = _checkpoints_in(name)
+    if inside:
+        raise SelectionError(
+            f"{name} is no checkpoint, but holds {len(inside)}, such as {inside[-1]}: give those ({Path(name) / '…'})"
+        )
+    raise SelectionError(
+        f"{name}: neither its name nor a {_STATE} in it says at which step it was saved; "
+        "give steps= (--step N, once for each checkpoint, in their order)"
+    )
+
+
+def _contradiction(name: str, step: int) -> str:
+    """What is said where a name counts steps, in so many words, and not those of the state beside the weights."""
+    number = _WORDED.search(_pieces(name)[0])
+    if number is None or number["word"].lower() in _EPOCHS or int(number["number"]) == step:
+        return ""
+    return f"{name} is of step {step} by its {_STATE}, which counts, and of {number['number']} by its name"
+
+
+def _from_name(name: str) -> tuple[int, str] | None:
+    """The number in a checkpoint's name, and what is counted; None where it has none."""
     own, *above = _pieces(name)
     for number in (_WORDED.search(own), _MLX.search(own), _BARE.search(own), *map(_WORDED.search, above[:1])):
         if number:
             word = number.groupdict().get("word") or ""
             return int(number["number"]), "epoch" if word.lower() in _EPOCHS else "step"
-    raise SelectionError(
-        f"{name}: neither its name nor a {_STATE} in it says at which step it was saved; "
-        "give steps= (--step N, once for each checkpoint, in their order)"
-    )
+    return None
+
+
+def _checkpoints_in(name: str) -> list[str]:
+    """The folders in a folder whose names count steps or epochs."""
+    place = Path(os.path.expanduser(name))
+    try:
+        return sorted(folder.name for folder in place.iterdir() if folder.is_dir() and _WORDED.search(folder.name))
+    except OSError:
+        return []
 
 
 def _from_state(name: str) -> int | None:

@@ -11,7 +11,7 @@ from spectra import text
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.source import Source
 from spectra.engine.decompose import decompose_indexed
-from spectra.errors import SelectionError
+from spectra.errors import SelectionError, refuse_path_for_source
 from spectra.metrics.similarity import Side
 from spectra.results.collection import Spectra, holds_results, load
 from spectra.results.comparison import compare_deltas, compare_spectra
@@ -211,6 +211,8 @@ def compare(
         [('w', 1.0)]
     """
     a, b = _of_a_kind(a, b, top)
+    for update in (a, b):
+        refuse_path_for_source(update, "compare")
     if isinstance(a, Spectra) and isinstance(b, Spectra):
         comparisons = compare_spectra(a, b, top=top, sides=sides, by=by)
         if out is None:
@@ -262,6 +264,7 @@ def _weights(given: Iterable[WeightDelta] | str | Path) -> Iterable[WeightDelta]
     if isinstance(given, Spectra):
         raise SelectionError("these are spectra already; decompose takes a source: open_source(tuned, base)")
     if not isinstance(given, str | Path):
+        refuse_path_for_source(given, "decompose")
         return given
     if holds_results(given):
         raise SelectionError(f"{given} holds results already: load({str(given)!r}) brings them back")

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.checkpoints import llama_tensors, write_adapter, write_checkpoint
+from support.checkpoints import llama_tensors, nudged, write_adapter, write_checkpoint
 from support.command_line import lora_folder, run
 
 from spectra.cli import main
@@ -183,6 +183,15 @@ def test_stored_results_are_no_model(llama):
     )
 
 
+def test_a_stored_series_and_stored_pairs_are_no_model(llama):
+    for step in (1, 2, 3):
+        lora_folder(llama / f"step-{step}", seed=step)
+    run("series", "step-1", "--out", "run", "--no-figures")
+    run("similarity", "step-1", "step-2", "step-3", "--out", "pairs", "--no-figures")
+    for place in ("run", "pairs"):
+        assert "it holds stored results of a series or of pairs" in run("inspect", place, status=1)[1]
+
+
 @pytest.fixture
 def saved_whole(llama):
     """A LoRA whose config saves the head whole: its update needs the base, the factors none."""
@@ -229,3 +238,15 @@ def test_an_adapter_without_heads_is_refused_without_a_word_of_options_that_nobo
     assert err.startswith("Error: no module has two heads to compare: give an adapter of several heads")
     assert err.count("\n") == 1
     assert "--heads" not in err
+
+
+@pytest.mark.parametrize(
+    "words", [("alignment", "ckpt"), ("interference", "ckpt", "step-9"), ("series", "step-9"), ("svd", "ckpt"),
+              ("alignment", "ckpt", "--intruders-only")],
+)  # fmt: skip
+def test_an_unrelated_base_is_a_warning_that_q_does_not_silence(llama, words):
+    write_checkpoint(llama / "other", llama_tensors(seed=77))
+    write_checkpoint(llama / "step-9", nudged(llama_tensors(), seed=9))
+    _, err = run(*words, "--base", "other", "--layer", "v_proj", "-q")
+    assert "unrelated to the base" in err
+    assert "unrelated" not in run(*words, "--base", "llama-7b", "--layer", "v_proj", "-q")[1]

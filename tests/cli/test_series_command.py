@@ -23,7 +23,7 @@ def test_the_table_is_by_step_and_role_with_chance_levels(checkpoints):
         "series", "--base", "llama-7b", "checkpoint-100", "checkpoint-20", "--layer", "self_attn", "--top", 3
     )
     lines = out.splitlines()
-    assert [line.split()[:2] for line in lines[1:3]] == [["20", "k_proj"], ["20", "o_proj"]]
+    assert [line.split()[:2] for line in lines[1:3]] == [["20", "q_proj"], ["20", "k_proj"]]
     assert lines[-1].split()[0] == "100"
     assert max(map(len, lines)) <= 100
     assert "by chance: φ last 0.19 – 0.38" in err

@@ -98,6 +98,25 @@ def test_comparisons_say_what_was_reused(llama, monkeypatch):
     assert "2 of 2 reused from sim" in run(*command, "--layer", "v_proj")[1]
 
 
+def test_pairs_of_three_updates_say_what_was_reused(llama):
+    for seed in (8, 9):
+        write_checkpoint(llama / f"other-{seed}", nudged(llama_tensors(), seed=seed))
+    command = ("similarity", "ckpt", "other-8", "other-9", "--base", "llama-7b", "--out", "sim", "--no-figures")
+    assert "reused" not in run(*command, "--layer", "v_proj")[1]
+    assert "6 of 12 reused from sim" in run(*command, "--layer", "v_proj,k_proj")[1]
+    assert "12 of 12 reused from sim" in run(*command, "--layer", "v_proj,k_proj", "--side", "left")[1]
+
+
+def test_a_series_says_what_was_reused_whether_its_checkpoint_is_given_or_not(llama):
+    for step in (10, 20):
+        write_checkpoint(llama / f"step-{step}", nudged(llama_tensors(), seed=step))
+    command = ("--base", "llama-7b", "--layer", "v_proj", "--out", "run", "--no-figures")
+    assert "reused" not in run("series", "step-10", *command)[1]
+    assert "2 of 4 reused from run" in run("series", "step-10", "step-20", *command)[1]
+    assert "4 of 4 reused from run" in run("series", "step-20", *command)[1]
+    assert "4 of 4 reused from run" in run("series", "--out", "run", "--no-figures")[1]
+
+
 # Where the tests run in a shell's background, Ctrl-C is ignored, and so it would be by what they start.
 HEARD = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 LONG = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -9,9 +10,11 @@ import sys
 from contextlib import suppress
 from dataclasses import fields
 from itertools import takewhile
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.checkpoints import llama_tensors, nudged, write_adapter, write_checkpoint
 from support.command_line import lora_folder, run
 
@@ -244,3 +247,40 @@ def test_the_columns_that_are_checked_are_those_of_the_table(all_kinds):
     assert list(similarity_row(found)) == list(SIMILARITY)
     assert list(Pairs([Pair("a", "b", found)]).rows()[0]) == list(PAIRS)
     assert list(inspect("ckpt", "llama-7b").matrices[0]) == list(INSPECTION)
+
+
+def columns_of(words, column):
+    """The cells of a column of words, in every table that the command prints."""
+    cells, place = [], None
+    for line in run(*words)[0].splitlines():
+        if column in line.split():
+            place = line.split().index(column)
+        elif place is not None and not line.strip():
+            place = None
+        elif place is not None:
+            cells.append(line.split()[place])
+    return cells
+
+
+@pytest.mark.parametrize("command", ["svd", "alignment", "similarity", "similarity of three", "interference", "series",
+                                     "inspect", "extract", "heads"])  # fmt: skip
+def test_roles_stand_in_the_models_order_in_every_table(all_kinds, command):
+    words, _, _ = TABLES[command]
+    if command == "heads":
+        stored = load_file("heads/adapter_model.safetensors")
+        many = {name.replace("layers.0.", f"layers.{layer}.").replace("v_proj", role): tensor.clone()
+                for layer in range(7) for role in ("v_proj", "k_proj") for name, tensor in stored.items()}  # fmt: skip
+        write_adapter(all_kinds / "heads", many, json.loads(Path("heads/adapter_config.json").read_text()))
+        words = ("heads",)
+    roles = columns_of([*command.partition(" of ")[0].split(), *words], "role")
+    model = ["embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+    there = [role for role in model if role in roles]
+    assert len(there) > 1
+    assert roles == there * (len(roles) // len(there))  # series has them once for each step
+
+
+def test_a_layer_has_no_median_and_roles_are_sorted_as_the_model_has_them(llama):
+    layers = columns_of(("svd", *PAIR, "--columns", "layer,norm", "--sort", "layer"), "layer")
+    assert layers == ["1"] * 7 + ["0"] * 7 + ["–"] * 2  # outside of layers last
+    rows = [{"role": role} for role in ("down_proj", "k_proj", "q_proj")]
+    assert [row["role"] for row in _sorted(rows, "role", smallest_first=False)] == ["q_proj", "k_proj", "down_proj"]

@@ -170,6 +170,7 @@ def test_a_space_of_all_updates_is_told_from_their_mean_and_from_chance():
     equal = row(factored(*[(np.eye(m)[:, :r], np.eye(n)[:r])] * 3))
     assert math.isnan(equal["shared"])
     assert np.isnan(equal["shared_kept"]).all()
+    assert math.isnan(equal["shared_null"])  # there is nothing to be random
     assert equal["mean_share"] == pytest.approx(1)
 
 

@@ -45,9 +45,22 @@ def test_the_trainers_state_counts_before_the_name(tmp_path):
     (tmp_path / "checkpoint-25").mkdir()
     found = in_order([tmp_path / "b", tmp_path / "checkpoint-25", tmp_path / "checkpoint-10"])
     assert [moment.step for moment in found] == [20, 25, 30]
+    said = f"{tmp_path / 'checkpoint-10'} is of step 20 by its trainer_state.json, which counts, and of 10 by its name"
+    assert [moment.note for moment in found] == [said, "", ""]
+    with pytest.raises(SelectionError, match=r"both of step 20: .* each; .*checkpoint-10 is of step 20 by its trainer"):
+        in_order([tmp_path / "checkpoint-10", "other/checkpoint-20"])
     (tmp_path / "b" / "trainer_state.json").write_text("{")
     with pytest.raises(SelectionError, match=r"trainer_state\.json is damaged"):
         in_order([tmp_path / "b"])
+
+
+def test_the_folder_of_a_run_is_answered_with_its_checkpoints(tmp_path):
+    for name in ("checkpoint-5", "checkpoint-10", "spectra"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(
+        SelectionError, match=r"run is no checkpoint, but holds 2, such as checkpoint-5: give those \(.*"
+    ):
+        in_order([tmp_path / "run"])
 
 
 def test_numbers_are_sorted_as_numbers():
