@@ -30,8 +30,10 @@ def name_ends(ax: Axes, ends: Sequence[tuple[float, str, str]], *, height: float
     shares = [_share(ax, end) for end, _, _ in ends]
     lines = max(len(name.splitlines()) for _, _, name in ends)
     for share, place, (_, colour, name) in zip(shares, spread(shares, lines * _LINE / height), ends, strict=True):
-        way = {"color": colour, "linewidth": stroke(0.8), "transform": ax.transAxes, "clip_on": False}
-        ax.add_artist(Line2D([1.0, _BESIDE - _GAP], [share, place], **way))
+        ax.add_artist(
+            Line2D([1.0, _BESIDE - _GAP], [share, place], color=colour, linewidth=stroke(0.8), transform=ax.transAxes,
+                   clip_on=False)
+        )  # fmt: skip
         ax.text(_BESIDE, place, in_figure(name), transform=ax.transAxes, va="center", fontsize="small")
 
 
