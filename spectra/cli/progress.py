@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,13 +28,13 @@ class Progress:
     Args:
         total: how many there are to do.
         what: the command.
-        costs: whether the engine's plan is all of the work: then the time left goes by what each matrix costs.
+        plans: how many plans of about the same cost the work is made of, as a series is of its checkpoints.
         kept: where they are stored as they come, so that the same command goes on; "" for nowhere.
         otherwise: what to say where they are not.
     """
 
     def __init__(
-        self, total: int, what: str, *, costs: bool = False, kept: str = "", otherwise: str = "nothing is stored"
+        self, total: int, what: str, *, plans: int = 1, kept: str = "", otherwise: str = "nothing is stored"
     ) -> None:
         self._total, self._done = total, 0
         self._kept, self._otherwise = kept, otherwise
@@ -43,14 +43,18 @@ class Progress:
         self._bar = _bar(total, what)
         self._over = threading.Event()
         self._account: Account | None = None
+        self._plans = plans  # that are still to begin
         self._watching = ExitStack()
         if not self._bar.disable:
-            self._watching.enter_context(watched(self._begin) if costs else nullcontext())
+            self._watching.enter_context(watched(self._begin))
             threading.Thread(target=self._watch, daemon=True).start()
 
     def _begin(self, account: Account) -> None:
-        """A plan that takes long is told the time left before its first matrix is done."""
-        if account.total > _LONG:
+        """A plan that takes long is told the time left before its first matrix is done, if a pace can be measured."""
+        self._plans = max(self._plans - 1, 0)
+        if self._account is not None and self._account.reached:
+            account.pace = self._account.reached
+        elif account.measure is not None and (1 + self._plans) * account.total > _LONG:
             self._say(_AT_START)
             account.ask()
         self._account = account
@@ -71,12 +75,13 @@ class Progress:
         self._bar.set_postfix_str(words, refresh=False)
 
     def _left(self, far: bool) -> str:
-        """About how long the rest takes; nothing before the first is done if servers set the pace."""
+        """About how long the rest takes, by costs where a plan has them; nothing before the first is done if servers
+        set the pace."""
         if self._account is None:
             spent, rest = time.monotonic() - self._start, self._total - self._done
             seconds = spent * rest / self._done if self._done and rest else None
         else:
-            seconds = self._account.left() if self._account.done or not far else None
+            seconds = self._account.left(self._plans) if self._account.done or not far else None
         return "" if seconds is None else f"about {duration(seconds)} left"
 
     def _read(self) -> str:

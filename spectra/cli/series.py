@@ -73,14 +73,15 @@ def command(
     if not checkpoints and not out:
         raise click.UsageError("give the checkpoints of one run, or --out with what is stored")
     with heavy_imports():
-        from spectra.results.series import COLUMNS, series_rows
+        from spectra.results.series import COLUMNS, count_new, series_rows
 
     view.check(COLUMNS)
     checkpoints = tuple(fetched(path, opening.download) for path in checkpoints)
     base = fetched(base, opening.download) if base else None
     rows: list[Row] = []
     notes, reused = _Notes(opening.layers), list[str]()
-    with report.progress(len(checkpoints), "spectra series", kept=out or "") as bar, compute.keywords() as keywords:
+    telling: dict[str, Any] = {"plans": count_new(checkpoints, steps or None, out), "kept": out or ""}
+    with report.progress(len(checkpoints), "spectra series", **telling) as bar, compute.keywords() as keywords:
         stream = series_rows(
             checkpoints, base, layers=opening.layers, top=top, side=side, steps=steps or None, start=start, out=out,
             opened=notes.see, notes=notes.warnings, reused=reused, **opening.settings, **keywords,

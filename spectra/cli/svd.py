@@ -138,7 +138,7 @@ def _run(
     values: dict[str, list[float]] = {}
     stream = decompose(source, top=top, out=out, **compute)
     unkept = "nothing is stored: with --out DIR the same command goes on"
-    with report.progress(len(source), "spectra svd", costs=True, kept=out or "", otherwise=unkept) as bar:
+    with report.progress(len(source), "spectra svd", kept=out or "", otherwise=unkept) as bar:
         for spectrum in stream:
             rows.append(tables.row(spectrum))
             if keep_values:

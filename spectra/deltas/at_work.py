@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,13 @@ def at_work() -> list[AtWork]:
 
 @dataclass
 class Account:
-    """The work of a plan, as the engine counts it before it reads anything, and what of it is done.
+    """The work of a plan, counted before anything is read, and what of it is done.
 
     Attributes:
-        costs: of each matrix, by name.
-        total: of all of them.
+        costs: of each matrix, by name; of a plan that is made part by part, those of the part at work.
+        total: of all of them, in operations or whatever the plan counts.
         measure: finds out how many operations per second this machine makes of such matrices; None where it cannot.
-        pace: what that found; 0 as long as nobody asked.
+        pace: what that found, or that of a plan before; 0 as long as nobody asked.
         done: operations of the matrices that are finished.
         latest: seconds from the start to the last of them that cost something.
     """
@@ -79,23 +82,24 @@ class Account:
             self.pace = self.measure()
             self.start = time.monotonic()
 
-    def finish(self, name: str) -> None:
-        """This matrix is done; others that are in hands count for half."""
-        cost = self.costs.get(name, 0.0)
+    def finish(self, name: str, cost: float | None = None) -> None:
+        """This matrix is done, at the cost that it was planned with; others that are in hands count for half."""
+        cost = self.costs.get(name, 0.0) if cost is None else cost
         if cost:
             others = sum(self.costs.get(one.name, 0.0) for one in tuple(_AT_WORK.values()) if one.name != name)
             self.done, self._halves = self.done + cost, others / 2
             self.latest = time.monotonic() - self.start
 
-    def left(self) -> float | None:
-        """About how many seconds the rest takes; None where nothing tells.
+    @property
+    def reached(self) -> float:
+        """The pace so far, and before the first matrix is done the one that is known; 0 where none is."""
+        return (self.done + self._halves) / self.latest if self.latest else self.pace
 
-        At the pace so far, and before the first matrix is done at the one that was measured.
-        """
-        pace = (self.done + self._halves) / self.latest if self.latest else self.pace
-        if not pace:
+    def left(self, more: int = 0) -> float | None:
+        """About how many seconds the rest takes, and so many more plans like this after it; None if nothing tells."""
+        if not self.reached:
             return None
-        seconds = self.total / pace - (time.monotonic() - self.start)
+        seconds = (1 + more) * self.total / self.reached - (time.monotonic() - self.start)
         return seconds if seconds > 0 else None
 
 
@@ -117,3 +121,17 @@ def announce(account: Account) -> Account:
     for by in tuple(_WATCHERS):
         by(account)
     return account
+
+
+def accounted(items: Iterable[_Item], account: Account, name: Callable[[_Item], str]) -> Iterator[_Item]:
+    """The items of a plan as they come; those who watch are told that it begins, and of each that is done.
+
+    Args:
+        items: made one by one as they are asked for.
+        account: what each costs, by name.
+        name: that of an item.
+    """
+    announce(account)
+    for item in items:
+        account.finish(name(item))
+        yield item

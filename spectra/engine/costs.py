@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spectra.deltas.delta import WeightDelta
@@ -29,6 +29,14 @@ def flops(delta: WeightDelta, top: int | None) -> float:
     """A rough operation count: what the order of work goes by."""
     solver = _solving(delta, top)
     return solver.flops if solver else 0.0
+
+
+def dense_flops(shape: Sequence[int], top: int | None) -> float:
+    """The same of a dense matrix (m, n); 0 of what is no matrix."""
+    if len(shape) != 2:
+        return 0.0
+    short, long = sorted(shape)
+    return short**2 * long + (9.0 if top else 4 / 3) * short**3
 
 
 def needed(delta: WeightDelta, top: int | None) -> int:
@@ -63,12 +71,12 @@ def _dense(delta: WeightDelta, top: int) -> Cost:
     eigensolver's copy or, for vectors, work space.
     """
     m, n = delta.shape
-    short, long = sorted((m, n))
+    short = min(m, n)
     k = min(top, short)
     blocks = 4 * max(64, 4 * k) * short + 3 * k * (m + n) if k else 0
     again = m * n if hasattr(delta.recipe, "rounded") else 0
     size = 8 * (m * n + again + (5 * short**2 if k else 5 * short**2 // 2) + blocks) + _stored(delta)
-    return Cost(short**2 * long + (9.0 if top else 4 / 3) * short**3, size, m * n)
+    return Cost(dense_flops(delta.shape, top), size, m * n)
 
 
 def _low_rank(delta: WeightDelta, top: int) -> Cost:

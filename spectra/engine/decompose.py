@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
@@ -15,13 +14,13 @@ from concurrent.futures import (
 )
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
 from spectra.deltas.at_work import Account, announce
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense
+from spectra.engine.accounts import account_of
 from spectra.engine.costs import flops
 from spectra.engine.devices import cores, device_named, resolve_device
 from spectra.engine.executors.device import decompose_batches
@@ -36,7 +35,6 @@ from spectra.files.far import done, expected
 from spectra.files.patience import give_up
 from spectra.spectrum import Spectrum
 
-_PROBE = 1024  # rows and columns of a matrix that tells the pace: a quarter of a second
 _PER_WORKER = 2  # tasks in flight per worker of another process: one at work, one waiting
 
 
@@ -49,6 +47,7 @@ def decompose_indexed(
     executor: Executor | None = None,
     budget: int | str | None = None,
     threads: int | None = None,
+    account: Account | None = None,
 ) -> Iterator[tuple[int, Spectrum]]:
     """Each delta's position in the input and its spectrum, as soon as it is finished: not in the input's order.
 
@@ -60,6 +59,7 @@ def decompose_indexed(
         budget: bytes or "4GiB" for all matrices at work together; None for half of what is free.
         threads: how many each matrix gets on this machine's CPU; the other cores take other matrices. None: what
             `threads_for` finds best. The last bits of a result can depend on it.
+        account: of a plan that these are a part of, which is announced already; None where they are all of it.
 
     Raises:
         SelectionError: top is not positive, or only_top without top.
@@ -69,11 +69,18 @@ def decompose_indexed(
         raise SelectionError(f"top = {top} is not a positive number of vectors; leave it out for values only")
     if only_top and top is None:
         raise SelectionError("only_top needs top: how many triplets?")
-    yield from _scheduled(deltas, Work(top, only_top, device), executor, budget, threads)
+    if account is None:
+        account = announce(account_of(deltas, top, only_top=only_top, device=device, executor=executor))
+    yield from _scheduled(deltas, Work(top, only_top, device), executor, budget, threads, account)
 
 
 def _scheduled(
-    deltas: Sequence[WeightDelta], work: Work, executor: Executor | None, budget: int | str | None, threads: int | None
+    deltas: Sequence[WeightDelta],
+    work: Work,
+    executor: Executor | None,
+    budget: int | str | None,
+    threads: int | None,
+    account: Account,
 ) -> Iterator[tuple[int, Spectrum]]:
     """Those that fit the budget, where they are to be solved; of the others, what they need."""
     top = work.top
@@ -83,31 +90,16 @@ def _scheduled(
         there = readable_size(schedule.budget)
         reason = f"needs {readable_size(bytes_needed)}, the budget is {there}; raise memory_budget= (--memory)"
         delta = deltas[index]
+        account.total -= flops(delta, top)
         yield index, Spectrum(delta.name, delta.shape, "too_large", max_rank=delta.max_rank, reason=reason)
     work = replace(work, device=where)
-    account = announce(_account(deltas, schedule, work, executor))
+    planned = {task.index: task.flops for task in schedule.tasks}
+    account.costs = {deltas[index].name: cost for index, cost in planned.items()}
     with closing(_in_turn(deltas, schedule, work, executor, threads)) as stream:
         for index, spectrum in stream:
-            account.finish(spectrum.name)
+            account.finish(spectrum.name, planned[index])
             yield index, spectrum
             done(deltas[index].refs)  # whoever keeps results has kept it
-
-
-def _account(deltas: Sequence[WeightDelta], schedule: Plan, work: Work, executor: Executor | None) -> Account:
-    """What the plan costs; the pace of dense matrices can be measured where they are solved on this machine's CPU."""
-    costs = {deltas[task.index].name: task.flops for task in schedule.tasks}
-    here = work.device == "cpu" and (executor is None or isinstance(executor, ThreadPoolExecutor))
-    dense = bool(schedule.tasks) and deltas[schedule.tasks[0].index].form is Dense
-    return Account(costs, sum(task.flops for task in schedule.tasks), partial(_pace, work) if here and dense else None)
-
-
-def _pace(work: Work) -> float:
-    """Operations per second, as `flops` counts them, of a dense matrix of a usual size."""
-    matrix = torch.randn((_PROBE, _PROBE), generator=torch.Generator().manual_seed(0))
-    delta = WeightDelta.from_tensor("a matrix to measure the pace by", matrix)
-    start = time.monotonic()
-    work(delta)
-    return flops(delta, work.top) / (time.monotonic() - start)
 
 
 def _in_turn(

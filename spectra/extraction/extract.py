@@ -162,6 +162,9 @@ class _Work:
 
     def matrices(self, *, dry: bool = False) -> Iterator[dict[str, Tensor]]:
         """The tensors of each matrix as soon as they are there; its row is entered."""
+        rank = self.rule.rank
+        triplets = self.inputs.triplets.planned(rank, values=rank is None, vectors=rank is not None or not dry)
+        self.inputs = replace(self.inputs, triplets=triplets)
         planned = self._planned() if self.rule.rank is None else {}
         if dry and self.rule.rank is None:
             self.found.rows += [self._row(choice) for _, choice in planned.values()]

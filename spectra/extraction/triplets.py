@@ -8,8 +8,11 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from spectra.deltas.at_work import Account, announce
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import LowRank
+from spectra.engine.accounts import account_of
+from spectra.engine.costs import flops
 from spectra.engine.decompose import decompose_indexed
 from spectra.engine.solvers.factored import factored_svd
 from spectra.extraction.gather import Block
@@ -23,6 +26,10 @@ _SMALLEST = 8  # triplets that are computed together with fewer
 
 class Triplets(Protocol):
     """The spectra of the blocks of some weights."""
+
+    def planned(self, rank: int | None, *, values: bool, vectors: bool) -> Triplets:
+        """The same, where those who watch are told what will be asked for: all values, triplets of a rank, or both."""
+        ...
 
     def values(self) -> Iterator[Spectrum]:
         """The singular values of every block."""
@@ -42,12 +49,25 @@ class Computed:
         device: as for `decompose`.
         executor: as for `decompose`.
         memory_budget: as for `decompose`.
+        account: of all that will be asked for, which is announced already; None for an account of each time.
     """
 
     blocks: Sequence[Block]
     device: str = "auto"
     executor: Executor | None = None
     memory_budget: int | str | None = None
+    account: Account | None = None
+
+    def planned(self, rank: int | None, *, values: bool, vectors: bool) -> Computed:
+        """The same with one account of both rounds, in which every block is thought to need triplets."""
+        tops = [None] * values + [rank or _SMALLEST] * vectors
+        deltas = [block.delta for block in self.blocks]
+        rounds = [
+            account_of(deltas, top, only_top=top is not None, device=self.device, executor=self.executor)
+            for top in tops
+        ]
+        rounds[0].total = sum(account.total for account in rounds)
+        return replace(self, account=announce(rounds[0]))
 
     def values(self) -> Iterator[Spectrum]:
         """All singular values of every block."""
@@ -66,13 +86,16 @@ class Computed:
                 top = min(max(_SMALLEST, 2 ** math.ceil(math.log2(rank))), min(block.delta.shape))
                 top = rank if len(set(ranks.values())) == 1 else top
                 groups.setdefault((top, block.delta.factored), []).append(block.delta)
+            elif self.account is not None:
+                self.account.total -= flops(block.delta, _SMALLEST)
         for (top, is_factored), deltas in groups.items():
             yield from self._decomposed(deltas, top, only_top=not is_factored)
 
     def _decomposed(self, deltas: Sequence[WeightDelta], top: int | None, *, only_top: bool) -> Iterator[Spectrum]:
         spectra = decompose_indexed(
-            deltas, top=top, only_top=only_top, device=self.device, executor=self.executor, budget=self.memory_budget
-        )
+            deltas, top=top, only_top=only_top, device=self.device, executor=self.executor,
+            budget=self.memory_budget, account=self.account,
+        )  # fmt: skip
         return (spectrum for _, spectrum in spectra)
 
 
@@ -87,6 +110,10 @@ class Stored:
 
     blocks: Sequence[Block]
     spectra: Spectra
+
+    def planned(self, rank: int | None, *, values: bool, vectors: bool) -> Stored:
+        """Reading has no costs to tell."""
+        return self
 
     def values(self) -> Iterator[Spectrum]:
         """The stored singular values of every block."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spectra.deltas.at_work import Account, accounted
 from spectra.engine.memory import memory_budget as budget_of
 from spectra.engine.memory import readable_size
 from spectra.errors import SourceError
@@ -69,10 +70,15 @@ def check_claims(
     Several are at work side by side, as many as there are cores and bytes for. Rows whose cause is open come last:
     they take the updates of the other weights to compare with.
     """
+    budget = budget_of(memory_budget)
+    sizes = {claim.name: float(claim.bytes) for claim in claims if claim.bytes <= budget}
+    yield from accounted(_checked(claims, budget), Account(sizes, sum(sizes.values())), lambda pair: pair[0].name)
+
+
+def _checked(claims: Sequence[Claim], budget: int) -> Iterator[tuple[Claim, MatrixCheck | None]]:
     from spectra.engine.devices import cores
     from spectra.engine.executors.threads import keep_freed_memory, thread_executor
 
-    budget = budget_of(memory_budget)
     largest = max((claim.bytes for claim in claims if claim.bytes <= budget), default=1)
     workers = max(1, min(cores(), len(claims), budget // max(1, largest)))
     unexplained: list[tuple[Claim, MatrixCheck, Tensor]] = []

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spectra import naming, text
+from spectra import text
 from spectra.errors import SelectionError
+from spectra.naming import in_model_order
 from spectra.plots.panels import panelled, put_legend
 from spectra.plots.similarity import tick_positions
 from spectra.plots.sizes import DEFAULT, arranged
@@ -175,8 +176,8 @@ def _by_role(table: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
     if not len(done):
         raise SelectionError("no matrix has numbers to draw")
     kept = set(done["role"].value_counts().index[:_MOST_ROLES])
-    roles = {role: rows for role, rows in done.groupby("role", sort=False) if role in kept}
-    return {role: roles[role] for role in naming.in_model_order(roles)}
+    groups = dict(list(done.groupby("role", sort=False)))
+    return {role: groups[role] for role in in_model_order(groups) if role in kept}
 
 
 def _heading(role: str, rows: pd.DataFrame) -> str:

@@ -23,7 +23,16 @@ from spectra.plots.depth import (
     put_title,
     value_range,
 )
-from spectra.plots.histogram import BINS, LONGEST_NAME, BinnedPanel, bin_pooled, draw_binned, pool_curves
+from spectra.plots.histogram import (
+    BINS,
+    LEAST_ROWS,
+    LONGEST_NAME,
+    ROW,
+    BinnedPanel,
+    bin_pooled,
+    draw_binned,
+    pool_curves,
+)
 from spectra.plots.panels import panelled, put_legend
 from spectra.plots.places import place_of
 from spectra.plots.similarity import add_colorbar, heading, plot_similarity
@@ -42,7 +51,7 @@ FORMATS = ("png", "pdf", "svg")
 DEFAULT_FORMATS = ("png", "pdf")
 _MANY_PLACES = 12  # from which on pictures over depth are as wide as they may be
 _HISTOGRAM = 27.0  # ems: of a panel with its curves' names
-_ROW, _ROWS = 3.2, 16.0  # ems of a curve's row, and of what is above and below the rows
+_AROUND_ROWS = 16.0  # ems above and below the curves' rows
 _SQUARE, _BAR = 14.5, 5.5  # ems of a heatmap with its words, and of the colour bar
 _LINE = 1.15  # ems of a line of small text
 _DPI = 200  # of a png that is saved
@@ -86,7 +95,7 @@ def draw_panels(panels: Sequence[BinnedPanel], *, title: str = "", size: str = D
     """Panels of histograms side by side, or below each other where the size is narrow, with one legend below."""
     count = len(panels[0].curves)
     names = 0.5 * min(max(len(curve.values.label) for curve in panels[0].curves), LONGEST_NAME) + 2.0
-    panel = (_HISTOGRAM, _ROWS + _ROW * max(count, 4))
+    panel = (_HISTOGRAM, _AROUND_ROWS + ROW * max(count, LEAST_ROWS))
     layout = arranged(size, len(panels), panel, above=2.0 + _LINE * count, stretched=True)
     with panelled(layout, title=title) as (figure, axes):
         for binned, ax in zip(panels, axes, strict=True):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spectra.errors import SelectionError, refuse_path_for_spectra
+from spectra.plots.ends import name_ends
 from spectra.plots.style import curves, legend_below, new_axes, stroke
 from spectra.printing import in_figure
 from spectra.results.collection import Spectra
@@ -23,7 +24,8 @@ BINS = 100
 _ROOM = 1.08  # height of a row, by that of the tallest bar
 _TICKS = 6
 _WIDTH = 56  # characters over and under axes of the usual size
-LONGEST_NAME = 22  # characters in a line beside a row
+LONGEST_NAME = 22  # characters in a line beside a row, or at the end of a line
+ROW, LEAST_ROWS = 3.2, 4  # ems of a curve's row in a figure, which is never less high than so many
 # What the heights are → the label of the axis.
 STATS = {
     "percent": "% of the curve's values",
@@ -279,23 +281,28 @@ def _draw_rows(panel: BinnedPanel, ax: Axes) -> None:
 
 
 def _draw_climbs(panel: BinnedPanel, ax: Axes) -> None:
-    """A line per curve on a logarithmic axis, from the largest value on."""
-    for binned, (colour, line) in zip(panel.curves, curves(), strict=False):
+    """A line per curve on a logarithmic axis, from the largest value on, with its name at its end."""
+    ends = []
+    for binned, (colour, _) in zip(panel.curves, curves(), strict=False):
         ax.stairs(
-            binned.heights, panel.edges, baseline=None, edgecolor=colour, linestyle=line, linewidth=stroke(),
+            binned.heights, panel.edges, baseline=None, edgecolor=colour, linewidth=stroke(0.8),
             label=in_figure(binned.values.legend),
         )  # fmt: skip
+        name = "\n".join(textwrap.wrap(binned.values.label, LONGEST_NAME))
+        ends.append((float(binned.heights[-1]), colour, name))
     least = min(float(curve.heights[curve.heights > 0].min()) for curve in panel.curves if curve.heights.any())
     ax.set_yscale("log")
     ax.set_ylim(0.8 * least, 1.5 * max(float(curve.heights.max()) for curve in panel.curves))
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     ax.set_ylabel(STATS[panel.stat])
+    if len(ends) > 1:
+        name_ends(ax, ends, height=ROW * max(len(ends), LEAST_ROWS))
 
 
 def finding(panel: BinnedPanel) -> str:
     """What a panel says in a line: the largest value and the medians, or where the close-up ends."""
     if panel.close_up is not None:
-        return f"{panel.name}: the largest values, σ ≥ {np.exp(-panel.edges[-1]):.2g}"
+        return f"{panel.name}: the largest values, σ\u00a0≥\u00a0{np.exp(-panel.edges[-1]):.2g}"
     drawn = [curve.values for curve in panel.curves]
     first = min(drawn, key=lambda values: values.x[0])
     largest = f"largest σ {np.exp(-first.x[0]):.3g}"

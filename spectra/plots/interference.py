@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spectra import naming
 from spectra.errors import SelectionError
+from spectra.naming import in_model_order
 from spectra.plots.figures import save_figure
 from spectra.plots.panels import panelled, put_label, put_legend, put_title
 from spectra.plots.sizes import DEFAULT, arranged
@@ -127,16 +127,20 @@ def _median(table: Sequence[Mapping[str, Any]], column: str) -> str:
 
 
 def mean_squares(table: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """ "all" and every role → the mean of the cosines' squares over its matrices, where they have them."""
+    """ "all" and every role → the mean of the cosines' squares over its matrices, where updates have them."""
     groups: dict[str, list[np.ndarray]] = {"all": []}
     for row in table:
         if row.get("cosines") is not None:
             square = np.array(row["cosines"], dtype=float)
+            if np.isnan(square).all():
+                continue  # no update changes this matrix
             groups["all"].append(square)
             groups.setdefault(row["role"], []).append(square)
     if len(groups) == 2:
         del groups["all"]
-    return {role: _mean(groups[role]) for role in ("all", *_in_order(groups)) if groups.get(role)}
+    named = [role for role in groups if role != "all"]
+    ordered = [*(["all"] if "all" in groups else []), *in_model_order(named)]
+    return {role: _mean(groups[role]) for role in ordered if groups[role]}
 
 
 def draw_interference(rows: Rows, out: str | Path, labels: Sequence[str], *, size: str = DEFAULT) -> list[Path]:
@@ -184,11 +188,6 @@ def _by_role(table: Sequence[Mapping[str, Any]], column: str) -> dict[str, dict[
             continue
         by_role.setdefault(row["role"], {}).setdefault(int(layer), []).append(float(value))
     return {
-        role: {layer: math.fsum(values) / len(values) for layer, values in sorted(layers.items())}
-        for role, layers in ((role, by_role[role]) for role in naming.in_model_order(by_role))
+        role: {layer: math.fsum(values) / len(values) for layer, values in sorted(by_role[role].items())}
+        for role in in_model_order(by_role)
     }
-
-
-def _in_order(groups: Iterable[str]) -> list[str]:
-    """The roles among them, as the model has them."""
-    return naming.in_model_order(role for role in groups if role != "all")

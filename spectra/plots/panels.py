@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -55,7 +55,13 @@ def put_label(ax: Axes, label: str, letters: int) -> None:
 
 def put_legend(figure: Figure, ax: Axes, layout: Layout) -> None:
     """The axes' legend below all panels, in as many columns as the figure's width holds; over no data."""
-    handles, labels = ax.get_legend_handles_labels()
+    put_legend_of(figure, [ax], layout)
+
+
+def put_legend_of(figure: Figure, axes: Iterable[Axes], layout: Layout) -> None:
+    """The same of several axes, of which each may have curves that the others lack: every label once."""
+    there = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    handles, labels = list(there.values()), list(there)
     if not labels:
         return
     line = int(1.15 * layout.whole)  # characters of small text

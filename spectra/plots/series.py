@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spectra import naming
 from spectra.errors import SelectionError
+from spectra.naming import in_model_order
 from spectra.plots.panels import panelled, put_label, put_legend, put_title
 from spectra.plots.sizes import DEFAULT, arranged
 from spectra.plots.style import curves, new_axes, stroke
@@ -130,4 +130,4 @@ def series_curves(table: pd.DataFrame) -> list[dict[str, Any]]:
 def _roles(table: pd.DataFrame) -> list[str]:
     """The roles with the most matrices, in the model's order."""
     done = table[table["status"] == "ok"]
-    return naming.in_model_order(done["role"].value_counts(sort=True).index[:_MOST_ROLES])
+    return in_model_order(done["role"].value_counts(sort=True).index[:_MOST_ROLES])

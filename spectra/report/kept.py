@@ -92,6 +92,10 @@ def _middle(rows: Sequence[Row], column: str) -> float:
     return float(median(known)) if known else math.nan
 
 
+def _has_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not math.isnan(value)
+
+
 def _scalars(rows: Sequence[Row]) -> list[Row]:
     lists = {key for row in rows for key, value in row.items() if isinstance(value, list | dict)}
     return [{key: value for key, value in row.items() if key not in lists} for row in rows]
@@ -156,13 +160,13 @@ def _alignment(document: Document, rows: Sequence[Row], label: str) -> Section:
 def _interference(document: Document, rows: Sequence[Row], label: str) -> Section:
     updates = short_names([str(name) for name in document.get("tuned", [])])
     done = [row for row in _done(rows) if row.get("cosines") is not None]
-    squares = mean_squares(done)
+    squares, both = mean_squares(done), [row for row in done if _has_number(row.get("mean_cosine"))]
     told = []
     if squares:
         cosine, ratio = _middle(done, "mean_cosine"), _middle(done, "norm_ratio")
         told = [
             f"{len(updates)} updates; the cosine of two is {text.figure(cosine)} in the median over "
-            f"{text.matrices(len(done))} (by chance 0); {most_alike(next(iter(squares.values())), updates)}.",
+            f"{text.matrices(len(both))} (by chance 0); {most_alike(next(iter(squares.values())), updates)}.",
             f"‖ΣΔ‖²/Σ‖Δ‖² is {text.figure(ratio)} in the median: 1 where updates are orthogonal, {len(updates)} where "
             "they are equal.",
         ]

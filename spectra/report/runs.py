@@ -12,6 +12,7 @@ from typing import Any
 from spectra import naming
 from spectra.errors import SelectionError
 from spectra.metrics.similarity import SubspaceSimilarity
+from spectra.plots.squares import short_names
 from spectra.report.kept import Section, kept_sections, pairs_section
 from spectra.report.paths import shorter, without_places
 from spectra.results import tables
@@ -146,8 +147,11 @@ def read_runs(directory: str | Path, label: str, layers: str | Sequence[str] = (
         return [read_run(directory, label, layers)]
     section = pairs_section(load_pairs(directory, layers=layers), label)
     whole = Run(label, [], [], [], record, [section])
+    every = list(dict.fromkeys(name for both in pairs.values() for name in both))
+    called = dict(zip(every, map(shorter, short_names(every)), strict=True))
     return [whole] + [
-        read_run(Path(directory, PAIRS, folder), f"{label}: {a} and {b}", layers) for folder, (a, b) in pairs.items()
+        read_run(Path(directory, PAIRS, folder), f"{label}: {called[a]} and {called[b]}", layers)
+        for folder, (a, b) in pairs.items()
     ]
 
 

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from spectra.deltas.at_work import in_hands
+from spectra.deltas.at_work import Account, accounted, in_hands
 from spectra.deltas.base import BaseWeight
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense, Form
 from spectra.deltas.relatedness import unrelated_note
 from spectra.deltas.source import Source
+from spectra.engine import accounts
+from spectra.engine.costs import dense_flops
 from spectra.engine.devices import device_named, resolve_device
 from spectra.engine.memory import memory_budget as memory_budget_of
 from spectra.engine.memory import readable_size
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from spectra.files.tensors import TensorRef
     from spectra.results.tables import Row
 
+_SHARE_OF_TOPS = 0.55  # of a matrix' time, what all but W₀'s decomposition takes (384 to 1,024 rows)
 _COPIES = 7  # of a matrix that are there at once: W₀, ΔW, W, all of W₀'s vectors, and what LAPACK works on
 
 
@@ -115,11 +118,21 @@ def rows_of(
             f"alignment compares an update with the weights it started from, and {deltas[0].name} has none: "
             "pass base= (--base) when the source is opened"
         )
+    account = _account(work, deltas, executor)
     if executor is None:
         work = replace(work, device=resolve_device(work.device), budget=_budget(memory_budget, work.device))
-        return _one_by_one(work, deltas)
-    budget = memory_budget_of(memory_budget) if memory_budget is not None else _budget_of(executor)
-    return _side_by_side(executor, replace(work, budget=budget), deltas)
+        rows = _one_by_one(work, deltas)
+    else:
+        budget = memory_budget_of(memory_budget) if memory_budget is not None else _budget_of(executor)
+        rows = _side_by_side(executor, replace(work, budget=budget), deltas)
+    return accounted(rows, account, lambda row: str(row["name"]))
+
+
+def _account(work: Work, deltas: Sequence[WeightDelta], executor: Executor | None) -> Account:
+    """What each costs: W₀'s decomposition, except where its vectors are kept."""
+    return accounts.account_of_all_vectors(
+        {delta.name: work.cost(delta) for delta in deltas}, device=work.device, executor=executor
+    )
 
 
 def _one_by_one(work: Work, deltas: Sequence[WeightDelta]) -> Iterator[Row]:
@@ -198,6 +211,13 @@ class Work:
     def columns(self) -> tuple[str, ...]:
         """What `numbers` gives, beside a note."""
         return ("k", "r", *ALIGNMENT)
+
+    def cost(self, delta: WeightDelta) -> float:
+        """Operations of the decompositions that it takes; W₀'s is most of them, where its vectors are not kept."""
+        if delta.recipe is None or delta.base is None:
+            return 0.0
+        whole = dense_flops(delta.shape, self.k)
+        return whole * (_SHARE_OF_TOPS if self.cache and self.cache.holds(delta.base) else 1.0)
 
     def numbers(self, delta: WeightDelta) -> Row:
         """The columns of a matrix that can be done."""

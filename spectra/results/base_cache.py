@@ -36,6 +36,10 @@ class BaseCache:
         """The cache there; None for nowhere."""
         return None if directory is None else cls(home_of(directory))
 
+    def holds(self, weight: BaseWeight) -> bool:
+        """Whether something is kept of this very weight, whole or not."""
+        return Shelf(self.directory).version(_name(weight)) is not None
+
     def get(self, weight: BaseWeight) -> Triplets | None:
         """What is kept of this very weight; None where there is nothing whole."""
         shelf, name = Shelf(self.directory), _name(weight)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from typing import Any
 
+from spectra.deltas.at_work import announce
 from spectra.deltas.delta import WeightDelta
+from spectra.engine.accounts import account_of
 from spectra.engine.decompose import decompose_indexed
 from spectra.errors import SelectionError
 from spectra.metrics.similarity import Side, subspace_similarity
@@ -60,6 +63,11 @@ def compare_links(
         executor: as for `compare`.
         memory_budget: as for `compare`.
     """
+    links = list(links)
+    every = dict.fromkeys(member for link in links for member in (link.a, link.b))
+    # One more than is compared: the gap behind the last says how well the directions are determined.
+    wanted: dict[str, Any] = {"top": top + 1, "only_top": True, "device": device, "executor": executor}
+    account = announce(account_of([updates[place][name] for place, name in every], **wanted))
     for wave in _waves(groups_of(links).values()):
         members = list(dict.fromkeys(member for link in wave for member in (link.a, link.b)))
         left = Counter(member for link in wave for member in (link.a, link.b))
@@ -69,9 +77,7 @@ def compare_links(
                 by_member.setdefault(member, []).append(link)
         here: dict[tuple[int, str], Spectrum] = {}
         deltas = [updates[place][name] for place, name in members]
-        for index, spectrum in decompose_indexed(
-            deltas, top=top + 1, only_top=True, device=device, executor=executor, budget=memory_budget
-        ):  # one more than is compared: the gap behind the last says how well the directions are determined
+        for index, spectrum in decompose_indexed(deltas, budget=memory_budget, account=account, **wanted):
             here[members[index]] = spectrum
             for link in by_member[members[index]]:
                 if link.a in here and link.b in here:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from spectra import naming
+from spectra.deltas.at_work import Account, accounted
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import LowRank
 from spectra.deltas.recipes import Factors
@@ -53,7 +54,9 @@ def head_similarity(source: Iterable[WeightDelta]) -> pd.DataFrame:
 def head_rows(source: Iterable[WeightDelta]) -> Iterator[Row]:
     """The rows of `head_similarity`, each as soon as its module is read; arguments and errors as there."""
     modules = heads_of(source)
-    return (_row(name, heads) for name, heads in modules.items())
+    entries = {name: float(sum(ref.numel for head in heads for ref in head.refs)) for name, heads in modules.items()}
+    rows = (_row(name, heads) for name, heads in modules.items())
+    return accounted(rows, Account(entries, sum(entries.values())), lambda row: str(row["name"]))
 
 
 def heads_of(source: Iterable[WeightDelta]) -> dict[str, list[WeightDelta]]:

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from spectra import naming
+from spectra.deltas.at_work import accounted
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense
 from spectra.deltas.relatedness import unrelated_note
 from spectra.deltas.source import Source
+from spectra.engine.accounts import account_of_all_vectors
+from spectra.engine.costs import flops
 from spectra.engine.devices import device_named, resolve_device
 from spectra.engine.solve import Wanted, solve, solve_forms
 from spectra.errors import SelectionError, refuse_path_for_source
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from spectra.results.tables import Row
 
 _LARGEST, _SMALLEST = 1e70, 1e-70  # of σ, whose squares, and products of those, are in range between
+_OF_SUM = 3  # decompositions of one update take as long as the sum's, with the numbers that are made of it
 ALONE = "alone"  # the status of a matrix that only one update has
 COLUMNS = ("name", "role", "layer", "status", "updates", *INTERFERENCE, "reason", "note")
 
@@ -85,12 +89,23 @@ def interference_rows(
         examples = ", ".join(repr(next(iter(update), "nothing")) for update in updates)
         raise SelectionError(f"no matrix is in two of the updates (they have {examples}): give updates of one base")
     where = resolve_device(device)
-    of_each = (
+    of_each = [
         (name, {place: update[name] for place, update in enumerate(updates) if name in update}) for name in names
-    )
+    ]
+    together = {name: list(there.values()) for name, there in of_each if len(there) > 1}
+    costs = {name: _cost(deltas) for name, deltas in together.items()}
+    account = account_of_all_vectors(costs, device=device, executor=executor)
     if executor is None:
-        return _one_by_one(list(of_each), len(updates), where)
-    return _ahead(executor, of_each, len(updates), where)
+        rows = _one_by_one(of_each, len(updates), where)
+    else:
+        rows = _ahead(executor, of_each, len(updates), where)
+    return accounted(rows, account, lambda row: str(row["name"]))
+
+
+def _cost(deltas: Sequence[WeightDelta]) -> float:
+    """Operations of the updates' decompositions, and of the sum's and what is made of it."""
+    each = [flops(delta, delta.max_rank) for delta in deltas]
+    return sum(each) + _OF_SUM * max(each)
 
 
 def _one_by_one(of_each: Sequence[tuple[str, Mapping[int, WeightDelta]]], count: int, device: str) -> Iterator[Row]:

@@ -146,6 +146,14 @@ def series_rows(
     return _Series(run, [(step, moments.get(step)) for step in sorted({*stored, *moments})], side, start).rows()
 
 
+def count_new(
+    checkpoints: Sequence[str | Path], steps: Sequence[int] | None = None, out: str | Path | None = None
+) -> int:
+    """How many of the checkpoints nothing is stored of in `out`; arguments as for `series`."""
+    stored = stored_steps(home_of(out)) if out is not None else {}
+    return sum(moment.step not in stored for moment in in_order(checkpoints, steps))
+
+
 def stored_steps(directory: Path) -> dict[int, Path]:
     """Step → the results directory of its checkpoint, for those that a series' directory holds."""
     folders = (folder for folder in directory.glob(f"{_STEPS}/{_FOLDER}*") if (folder / "spectra").is_dir())

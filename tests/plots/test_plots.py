@@ -92,7 +92,10 @@ def test_the_climb_counts_how_many_values_of_a_matrix_are_at_least_as_large():
     for right, of_a, of_b in zip(edges[1:], first, second, strict=True):
         assert of_a == np.count_nonzero(np.exp(-right) <= S) / 2
         assert of_b == np.count_nonzero(S[:10] >= np.exp(-right))
-    assert len({str(patch.get_linestyle()) for patch in lines(ax)}) == 2, "lines that cross differ without colour"
+    assert {str(patch.get_linestyle()) for patch in lines(ax)} == {"solid"}, "dashed steps are noise"
+    downwards = sorted(ax.texts, key=lambda text: -text.get_position()[1])
+    ends = {"a": first[-1], "b": second[-1]}
+    assert [text.get_text() for text in downwards] == sorted(ends, key=lambda name: -ends[name]), "names at the ends"
     assert (ax.get_yscale(), ax.get_ylabel()) == ("log", "values per matrix ≥ σ")
     plt.close("all")
 

@@ -173,6 +173,29 @@ def test_the_page_does_not_say_where_files_lie(kept, tmp_path):
         assert told in markup.replace("'", "").replace("&#39;", "").replace("\\u2026", "…"), told
 
 
+def test_pairs_of_updates_are_called_by_what_tells_them_apart_and_not_by_where_they_lie(tmp_path):
+    vectors = np.eye(4)[:, :2]
+    run = spectra.Spectra([Spectrum("layers.0.v_proj.weight", (4, 4), S=[2.0, 1.0], U=vectors, Vh=vectors.T)])
+    updates = {f"/home/someone/secret/{name}/step-9": run for name in "abc"}
+    list(spectra.compare_all(updates, top=1, out=tmp_path / "pairs"))
+    markup = page(tmp_path / "pairs", tmp_path / "page.html")
+    assert "someone" not in markup
+    assert "pairs: a and b" in markup
+
+
+def test_matrices_that_no_update_changes_have_no_square_and_are_not_counted(tmp_path):
+    nothing = {"cosines": [[None, None], [None, None]], "mean_cosine": None}
+    rows = [{"name": f"layers.{layer}.{role}.weight", "role": role, "layer": layer, "status": "ok", "norm_ratio": 1.0}
+            | (nothing if role == "up_proj" else {"cosines": [[1, 0.25], [0.25, 1]], "mean_cosine": 0.25})
+            for layer in (0, 1) for role in ("up_proj", "v_proj", "q_proj")]  # fmt: skip
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/interference.json").write_text(json.dumps({"tuned": ["a", "b"], "matrices": rows}))
+    markup = page(tmp_path / "run", tmp_path / "page.html")
+    assert "0.25 in the median over 4 matrices" in markup
+    titles = re.findall(r"<figcaption><b>(\w+)</b></figcaption>\s*<div class=\"scroll\"", markup)
+    assert titles == ["all", "q_proj", "v_proj"]
+
+
 @pytest.mark.parametrize(
     ("path", "told"),
     [

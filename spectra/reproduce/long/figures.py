@@ -6,13 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectra.plots import save_figure
-from spectra.plots.style import COLOURS, look, new_axes
+from spectra.plots.panels import panelled, put_label, put_legend_of, put_title
+from spectra.plots.sizes import DEFAULT, arranged
+from spectra.plots.style import COLOURS, legend_below, new_axes, stroke
 from spectra.reproduce.long.numbers import Numbers
-from spectra.reproduce.long.plan import FULL_ADAM, SECOND
+from spectra.reproduce.long.plan import FULL_ADAM, LORA, MULTILORA, SECOND
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_PANEL, _SHARES, _LETTERS = (18.0, 16.5), (27.0, 34.0), 20  # ems of panels, and characters along the first's height
+_UNBROKEN = "\u00a0"  # a space at which no line ends
+_MOST_STEPS = 5  # whose numbers stand under a panel
 
 # Run → colour and line; a repetition has its run's colour, thinner.
 _STYLE: dict[str, tuple[str, str]] = {
@@ -77,9 +84,8 @@ def plot_along(table: pd.DataFrame, quantity: str, *, against: str = "step", ax:
         colour, line = _STYLE[first]
         again = run != first
         label = "_again" if again and first in there else known["label"].iloc[0]
-        width = 0.9 if again else 1.8
-        ax.plot(known[against], known[quantity], color=colour, linestyle=line, linewidth=width, marker="o",
-                markersize=2.5, label=label)  # fmt: skip
+        ax.plot(known[against], known[quantity], color=colour, linestyle=line, linewidth=stroke(0.5 if again else 1.0),
+                marker=".", label=label)  # fmt: skip
     if quantity in _LOG:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -88,7 +94,8 @@ def plot_along(table: pd.DataFrame, quantity: str, *, against: str = "step", ax:
     if against == "step":
         ax.set_xscale("log", base=2)
         steps = sorted(set(table.loc[table["step"] > 0, "step"]))
-        ax.set_xticks(steps, [f"{step:,}" for step in steps], fontsize=8)
+        told = steps if len(steps) <= _MOST_STEPS else steps[::2]
+        ax.set_xticks(told, [f"{step:,}" for step in told])
     else:
         ax.invert_xaxis()
     ax.set_xlabel("steps" if against == "step" else NAMES["loss"])
@@ -117,59 +124,76 @@ def draw_all(numbers: Numbers, pictures: Path) -> None:
 
 
 def _panels(table: pd.DataFrame, quantities: tuple[str, ...], target: Path, against: str) -> None:
-    from matplotlib.figure import Figure
-
+    """A panel for each quantity that has values; its title says what became of it in the two runs that are compared."""
     # Before the runs that a quantity needs have begun there is nothing to draw of it.
     quantities = tuple(name for name in quantities if (table.loc[table["step"] > 0, name] > 0).any())
-    columns = 3 if len(quantities) > 4 else 2
-    lines = -(-len(quantities) // columns)
-    with look():
-        figure = Figure(figsize=(4.2 * columns, 3.3 * lines + 0.9), layout="constrained")
-        every = figure.subplots(lines, columns, squeeze=False).flatten()
-        axes = every[: len(quantities)]
-        for ax in every[len(quantities) :]:
-            ax.set_axis_off()
-        for ax, quantity in zip(axes, quantities, strict=True):
+    layout = arranged(DEFAULT, len(quantities), _PANEL, above=7.0, stretched=True)
+    with panelled(layout) as (figure, axes):
+        for ax, quantity in zip(axes, quantities, strict=False):
             plot_along(table, quantity, against=against, ax=ax)
+            put_label(ax, NAMES[quantity], _LETTERS)
+            put_title(ax, _from_to(table, quantity), layout)
             if quantity in _CHANCE:
-                level = table[_CHANCE[quantity]].mean()
-                ax.axhline(level, color="0.6", linestyle=(0, (1, 2)), linewidth=1.2)
-                ax.annotate("chance", (0.01, level), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+                _draw_chance(ax, float(table[_CHANCE[quantity]].mean()))
         if {"rank_90", "learned_rank_90"} <= set(quantities):
             places = [axes[quantities.index(name)] for name in ("rank_90", "learned_rank_90")]
             limits = [limit for ax in places for limit in ax.get_ylim()]
             for ax in places:
                 ax.set_ylim(min(limits), max(limits))
-        handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=8.5)
+        put_legend_of(figure, axes, layout)
     save_figure(figure, target)
 
 
-def _draw_shares(numbers: Numbers, labels: pd.Series[str], target: Path) -> None:
-    """Energy over index at each run's last step: the updates, then MultiLoRA's with its start and without."""
-    from matplotlib.figure import Figure
+def _from_to(table: pd.DataFrame, quantity: str) -> str:
+    """LoRA's and MultiLoRA's numbers at their first and their last step.
 
+    >>> import pandas as pd
+    >>> _from_to(pd.DataFrame({"run": ["lora", "lora"], "step": [50, 100], "loss": [0.812, 0.5]}), "loss").split()
+    ['LoRA', '0.81', 'to', '0.5']
+    """
+    told = []
+    for run, name in ((LORA, "LoRA"), (MULTILORA, "MultiLoRA")):
+        known = table[(table["run"] == run) & (table["step"] > 0) & table[quantity].notna()].sort_values("step")
+        if len(known) and known[quantity].iloc[-1]:
+            first, last = known[quantity].iloc[0], known[quantity].iloc[-1]
+            told.append(f"{name} {first:.2g} to {last:.2g}".replace(" ", _UNBROKEN))
+    return ", ".join(told)
+
+
+def _draw_chance(ax: Axes, level: float) -> None:
+    """A dotted line, named beside the panel, where it covers no curve."""
+    ax.axhline(level, color="0.5", linestyle=":", linewidth=stroke(0.8))
+    ax.annotate("chance", (1.01, level), xycoords=("axes fraction", "data"), va="center", fontsize="x-small",
+                annotation_clip=False)  # fmt: skip
+
+
+def _draw_shares(numbers: Numbers, labels: pd.Series[str], target: Path) -> None:
+    save_figure(_shares_figure(numbers, labels), target)
+
+
+def _shares_figure(numbers: Numbers, labels: pd.Series[str]) -> Figure:
+    """Energy over index at each run's last step: the updates, then MultiLoRA's with its start and without."""
     shares = numbers.shares
-    with look():
-        figure = Figure(figsize=(10.5, 4.2), layout="constrained")
-        whole, parts = figure.subplots(1, 2, sharey=True)
+    layout = arranged(DEFAULT, 2, _SHARES, stretched=True)
+    with panelled(layout) as (figure, (whole, parts)):
         for run, rows in shares[shares["part"] == "update"].groupby("run", sort=False):
             if not str(run).endswith(SECOND):
                 colour, line = _STYLE[str(run)]
                 whole.plot(rows["index"], rows["share"], color=colour, linestyle=line, label=_at(labels, rows))
-        multi = shares[shares["run"] == "multilora"]
+        multi = shares[shares["run"] == MULTILORA]
         for (part, rows), style in zip(multi.groupby("part", sort=False), ("-", ":", "--"), strict=False):
             name = {"update": "ΔW", "start": "start: trained scaling, A and B as they began", "learned": "ΔW − start"}
             parts.plot(rows["index"], rows["share"], color=COLOURS[1], linestyle=style, label=name[str(part)])
-        lora = shares[(shares["run"] == "lora")]
+        lora = shares[(shares["run"] == LORA)]
         if len(multi) and len(lora):
             parts.plot(lora["index"], lora["share"], color=COLOURS[0], label=_at(labels, lora))
         for ax, title in ((whole, "the update of every run"), (parts, "MultiLoRA's update and its start")):
-            ax.set(yscale="log", ylim=(1e-5, 1), xlim=(0, 50), xlabel="index i", title=title)
+            ax.set(yscale="log", ylim=(1e-5, 1), xlim=(0, 50), xlabel="index i")
+            put_title(ax, title, layout)
             if ax.get_legend_handles_labels()[0]:
-                ax.legend(fontsize=7.5)
-        whole.set_ylabel("σᵢ² / Σσ², mean over matrices")
-    save_figure(figure, target)
+                legend_below(ax)
+        put_label(whole, "σᵢ² / Σσ², mean over matrices", 2 * _LETTERS)
+    return figure
 
 
 def _at(labels: pd.Series[str], rows: pd.DataFrame) -> str:
