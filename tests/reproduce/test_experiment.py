@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from reproduce.tiny import GGUF, WORDNET, tiny_model
+from reproduce.tiny import GGUF, WORDNET, part_of_gguf, tiny_model
 from safetensors.torch import load_file, save_file
 
 import spectra
 from spectra.errors import DeviceError, NotFoundError, SourceError, SpectraError, StoreError
+from spectra.files.folder import open_folder
 from spectra.reproduce import reproduce
 from spectra.reproduce.base import load_model, prepare_base
 from spectra.reproduce.commands import Commands
@@ -237,12 +238,27 @@ def test_a_missing_wordnet_ends_in_one_line(tmp_path):
 
 
 def test_the_gguf_base_is_the_model_in_it(tmp_path):
-    """SmolLM2 out of its 4-bit file: transformers' dequantised weights against the toolkit's own reading of it."""
-    folder = prepare_base(GGUF, tmp_path)
+    """Two layers of SmolLM2's 4-bit file: transformers' dequantised weights against the toolkit's own reading of it."""
+    part = part_of_gguf(GGUF, tmp_path / "part.gguf", layers=(0, 29), tokens=1500)
+    folder = prepare_base(part, tmp_path / "out")
     weights = load_file(folder / "model.safetensors")
-    source = spectra.open_source(folder, GGUF)
+    source = spectra.open_source(folder, part)
     assert not source.coverage.tuned_only
-    deltas = [source[f"model.layers.{layer}.self_attn.{role}_proj.weight"] for layer in (0, 29) for role in "qv"]
-    for delta in deltas:
+    assert len(source) == 2 * 7 + 1
+    for delta in source:
         difference = delta.read().to_dense()
         assert difference.abs().max() <= 1e-6 * weights[delta.name].abs().max()
+    model, tokenizer = load_model(folder, "cpu")
+    assert model.config.num_hidden_layers == 2
+    assert tokenizer.decode(tokenizer("the first words of all").input_ids) == "the first words of all"
+
+
+def test_the_toolkit_reads_a_gguf_base_as_transformers_reader_does(tmp_path):
+    """Of the whole file, the layers that a part of it has by another reader."""
+    whole = open_folder(GGUF).tensors
+    part = open_folder(part_of_gguf(GGUF, tmp_path / "part.gguf", layers=(0, 29), tokens=1500)).tensors
+    assert len(whole) == 30 * 9 + 2
+    for new, old in enumerate((0, 29)):
+        for role in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"):
+            here, there = (of[f"model.layers.{at}.{role}.weight"] for of, at in ((whole, old), (part, new)))
+            assert torch.equal(here.read(), there.read())
