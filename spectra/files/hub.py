@@ -43,8 +43,8 @@ def resolve(name: str | Path | Place, *, fetch: bool = False, progress: Progress
     """The folder or file that a path, URL, alias or hub id means; a place means itself.
 
     Tried in order: a URL; the path; the user's aliases; the folder `$SPECTRA_MODELS`; the built-in aliases;
-    the local hub cache; the hub, where huggingface_hub is installed and not offline. What looks like a path
-    is never asked of the hub.
+    the local hub cache; the hub, where huggingface_hub is installed and not offline. What is written as a path is
+    looked for as one and nothing else; what leads into a folder that is here is never asked of the hub.
 
     Args:
         name: one of these.
@@ -64,7 +64,10 @@ def resolve(name: str | Path | Place, *, fetch: bool = False, progress: Progress
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):
         return Place.of(path)
-    return Place.of(_by_name(str(name), [f"the path {path}{_how_far(path)}"], fetch=fetch))
+    tried = [f"the path {path}{_how_far(path)}"]
+    if _written_as_a_path(str(name)):
+        raise _not_found(str(name), [*tried, f"nothing else, since {name} is written as a path"])
+    return Place.of(_by_name(str(name), tried, fetch=fetch))
 
 
 def _of_url(url: str, *, fetch: bool, progress: Progress | None) -> Place:
@@ -91,6 +94,8 @@ def _by_name(name: str, tried: list[str], *, fetch: bool) -> Path | Place:
         if remote.is_url(aliases[text]):
             return _of_url(aliases[text], fetch=fetch, progress=None)
         text, tried = aliases[text], [*tried, f"its alias {aliases[text]}"]
+        if _written_as_a_path(text):
+            raise _not_found(name, [*tried, f"nothing else, since {text} is written as a path"])
     models = os.environ.get("SPECTRA_MODELS")
     if models and os.path.exists(Path(os.path.expanduser(models)) / text):
         return Path(os.path.expanduser(models)) / text
@@ -105,11 +110,14 @@ def _by_name(name: str, tried: list[str], *, fetch: bool) -> Path | Place:
     return _from_hub(name, repo, revision, tried, meant=meant, fetch=fetch)
 
 
+def _written_as_a_path(text: str) -> bool:
+    """Whether nobody would write a name, an alias or a hub's id so."""
+    return text.startswith((".", "/", "~"))
+
+
 def _is_a_path(text: str) -> str:
     """Why what could be a hub's id is a path all the same; "" if it is none. A revision says that it is an id."""
     first = text.partition("/")[0]
-    if text.startswith("."):
-        return f"{text} is written as a path"
     if "@" not in text and os.path.exists(first):
         return f"{first} is there, so {text} is a path (write {text}@main for the hub's)"
     return ""
