@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from campaign import judges
+from campaign.__main__ import modules
 from campaign.case import Case, HarmError
 from campaign.children import Ended
 from campaign.journal import Journal, Line
 from support.spectra_runs import matrices
+from support.warm import TESTS, Warm
 
 import spectra
 
-TESTS = Path(__file__).resolve().parent
 # A fault, and the cases that have to find it.
 FAULTS = {
     "a loader that ignores the checksum": (
@@ -59,31 +58,37 @@ FAULTS = {
 }  # fmt: skip
 
 
-def campaign(fault: str, cases: list[str], place: Path) -> str:
+@pytest.fixture(scope="module")
+def warm():
+    with Warm("campaign.areas", *modules()) as processes:
+        yield processes
+
+
+def campaign(warm: Warm, fault: str, cases: list[str], place: Path) -> str:
     """What the campaign prints of cases in a library with a fault."""
     code = f"import sys\nfrom campaign.__main__ import main\n{fault}\nsys.exit(main(sys.argv[1:]))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, "--keep", str(place), "--case", *cases]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    words = ["--keep", str(place), "--case", *cases]
+    done = warm.run(code, words, into=place.with_name("said"), environment=environment)
     assert done.stderr == ""
     assert (done.returncode == 1) == ("FAILED" in done.stdout)
     return done.stdout
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found(name, tmp_path):
+def test_a_planted_fault_is_found(name, warm, tmp_path):
     fault, cases = FAULTS[name]
-    said = campaign(fault, cases, tmp_path)
+    said = campaign(warm, fault, cases, tmp_path / "kept")
     assert "FAILED" in said, said
-    kept = sorted((tmp_path / "failed").iterdir())
+    kept = sorted((tmp_path / "kept" / "failed").iterdir())
     assert kept
     assert (kept[0] / "why.txt").read_text().startswith("python -m campaign --case ")
 
 
-def test_nothing_is_found_where_there_is_no_fault(tmp_path):
+def test_nothing_is_found_where_there_is_no_fault(warm, tmp_path):
     cases = [cases[0] for _, cases in FAULTS.values()]
-    assert "FAILED" not in campaign("", list(dict.fromkeys(cases)), tmp_path)
-    assert not (tmp_path / "failed").exists()
+    assert "FAILED" not in campaign(warm, "", list(dict.fromkeys(cases)), tmp_path / "kept")
+    assert not (tmp_path / "kept" / "failed").exists()
 
 
 def test_a_case_is_its_name():

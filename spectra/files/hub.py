@@ -50,8 +50,8 @@ def resolve(
     """The folder or file that a path, URL, alias or hub id means; a place means itself.
 
     Tried in order: a URL; the path; the user's aliases; the folder `$SPECTRA_MODELS`; the built-in aliases;
-    the local hub cache; the hub, where huggingface_hub is installed and not offline. What looks like a path
-    is never asked of the hub.
+    the local hub cache; the hub, where huggingface_hub is installed and not offline. What is written as a path is
+    looked for as one and nothing else; what leads into a folder that is here is never asked of the hub.
 
     Args:
         name: one of these.
@@ -72,7 +72,10 @@ def resolve(
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):
         return Place.of(path)
-    return Place.of(_by_name(str(name), [f"the path {path}{_how_far(path)}"], fetch=fetch, only=only))
+    tried = [f"the path {path}{_how_far(path)}"]
+    if _written_as_a_path(str(name)):
+        raise _not_found(str(name), [*tried, f"nothing else, since {name} is written as a path"])
+    return Place.of(_by_name(str(name), tried, fetch=fetch, only=only))
 
 
 def _of_url(url: str, *, fetch: bool, progress: Progress | None, only: Collection[str] | None) -> Place:
@@ -104,6 +107,8 @@ def _by_name(name: str, tried: list[str], *, fetch: bool, only: Collection[str] 
         if remote.is_url(aliases[text]):
             return _of_url(aliases[text], fetch=fetch, progress=None, only=only)
         text, tried = aliases[text], [*tried, f"its alias {aliases[text]}"]
+        if _written_as_a_path(text):
+            raise _not_found(name, [*tried, f"nothing else, since {text} is written as a path"])
     models = os.environ.get("SPECTRA_MODELS")
     if models and os.path.exists(Path(os.path.expanduser(models)) / text):
         return Path(os.path.expanduser(models)) / text
@@ -118,11 +123,14 @@ def _by_name(name: str, tried: list[str], *, fetch: bool, only: Collection[str] 
     return _from_hub(name, repo, revision, tried, meant=meant, fetch=fetch, only=only)
 
 
+def _written_as_a_path(text: str) -> bool:
+    """Whether nobody would write a name, an alias or a hub's id so."""
+    return text.startswith((".", "/", "~"))
+
+
 def _is_a_path(text: str) -> str:
     """Why what could be a hub's id is a path all the same; "" if it is none. A revision says that it is an id."""
     first = text.partition("/")[0]
-    if text.startswith("."):
-        return f"{text} is written as a path"
     if "@" not in text and os.path.exists(first):
         return f"{first} is there, so {text} is a path (write {text}@main for the hub's)"
     return ""

@@ -15,7 +15,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from campaign import children
@@ -27,6 +27,7 @@ _LARGEST = 64 * 2**20  # bytes of a case that failed which are kept
 
 def attempt(area: Area, case: Case, home: Path) -> tuple[Line, str]:
     """Run a case in a process of its own; how it ended, and why it failed."""
+    area.provide(case.kind)
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
     answer = home.with_name("outcome")
@@ -126,16 +127,22 @@ def ready(areas: Mapping[str, Area], work: Path) -> None:
     import torch
     from tqdm import tqdm
 
-    import spectra
-
     mpl.use("Agg")
     tqdm.monitor_interval = 0  # a process with threads is not forked
     torch.set_num_threads(1)
-    for module in pkgutil.walk_packages(spectra.__path__, "spectra."):
-        if not module.name.startswith(("spectra.reproduce", "spectra.training")) and "__main__" not in module.name:
-            importlib.import_module(module.name)
+    for name in modules():
+        importlib.import_module(name)
     for name, area in areas.items():
         area.prepare(work / "shelf" / name)
+
+
+def modules() -> Iterator[str]:
+    """The library's, but for those that train."""
+    import spectra
+
+    for module in pkgutil.walk_packages(spectra.__path__, "spectra."):
+        if not module.name.startswith(("spectra.reproduce", "spectra.training")) and "__main__" not in module.name:
+            yield module.name
 
 
 def again(cases: list[Case], areas: Mapping[str, Area], work: Path, place: Path) -> int:

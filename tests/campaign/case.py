@@ -70,6 +70,9 @@ class Area(ABC):
         """Make what all cases start from, once, in a folder of the area's own."""
         self.shelf = shelf
 
+    def provide(self, kind: str) -> None:  # noqa: B027 - most areas need no more than `prepare`
+        """Make what the cases of a kind start from, unless it is there: called before each of them is forked."""
+
     @abstractmethod
     def run(self, case: Case, home: Path) -> str:
         """One case in an empty folder, which is the working folder: a word on what came of it.

@@ -28,6 +28,7 @@ from campaign.case import Area, Case, HarmError
 from spectra.errors import SpectraError
 from spectra.files.folder import open_folder
 
+CODED = {case.replace(" ", "_"): case for case in fuzz.CODED}
 RAW = ("raw-safetensors", "raw-torch", "raw-legacy", "raw-gguf", "raw-dcp", "raw-index")
 MORE = ("LoRA-XS",)  # is a plain LoRA and a tensor more: without that it is another valid file
 Tensors = dict[str, torch.Tensor]
@@ -42,21 +43,31 @@ class Readers(Area):
     memory = fuzz.MEMORY
 
     def kinds(self) -> Sequence[str]:
-        return [*(kind.replace(" ", "_") for kind in self.pairs), *RAW * 6]
+        return [*EXAMPLES, *LAYOUTS, *CODED, *RAW * 6]
 
     def prepare(self, shelf: Path) -> None:
-        self.oracles = {kind: make(shelf / kind) for kind, make in (EXAMPLES | LAYOUTS).items()}
-        self.pairs = {kind: (oracle.adapter, oracle.base) for kind, oracle in self.oracles.items()}
-        for case in fuzz.CODED:
-            kind = case.replace(" ", "_")
-            adapter = fuzz.write_coded(shelf / kind / "tuned", case)
-            self.pairs[kind] = adapter, fuzz.write_plain(shelf / kind / "base", case)
-        self.raw = {kind: write_raw(shelf / kind, kind) for kind in RAW}
+        super().prepare(shelf)
+        self.oracles: dict[str, Oracle] = {}
+        self.pairs: dict[str, tuple[Path, Path]] = {}
+
+    def provide(self, kind: str) -> None:
+        folder = self.shelf / kind
+        if folder.exists():
+            return
+        if kind in RAW:
+            write_raw(folder, kind)
+        elif kind in CODED:
+            self.pairs[kind] = (
+                fuzz.write_coded(folder / "tuned", CODED[kind]), fuzz.write_plain(folder / "base", CODED[kind])
+            )  # fmt: skip
+        else:
+            self.oracles[kind] = made = (EXAMPLES | LAYOUTS)[kind](folder)
+            self.pairs[kind] = made.adapter, made.base
 
     def run(self, case: Case, home: Path) -> str:
         rng = case.rng
         if case.kind in RAW:
-            shutil.copytree(self.raw[case.kind], home / "model")
+            shutil.copytree(self.shelf / case.kind, home / "model")
             return read_raw(case.kind, home / "model", rng)
         tuned, base = self.pairs[case.kind]
         shutil.copytree(tuned, home / "tuned")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -129,9 +128,9 @@ def test_the_last_worker_dies_under_a_run(alone, monkeypatch):
             list(stream)
 
 
-def test_a_scheduler_that_is_killed_is_one_message(tmp_path):
+def test_a_scheduler_that_is_killed_is_one_message(place, tmp_path):
     code = """
-import sys, spectra
+import pathlib, sys, time, spectra
 from spectra.engine.executors import dask_cluster as module
 from support.spectra_kinds import slow_deltas
 module.ClusterExecutor.patience = 0.5
@@ -139,7 +138,8 @@ with module.cluster_executor(sys.argv[1]) as executor:
     stream = spectra.decompose(slow_deltas(12), device="cpu", executor=executor)
     next(stream)
     print("begun", flush=True)
-    sys.stdin.readline()
+    while not pathlib.Path(sys.argv[2]).exists():
+        time.sleep(0.05)
     module._ANSWER = "5s"
     try:
         list(stream)
@@ -147,21 +147,24 @@ with module.cluster_executor(sys.argv[1]) as executor:
         print(problem, flush=True)
 """
     (tmp_path / "dask").mkdir()
-    with dask_cluster(tmp_path / "dask") as cluster:
+    with dask_cluster(tmp_path / "dask", warm=place.warm) as cluster:
         cluster.worker()
-        driver = subprocess.Popen(
-            [sys.executable, "-c", code, cluster.address], env=cluster.environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        assert driver.stdout.readline() == "begun\n"
+        words, into = [cluster.address, tmp_path / "killed"], tmp_path / "driver"
+        driver = cluster.warm.start(code, words, into=into, environment=cluster.environment)
+        until = time.monotonic() + 300
+        while "begun" not in driver.out.read_text() and time.monotonic() < until:
+            assert not driver.err.read_text()
+            time.sleep(0.1)
         cluster.scheduler.kill()
         cluster.scheduler.wait()
         began = time.monotonic()
-        out, err = driver.communicate("go on\n", timeout=90)
+        (tmp_path / "killed").touch()
+        assert driver.wait() == 0
         assert time.monotonic() - began < 60
+    out = driver.out.read_text()
     assert "does not answer any more" in out
     assert "what is stored stays" in out
-    assert err == ""  # Dask's own hundred lines about it are left away
+    assert driver.err.read_text() == ""  # Dask's own hundred lines about it are left away
 
 
 @pytest.mark.parametrize(
@@ -202,9 +205,10 @@ def test_tls_as_documented(tmp_path, models, monkeypatch):
     with dask_cluster(tmp_path / "tls", ["--protocol", "tls"]) as cluster:
         assert cluster.address.startswith("tls://")
         cluster.worker()
-        shown = subprocess.run(  # certificates are looked for when Dask is imported
-            [sys.executable, "-m", "spectra", "svd", *words, cluster.address], capture_output=True, text=True
-        )
+        shown = cluster.warm.run(  # another process: certificates are looked for when Dask is imported
+            "from spectra.cli import main; main.main(prog_name='spectra')", ["svd", *words, cluster.address],
+            into=tmp_path / "shown",
+        )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
 
 

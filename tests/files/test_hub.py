@@ -10,9 +10,11 @@ import types
 
 import pytest
 import torch
+from click.testing import CliRunner
 from support.checkpoints import llama_tensors, nudged, write_adapter, write_checkpoint
 
 import spectra
+from spectra.cli import main
 from spectra.errors import NotFoundError, SourceError
 from spectra.files import hub
 from spectra.files.storage import Place
@@ -216,6 +218,57 @@ def test_what_looks_like_a_path_is_never_asked_of_the_hub(monkeypatch, tmp_path)
             hub.resolve(name)
     assert modules["huggingface_hub"].calls == []
     assert hub.resolve("runs/step-10@main", fetch=True) == Place.of(tmp_path), "a revision says that it is the hub's"
+
+
+@pytest.mark.parametrize(
+    ("written", "path"),
+    [("./nothere", "nothere"), ("../nothere", "../nothere"), ("/nothere", "/nothere"), ("/no/where/at/all", None),
+     ("~/nothere", None), (".hidden/model", None), ("~nobody-of-this-name/x", None)],
+)  # fmt: skip
+def test_the_message_lists_no_place_that_was_not_looked_at(written, path, monkeypatch, tmp_path):
+    """Of what is written as a path only the path; an alias that leads to one is no name for the hub, either."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPECTRA_MODELS", str(tmp_path))
+    monkeypatch.setattr(hub, "_from_hub", lambda *_, **__: pytest.fail("looked for in the hub's cache"))
+    with pytest.raises(NotFoundError) as caught:
+        hub.resolve(written)
+    said = str(caught.value)
+    assert said.startswith(f"{written!r} was not found. Tried: the path {path or os.path.expanduser(written)}")
+    assert said.endswith(f"; nothing else, since {written} is written as a path")
+    assert not any(word in said for word in ("hub cache", "SPECTRA_MODELS", "aliases", "config.toml"))
+    monkeypatch.setenv("SPECTRA_CONFIG", str(tmp_path / "config.toml"))
+    (tmp_path / "config.toml").write_text(f'[aliases]\nmine = "{written}"\n')
+    with pytest.raises(NotFoundError) as caught:
+        hub.resolve("mine")
+    tried = [f"its alias {written}", f"nothing else, since {written} is written as a path"]
+    assert str(caught.value).split("; ")[-2:] == tried
+
+
+def test_three_parts_are_looked_for_where_a_name_is_and_not_in_the_hub(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NotFoundError) as caught:
+        hub.resolve("a/b/c")
+    assert str(caught.value).count(";") == 2
+    for part in ("the path a/b/c; aliases in ", "; $SPECTRA_MODELS (not set)"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["tuned", "base"])
+@pytest.mark.parametrize(
+    "command",
+    ["svd --base BASE --tuned TUNED", "inspect TUNED --base BASE", "similarity TUNED tuned --base BASE",
+     "verify --base BASE --adapter TUNED --merged tuned", "extract --base BASE --tuned TUNED --rank 2 --out out",
+     "alignment --base BASE --tuned TUNED", "interference TUNED tuned --base BASE", "series --base BASE --step 1 TUNED",
+     "heads TUNED --base BASE"],
+)  # fmt: skip
+def test_every_command_says_it(command, place, source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "_from_hub", lambda *_, **__: pytest.fail("looked for in the hub's cache"))
+    given = {"BASE": "./base", "TUNED": "./tuned"} | {place.upper(): "./nothere"}
+    shown = CliRunner().invoke(main, [given.get(word, word) for word in command.split()])
+    assert shown.exit_code == 1, shown.output
+    assert "'./nothere' was not found. Tried: the path nothere; nothing else, since ./nothere is" in shown.stderr
+    assert "Traceback" not in shown.output
 
 
 def test_without_huggingface_hub_the_install_command_is_given(monkeypatch):

@@ -13,11 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from reproduce.tiny import GGUF, WORDNET, tiny_model
+from reproduce.tiny import GGUF, WORDNET, part_of_gguf, tiny_model
 from safetensors.torch import load_file, save_file
+from support.warm import Warm
 
 import spectra
 from spectra.errors import DeviceError, NotFoundError, SourceError, SpectraError, StoreError
+from spectra.files.folder import open_folder
 from spectra.reproduce import reproduce
 from spectra.reproduce.base import load_model, prepare_base
 from spectra.reproduce.commands import Commands
@@ -29,24 +31,40 @@ from spectra.reproduce.tasks import FAMILIES, mix
 from spectra.reproduce.train import snapshot, train
 from spectra.reproduce.wordnet import read_wordnet
 
+SPECTRA = "from spectra.cli import main; main(prog_name='spectra')"
+KILLED = f"""
+import os, signal
+from spectra.reproduce import train
+right = train._step
+def step(model, optimiser, trained, examples, run, step, device):
+    if (run.name, step) == ("lora", 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return right(model, optimiser, trained, examples, run, step, device)
+train._step = step
+{SPECTRA}
+"""
 
-def command(base: Path, out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "spectra", "reproduce", "--quick", "--base", str(base), "--wordnet", str(WORDNET),
-            "--out", str(out), *more]  # fmt: skip
+
+def words(base: Path, out: Path) -> list[str]:
+    return ["reproduce", "--quick", "--base", str(base), "--wordnet", str(WORDNET), "--out", str(out)]
 
 
 @pytest.fixture(scope="module")
-def experiment(tmp_path_factory):
-    """Killed once in the middle of training, then run to its end by the same command."""
+def warm():
+    with Warm("transformers.modeling_utils", "peft", "spectra.reproduce.experiment", "spectra.plots") as processes:
+        yield processes
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory, warm):
+    """Killed once in the middle of the third run, behind its checkpoint, then run to its end by the same command."""
     folder = tmp_path_factory.mktemp("experiment")
     base = tiny_model(folder / "model")
-    first = subprocess.Popen(command(base, folder / "out"), stderr=subprocess.PIPE, text=True)
-    while "run 3 of 6" not in first.stderr.readline():
-        assert first.poll() is None, first.stderr.read()
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    first = warm.run(KILLED, words(base, folder / "out"), into=folder / "first")
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    assert "run 3 of 6" in first.stderr
     kept = {path: path.stat().st_mtime for path in (folder / "out" / "runs").glob("*/result.json")}
-    second = subprocess.run(command(base, folder / "out"), capture_output=True, text=True)
+    second = warm.run(SPECTRA, words(base, folder / "out"), into=folder / "second")
     assert second.returncode == 0, second.stderr
     return folder / "out", kept, second
 
@@ -57,13 +75,13 @@ def test_finished_runs_are_not_done_again(experiment):
     assert all(path.stat().st_mtime == before for path, before in kept.items())
 
 
-def test_it_says_what_it_does_and_where_the_figures_are(experiment):
+def test_it_says_what_it_does_and_where_the_figures_are(experiment, warm):
     out, _, done = experiment
     assert done.stdout == f"{out / 'figures'}\n"
     for line in ("run 1 of 6: full, 4 steps", "throughput and memory", "spectra and subspaces", "figures and tables"):
         assert line in done.stderr
     assert re.search(r"  step 4 of 4, loss [0-9.]+; about (a minute|[0-9]+ min) left\n", done.stderr)
-    assert "Warning" not in done.stderr
+    assert "Warning" not in warm.said + done.stderr
     assert "%|" not in done.stderr
 
 
@@ -82,15 +100,16 @@ def test_every_figure_stands_beside_its_numbers(experiment):
         assert len(pd.read_csv(numbers)) > 5, numbers
 
 
-def test_a_recorded_command_makes_its_figure_again(experiment):
+def test_a_recorded_command_makes_its_figure_again(experiment, warm, tmp_path):
     figures = experiment[0] / "figures"
     lines = (figures / "commands.sh").read_text().splitlines()
     assert {line.split()[1] for line in lines} == {"svd", "similarity", "alignment", "heads", "series", "plot"}
     numbers = figures / "figure-4-v_proj" / "similarity_grid.csv"
     before = numbers.read_bytes()
     numbers.unlink()
-    line = next(line for line in lines if "figure-4-v_proj" in line)
-    subprocess.run([sys.executable, "-m", *shlex.split(line)], check=True, capture_output=True)
+    program, *given = shlex.split(next(line for line in lines if "figure-4-v_proj" in line))
+    assert program == "spectra"
+    assert warm.run(SPECTRA, given, into=tmp_path / "again").returncode == 0
     assert numbers.read_bytes() == before
 
 
@@ -229,20 +248,35 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_made(device, t
 
 def test_a_missing_wordnet_ends_in_one_line(tmp_path):
     base = tiny_model(tmp_path / "model")
-    words = [str(tmp_path) if word == str(WORDNET) else word for word in command(base, tmp_path / "out")]
-    done = subprocess.run(words, capture_output=True, text=True)
+    given = [str(tmp_path) if word == str(WORDNET) else word for word in words(base, tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-m", "spectra", *given], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("Error: ")
     assert done.stderr.count("\n") == 1
 
 
 def test_the_gguf_base_is_the_model_in_it(tmp_path):
-    """SmolLM2 out of its 4-bit file: transformers' dequantised weights against the toolkit's own reading of it."""
-    folder = prepare_base(GGUF, tmp_path)
+    """Two layers of SmolLM2's 4-bit file: transformers' dequantised weights against the toolkit's own reading of it."""
+    part = part_of_gguf(GGUF, tmp_path / "part.gguf", layers=(0, 29), tokens=1500)
+    folder = prepare_base(part, tmp_path / "out")
     weights = load_file(folder / "model.safetensors")
-    source = spectra.open_source(folder, GGUF)
+    source = spectra.open_source(folder, part)
     assert not source.coverage.tuned_only
-    deltas = [source[f"model.layers.{layer}.self_attn.{role}_proj.weight"] for layer in (0, 29) for role in "qv"]
-    for delta in deltas:
+    assert len(source) == 2 * 7 + 1
+    for delta in source:
         difference = delta.read().to_dense()
         assert difference.abs().max() <= 1e-6 * weights[delta.name].abs().max()
+    model, tokenizer = load_model(folder, "cpu")
+    assert model.config.num_hidden_layers == 2
+    assert tokenizer.decode(tokenizer("the first words of all").input_ids) == "the first words of all"
+
+
+def test_the_toolkit_reads_a_gguf_base_as_transformers_reader_does(tmp_path):
+    """Of the whole file, the layers that a part of it has by another reader."""
+    whole = open_folder(GGUF).tensors
+    part = open_folder(part_of_gguf(GGUF, tmp_path / "part.gguf", layers=(0, 29), tokens=1500)).tensors
+    assert len(whole) == 30 * 9 + 2
+    for new, old in enumerate((0, 29)):
+        for role in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"):
+            here, there = (of[f"model.layers.{at}.{role}.weight"] for of, at in ((whole, old), (part, new)))
+            assert torch.equal(here.read(), there.read())

@@ -50,7 +50,7 @@ def experiment(tmp_path_factory):
     orphans = _still_alive(children)
     kept = {path: path.stat().st_mtime for path in (folder / "out" / "runs").glob("*/result.json")}
     said: list[str] = []
-    text = reproduce_long(folder / "out", PLAN, pictures=folder / "figures", say=said.append)
+    text = reproduce_long(folder / "out", PLAN, pictures=folder / "figures", processes=1, say=said.append)
     return folder, children, orphans, kept, said, text
 
 
