@@ -159,6 +159,7 @@ def test_no_spike_above_the_edge_is_passed_over_by_the_bound(roundings):
         shape = rng.integers(1, 12, 2)
         steps = 4.0 ** (rng.integers(-1, 2, shape) + 3 * (rng.random(shape) < 0.05))
         steps *= rng.random(shape) < 0.9
+        steps[0, 0] = 1.0
         delta = torch.from_numpy(np.sqrt(steps) * rng.uniform(0, 2, shape)) if rng.random() < 0.5 else None
         rows, columns, highest = steps.sum(1) / 12, steps.sum(0) / 12, steps.max(1)
         if delta is not None:
