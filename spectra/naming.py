@@ -10,6 +10,7 @@ from functools import lru_cache
 
 from spectra.errors import SelectionError
 
+_ITSELF = ""  # the role is called as it is
 # The last path components of a module, and the role that LLaMA's names give it. First match wins.
 # Attention is told apart from the MLP by its parent where both use a word such as `dense`.
 _ROLE_PATTERNS: tuple[tuple[str, str], ...] = (
@@ -21,7 +22,7 @@ _ROLE_PATTERNS: tuple[tuple[str, str], ...] = (
     (r"(?:^|\.)h\.\d+\.mlp\.(?:experts\.\d+\.)?proj$", "down_proj"),
     (
         r"(?:^|\.)(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|qkv_proj|gate_up_proj)$",
-        r"\1",
+        _ITSELF,
     ),
     (r"(?:^|\.)(?:query|query_proj|q_lin|to_q|(?:SelfAttention|EncDecAttention)\.q)$", "q_proj"),
     (r"(?:^|\.)(?:key|key_proj|k_lin|to_k|(?:SelfAttention|EncDecAttention)\.k)$", "k_proj"),
@@ -101,6 +102,7 @@ def module_of(name: str) -> str:
     return split_parts(name)[0].removesuffix(".weight")
 
 
+@lru_cache(2**15)
 def layer_of(name: str) -> int | None:
     """The index of the layer that holds the weight, or None outside the stack of layers.
 
@@ -130,7 +132,7 @@ def role_of(name: str) -> str:
     for pattern, role in _ROLES:
         match = pattern.search(module)
         if match:
-            return match.expand(role)
+            return match[1] if role == _ITSELF else role
     words = [word for word in module.split(".") if word and not word.isdigit()] or [module]
     return ".".join(words[-2:]) if len(words) > 1 and words[-1] in {"dense", "linear", "proj"} else words[-1]
 

@@ -85,13 +85,14 @@ class Spectrum:
     def __post_init__(self) -> None:
         put = object.__setattr__
         put(self, "S", np.asarray(self.S, dtype=np.float64))
-        for side in ("U", "Vh"):
-            if getattr(self, side) is not None:
-                put(self, side, np.asarray(getattr(self, side)))
         if self.U is not None:
+            put(self, "U", np.asarray(self.U))
             put(self, "k", int(self.U.shape[1]))
-        put(self, "moved", None if self.moved is None else tuple(self.moved))
-        put(self, "shape", tuple(int(size) for size in self.shape))
+        if self.Vh is not None:
+            put(self, "Vh", np.asarray(self.Vh))
+        if self.moved is not None:
+            put(self, "moved", tuple(self.moved))
+        put(self, "shape", tuple(map(int, self.shape)))
         if self.max_rank is None:
             put(self, "max_rank", min(self.shape) if self.shape else 0)
         if self.norm is None and self.status in DONE:
@@ -123,6 +124,16 @@ class Spectrum:
     def settled(self) -> np.ndarray:
         """All values that are there, those that are not resolved as zero."""
         return np.where(self.resolution < self.S, self.S, 0.0)
+
+    @cached_property
+    def relative_energies(self) -> np.ndarray:
+        """(σ/σ₁)², of a spectrum that is not zero."""
+        return np.square(self.S / self.S[0])
+
+    @cached_property
+    def cumulative_energies(self) -> np.ndarray:
+        """Σ_{i≤k} (σᵢ/σ₁)² for every k, of a spectrum that is not zero."""
+        return np.cumsum(self.relative_energies)
 
     @property
     def rank(self) -> int:

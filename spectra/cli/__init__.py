@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
-from spectra.cli.main import main
+from spectra.cli.interrupts import nothing_begun
+
+with nothing_begun():
+    from spectra.cli.main import main
 
 __all__ = ["main"]

@@ -20,13 +20,40 @@ _WAITING = "waiting for the matrices in hand; Ctrl-C again ends it at once\n"
 
 
 @contextmanager
+def nothing_begun() -> Iterator[None]:
+    """Ctrl-C ends the process at once, for there is nothing to wait for: modules are loaded, or words parsed.
+
+    In the middle of an import a KeyboardInterrupt is a traceback, or gets lost in a callback of the import system.
+    Outside the main thread, and where somebody else handles Ctrl-C, nothing is done.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before not in (signal.default_int_handler, *_OURS):
+        yield
+        return
+    signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is _leave:  # not where a Ctrl-C came: that is heard until the process ends
+            signal.signal(signal.SIGINT, before)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"stopped\n")
+    os._exit(STOPPED)
+
+
+_OURS: list[object] = [_leave]  # and what listens while a command runs
+
+
+@contextmanager
 def heard() -> Iterator[None]:
     """Listen while the block runs, and from a Ctrl-C on until the process ends.
 
     Outside the main thread, and where somebody else handles Ctrl-C, nothing is done.
     """
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before not in (signal.default_int_handler, _leave):
         yield
         return
     came: list[int] = []
@@ -38,16 +65,18 @@ def heard() -> Iterator[None]:
 
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, stop)
+    _OURS.append(stop)
     listener = threading.Thread(target=_listen, args=(reading,), daemon=True)
     listener.start()
     try:
         yield
     finally:
         if not came:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.set_wakeup_fd(before)
+            signal.signal(signal.SIGINT, before)
+            _OURS.remove(stop)
+            signal.set_wakeup_fd(woken)
             os.close(writing)  # which ends the listener
             listener.join()
 
@@ -59,6 +88,6 @@ def _listen(pipe: int) -> None:
         count += number[0] == signal.SIGINT
         if count > 1:
             os._exit(STOPPED)  # what is stored is whole: each file is put in its place in one step
-        if count and not select.select([pipe], [], [], _SOON)[0]:
+        if count and not select.select([pipe], [], [], _SOON)[0] and signal.getsignal(signal.SIGINT) is not _leave:
             os.write(2, _WAITING.encode())
     os.close(pipe)

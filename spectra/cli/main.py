@@ -17,7 +17,7 @@ from spectra._version import __version__
 from spectra.cli import talk
 from spectra.cli.elsewhere import here
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.interrupts import STOPPED, heard
+from spectra.cli.interrupts import STOPPED, heard, nothing_begun
 from spectra.errors import SpectraError
 
 # Command → the module that holds it; imported when it is called or its help is asked for.
@@ -49,7 +49,8 @@ class _Commands(click.Group):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")  # σ on a latin-1 terminal is no reason to stop
         try:
-            return super().main(*given, **named)
+            with nothing_begun():
+                return super().main(*given, **named)
         except OSError as problem:
             if problem.errno != errno.ENOSPC:  # a pipe that is closed is click's affair
                 raise

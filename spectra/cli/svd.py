@@ -82,7 +82,8 @@ def command(
     _check(view)
     with compute.keywords() as keywords:
         keeping = {"rehash": rehash, "vectors": vectors}
-        rows, values, finished = _run(source, top, out, keywords | keeping, keep_values=as_json)
+        shown = None if out or as_json else {*_SHOWN, *view.chosen}
+        rows, values, finished = _run(source, top, out, keywords | keeping, keep_values=as_json, columns=shown)
     names = [delta.name for delta in source]
     written = report.draw(out, names=names, size=figures, finished=finished) if out and figures else []
     if as_json:
@@ -126,13 +127,24 @@ def _warn(source: Source, rows: list[Row]) -> None:
 
 
 def _run(
-    source: Source, top: int | None, out: str | None, compute: dict[str, Any], keep_values: bool
+    source: Source,
+    top: int | None,
+    out: str | None,
+    compute: dict[str, Any],
+    *,
+    keep_values: bool,
+    columns: set[str] | None,
 ) -> tuple[list[Row], dict[str, list[float]], bool]:
-    """Rows in the source's order, the singular values if they are wanted, and whether all was there before."""
+    """Rows in the source's order, the singular values if they are wanted, and whether all was there before.
+
+    With `columns`, no other metric than these is measured: of thousands of small matrices that is what takes long.
+    """
     with heavy_imports():
+        from spectra.metrics import METRICS
         from spectra.results import tables
         from spectra.results.streams import decompose
 
+    metrics = {name: metric for name, metric in METRICS.items() if columns is None or name in columns}
     order = {delta.name: place for place, delta in enumerate(source)}
     rows: list[Row] = []
     values: dict[str, list[float]] = {}
@@ -140,7 +152,7 @@ def _run(
     unkept = "nothing is stored: with --out DIR the same command goes on"
     with report.progress(len(source), "spectra svd", kept=out or "", otherwise=unkept) as bar:
         for spectrum in stream:
-            rows.append(tables.row(spectrum))
+            rows.append(tables.row(spectrum, metrics))
             if keep_values:
                 values[spectrum.name] = spectrum.S.tolist()
             bar.update()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ class WeightDelta:
         """The index of its layer, or None."""
         return naming.layer_of(self.name)
 
-    @property
+    @cached_property
     def refs(self) -> tuple[TensorRef, ...]:
         """Every stored tensor that `read` opens, the base's weight included."""
         of_recipe = self.recipe.refs if self.recipe is not None else ()

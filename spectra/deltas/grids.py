@@ -28,6 +28,7 @@ _RUN, _RUNS = 128, 64  # entries of a row that share a scale in every format; ro
 _FEW_DIFFERENT = 0.6  # of a run's values
 _MANTISSA = 52
 _BIAS = 1023
+_SMALLEST_NORMAL = 2.0**-1022
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,17 @@ class Grid:
         Where 2^(2·floor) is below float64's range it is 0 there.
         """
         return self._steps(block).square_()
+
+    def squared_step(self, number: float) -> float:
+        """As `squared_steps`, at one number.
+
+        Example:
+            >>> GRIDS["BF16"].squared_step(-1.5) == 2.0**-14
+            True
+        """
+        leading = math.ldexp(0.5, math.frexp(number)[1]) if abs(number) >= _SMALLEST_NORMAL else 0.0
+        step = max(leading * 2.0**-self.bits, 2.0**self.floor)
+        return step * step
 
     def round(self, matrix: Tensor) -> Tensor:
         """The nearest number of the grid, ties to even, float64."""
@@ -118,9 +130,10 @@ def grid_of(stored: Tensor, dtype: str) -> Grid | None:
     nominal = GRIDS.get(dtype)
     if nominal is None or stored.numel() < _FEWEST:
         return nominal
-    if _shows_all_bits(_sample(stored, _FIRST_LOOK), nominal):
+    few = _sample(stored, _FIRST_LOOK)
+    if _shows_all_bits(few, nominal):
         return nominal
-    values = _sample(stored, _SAMPLE)
+    values = few if stored.numel() <= _FIRST_LOOK else _sample(stored, _SAMPLE)
     values = values[np.isfinite(values) & (values != 0)]
     if values.size < _FEWEST or not _are_various(values):
         return nominal
@@ -140,6 +153,8 @@ def _shows_all_bits(values: np.ndarray, nominal: Grid) -> bool:
     The step is taken from three thousandths and has to be too small for half of `_BOUND`: of values on a coarser step,
     with as many strays as are allowed, one matrix in a million on the verge of both limits would pass.
     """
+    if values.size < _FIRST_LOOK // 2:
+        return False
     values = values[values != 0]
     if values.size < _FIRST_LOOK // 2 or not (np.isfinite(values).all() and _are_various(values)):
         return False

@@ -15,7 +15,7 @@ from spectra.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FEWEST = 2**12  # entries
+FEWEST = 2**12  # entries
 _LEAST_SIZE = 0.6  # of an update's mean square relative to the step's: below it rounding takes more than it adds
 _TAKEN = 0.5  # of the share, times step²/ΔW²: at updates of a step it came out at .3 in place of 1
 _FEWEST_OF_A_STEP = 64  # entries of one size of step, without which they are left out
@@ -64,7 +64,7 @@ def jump(squares: Tensor, sizes: Tensor, once: Tensor, more: Tensor) -> Jump | N
 
     Reference: White 1980 (heteroskedasticity-consistent errors).
     """
-    if squares.numel() < _FEWEST or float(squares.mean()) < _LEAST_SIZE * 12 * float(once.mean()):
+    if squares.numel() < FEWEST or float(squares.mean()) < _LEAST_SIZE * 12 * float(once.mean()):
         return None
     kinds, kind = _kinds(more)
     counts = torch.bincount(kind, minlength=len(kinds))

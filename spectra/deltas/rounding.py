@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from spectra.deltas.grids import UNLIMITED, Grid, grid_of, is_coded
-from spectra.deltas.jumps import Jump, hides_jumps, jump
+from spectra.deltas.jumps import FEWEST, Jump, hides_jumps, jump
 from spectra.deltas.separable import separable_edge
 from spectra.lazy import torch
 
@@ -42,6 +42,7 @@ _MARGIN = 1.02
 _NORMAL_99 = 2.33
 _SPREAD = {1: 1 / 180, 2: 1.4 / 144}  # Var e² / step⁴ of one rounding and, at most, of two
 _SLACK = 1.1  # over the energy that a row or column has: chance lowers half of them
+_LEAST, _WIDER = 1e-300, 1 + 1e-9  # room for rounding in a bound
 _NEGLIGIBLE = 0.02  # share of the energy below which a second rounding is no story of its own: 1 % of the edge
 
 
@@ -122,7 +123,10 @@ def rounding_noise(
 
     Reference: `separable_edge`; independent uniform errors, step²/12: Widrow, Kollár & Liu 1996.
     """
-    if tuned.numel() == 0 or not (_finite(tuned) and _finite(base)):
+    if tuned.numel() == 0:
+        return ()
+    extremes = _extremes(base)
+    if not all(map(math.isfinite, (*extremes, *_extremes(tuned)))):
         return ()
     if dtype == "F64" and max(float(part.abs().max()) for part in (tuned, base)) > _SQUARED:
         return ()
@@ -133,40 +137,37 @@ def rounding_noise(
     if last is None:
         return ()
 
-    def once(part: Part) -> Tensor:
-        return last.squared_steps(tuned[part])
-
+    once = _kept(lambda part: last.squared_steps(tuned[part]), tuned.shape)
     said = f"tuned on the {last.name} grid"
     if base_dtype == CODES or (first is not None and is_coded(base, first)):
         said += ", base of codes times scales taken as exact"
     fewest = replace(_noise(once, tuned.shape, 1, said, delta, energies), grid=last)
-    return (fewest,) if first is None else _stories(fewest, once, tuned, base, (last, first), delta, energies)
+    if first is None:
+        return (fewest,)
+    look = partial(_look, once, delta, tuned, base, (last, first), energies, extremes)
+    return _stories(fewest, once, base, (last, first), delta, energies, look)
 
 
 def _stories(
     fewest: Noise,
     once: Steps,
-    tuned: Tensor,
     base: Tensor,
     grids: tuple[Grid, Grid],
     delta: Tensor | None,
     energies: Energies | None,
+    look: Callable[..., Look | None],
 ) -> tuple[Noise, ...]:
     """What a second rounding would add to the first one, on the grids of the tuned and of the base."""
     last, first = grids
     said = fewest.said
-
-    look = partial(_look, delta, tuned, base, grids, energies)
     if _alike(first, last):
         return (_copied(fewest, look(alike=True)), fewest)
 
-    def twice(part: Part) -> Tensor:
-        return _more(base[part], grids).add_(last.squared_steps(tuned[part]))
-
+    twice = _kept(lambda part: _more(base[part], grids).add_(once(part)), base.shape)
     copy = first.bits < last.bits
     how = "taken for a rounded copy" if copy else "rounded to it first"
     doubted = "taken for a rounded copy" if copy else "perhaps rounded to it first"
-    most = _noise(twice, tuned.shape, 1 if copy else 2, f"{said}, base ({first.name}) {how}", delta, energies)
+    most = _noise(twice, base.shape, 1 if copy else 2, f"{said}, base ({first.name}) {how}", delta, energies)
     most = replace(most, doubted=f"{said}, base ({first.name}) {doubted}")
     if most.energy > (1 + _NEGLIGIBLE) * fewest.energy:
         return (replace(most, grid=None if copy else last, base_too=True, jump=look(alike=False)), fewest)
@@ -187,26 +188,33 @@ def _more(before: Tensor, grids: tuple[Grid, Grid]) -> Tensor:
 
 
 def _look(
+    steps: Steps,
     delta: Tensor | None,
     tuned: Tensor,
     base: Tensor,
     grids: tuple[Grid, Grid],
     energies: Energies | None,
+    extremes: Sequence[float],
     *,
     alike: bool,
 ) -> Look | None:
-    """For jumps, when that is asked for, in rows from all over the matrix, which are kept until then."""
-    if delta is None or energies is None:
+    """For jumps, when that is asked for, in rows from all over the matrix, which are kept until then.
+
+    Args:
+        steps: the squared steps of the last rounding, which are there already for a small matrix.
+        extremes: of the base.
+    """
+    if delta is None or energies is None or delta.numel() < FEWEST:
         return None
-    largest = torch.stack(torch.aminmax(base))
-    most = max(float(grid.squared_steps(largest).max()) for grid in grids) / 12
+    most = max(grid.squared_step(extreme) for grid in grids for extreme in extremes) / 12
     if hides_jumps(float(energies[0].sum()) / delta.numel(), most):
         return None
     every = max(1, delta.numel() // _SAMPLE)
     after, before = (whole[::every].clone() if every > 1 else whole for whole in (tuned, base))
+    known = steps(slice(None)) if delta.numel() <= _BLOCK_ENTRIES else None
 
     def look() -> Jump | None:
-        once = grids[0].squared_steps(after).div_(12)
+        once = (grids[0].squared_steps(after) if known is None else known) / 12
         more = once if alike else _more(before, grids).div_(12)
         parts = (delta[::every].square(), before.to(torch.float64, copy=True).abs_(), once, more)
         return jump(*(part.flatten() for part in parts))
@@ -270,15 +278,15 @@ def rounding_edge(stored: Tensor, dtype: str) -> float | None:
     return noise[-1].edge if noise else None
 
 
-def _finite(matrix: Tensor) -> bool:
-    return all(math.isfinite(extreme) for extreme in torch.aminmax(matrix))  # a sum would make a float64 copy
+def _extremes(matrix: Tensor) -> list[float]:
+    """The least and the largest entry; NaN where there is one."""
+    return [float(extreme) for extreme in torch.aminmax(matrix)]  # a sum would make a float64 copy
 
 
 def _noise(
     steps: Steps, shape: torch.Size, roundings: int, said: str, delta: Tensor | None, energies: Energies | None
 ) -> Noise:
     """The story's noise, from the squared steps at the entries; no row or column has more of it than energy."""
-    steps = _kept(steps, shape)
     rows, columns, highest = _variance_sums(steps, shape)
     if energies is not None:
         row_energies, column_energies, largest = energies
@@ -295,7 +303,8 @@ def _noise(
         _wobble(steps((slice(None), top_column)), columns[top_column], edge, roundings),
     )
     edge *= (_MARGIN + _FLUCTUATION * min(shape) ** (-2 / 3)) * chance
-    edge = max(edge, _spike(steps, rows, columns, highest, roundings, delta))
+    if _may_spike(rows, columns, highest * roundings / 4, edge):
+        edge = max(edge, _spike(steps, rows, columns, highest, roundings, delta))
     return Noise(edge, float(rows.sum()), said)
 
 
@@ -315,15 +324,16 @@ def _variance_sums(steps: Steps, shape: torch.Size) -> tuple[np.ndarray, np.ndar
 
 def _sums(entries: Steps, shape: torch.Size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row and column sums and each row's largest entry, a block of rows at a time."""
-    rows, highest, columns = [], [], torch.zeros(())
     height = max(1, _BLOCK_ENTRIES // shape[1])
+    rows, highest, columns = [], [], torch.zeros(())
     for start in range(0, shape[0], height):
         steps = entries(slice(start, start + height))
         rows.append(steps.sum(1))
         highest.append(steps.amax(1))
         columns = steps.sum(0) if start == 0 else columns.add_(steps.sum(0))
     # Only now: on a card every number that is looked at waits for all that was asked before.
-    return torch.cat(rows).cpu().numpy(), columns.cpu().numpy(), torch.cat(highest).cpu().numpy()
+    of_rows, most = (rows[0], highest[0]) if len(rows) == 1 else (torch.cat(rows), torch.cat(highest))
+    return of_rows.cpu().numpy(), columns.cpu().numpy(), most.cpu().numpy()
 
 
 def _energies(delta: Tensor) -> Energies:
@@ -342,6 +352,17 @@ def _wobble(squared: Tensor, variance: float, edge: float, roundings: int) -> fl
         return 1.0
     spread = math.sqrt(float(squared.square().sum()) * _SPREAD[roundings]) * min(variance / assumed, 1.0)
     return math.sqrt(1 + _NORMAL_99 * (variance / edge**2) ** 2 * spread / variance)
+
+
+def _may_spike(rows: np.ndarray, columns: np.ndarray, largest: np.ndarray, edge: float) -> bool:
+    r"""Whether any entry can make a value above the edge, from the largest θ² of each row alone.
+
+    (θ² + r)(θ² + c)/θ² grows with c, which is less than θ⁴/r where an entry stands out, and then with θ².
+    """
+    largest, rows = largest[largest > 0], rows[largest > 0]
+    with np.errstate(over="ignore"):
+        beside = np.minimum(columns.max(), np.square(largest) / np.maximum(rows, _LEAST))
+        return bool((((largest + rows) * (largest + beside) / largest) * _WIDER > edge**2).any())
 
 
 def _spike(

@@ -7,6 +7,9 @@ import math
 import numpy as np
 
 _GRID, _EVERY = 400, 8
+# Dense at both ends: the minimum lies near 1 where one row or column dominates.
+_T = 0.5 - 0.5 * np.cos(np.pi * (np.arange(1, _GRID) / _GRID))
+_SOME = np.append(np.arange(0, len(_T) - 1, _EVERY), len(_T) - 1)
 _MOST_TERMS = 4096  # rows or columns at once, 13 MB
 
 
@@ -31,17 +34,15 @@ def separable_edge(rows: np.ndarray, columns: np.ndarray) -> float:
     if not total > 0:
         return 0.0
     a, b = rows / rows.max(), columns / columns.max()
-    # Dense at both ends: the minimum lies near 1 where one row or column dominates.
-    t = 0.5 - 0.5 * np.cos(np.pi * (np.arange(1, _GRID) / _GRID))
-    return math.sqrt(_least(a, b, t) * rows.max() * columns.max() / total)
+    return math.sqrt(_least(a, b) * rows.max() * columns.max() / total)
 
 
-def _least(a: np.ndarray, b: np.ndarray, t: np.ndarray) -> float:
-    """The least λ over w in t, u from a table over t: of every eighth w, then of those around its minimum.
+def _least(a: np.ndarray, b: np.ndarray) -> float:
+    """The least λ over w in _T, u from a table over t: of every eighth w, then of those around its minimum.
 
-    λ has one minimum; were it found at an end of what is looked at, all of t would be.
+    λ has one minimum; were it found at an end of what is looked at, all of _T would be.
     """
-    some = np.append(np.arange(0, len(t) - 1, _EVERY), len(t) - 1)
+    t, some = _T, _SOME
     reach_a, reach_b = (t[some] * _resolvent(side, t[some]) for side in (a, b))
     best = int(_ratios(t[some], reach_a, t[some], reach_b).argmin())
     first, last = max(best - 2, 0), min(best + 2, len(some) - 1)

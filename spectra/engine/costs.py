@@ -25,10 +25,22 @@ class Cost:
     entries: int = 0
 
 
+def cost(delta: WeightDelta, top: int | None) -> Cost:
+    """What the delta takes to be read and solved by the solvers that usually do it; a test measures the bytes.
+
+    Only the last rung of the ladder, a full SVD of ΔW, takes more bytes. Nothing where there is nothing to solve.
+    """
+    form = delta.form
+    if form is None or len(delta.shape) != 2:
+        return Cost(0.0, 0)
+    solving, reading = COSTS[form](delta, top or 0), getattr(delta.recipe, "reading_bytes", 0)
+    most = max(solving.bytes, reading + _stored(delta) if reading else 0)
+    return Cost(solving.flops, most, solving.entries)
+
+
 def flops(delta: WeightDelta, top: int | None) -> float:
     """A rough operation count: what the order of work goes by."""
-    solver = _solving(delta, top)
-    return solver.flops if solver else 0.0
+    return cost(delta, top).flops
 
 
 def dense_flops(shape: Sequence[int], top: int | None) -> float:
@@ -40,28 +52,8 @@ def dense_flops(shape: Sequence[int], top: int | None) -> float:
 
 
 def needed(delta: WeightDelta, top: int | None) -> int:
-    """Peak bytes while the delta is read or solved by the solvers that usually do it; a test measures them.
-
-    Only the last rung of the ladder, a full SVD of ΔW, takes more.
-    """
-    solver = _solving(delta, top)
-    reading: int = getattr(delta.recipe, "reading_bytes", 0)
-    if solver is None:
-        return 0
-    return max(solver.bytes, reading + _stored(delta) if reading else 0)
-
-
-def stacked(delta: WeightDelta) -> int:
-    """How many entries a batch copies of the delta, to have it beside others."""
-    solver = _solving(delta, None)
-    return solver.entries if solver else 0
-
-
-def _solving(delta: WeightDelta, top: int | None) -> Cost | None:
-    """The cost by the rule of the delta's form; None if there is nothing to solve."""
-    if delta.form is None or len(delta.shape) != 2:
-        return None
-    return COSTS[delta.form](delta, top or 0)
+    """Peak bytes while the delta is read or solved."""
+    return cost(delta, top).bytes
 
 
 def _dense(delta: WeightDelta, top: int) -> Cost:

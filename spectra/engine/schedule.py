@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from spectra.deltas.delta import WeightDelta
-from spectra.engine.costs import flops, needed, stacked
+from spectra.engine.costs import cost
 
 _MOST_ENTRIES = 2**31 - 1  # of a batch: solvers on a card count in 32 bits (pytorch issue 102963)
 
@@ -46,7 +46,8 @@ def plan(deltas: Sequence[WeightDelta], budget: int, top: int | None = None) -> 
         >>> [task.index for task in plan([small, large], budget=2**20).tasks]
         [1, 0]
     """
-    tasks = [Task(i, flops(delta, top), needed(delta, top), stacked(delta)) for i, delta in enumerate(deltas)]
+    costs = [cost(delta, top) for delta in deltas]
+    tasks = [Task(i, known.flops, known.bytes, known.entries) for i, known in enumerate(costs)]
     too_large = {task.index: task.bytes for task in tasks if task.bytes > budget}
     fitting = [task for task in tasks if task.index not in too_large]
     return Plan(tuple(sorted(fitting, key=lambda task: -task.flops)), too_large, budget)

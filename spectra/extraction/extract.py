@@ -120,6 +120,7 @@ class _Work:
         weights: name → what the format can hold.
         found: the result so far.
         unrelated: weights that have nothing to do with the base's → what to say of them.
+        edgeless: weights of which all is kept since nothing is known of their rounding → what to say of that.
     """
 
     inputs: Inputs
@@ -129,6 +130,7 @@ class _Work:
     weights: dict[str, Weight]
     found: Extraction
     unrelated: dict[str, str] = field(default_factory=dict)
+    edgeless: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, inputs: Inputs, rule: Rule, options: Options) -> _Work:
@@ -195,10 +197,17 @@ class _Work:
             whole = together(name, blocks)
             if whole.status in DONE:
                 spectra.append(whole)
+                self._note_edge(whole)
             else:
                 self._undone(whole)
         choices = choose(self.rule, spectra, stored=isinstance(self.inputs.triplets, Stored))
         return {spectrum.name: (spectrum, choice) for spectrum, choice in zip(spectra, choices, strict=True)}
+
+    def _note_edge(self, spectrum: Spectrum) -> None:
+        """Where values above the storage rounding are asked for and no edge is known, all of them count: say so."""
+        if self.rule.above_noise and spectrum.status == "ok" and spectrum.noise_edge is None:
+            why = f" ({spectrum.rounding})" if spectrum.rounding else ""
+            self.edgeless[spectrum.name] = f"no edge of storage rounding is known{why}: all values are kept"
 
     def _by_weight(self, stream: Iterator[Spectrum]) -> Iterator[tuple[str, list[Spectrum]]]:
         """Blocks put together: a weight's name and its spectra, once all of them have come."""
@@ -227,7 +236,8 @@ class _Work:
         return choose(Rule(rank=choice.rank), [replace(values, k=min(spectrum.rank, spectrum.k))], stored=True)[0]
 
     def _row(self, choice: Choice, rounding: float = math.nan) -> Row:
-        notes = (self.weights[choice.name].note, self.unrelated.get(choice.name))
+        name = choice.name
+        notes = (self.weights[name].note, self.unrelated.get(name), self.edgeless.get(name))
         return Row(**asdict(choice), dtype_error=rounding, note="; ".join(filter(None, notes)))
 
     def _undone(self, spectrum: Spectrum) -> None:

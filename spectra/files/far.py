@@ -123,6 +123,6 @@ def is_at_hand(ref: TensorRef) -> bool:
 
 def _far_parts(refs: Iterable[TensorRef]) -> Iterator[Wanted]:
     for part in (part for ref in refs for part in ref.parts):
-        if part.bytes_read > 0 and isinstance(part.storage, Far) and is_remote(part.file):
+        if isinstance(part.storage, Far) and part.bytes_read > 0 and is_remote(part.file):
             span = (part.offset, part.offset + part.bytes_read)
             yield Wanted(part.path, span, part.stamp, part.storage.in_a_lane)

@@ -81,15 +81,15 @@ def read_gguf(ref: Stored) -> Tensor:
 
 
 def read_torch(ref: Stored) -> Tensor:
-    """A tensor of a file that `torch.save` wrote; what does not lie plainly in it (a transpose) is taken from a map.
+    """A tensor of a file that `torch.save` wrote; what is no plain tensor in it (a subclass) is taken from a map.
 
     Raises:
         SourceError: the file is damaged.
     """
     if ref.file.storage.local_path(ref.file.path) is not None:
-        plain = torch_zip.placed(ref.file, ref.stamp).get(ref.name)
-        if plain is not None and (plain.dtype, plain.stored) == (ref.dtype, ref.stored):
-            return _plain(plain)
+        lying = torch_zip.placed(ref.file, ref.stamp).get(ref.name)
+        if lying is not None and (lying.dtype, lying.stored) == (ref.dtype, ref.stored):
+            return _plain(lying) if lying.steps is None and not lying.marks else _spread(lying)
     return _own(torch_archive.load(ref.file, ref.stamp)[ref.name].detach())
 
 
@@ -133,6 +133,14 @@ READERS: dict[str, Callable[[Stored], Tensor]] = {
 def _plain(ref: Stored) -> Tensor:
     content = _bytes(ref, plain_bytes(ref.dtype, math.prod(ref.stored)) or 0)
     return content.view(getattr(torch, DTYPES[ref.dtype][0])).reshape(ref.stored)
+
+
+def _spread(lying: torch_zip.Lying) -> Tensor:
+    """A tensor whose entries lie in another order, or stand for others; all from the first to the last are read."""
+    entries = _bytes(lying, plain_bytes(lying.dtype, lying.extent) or 0).view(getattr(torch, DTYPES[lying.dtype][0]))
+    tensor = entries.reshape(lying.stored) if lying.steps is None else entries.as_strided(lying.stored, lying.steps)
+    tensor = tensor.conj().resolve_conj() if "conj" in lying.marks else tensor
+    return tensor.neg() if "neg" in lying.marks else tensor
 
 
 def _bytes(ref: Stored, size: int) -> Tensor:

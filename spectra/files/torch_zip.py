@@ -9,18 +9,20 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from spectra.errors import SourceError
 from spectra.files import limits
-from spectra.files.dtypes import DTYPES
+from spectra.files.dtypes import DTYPE_OF_TORCH, DTYPES
 from spectra.files.inert_pickle import Inert, load, named, sizes_of
 from spectra.files.storage import Place, Stamp
 
+_PARAMETER = ("_rebuild_parameter", "_rebuild_parameter_with_state")
+_TENSOR = ("_rebuild_tensor_v2", "_rebuild_tensor_v3")  # the second names its type beside a storage of bytes
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _DAMAGED_ZIP = (
     zipfile.BadZipFile, zlib.error, struct.error, ValueError, EOFError, NotImplementedError, RuntimeError, OSError,
@@ -29,13 +31,13 @@ _DAMAGED_ZIP = (
 _OF_STORAGE = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
+    "BoolStorage": "BOOL", "ComplexFloatStorage": "C64",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Lying:
-    """A tensor whose entries lie one after the other in a file.
+    """A tensor whose entries lie in a file as they are.
 
     Attributes:
         file: which.
@@ -44,6 +46,8 @@ class Lying:
         dtype: its type, in safetensors' words.
         stored: its shape.
         offset: where the bytes begin.
+        steps: from one entry to the next along each axis; None where all lie one after the other in row-major order.
+        marks: "conj" and "neg" of a tensor that stands for the conjugate, or the negative, of what is stored.
     """
 
     file: Place
@@ -52,11 +56,20 @@ class Lying:
     dtype: str
     stored: tuple[int, ...]
     offset: int
+    steps: tuple[int, ...] | None = None
+    marks: tuple[str, ...] = ()
+
+    @property
+    def extent(self) -> int:
+        """How many entries lie from the first to the last."""
+        if not math.prod(self.stored) or self.steps is None:
+            return math.prod(self.stored)
+        return 1 + sum((size - 1) * step for size, step in zip(self.stored, self.steps, strict=True))
 
 
 @lru_cache(maxsize=4)
 def placed(file: Place, stamp: Stamp) -> Mapping[str, Lying]:
-    """Name → where the entries lie, of the tensors of a state dict that lie plainly in an archive; {} of another file.
+    """Name → where the entries lie, of the tensors of a state dict in an archive; {} of another file.
 
     What is read from there is not mapped: a file that is cut off under a run is a message, and not the process's end.
 
@@ -71,10 +84,10 @@ def placed(file: Place, stamp: Stamp) -> Mapping[str, Lying]:
         return {}
     found = {}
     for name, value in content.items() if isinstance(content, Mapping) and archive.stamp == stamp else ():
-        tensor = value.args[0] if named(value) == "_rebuild_parameter" and value.args else value
-        if named(tensor) == "_rebuild_tensor_v2" and not tensor.args[6:]:  # the seventh says: conjugate, or negate
+        tensor = value.args[0] if named(value) in _PARAMETER and value.args else value
+        if named(tensor) in _TENSOR:
             with suppress(SourceError):
-                found[str(name)] = archive.lying(str(name), tensor)
+                found[str(name)] = archive.spread(str(name), tensor)
     return found
 
 
@@ -128,23 +141,44 @@ class Archive:
 
     def lying(self, name: str, value: Inert) -> Lying:
         """A tensor whose entries lie one after the other in a record of the archive."""
+        found = self.spread(name, value)
+        if found.steps is not None or found.marks:
+            raise SourceError(f"{name} in {self.file} does not lie in row-major order; save it with .contiguous()")
+        return found
+
+    def spread(self, name: str, value: Inert) -> Lying:
+        """A tensor whose entries lie in a record of the archive, in whatever order."""
         where = f"{name} in {self.file}"
         try:
             (_, storage, key, _, count), offset, size, stride = value.args[:4]
         except (TypeError, ValueError):
             raise SourceError(f"{where} has no storage; save it again") from None
         dtype, shape, steps = _OF_STORAGE.get(named(storage)), sizes_of(size), sizes_of(stride)
+        marks = value.args[6:7]
+        if named(value) == "_rebuild_tensor_v3":
+            dtype, marks = DTYPE_OF_TORCH.get(named(value.args[6])) if marks else None, value.args[7:8]
         if dtype is None:
             raise SourceError(f"{where} has a {named(storage) or 'storage'} of unknown type; save plain tensors")
-        if shape is None or steps is None or type(offset) is not int or offset < 0 or type(count) is not int:
+        if (
+            shape is None
+            or steps is None
+            or len(steps) != len(shape)
+            or type(offset) is not int
+            or offset < 0
+            or type(count) is not int
+        ):
             raise SourceError(f"{where} has no readable shape; save it again")
-        if math.prod(shape) and not _is_contiguous(shape, steps):
-            raise SourceError(f"{where} does not lie in row-major order; save it with .contiguous()")
         width = DTYPES[dtype][1]
-        if math.prod(shape) and offset + math.prod(shape) > count:
+        in_bytes = named(storage) == "UntypedStorage"
+        found = Lying(
+            self.file, self.stamp, name, dtype, shape, offset * width,
+            None if not math.prod(shape) or _is_contiguous(shape, steps) else steps, _marks_of(marks),
+        )  # fmt: skip
+        there = count // width if in_bytes else count
+        if math.prod(shape) and (offset + found.extent > there or math.prod(shape) > there):
             raise SourceError(f"{where} has fewer entries than its shape {list(shape)}; save it again")
-        start = self._data(where, key, count * width) if math.prod(shape) else 0
-        return Lying(self.file, self.stamp, name, dtype, shape, start + offset * width)
+        start = self._data(where, key, count if in_bytes else count * width) if math.prod(shape) else 0
+        return replace(found, offset=start + offset * width)
 
     def _data(self, where: str, key: Any, size: int) -> int:
         """Where the bytes of a storage of this size begin in the file."""
@@ -158,6 +192,12 @@ class Archive:
         if not head.startswith(b"PK\x03\x04") or start + size > self.stamp[0]:
             raise SourceError(f"{where}: the archive is damaged; download or save it again")
         return start
+
+
+def _marks_of(metadata: Sequence[Any]) -> tuple[str, ...]:
+    """What a tensor's pickle says of how its entries stand for it."""
+    said = metadata[0] if metadata else None
+    return tuple(mark for mark in ("conj", "neg") if isinstance(said, Mapping) and said.get(mark))
 
 
 def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:

@@ -28,7 +28,7 @@ def top_k_share(spectrum: Spectrum, k: int) -> float:
         return math.nan
     if len(spectrum.S) < k:
         values(spectrum, f"top_{k}_share")
-    share = np.square(spectrum.S[:k] / spectrum.S[0]).sum() / ((spectrum.norm or 0.0) / spectrum.S[0]) ** 2
+    share = spectrum.relative_energies[:k].sum() / ((spectrum.norm or 0.0) / spectrum.S[0]) ** 2
     return float(min(share, 1.0))
 
 

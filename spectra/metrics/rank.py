@@ -116,9 +116,8 @@ def rank_at(spectrum: Spectrum, share: float) -> float:
     """
     if not spectrum.rank:
         return math.nan
-    S = spectrum.S
-    energy = np.cumsum(np.square(S / S[0]))
-    goal = share * ((spectrum.norm or 0.0) / S[0]) ** 2
+    energy = spectrum.cumulative_energies
+    goal = share * ((spectrum.norm or 0.0) / spectrum.S[0]) ** 2
     if spectrum.complete:
         goal = min(goal, energy[-1])  # the norm and the sum agree to rounding only
     elif energy[-1] < goal:

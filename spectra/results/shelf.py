@@ -81,6 +81,7 @@ class Shelf:
         self.directory = directory
         self.verify = verify
         self._synced = -math.inf
+        self._paths: dict[str, Path] = {}
 
     def version(self, name: str) -> Version | None:
         """What changes when the record is written again; None where there is none."""
@@ -93,7 +94,9 @@ class Shelf:
 
     def path(self, name: str) -> Path:
         """Where the record lies."""
-        return self.directory / f"{_file_name(name)}{_SUFFIX}"
+        if name not in self._paths:  # asked for four times in a run
+            self._paths[name] = self.directory / f"{_file_name(name)}{_SUFFIX}"
+        return self._paths[name]
 
     def files(self) -> list[Path]:
         """Every file that is named as a record is, sound or not."""
@@ -395,7 +398,7 @@ def json_text(content: Any, indent: int | None = None) -> str:
     '{"σ": null, "name": "\\\\ud800"}'
     """
     text = json.dumps(tables.strict(content), indent=indent, allow_nan=False, ensure_ascii=False)
-    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+    return text if text.isascii() else re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -274,6 +274,11 @@ def strict(value: Any) -> Any:
     >>> strict({"a": [1.5, float("nan")]})
     {'a': [1.5, None]}
     """
+    kind = type(value)
+    if kind is float:
+        return value if math.isfinite(value) else None
+    if value is None or kind in (str, int, bool):
+        return value
     if isinstance(value, Mapping):
         return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

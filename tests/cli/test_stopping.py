@@ -161,6 +161,23 @@ def test_a_ctrl_c_that_is_heard_at_once_is_one_word_and_no_traceback(llama):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
+@pytest.mark.parametrize("loading", ["click.globals", "spectra.cli.options", "numpy._core.multiarray", "torch._C"])
+def test_ctrl_c_while_modules_are_loaded_is_one_word_and_no_traceback(llama, loading):
+    """As `spectra` and `python -m spectra` start; every module that was loaded is told on stderr."""
+    code = f"{HEARD}import runpy; runpy.run_module('spectra', run_name='__main__', alter_sys=True)"
+    words = [sys.executable, "-X", "importtime", "-c", code, "svd", "--base", "llama-7b", "--tuned", "ckpt"]
+    started = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (line := started.stderr.readline()).rstrip().endswith(f" {loading}"):
+            assert line, "it ended before that was loaded"
+        started.send_signal(signal.SIGINT)
+        out, err = started.communicate(timeout=60)
+    finally:
+        started.kill()
+    said = [line for line in err.splitlines() if not line.startswith("import time:")]
+    assert (started.returncode, out, said) == (130, "", ["stopped"])
+
+
 def test_who_handles_ctrl_c_otherwise_goes_on_doing_so(llama):
     before = signal.getsignal(signal.SIGINT)
     assert "stopped" not in run("inspect", "ckpt")[1]

@@ -16,7 +16,7 @@ from support.checkpoints import write_checkpoint
 import spectra
 from spectra.deltas import grids
 from spectra.deltas.grids import GRIDS, Grid, grid_of
-from spectra.deltas.rounding import rounding_edge, rounding_noise
+from spectra.deltas.rounding import _may_spike, _spike, rounding_edge, rounding_noise
 from spectra.deltas.separable import separable_edge
 
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -148,6 +148,35 @@ def test_one_outstanding_entry_raises_the_edge():
     plain = rounding_edge(weights.double(), "BF16")
     weights[3, 5] = 100.0
     assert rounding_edge(weights.double(), "BF16") >= max(plain, 2.0 ** (6 - 7) / 2)
+
+
+@pytest.mark.parametrize("roundings", [1, 2])
+def test_no_spike_above_the_edge_is_passed_over_by_the_bound(roundings):
+    """The entries themselves are the oracle: where the largest of them is above the edge, they have to be looked at."""
+    rng = np.random.default_rng(roundings)
+    said = []
+    for _ in range(300):
+        shape = rng.integers(1, 12, 2)
+        steps = 4.0 ** (rng.integers(-1, 2, shape) + 3 * (rng.random(shape) < 0.05))
+        steps *= rng.random(shape) < 0.9
+        steps[0, 0] = 1.0
+        delta = torch.from_numpy(np.sqrt(steps) * rng.uniform(0, 2, shape)) if rng.random() < 0.5 else None
+        rows, columns, highest = steps.sum(1) / 12, steps.sum(0) / 12, steps.max(1)
+        if delta is not None:
+            highest = np.minimum(highest, 4 * delta.square().amax(1).numpy())
+        largest = _spike(torch.from_numpy(steps).__getitem__, rows, columns, highest, roundings, delta)
+        for edge in (largest * (1 - 1e-6), largest * 1.3, largest * 3 + 1e-9):
+            looked = _may_spike(rows, columns, highest * roundings / 4, edge)
+            assert looked or largest <= edge
+            said.append(looked)
+    assert 0.2 < np.mean(said) < 0.8
+
+
+@pytest.mark.parametrize("dtype", GRIDS)
+def test_the_step_at_one_number_is_that_of_a_tensor(dtype):
+    numbers = [0.0, 5e-324, 1e-310, -(2.0**-1022), 1e-45, 6e-8, -0.7, 1.0, 1.5, -3e4, 1e38]
+    of_all = GRIDS[dtype].squared_steps(torch.tensor(numbers, dtype=torch.float64)).tolist()
+    assert [GRIDS[dtype].squared_step(number) for number in numbers] == of_all
 
 
 E4M3 = torch.float8_e4m3fn

@@ -88,6 +88,24 @@ def test_what_the_noise_drowns_is_left_out_and_listed(tmp_path):
     assert set(rows["rank"].drop(tiny)) == {1}
 
 
+def test_where_no_rounding_edge_is_known_all_is_kept_and_that_is_said(tmp_path):
+    name = "model.layers.0.self_attn.v_proj.weight"
+    torch.manual_seed(0)
+    base = torch.randn(32, 128)
+    coded = torch.randint(-100, 100, (32, 128)) * 0.013  # codes times a scale, as a decoded file has them
+    for folder, tensors in (("base", base), ("coded", coded), ("bf16", (base * 1.1).bfloat16())):
+        write_checkpoint(tmp_path / folder, {name: tensors.contiguous()})
+
+    def row(folder):
+        source = spectra.open_source(tmp_path / folder, tmp_path / "base")
+        return spectra.extract(source, None, above_noise=True, dry_run=True).iloc[0]
+
+    assert row("coded")["rank"] == 32
+    why = "tuned holds codes times scales, whose rounding is not known"
+    assert row("coded")["note"].endswith(f"no edge of storage rounding is known ({why}): all values are kept")
+    assert "no edge" not in row("bf16")["note"]
+
+
 def test_nothing_to_write_is_an_error_that_says_why(tmp_path):
     source = folders(tmp_path, lambda tensors: tensors)
     with pytest.raises(SelectionError, match=r"nothing to write: no matrix keeps a rank, for example .*unchanged"):

@@ -20,17 +20,17 @@ from spectra.spectrum import Spectrum
 
 # What a cut between the look at a file and the reading of its bytes does: no check of ours can come between.
 CUT = """
-import os, sys
+import os, sys, torch
 from spectra.errors import SourceError
 from spectra.files.readers import READERS
 from spectra.files.storage import Place
 from spectra.files.torch_file import read_header
 file = Place.of(sys.argv[1])
-first, ref = (read_header(file).tensors[name] for name in "ab")
+first, ref = (read_header(file).tensors[name] for name in ("a", sys.argv[2]))
 READERS["torch"](first)
 os.truncate(sys.argv[1], 5000)
 try:
-    READERS["torch"](ref).sum()
+    READERS["torch"](ref).to(torch.complex64).sum()
 except SourceError as problem:
     print(problem)
 """
@@ -46,11 +46,35 @@ def tensors():
     return {name: torch.randn(64, 48, generator=generator) for name in "ab"}
 
 
-def test_a_torch_file_that_is_cut_off_under_a_run_is_a_message(tmp_path):
-    saved(tmp_path / "model.bin", tensors())
-    done = subprocess.run([sys.executable, "-c", CUT, tmp_path / "model.bin"], capture_output=True, text=True)
+def lying_otherwise():
+    """Tensors whose entries do not lie in the file as they are counted."""
+    large = torch.randn(256, 128, generator=torch.Generator().manual_seed(1))
+    complex_ = torch.view_as_complex(large.reshape(-1, 64, 2).clone())
+    return {
+        "turned": large.clone().T,
+        "steps": large.clone()[1:, ::2],
+        "conjugate": complex_.conj(),
+        "negative": complex_.clone().conj().imag,
+        "e4m3": large.to(torch.float8_e4m3fn),
+        "e5m2": large.to(torch.float8_e5m2).T,
+        "with_state": torch.nn.Parameter(large.clone().T),
+    }
+
+
+@pytest.mark.parametrize("name", ["b", *lying_otherwise()])
+def test_a_torch_file_that_is_cut_off_under_a_run_is_a_message(tmp_path, name):
+    given = {**tensors(), **lying_otherwise()}
+    given["with_state"].note = "kept in its state"
+    saved(tmp_path / "model.bin", given)
+    done = subprocess.run([sys.executable, "-c", CUT, tmp_path / "model.bin", name], capture_output=True, text=True)
     assert done.returncode == 0, (done.returncode, done.stderr)
-    assert "model.bin ends inside b" in done.stdout
+    assert f"model.bin ends inside {name}" in done.stdout
+
+
+def test_a_claim_of_more_entries_than_there_are_is_not_read(tmp_path):
+    file = saved(tmp_path / "model.bin", {"wide": torch.zeros(1, 3).expand(1000, 3), "plain": torch.zeros(2)})
+    assert set(placed(file, file.stamp())) == {"plain"}
+    assert set(read_header(file).broken) == {"wide"}
 
 
 @pytest.mark.parametrize("wrap", [lambda it: it, lambda it: {"state_dict": it}, lambda it: {"state": {"model": it}}])
@@ -80,18 +104,15 @@ def test_what_is_read_in_its_place_is_what_torch_loads(tmp_path, wrap):
 
 def test_what_does_not_lie_plainly_is_read_all_the_same(tmp_path):
     a = torch.arange(12.0).reshape(3, 4)
-    given = {
-        "turned": a.T,
-        "steps": a[:, ::2],
-        "conjugate": torch.view_as_complex(a.reshape(6, 2).clone()).conj(),
-        "plain": a,
-    }
+    given = {**lying_otherwise(), "views": a[1:, 1::2].T, "plain": a}
     file = saved(tmp_path / "model.bin", given)
-    assert set(placed(file, file.stamp())) == {"plain"}
+    assert set(placed(file, file.stamp())) == set(given)
     refs = read_header(file).tensors
     for name, tensor in given.items():
-        assert torch.equal(READERS["torch"](refs[name]), tensor)
-    torch.save(given, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+        read = READERS["torch"](refs[name])
+        assert read.dtype == tensor.dtype
+        assert torch.equal(read.to(torch.complex64), tensor.detach().to(torch.complex64))
+    torch.save({"plain": a}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     old = Place.of(tmp_path / "old.bin")
     assert placed(old, old.stamp()) == {}
     assert torch.equal(READERS["torch"](read_header(old).tensors["plain"]), a)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float64
@@ -79,13 +81,19 @@ def _moments(wide: Tensor, product: Tensor) -> list[Moment]:
 
     Reference: Freivalds 1977.
     """
-    generator = torch.Generator().manual_seed(wide.shape[-1])
-    probe = (torch.randint(0, 2, (wide.shape[-2], 1), generator=generator) * 2 - 1).to(wide)
+    probe = _signs(wide.shape[-2], wide.shape[-1]).to(wide)
     off = torch.linalg.matrix_norm(product @ probe - wide @ (wide.mT @ probe))
     norms = torch.linalg.matrix_norm(product)
-    if not bool((off <= _PRODUCT_BOUND * probe.norm() * norms).all()):
+    if not bool((off <= _PRODUCT_BOUND * math.sqrt(len(probe)) * norms).all()):
         raise RuntimeError("its Gram matrix is not the product of the matrix with its transpose")
     return [(norm, 0.0) for norm in norms.square().reshape(-1).tolist()]
+
+
+@lru_cache(maxsize=64)  # thousands of matrices may have one shape
+def _signs(count: int, seed: int) -> Tensor:
+    """A random vector of ±1, (count, 1), float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(0, 2, (count, 1), generator=generator) * 2 - 1).to(torch.float64)
 
 
 def fourth_moment(matrix: Tensor) -> Moment:
