@@ -111,7 +111,7 @@ def test_the_kept_numbers_are_the_drawn_ones_and_options_reach_them(llama, drawn
     run("plot", "run", "--bins", 20, "--close-up", 0.25, "--title", "mine", "--layer", "v_proj", "--layer", "q_proj")
     figure, depth = drawn
     assert figure.get_suptitle() == depth.get_suptitle() == "mine"
-    assert "close-up: the largest values, σ ≥ " in figure.axes[1].get_title().replace("\n", " ")
+    assert "close-up: the largest values, σ ≥ " in " ".join(figure.axes[1].get_title().split())
     rows = table(llama / "run/histogram.csv")
     for panel, ax, bins in zip(("all values", "close-up"), figure.axes, (20, 10), strict=True):
         outlines = [patch for patch in ax.patches if patch.get_label().split(":")[0] in ("q_proj", "v_proj")]

@@ -24,7 +24,7 @@ from support.stored_codes import (
 
 import spectra
 from spectra.cli import main
-from spectra.engine.schedule import needed
+from spectra.engine.costs import needed
 from spectra.files.folder import open_folder
 from spectra.files.tensors import TensorRef
 from spectra.results import fingerprint
