@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 
-from spectra.printing import printed
+from spectra.printing import printed, shortened
+
+_LONGEST_WORD = 500
+_LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD + 1},}}")
+_LONGEST = 3000  # characters of a message
+_LOOKED_AT = 2**16  # and of the text that it is made of
 
 
 def escaped(text: str) -> str:
     r"""The text on one line: what does not print is written as Python writes it, since names come from files.
 
+    Names of thousands of characters are shortened, their middle left out.
+
     >>> escaped("layers.0\x1b[2J\nweight")
     'layers.0\\x1b[2J\\nweight'
     """
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+    signs = (sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text[:_LOOKED_AT])
+    return shortened(_LONG_WORD.sub(lambda word: shortened(word[0], _LONGEST_WORD), "".join(signs)), _LONGEST)
 
 
 class SpectraError(Exception):

@@ -99,6 +99,16 @@ def test_messages_and_json_say_the_same_without_doing_it():
     assert printed("σ₁ ‖ΔW‖ 東京 é") == "σ₁ ‖ΔW‖ 東京 é"
 
 
+@pytest.mark.parametrize("name", ["a" * 5000, "a b " * 5000, "\x1b" * 5000])
+def test_a_message_stays_one_that_people_read(name):
+    message = str(
+        SpectraError(f"/models/x.safetensors: what is before {name!r} belongs to no tensor; download it again")
+    )
+    assert message.startswith("/models/x.safetensors: what is before")
+    assert message.endswith("download it again")
+    assert len(message) <= 3000
+
+
 def test_numbers_in_names_are_as_long_as_their_author_likes():
     long = "layers." + "9" * 5000 + ".q_proj.weight"
     assert naming.layer_of(long) is None

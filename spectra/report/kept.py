@@ -19,6 +19,7 @@ from spectra.plots.squares import most_alike, short_names
 from spectra.report import cells
 from spectra.results.documents import Document, damaged, read_document
 from spectra.results.pairs import Pairs
+from spectra.results.run_file import is_coverage
 from spectra.results.series import TABLE as SERIES
 from spectra.results.series import by_role
 from spectra.results.tables import Row
@@ -111,7 +112,7 @@ def _record(document: Document) -> dict[str, Any]:
     return {
         "inputs": inputs,
         "versions": {"spectra": document["spectra"]} if "spectra" in document else {},
-        **({"coverage": coverage} if isinstance(coverage, dict) else {}),
+        **({"coverage": coverage} if is_coverage(coverage) else {}),
     }
 
 

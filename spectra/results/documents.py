@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spectra.errors import StoreError
+from spectra.results.shelf import number_of
 
 Document = Mapping[str, Any]
 _LARGEST = 512 * 2**20
@@ -28,7 +29,7 @@ def read_document(path: Path) -> Document:
 
             rows = pd.read_csv(path, keep_default_na=False, na_values=[""]).to_dict("records")
             return {"kind": path.stem, "matrices": [{str(k): _known(v) for k, v in row.items()} for row in rows]}
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"), parse_int=number_of)
         if not isinstance(document, dict) or not all(isinstance(row, dict) for row in document.get("matrices", [0])):
             raise ValueError("it holds no rows of matrices")
         return document
@@ -42,4 +43,6 @@ def damaged(path: Path, why: object) -> StoreError:
 
 
 def _known(value: Any) -> Any:
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return number_of(str(value))
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -121,6 +121,13 @@ def _scalar(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float)
 
 
+def is_coverage(value: Any) -> bool:
+    """Whether it is what a command records of coverage: a list of warnings, and name → reason of each kind."""
+    if not isinstance(value, dict):
+        return False
+    return all(_texts(part) if key == "warnings" else _object_of(_text)(part) for key, part in value.items())
+
+
 _KINDS: Mapping[str, Callable[[Any], bool]] = {
     "inputs": lambda value: isinstance(value, dict),
     "started": _text,
@@ -134,7 +141,7 @@ _KINDS: Mapping[str, Callable[[Any], bool]] = {
     "methods": _object_of(_text),
     "tables": _object_of(_text),
     "pairs": _object_of(lambda labels: _texts(labels) and len(labels) == 2),
-    "coverage": _object_of(lambda part: _texts(part) or _object_of(_text)(part)),
+    "coverage": is_coverage,
 }
 _INPUTS: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("kind", "tuned", "base", "a", "b"), _maybe_text),

@@ -17,6 +17,7 @@ from support.spectra_kinds import same_spectrum
 import spectra
 from spectra.cli.main import main
 from spectra.errors import StoreError
+from spectra.plots.stored import draw_results
 from spectra.results import run_file, shelf
 from spectra.results.store import Store
 from spectra.spectrum import Spectrum
@@ -106,6 +107,12 @@ def test_a_record_that_does_not_fit_counts_as_not_stored(stored, changed):
     same_spectrum(spectra.load(stored)[VECTORS], made()[0])
 
 
+def test_an_integer_that_int64_does_not_hold_is_a_real_number(stored, tmp_path):
+    _resigned(Store(stored).spectra.path(VECTORS), noise_edge=10**30)
+    assert np.log(spectra.load(stored)[VECTORS].noise_edge) == pytest.approx(30 * np.log(10))
+    assert draw_results([stored], tmp_path / "figure", formats=("png",))
+
+
 @pytest.mark.parametrize("changed", [{"name": ""}, {"side": "right"}, {"other": "layers.9.v_proj.weight"}])
 def test_a_comparison_that_does_not_fit_its_place_counts_as_not_stored(stored, changed):
     (path,) = (stored / "similarity").iterdir()
@@ -127,6 +134,7 @@ def test_a_run_file_that_says_nothing_is_damaged_and_the_rest_loads(stored, deep
     "changed",
     [
         {"pairs": {"a~b": None}}, {"pairs": {"a~b": ["a"]}}, {"pairs": []}, {"coverage": {"skipped": 3}},
+        {"coverage": {"unsupported": []}}, {"coverage": {"warnings": {"a": "b"}}},
         {"methods": [1]}, {"versions": {"torch": []}}, {"command": "spectra"}, {"started": 5}, {"tables": None},
         {"top": "all"}, {"inputs": {"options": {"heads": []}}}, {"inputs": {"options": {"split": "no"}}},
         {"inputs": {"tuned": 4}}, {"inputs": {"files": {"x": {"size": [1]}}}}, {"inputs": [1]},
