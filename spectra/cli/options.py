@@ -287,7 +287,13 @@ def compute_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def bundled(*, device: str, workers: int | None, cluster: str | None, memory: str | None, **others: Any) -> Any:
-        return command(compute=Compute(device, workers, cluster, memory), **others)
+        try:
+            given = command(compute=Compute(device, workers, cluster, memory), **others)
+        except SystemExit:  # some matrices could not be done
+            _say_if_unmeasured()
+            raise
+        _say_if_unmeasured()
+        return given
 
     return _apply(bundled, _COMPUTE)
 
@@ -296,6 +302,17 @@ def _calibrating(wanted: bool, again: bool = False) -> None:
     """The switch is the environment's, which the library and its workers read."""
     if not wanted or again:
         os.environ["SPECTRA_CALIBRATE"] = "again" if again else "0"
+
+
+def _say_if_unmeasured() -> None:
+    """One line where the user wanted the libraries measured and none was."""
+    if os.environ.get("SPECTRA_CALIBRATE", "").lower() == "again":
+        from spectra.cli import report
+        from spectra.engine.solvers.calibration import why_unmeasured
+
+        why = why_unmeasured()
+        if why:
+            report.note(f"--recalibrate: {why}; nothing was measured")
 
 
 def result_options(command: Callable[..., Any]) -> Callable[..., Any]:

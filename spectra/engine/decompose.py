@@ -28,7 +28,7 @@ from spectra.engine.executors.threads import keep_freed_memory, thread_executor
 from spectra.engine.memory import memory_budget, readable_size
 from spectra.engine.schedule import Plan, Task, batches, plan, side_by_side
 from spectra.engine.solve import Wanted, solve
-from spectra.engine.solvers.calibration import calibrate, concerns
+from spectra.engine.solvers.calibration import calibrate, concerns, hinder
 from spectra.engine.solvers.eigenvalues import Library, is_numpy_limited, numpy_on_one_core
 from spectra.errors import SelectionError
 from spectra.files.far import done, expected
@@ -138,10 +138,13 @@ def libraries_for(deltas: Iterable[WeightDelta], threads: int | None) -> dict[in
         threads: that each matrix has; none but torch's are used where it is not one.
     """
     sizes = [min(delta.shape) for delta in deltas if delta.form is Dense]
-    if threads != 1 or not concerns(sizes):
+    if threads != 1:
         return {}
+    if not concerns(sizes):
+        return calibrate(sizes)  # which has nothing to measure, and keeps why
     with numpy_on_one_core():
         if not is_numpy_limited():
+            hinder("numpy's library cannot be held at one core here")
             return {}
         with thread_executor(1, 1) as one_core:
             return one_core.submit(calibrate, sizes).result()

@@ -36,19 +36,54 @@ class Side:
     overlap: Float64[Tensor, "R R"]
 
     @classmethod
-    def of(cls, updates: list[Float64[Tensor, "d _"]]) -> Side:
-        """From each update's vectors; the list is emptied, so that every one of them is held once and not twice."""
-        counts = [own.shape[1] for own in updates]
-        everything = _beside(updates)
-        overlap = everything.mT @ everything
-        size, count = everything.shape
-        found = _triangle(everything) if count < size else everything
-        return cls(size, torch.split(found, counts, 1), overlap)
+    def of(cls, updates: Sequence[Float64[Tensor, "d _"]]) -> Side:
+        """From each update's vectors."""
+        beside = Beside(sum(own.shape[1] for own in updates))
+        for own in updates:
+            beside.add(own)
+        return beside.side()
 
     @property
     def together(self) -> Float64[Tensor, "d R"]:
         """All vectors side by side."""
         return torch.cat(self.vectors, 1)
+
+
+class Beside:
+    """The vectors of updates as they come, in one matrix: pieces would be held beside it, and by malloc after that.
+
+    Args:
+        most: how many vectors will come at most. What is not filled of a matrix in main memory is never there.
+
+    Example:
+        >>> beside = Beside(3)
+        >>> beside.add(torch.eye(5, dtype=torch.float64)[:, :2])
+        >>> beside.side().overlap.tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._counts: list[int] = []
+        self._rows: Float64[Tensor, "most d"] | None = None
+
+    def add(self, vectors: Float64[Tensor, "d _"]) -> None:
+        """The next update's, as columns."""
+        if self._rows is None:
+            self._rows = vectors.new_empty(self._most, vectors.shape[0])
+        start = sum(self._counts)
+        self._counts.append(vectors.shape[1])
+        self._rows[start : start + vectors.shape[1]] = vectors.mT
+
+    def side(self) -> Side:
+        """What came, once; the matrix is let go before a basis of all takes its place."""
+        if self._rows is None:
+            raise ValueError("no update has been added")
+        everything, self._rows = self._rows[: sum(self._counts)].mT, None
+        overlap = everything.mT @ everything
+        size, count = everything.shape
+        found = _triangle(everything) if count < size else everything
+        return Side(size, torch.split(found, self._counts, 1), overlap)
 
 
 def random_side(size: int, counts: Sequence[int], seed: int, device: torch.device) -> Side:
@@ -95,12 +130,3 @@ def _triangle(tall: Float64[Tensor, "d R"]) -> Float64[Tensor, "R R"]:
     for start in range(0, tall.shape[0], height):
         found = torch.linalg.qr(torch.cat([found, tall[start : start + height]]), "r").R
     return found
-
-
-def _beside(updates: list[Tensor]) -> Tensor:
-    """All columns as one matrix; each update is let go once it is copied."""
-    counts = [own.shape[1] for own in updates]
-    rows = updates[0].new_empty(sum(counts), updates[0].shape[0])
-    for place in torch.split(rows, counts):
-        place.copy_(updates.pop(0).mT)
-    return rows.mT

@@ -26,7 +26,7 @@ from spectra.files.far import done, expected
 from spectra.files.tensors import TensorRef
 from spectra.metrics.alignment import Triplets
 from spectra.metrics.interference import INTERFERENCE, Together, sum_of
-from spectra.metrics.sides import Side
+from spectra.metrics.sides import Beside
 from spectra.spectrum import DONE, Spectrum
 
 if TYPE_CHECKING:
@@ -152,16 +152,22 @@ def _done(name: str, there: Mapping[int, WeightDelta], count: int, device: str) 
     shapes = {delta.shape for delta in there.values() if delta.recipe is not None}
     if len(shapes) > 1:
         return _line(name, there, "shape_mismatch", f"the updates have shapes {sorted(shapes)}", note)
-    found: list[Triplets] = []
+    found: list[Tensor] = []
+    most = sum(max(1, delta.max_rank) for delta in there.values())
+    lefts, rights = Beside(most), Beside(most)
     for place, delta in there.items():
         spectrum = solve(delta, top=max(1, delta.max_rank), only_top=True, device=device)
         if spectrum.status not in DONE:
             return _line(name, there, spectrum.status, f"update {place + 1}: {spectrum.reason}", note)
         said = unrelated_note(spectrum.base_cosine, spectrum.unmoved_share)
         note = note if said in note else "; ".join(filter(None, (note, said)))
-        found.append(_triplets(spectrum, device))
-    exponent = _brought_near(found)
-    values, left, right = _sides(found)
+        triplets = _triplets(spectrum, device)
+        found.append(triplets.S)
+        lefts.add(triplets.U)
+        rights.add(triplets.Vh.mT)
+        del spectrum, triplets  # else they are there beside the next
+    values, exponent = _brought_near(found)
+    left, right = lefts.side(), rights.side()
     total = _sum(name, sum_of(values, left, right), device)
     if total.status not in DONE:
         return _line(name, there, total.status, f"the sum of the updates: {total.reason}", note)
@@ -172,19 +178,18 @@ def _done(name: str, there: Mapping[int, WeightDelta], count: int, device: str) 
     return _line(name, there, "ok", "", note) | _in_their_places(numbers, list(there), count)
 
 
-def _brought_near(updates: list[Triplets]) -> int:
-    """Divide all of them by 2^e if their squares leave float64's range, in the list; e.
+def _brought_near(values: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], int]:
+    """The updates' values divided by 2^e, if their squares leave float64's range; and e.
 
     The numbers are of what the updates are to one another, the norms and `sti_raw` aside.
     """
-    largest = max((float(update.S[0]) for update in updates if len(update.S)), default=0.0)
+    largest = max((float(own[0]) for own in values if len(own)), default=0.0)
     if not largest or _SMALLEST < largest < _LARGEST:
-        return 0
+        return tuple(values), 0
     exponent = math.frexp(largest)[1]
     half = -exponent // 2
     factors = 2.0**half, 2.0 ** (-exponent - half)
-    updates[:] = [Triplets(update.U, update.S * factors[0] * factors[1], update.Vh) for update in updates]
-    return exponent
+    return tuple(own * factors[0] * factors[1] for own in values), exponent
 
 
 def _ldexp(value: float, exponent: int) -> float:
@@ -192,17 +197,6 @@ def _ldexp(value: float, exponent: int) -> float:
         return math.ldexp(value, exponent)
     except OverflowError:
         return math.inf
-
-
-def _sides(updates: list[Triplets]) -> tuple[tuple[Tensor, ...], Side, Side]:
-    """The updates' values and vectors, side by side; the list is emptied, and no vector is held twice."""
-    values, left, right = (
-        [update.S for update in updates],
-        [update.U for update in updates],
-        [update.Vh.mT for update in updates],
-    )
-    updates.clear()
-    return tuple(values), Side.of(left), Side.of(right)
 
 
 def _line(name: str, there: Iterable[int], status: str, reason: str, note: str = "") -> Row:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 from support.torch_threads import torch_threads
 from threadpoolctl import threadpool_info
 
@@ -32,6 +33,8 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.delenv(calibration.SWITCH)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(calibration, "_asked", set())
+    monkeypatch.setattr(calibration, "_anew", [])
+    monkeypatch.setattr(calibration, "_hindrances", [])
     calibration._kept.cache_clear()
     yield tmp_path / "spectra" / "eigenvalues"
     calibration._kept.cache_clear()
@@ -321,3 +324,52 @@ def test_the_command_line_sets_the_switch(monkeypatch, tmp_path, option, switch)
     monkeypatch.setattr("spectra.cli.options.Compute", lambda *_: seen.append(os.environ[calibration.SWITCH]))
     CliRunner().invoke(main, ["svd", "--tuned", str(tmp_path), option])
     assert seen == [switch]
+
+
+@pytest.fixture
+def full_models(tmp_path):
+    """Two checkpoints of so many square matrices of so many rows each."""
+
+    def saved(count, size):
+        generator = torch.Generator().manual_seed(0)
+        paths = []
+        for name in ("base", "tuned"):
+            tensors = {
+                f"layers.{i}.q_proj.weight": torch.randn((size, size), generator=generator) for i in range(count)
+            }
+            paths.append(str(tmp_path / f"{name}.safetensors"))
+            save_file(tensors, paths[-1])
+        return ["--base", paths[0], "--tuned", paths[1]]
+
+    return saved
+
+
+FEW = "--recalibrate: no size between 501 and 1792 has 8 full matrices here; nothing was measured\n"
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "said"),
+    [(7, 520, FEW), (9, 40, FEW), (9, 500, FEW), (1, 1800, FEW), (8, 520, "")],
+    ids=["seven", "small ones", "of 500 rows", "a large one", "eight"],
+)
+def test_asking_to_measure_again_says_when_nothing_was(cache, one_core, monkeypatch, full_models, count, size, said):
+    asked = of_time(monkeypatch, NUMPY_WINS)
+    monkeypatch.setattr("spectra.engine.decompose.cores", lambda: 1)
+    monkeypatch.setenv(calibration.SWITCH, "")
+    result = CliRunner().invoke(main, ["svd", *full_models(count, size), "--recalibrate"])
+    assert [line for line in result.stderr.splitlines(True) if "recalibrate" in line] == [said] * bool(said)
+    assert asked == [] if said else [512]
+
+
+def test_so_it_does_where_the_matrices_are_solved_elsewhere_or_it_cannot_be_kept(
+    cache, one_core, monkeypatch, full_models
+):
+    of_time(monkeypatch, NUMPY_WINS)
+    monkeypatch.setattr("spectra.engine.decompose.cores", lambda: 1)
+    monkeypatch.setenv(calibration.SWITCH, "")
+    command = ["svd", *full_models(8, 510), "--recalibrate"]
+    assert "without --workers; nothing was measured\n" in CliRunner().invoke(main, [*command, "--workers", "1"]).stderr
+    cache.parent.write_text("a file where the folder would be")
+    assert "what is measured cannot be kept (" in CliRunner().invoke(main, command).stderr
+    assert "recalibrate" not in CliRunner().invoke(main, [*command[:-1], "--no-calibrate"]).stderr
+    assert "recalibrate" not in CliRunner().invoke(main, [*command, "-q"]).stderr

@@ -16,7 +16,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,7 +34,13 @@ _ENOUGH = 8  # matrices of a size that are worth measuring for: it takes as long
 _MARGIN = 0.9  # of torch's time, which numpy's has to stay under
 _ROUNDS = 3
 _IDENTITY = ("vendor_id", "cpu family", "model", "model name", "stepping", "cpu implementer", "cpu variant", "cpu part")
+_ELSEWHERE = (
+    "that is for matrices that svd, similarity, series or extract solve on this machine's CPU, on one core each and "
+    "without --workers"
+)
 
+_anew: list[int] = []  # sizes, by this process
+_hindrances: list[str] = []  # why it measured nothing when it might have
 _asked: set[Path] = set()  # what this process has measured, or tried to: once is enough
 
 
@@ -73,12 +78,28 @@ def calibrate(sizes: Iterable[int]) -> dict[int, Library]:
     if is_off():
         return {}
     counts = Counter(near for size in sizes if (near := _class_of(size)) is not None)
+    if max(counts.values(), default=0) < _ENOUGH:
+        hinder(f"no size between {_LEAST} and {_MOST} has {_ENOUGH} full matrices here")
     for near, count in counts.items():
         if count >= _ENOUGH and _is_due(_file_of(near)):
             _asked.add(_file_of(near))
-            with suppress(OSError):  # nowhere to keep it: torch's holds, and nothing is measured again and again
+            try:
                 _measure_into(_file_of(near), near)
+            except OSError as problem:  # nowhere to keep it: torch's holds, and nothing is measured again and again
+                hinder(f"what is measured cannot be kept ({problem})")
     return {near: library_for(near) for near in sorted(counts)}
+
+
+def hinder(why: str) -> None:
+    """Keep why nothing is measured, for `why_unmeasured`."""
+    _hindrances.append(why)
+
+
+def why_unmeasured() -> str:
+    """Why this process has measured nothing, for a user who asked for it; "" where it has."""
+    if is_off():
+        return "calibration is switched off"
+    return "" if _anew else next(reversed(_hindrances), _ELSEWHERE)
 
 
 def measured(size: int) -> dict[Library, float]:
@@ -159,6 +180,7 @@ def _measure_into(file: Path, size: int) -> None:
             json.dump({**_processor(), "size": size, "seconds": measured(size)}, writing)
         if _is_again() or not _linked(partial, file):
             os.replace(partial, file)
+        _anew.append(size)
     finally:
         partial.unlink(missing_ok=True)
         _kept.cache_clear()
