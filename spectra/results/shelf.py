@@ -113,14 +113,14 @@ class Shelf:
         return sorted(filter(None, map(self.name_of, self.files())), key=_natural)
 
     def name_of(self, file: Path) -> str | None:
-        """The name of the record in a file; None where the file alone knows it and is damaged."""
+        """The name of the record in a file; None where no record is kept under such a name, or it alone knows it and is
+        damaged."""
         stem = file.name.removesuffix(_SUFFIX)
-        if _SHORTENED not in stem:
+        with suppress(StoreError, UnicodeDecodeError):
+            if _SHORTENED in stem:
+                return read_piece(file, (), verify=False).name
             return unquote(stem, errors="surrogatepass")
-        try:
-            return read_piece(file, (), verify=False).name
-        except StoreError:
-            return None
+        return None
 
     def put(self, name: str, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> Version:
         """Write one record, and say which it is.

@@ -107,6 +107,18 @@ def test_a_record_that_does_not_fit_counts_as_not_stored(stored, changed):
     same_spectrum(spectra.load(stored)[VECTORS], made()[0])
 
 
+@pytest.mark.parametrize("name", ["%FF", "%E2%82", "%ED%A0%80%FF"])
+def test_a_file_that_is_called_as_no_record_is_leaves_the_others_alone(stored, name):
+    shutil.copy(Store(stored).spectra.path(VECTORS), stored / "spectra" / f"{name}.safetensors")
+    shutil.copy(next((stored / "similarity").iterdir()), stored / "similarity" / f"{name}.safetensors")
+    assert len(spectra.load(stored)) == 3
+    assert len(Store(stored).similarities()) == 1
+    states = {item.file: item.state for item in spectra.check_results(stored)}
+    assert [file for file, state in states.items() if state == "damaged"] == [
+        f"{shelf}/{name}.safetensors" for shelf in ("spectra", "similarity")
+    ]
+
+
 def test_an_integer_that_int64_does_not_hold_is_a_real_number(stored, tmp_path):
     _resigned(Store(stored).spectra.path(VECTORS), noise_edge=10**30)
     assert np.log(spectra.load(stored)[VECTORS].noise_edge) == pytest.approx(30 * np.log(10))
