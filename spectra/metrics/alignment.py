@@ -71,7 +71,7 @@ class Triplets:
         if not self.rank:
             return directions.new_zeros(directions.shape[1])
         near = (self.U[:, : self.rank].mT @ directions).abs()
-        return torch.stack([part.norm(dim=0) for part in near.split(self.groups)]).amax(0).clamp(max=1.0)
+        return torch.stack([part.norm(dim=0) for part in torch.split(near, self.groups)]).amax(0).clamp(max=1.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _ENERGY = 0.9  # of each update, which the directions that count have to hold at least
 _ROUNDING = 1e-12  # of the updates' energy: what is left under it without their mean is none
 _MOST_DRAWS = 16  # of random updates, whose mean is the null: one of them is .02 off in a small space
-_SMALL = 512  # entries in the bases of the sides, from which on one draw is near enough
+_SMALL = 512  # entries in the bases of the sides, from half of which on one draw is near enough
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +120,7 @@ class SharedBasis:
             torch.linalg.eigvalsh(apart).flip(0).clamp(min=0.0).sqrt()[: len(own)]
             for apart, own in zip(self._apart(common), self.values, strict=True)
         )
-        draws = min(_MOST_DRAWS, 1 + _SMALL // len(self._square))
+        draws = min(_MOST_DRAWS, max(1, _SMALL // len(self._square)))
         return math.fsum(self._drawn(values, seed).share_of(self.k) for seed in range(draws)) / draws
 
     @property

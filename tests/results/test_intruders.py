@@ -107,7 +107,10 @@ def test_equal_values_of_the_base_do_not_part_the_two_counts(tmp_path, rank):
         return torch.linalg.qr(torch.randn(48, k, generator=generator, dtype=torch.float64))[0]
 
     S = torch.tensor([4.0] * 4 + [3.0] * 3 + [2.5] * 5 + [1.0] * 36, dtype=torch.float64)
-    base = {NAME.format(0): (orthonormal(48) * S) @ orthonormal(48).T, NAME.format(1): (2 * orthonormal(48)).contiguous()}
+    base = {
+        NAME.format(0): (orthonormal(48) * S) @ orthonormal(48).T,
+        NAME.format(1): (2 * orthonormal(48)).contiguous(),
+    }
     tuned = {name: weight.contiguous() + 2.4 * orthonormal(rank) @ orthonormal(rank).T for name, weight in base.items()}
     source = spectra.open_source(write_checkpoint(tmp_path / "ft", tuned), write_checkpoint(tmp_path / "b", base))
     for epsilon in (0.3, 0.5, 0.7, 0.9):
