@@ -6,7 +6,10 @@ cannot be written at all.
 
 from __future__ import annotations
 
+import math
 import unicodedata
+from collections.abc import Mapping
+from typing import Any
 
 _ESCAPED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # controls, format and bidi, surrogates, line and paragraph ends
 
@@ -73,3 +76,25 @@ def _in_json(sign: str) -> str:
         return sign
     units = sign.encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
+
+
+def strict(value: Any) -> Any:
+    """The value with NaN and infinities as None, so that it makes strict JSON.
+
+    >>> strict({"a": [1.5, float("nan")]})
+    {'a': [1.5, None]}
+    """
+    kind = type(value)
+    if kind is float:
+        return value if math.isfinite(value) else None
+    if value is None or kind in (str, int, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if hasattr(value, "tolist"):
+        return strict(value.tolist())
+    return value

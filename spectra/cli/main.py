@@ -6,6 +6,7 @@ import difflib
 import errno
 import importlib
 import os
+import re
 import sys
 import time
 from contextlib import suppress
@@ -97,6 +98,8 @@ class _Commands(click.Group):
             return result
         except click.NoSuchOption as problem:
             raise _as_here(problem) from None
+        except click.UsageError as problem:
+            raise _one_too_many(problem) from None
         except SpectraError as problem:
             raise click.ClickException(str(problem)) from None
         except KeyboardInterrupt:
@@ -115,6 +118,29 @@ def _as_here(problem: click.NoSuchOption) -> click.NoSuchOption:
         return problem
     told = f"No such option {problem.option_name!r}. Did you mean {meant[0]!r}?"
     return click.NoSuchOption(problem.option_name, message=told, ctx=problem.ctx)
+
+
+def _one_too_many(problem: click.UsageError) -> click.UsageError:
+    """The same error; of a word more than the command takes, with what it was probably meant as."""
+    ctx = problem.ctx
+    found = re.fullmatch(r"Got unexpected extra arguments? \((.*)\)", problem.message)
+    if ctx is None or found is None:
+        return problem
+    argument = next((param.name for param in ctx.command.params if isinstance(param, click.Argument)), None)
+    more, first = found[1], ctx.params.get(argument or "")
+    command, options = ctx.info_name, {name for option in ctx.command.params for name in option.opts}
+    if "--adapter" in options:
+        told = "its three models are options: --base B --adapter A --merged M"
+    elif "--base" in options and not ctx.params.get("base") and " " not in more:
+        told = f"the model it started from is an option: --base {more}"
+        told += ". Two adapters are compared by spectra similarity" if command == "heads" else ""
+    elif "--base" in options:
+        told = (
+            f"it takes one at a time; of several updates: spectra similarity, interference or series ({first} {more})"
+        )
+    else:
+        told = ""
+    return click.UsageError(f"{problem.message}: {told}" if told else problem.message, ctx)
 
 
 def _refuse_repeated(command: click.Command, name: str, parent: click.Context, words: list[str]) -> None:

@@ -212,9 +212,17 @@ class Opening:
     def opened_all(self, updates: Sequence[str], base: str | None) -> list[Source]:
         """All of several updates; what is left out of all of them is said once."""
         from spectra.cli import report
+        from spectra.deltas.source import NO_HEADS
 
         sources = [self.opened(tuned, base) for tuned in updates]
-        report.coverage_notes({update: source.coverage for update, source in zip(updates, sources, strict=True)})
+        coverages = [source.coverage for source in sources]
+        headless = [any(NO_HEADS in line for line in coverage.warnings) for coverage in coverages]
+        if not all(headless):  # --heads is for the others: each of their heads is compared with the same weight
+            coverages = [
+                replace(coverage, warnings=tuple(line for line in coverage.warnings if NO_HEADS not in line))
+                for coverage in coverages
+            ]
+        report.coverage_notes(dict(zip(updates, coverages, strict=True)))
         return sources
 
     def opened(self, tuned: str, base: str | None) -> Source:

@@ -31,13 +31,21 @@ class Progress:
         plans: how many plans of about the same cost the work is made of, as a series is of its checkpoints.
         kept: where they are stored as they come, so that the same command goes on; "" for nowhere.
         otherwise: what to say where they are not.
+        parts: tells what is stored besides, where one to do is made of several that are stored one by one.
     """
 
     def __init__(
-        self, total: int, what: str, *, plans: int = 1, kept: str = "", otherwise: str = "nothing is stored"
+        self,
+        total: int,
+        what: str,
+        *,
+        plans: int = 1,
+        kept: str = "",
+        otherwise: str = "nothing is stored",
+        parts: Callable[[], str] | None = None,
     ) -> None:
         self._total, self._done = total, 0
-        self._kept, self._otherwise = kept, otherwise
+        self._kept, self._otherwise, self._parts = kept, otherwise, parts
         self._start, self._before = time.monotonic(), _received()
         self._count, self._latest = 0, self._start
         self._bar = _bar(total, what)
@@ -116,7 +124,8 @@ class Progress:
     def stopped(self) -> str:
         """What is left of the work up to here."""
         if self._kept:
-            return f"{self._done} of {self._total} are stored in {self._kept}, the same command goes on"
+            parts = f" ({told})" if self._parts is not None and (told := self._parts()) else ""
+            return f"{self._done} of {self._total} are stored in {self._kept}{parts}, the same command goes on"
         return f"{self._done} of {self._total} were done, {self._otherwise}"
 
 

@@ -14,7 +14,7 @@ import click
 from spectra.cli import table, talk
 from spectra.cli.progress import Progress
 from spectra.cli.talk import is_quiet, is_verbose, say
-from spectra.printing import printed, printed_json
+from spectra.printing import printed, printed_json, strict
 
 if TYPE_CHECKING:
     from spectra.deltas.source import Coverage, Source
@@ -24,8 +24,6 @@ _MOST_REASONS = 5
 
 def print_json(document: dict[str, Any]) -> None:
     """One strict JSON document on stdout: NaN and infinities become null."""
-    from spectra.results.tables import strict
-
     plain = str(getattr(sys.stdout, "encoding", "") or "").lower().replace("-", "") != "utf8"
     click.echo(printed_json(json.dumps(strict(document), indent=1, allow_nan=False, ensure_ascii=plain)))
 
@@ -172,7 +170,7 @@ def keep_table(out: str, name: str, document: dict[str, Any]) -> None:
         StoreError: it cannot be written to.
     """
     from spectra.results.shelf import write
-    from spectra.results.tables import strict, to_csv
+    from spectra.results.tables import to_csv
 
     paths = Path(out, f"{name}.csv"), Path(out, f"{name}.json")
     write(paths[0], to_csv(document["matrices"]).encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,8 @@ def command(
     base = fetched(base, opening.download) if base else None
     rows: list[Row] = []
     notes, reused = _Notes(opening.layers), list[str]()
-    telling: dict[str, Any] = {"plans": count_new(checkpoints, steps or None, out), "kept": out or ""}
+    new = count_new(checkpoints, steps or None, out)
+    telling: dict[str, Any] = {"plans": new, "kept": out or "", "parts": partial(_stored, out)}
     with report.progress(len(checkpoints), "spectra series", **telling) as bar, compute.keywords() as keywords:
         stream = series_rows(
             checkpoints, base, layers=opening.layers, top=top, side=side, steps=steps or None, start=start, out=out,
@@ -98,6 +100,15 @@ def command(
     else:
         _print(rows, view)
     _close(rows, checkpoints, out, written)
+
+
+def _stored(out: str | None) -> str:
+    """How many matrices are stored, of checkpoints that are finished or not."""
+    from spectra.results.series import stored_steps
+    from spectra.text import matrices
+
+    each = [len(list((folder / "spectra").glob("*.safetensors"))) for folder in stored_steps(Path(out or "")).values()]
+    return f"{matrices(sum(each))} of {len(each)} checkpoints" if any(each) else ""
 
 
 class _Notes:

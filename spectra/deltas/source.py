@@ -8,6 +8,8 @@ from typing import Any
 
 from spectra import naming, text
 from spectra.deltas.delta import WeightDelta
+from spectra.errors import SelectionError
+from spectra.models import tied
 from spectra.printing import printed
 from spectra.text import Row
 
@@ -57,6 +59,7 @@ class Coverage:
 _COVERAGE_LISTS = tuple(item.name for item in fields(Coverage) if item.name != "warnings")
 
 
+NO_HEADS = "was ignored: there are no heads in"  # said of heads= where it means nothing
 SAVED_WHOLE = "saved whole, so ΔW needs the base weight: pass base= (--base)"
 
 
@@ -122,7 +125,10 @@ class Source:
         Raises:
             SelectionError: a pattern matches nothing; the message lists what there is.
         """
-        wanted = set(naming.select(patterns, self.names))
+        try:
+            wanted = set(naming.select(patterns, self.names))
+        except SelectionError as problem:
+            raise SelectionError(f"{problem}{_tied_head(patterns, self.names)}") from None
         return replace(self, deltas=tuple(delta for delta in self.deltas if delta.name in wanted))
 
     def __repr__(self) -> str:
@@ -147,6 +153,21 @@ class Source:
             table,
             text.first_lines(lines) + text.first_lines(notes),
         )
+
+
+def _tied_head(patterns: str | Sequence[str], names: Sequence[str]) -> str:
+    """Where an output head was asked for, and only the embedding is here that it may be; "" otherwise.
+
+    >>> _tied_head("lm_head", ["model.embed_tokens.weight"])
+    '. An output head that is tied to the embedding is not stored by itself: it is model.embed_tokens.weight'
+    """
+    given = [patterns] if isinstance(patterns, str) else patterns
+    words = [f"{piece.strip().removesuffix('.weight')}.weight" for pattern in given for piece in pattern.split(",")]
+    asked = any(tied.is_vocabulary(word) and not tied.is_embedding(word) for word in words)
+    embedding = tied.embedding_in(dict.fromkeys(names, ""))
+    if not asked or embedding is None or any(map(tied.is_head, names)):
+        return ""
+    return f". An output head that is tied to the embedding is not stored by itself: it is {embedding}"
 
 
 def _left_out(coverage: Coverage) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,8 +41,37 @@ class Triplets:
     @property
     def rank(self) -> int:
         """The number of values that are not zero to rounding; directions behind it are not determined."""
-        size = max(self.U.shape[0], self.Vh.shape[1]) * torch.finfo(torch.float64).eps
-        return int((size * self.S[:1] < self.S).sum())
+        return int((self._rounding < self.S).sum())
+
+    @property
+    def _rounding(self) -> Float64[Tensor, " _"]:
+        """What values, and distances between them, are not told from zero by."""
+        return max(self.U.shape[0], self.Vh.shape[1]) * torch.finfo(torch.float64).eps * self.S[:1]
+
+    @property
+    def groups(self) -> list[int]:
+        """How many values are equal to rounding, group by group, of those that are not zero.
+
+        The directions of a group are determined as a space, and not one by one.
+
+        >>> eye = torch.eye(4, dtype=torch.float64)
+        >>> Triplets(eye, torch.tensor([2.0, 1.0, 1.0, 0.0]).double(), eye).groups
+        [1, 2]
+        """
+        S = self.S[: self.rank]
+        ends = (self._rounding < S[:-1] - S[1:]).nonzero().flatten() + 1
+        cuts = [0, *ends.tolist(), len(S)]
+        return [stop - start for start, stop in pairwise(cuts) if stop > start]
+
+    def nearest(self, directions: Float64[Tensor, "m j"]) -> Float64[Tensor, " j"]:
+        """The largest |cos(y_j, x_i)| of each direction over the left vectors whose value is not zero.
+
+        Of a group of equal values it is the cosine with the space of them, which is the largest that any basis has.
+        """
+        if not self.rank:
+            return directions.new_zeros(directions.shape[1])
+        near = (self.U[:, : self.rank].mT @ directions).abs()
+        return torch.stack([part.norm(dim=0) for part in torch.split(near, self.groups)]).amax(0).clamp(max=1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,11 +178,11 @@ def cosines(seen: AgainstBase) -> list[list[float]]:
 def largest_cosines(seen: AgainstBase) -> list[float]:
     """max_i |cos(y_j, x_i)| of each top left vector y_j of W, over all left vectors x_i of W₀ whose σ is not zero.
 
+    Where several σ of W₀ are equal, their x_i are any basis of one space, and the cosine with that space counts.
+
     Reference: Shuttleworth et al. 2024, Alg. 1; the absolute value is in the authors' code, not in the text.
     """
-    known = seen.base.U[:, : seen.base.rank]
-    near = (known.mT @ seen.tuned_top.U).abs()
-    largest: list[float] = near.amax(0).clamp(max=1.0).tolist() if known.shape[1] else [0.0] * near.shape[1]
+    largest: list[float] = seen.base.nearest(seen.tuned_top.U).tolist()
     return largest
 
 
@@ -168,12 +198,35 @@ def intruders_chance(seen: AgainstBase) -> float:
     """How many of k uniformly random directions of ℝᵐ would be intruders, at least: all of them once m is large.
 
     k·max(0, 1 − s·P(c² ≥ ε²)) with c² ~ Beta(½, (m − 1)/2): the union bound over W₀'s s vectors, exact from ε = 1/√2.
+    A space of g vectors with equal σ counts once, with Beta(g/2, (m − g)/2).
     """
     m, count = seen.tuned_top.U.shape
-    if m == 1:
+    sizes = Counter(seen.base.groups)
+    if m in sizes:
         return 0.0
-    near = 1.0 - float(betainc(0.5, (m - 1) / 2, min(seen.epsilon**2, 1.0)))
-    return count * max(0.0, 1.0 - seen.base.rank * near)
+    bound = min(seen.epsilon**2, 1.0)
+    near = sum(times * (1.0 - float(betainc(g / 2, (m - g) / 2, bound))) for g, times in sizes.items())
+    return count * max(0.0, 1.0 - near)
+
+
+def tie_note(seen: AgainstBase) -> str:
+    """What equal singular values leave undetermined; "" where none are equal among those that count.
+
+    >>> eye = torch.eye(3, dtype=torch.float64)
+    >>> from spectra.deltas.forms import Dense
+    >>> base = Triplets(eye, torch.tensor([2.0, 1.0, 1.0]).double(), eye)
+    >>> tie_note(AgainstBase(base, Dense(eye), base, base.first(2), k=2))[:38]
+    'σ_2 and σ_3 of W₀ are equal to roundin'
+    """
+    start = 0
+    for size in seen.base.groups:
+        if start < seen.k < start + size:
+            return (
+                f"σ_{seen.k} and σ_{seen.k + 1} of W₀ are equal to rounding: "
+                f"its top {seen.k} directions, and shares in them, are not determined"
+            )
+        start += size
+    return ""
 
 
 def amplification(seen: AgainstBase) -> float:

@@ -176,7 +176,7 @@ def shared(seen: Together) -> float:
 
 
 def shared_null(seen: Together) -> float:
-    """`shared` of random updates with the singular values of Δ_t − Δ̄ (`SharedBasis.null`): one fixed draw."""
+    """`shared` of random updates with these values, the common part taken out of them (`SharedBasis.null`)."""
     return seen.basis.null()
 
 

@@ -32,7 +32,7 @@ class Nearness:
     """What is known of max_i |cos(y_j, x_i)| over all left vectors x_i of W₀.
 
     Attributes:
-        least: the largest among W₀'s top, which the maximum cannot be under.
+        least: the largest among W₀'s top (`Triplets.nearest`), which the maximum cannot be under.
         most: what the maximum cannot be over.
         steps: how many products with W₀W₀ᵀ it took.
     """
@@ -67,8 +67,9 @@ def nearness(
         >>> nearness(base, top, torch.cat([near, far], 1)).intruders(0.5)
         1
     """
-    inside = top.U.mT @ directions
-    least = inside.abs().amax(0) if top.U.shape[1] else directions.new_zeros(directions.shape[1])
+    if len(top.S) < min(base.shape) and top.groups:  # the last value may have equals among those that are not here
+        top = top.first(top.rank - top.groups[-1])
+    least = top.nearest(directions)
     base, known, directions = _within_range(base, top.U, directions)
     rest = _without(known, directions)
     mass = rest.square().sum(0)

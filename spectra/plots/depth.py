@@ -32,6 +32,7 @@ _LONGEST_LABEL, _LONGEST_LINE = 40, 500  # characters
 _LETTER = 0.47  # ems of a letter of such a name
 _LABELS = 24  # numbers under the columns
 _OUTSIDE = 4  # matrices in no layer that are told
+_PLACES = ("layer", "out", "in")  # columns of numbers that say which matrix it is
 _APART = ("side", "step")  # columns of tables that hold a matrix several times
 
 
@@ -136,11 +137,15 @@ def depth_table(table_or_spectra: Any, metrics: Sequence[str] = ()) -> list[Mapp
     elif isinstance(table, Spectra):
         table = table.without_vectors()
     wanted = {name: METRICS[name] for name in metrics or METRICS if name in METRICS}
+    items = list(table)
     rows: list[Mapping[str, Any]] = [
-        tables.row(item, wanted) if isinstance(item, Spectrum) else dict(item) for item in table
+        tables.row(item, wanted) if isinstance(item, Spectrum) else dict(item) for item in items
     ]
     if not rows:
         raise SelectionError("there is no matrix to draw over depth")
+    if isinstance(items[0], Spectrum):
+        for metric in metrics:
+            _check_metric(metric, {**dict.fromkeys(METRICS, 0.0), **rows[0]})
     return rows
 
 
@@ -150,11 +155,7 @@ def _numbers(rows: Iterable[Mapping[str, Any]], metric: str) -> dict[str, float]
     for row in rows:
         if not isinstance(row.get("name"), str):
             raise SelectionError("the table has no column 'name': give one with a row per matrix (by='matrix')")
-        if metric not in row:
-            known = [
-                key for key, value in row.items() if isinstance(value, int | float) and not isinstance(value, bool)
-            ]
-            raise SelectionError(f"metric {metric!r} is not a column of numbers here; there are {', '.join(known)}")
+        _check_metric(metric, row)
         if row["name"] in numbers:
             apart = [f", such as {key}={row[key]!r}" for key in _APART if key in row]
             raise SelectionError(
@@ -162,6 +163,13 @@ def _numbers(rows: Iterable[Mapping[str, Any]], metric: str) -> dict[str, float]
             )
         numbers[row["name"]] = _number(row, metric)
     return numbers
+
+
+def _check_metric(metric: str, row: Mapping[str, Any]) -> None:
+    if metric not in row:
+        numbers = [key for key, value in row.items() if isinstance(value, int | float) and not isinstance(value, bool)]
+        known = ", ".join(key for key in numbers if key not in _PLACES)
+        raise SelectionError(f"metric {metric!r} is not a column of numbers here; there are {known}")
 
 
 def _number(row: Mapping[str, Any], metric: str) -> float:

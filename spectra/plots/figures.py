@@ -146,7 +146,7 @@ def similarity_figure(
 
 
 def depth_figure(
-    runs: Any, metrics: Sequence[str] = (), *, kind: Kind = "heatmap", title: str = "", size: str = DEFAULT
+    runs: Any, metrics: str | Sequence[str] = (), *, kind: Kind = "heatmap", title: str = "", size: str = DEFAULT
 ) -> Figure:
     """Metrics over layer × role: for one run a panel each, for several a column per run and a row per metric.
 
@@ -202,8 +202,9 @@ def _depth_layout(
     return beside if fits else arranged(size, runs * metrics, panel, columns=1, **options)
 
 
-def depth_grids(runs: Any, metrics: Sequence[str] = ()) -> dict[tuple[str, str], DepthGrid]:
+def depth_grids(runs: Any, metrics: str | Sequence[str] = ()) -> dict[tuple[str, str], DepthGrid]:
     """(run's label, metric) → the numbers of `depth_figure`: the same stacks have the same rows and columns."""
+    metrics = [metrics] if isinstance(metrics, str) else metrics
     labelled: Mapping[str, Any] = runs if isinstance(runs, Mapping) else {"": runs}
     read = {label: depth_table(run, metrics or _USUAL) for label, run in labelled.items()}
     names = {label: [str(row.get("name")) for row in rows] for label, rows in read.items()}

@@ -21,6 +21,7 @@ from spectra._version import __version__
 from spectra.errors import MissingExtraError, SelectionError
 from spectra.plots.squares import short_names
 from spectra.plots.stored import run_labels
+from spectra.printing import strict
 from spectra.report import pictures
 from spectra.report.cells import LEVELS
 from spectra.report.kept import Section
@@ -30,7 +31,7 @@ from spectra.results.collection import Spectra
 from spectra.results.findings import compared_findings, findings, similarity_findings
 from spectra.results.shelf import write
 from spectra.results.store import home_of
-from spectra.results.tables import Row, role_rows, similarity_row, strict
+from spectra.results.tables import Row, role_rows, similarity_row
 
 if TYPE_CHECKING:
     from jinja2 import Environment

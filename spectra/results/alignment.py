@@ -24,10 +24,10 @@ from spectra.engine.costs import dense_flops
 from spectra.engine.devices import device_named, resolve_device
 from spectra.engine.memory import memory_budget as memory_budget_of
 from spectra.engine.memory import readable_size
-from spectra.engine.solve import Wanted, out_of_memory, read, solve_forms
+from spectra.engine.solve import ROUNDING_ONLY, Wanted, out_of_memory, read, solve_forms
 from spectra.errors import BaseRequiredError, SelectionError, SpectraError, StoreError, refuse_path_for_source
 from spectra.files.far import done, expected
-from spectra.metrics.alignment import ALIGNMENT, AgainstBase, Triplets
+from spectra.metrics.alignment import ALIGNMENT, AgainstBase, Triplets, tie_note
 from spectra.results.base_cache import BaseCache, triplets_of_base
 from spectra.spectrum import Spectrum, Status
 
@@ -221,9 +221,9 @@ class Work:
 
     def numbers(self, delta: WeightDelta) -> Row:
         """The columns of a matrix that can be done."""
-        seen = self._seen(delta)
+        seen, said = self._seen(delta)
         sizes = {"k": len(seen.tuned_top.S), "r": len(seen.update_top.S)}
-        note = unrelated_note(seen.update.base_cosine, seen.update.unchanged)
+        note = "; ".join(filter(None, (said, tie_note(seen))))
         return sizes | {name: metric(seen) for name, metric in ALIGNMENT.items()} | {"note": note}
 
     def __call__(self, delta: WeightDelta) -> Row:
@@ -264,25 +264,38 @@ class Work:
             raise UndoneError(form)
         return form, delta.base.read(device), delta.base
 
-    def _seen(self, delta: WeightDelta) -> AgainstBase:
-        """All that the metrics need of one matrix."""
+    def _seen(self, delta: WeightDelta) -> tuple[AgainstBase, str]:
+        """All that the metrics need of one matrix, and what is said of its update."""
         form, weight, where = self.read(delta)
-        update_top = self.top(delta, form, form.max_rank if delta.factored else self.k)
+        count = form.max_rank if delta.factored else self.k
+        update = self.solved(delta, form, count)
+        update_top = self._kept(update, count)
         if not len(update_top.S):
             raise UndoneError(_outcome(delta, "unchanged", "ΔW = 0"))
         base = triplets_of_base(where, weight, self.cache)
         tuned_top = self.top(delta, Dense(weight + form.to_dense()), self.k)
-        return AgainstBase(base, form, update_top, tuned_top, self.k, self.epsilon)
+        return AgainstBase(base, form, update_top, tuned_top, self.k, self.epsilon), self.said(form, update)
+
+    def said(self, form: Form, update: Spectrum | None) -> str:
+        """That an update is unrelated to W₀, or nothing but rounding as far as its spectrum tells."""
+        rounding = ROUNDING_ONLY if update is not None and ROUNDING_ONLY in update.note else ""
+        return "; ".join(filter(None, (unrelated_note(form.base_cosine, form.unchanged), rounding)))
 
     def top(self, delta: WeightDelta, form: Form, k: int) -> Triplets:
         """The top k triplets of a form that are more than rounding, by the engine with its checks; none of 0."""
-        device = resolve_device(self.device)
-        wanted = Wanted(k, only_top=True, device=device_named(device))
+        return self._kept(self.solved(delta, form, k), k)
+
+    def solved(self, delta: WeightDelta, form: Form, k: int) -> Spectrum:
+        """The top k of a form, by the engine with its checks."""
+        wanted = Wanted(k, only_top=True, device=device_named(resolve_device(self.device)))
         (spectrum,) = solve_forms([delta], [form], wanted)
+        return spectrum
+
+    def _kept(self, spectrum: Spectrum, k: int) -> Triplets:
+        device = resolve_device(self.device)
         if spectrum.status == "unchanged":
-            return Triplets(
-                *(torch.zeros(size, dtype=torch.float64) for size in ((form.shape[0], 0), 0, (0, form.shape[1])))
-            )
+            m, n = spectrum.shape
+            return Triplets(*(torch.zeros(size, dtype=torch.float64) for size in ((m, 0), 0, (0, n))))
         if spectrum.status != "ok" or spectrum.U is None or spectrum.Vh is None:
             raise UndoneError(spectrum)
         kept = min(spectrum.rank, k, spectrum.k)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, ClassVar
 from spectra.deltas.base import BaseWeight
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense, Form
-from spectra.deltas.relatedness import unrelated_note
 from spectra.metrics import alignment as metrics
 from spectra.metrics.alignment import AgainstBase, Triplets, largest_cosines
 from spectra.metrics.nearness import nearness
@@ -29,6 +28,7 @@ _COLUMNS = ("k", "intruders", "decided_by", "least_cosines", "most_cosines")
 COLUMNS = ("name", "role", "layer", "out", "in", "status", *_COLUMNS, "reason", "note")
 BY_BOUNDS = "bounds"
 BY_VECTORS = "all vectors of W₀"
+_ROUNDING = 2  # times what rounding leaves of energy: of more, something is above its edge for certain
 _TOP = 2  # times k: triplets of W₀ that are computed; W's top directions are mostly among these
 
 
@@ -105,7 +105,8 @@ class _Counting(Work):
         if form.is_zero:
             raise UndoneError(Spectrum(delta.name, delta.shape, "unchanged", reason="ΔW = 0"))
         counted = self._counted(delta, form, weight, where)
-        return counted | {"note": unrelated_note(form.base_cosine, form.unchanged)}
+        update = self.solved(delta, form, 1) if _as_small_as_rounding(form) else None
+        return counted | {"note": self.said(form, update)}
 
     def _counted(self, delta: WeightDelta, form: Form, weight: Tensor, where: BaseWeight) -> Row:
         tuned = self.top(delta, Dense(weight + form.to_dense()), self.k)
@@ -121,3 +122,8 @@ class _Counting(Work):
 
     def _told(self, tuned: Triplets, count: int, by: str, least: list[float], most: list[float]) -> Row:
         return dict(zip(self.columns, (len(tuned.S), count, by, least, most), strict=True))
+
+
+def _as_small_as_rounding(form: Form) -> bool:
+    """Whether an update may be nothing but rounding, by its energy: most are not, and are spared their own SVD."""
+    return any(noise.known and form.norm**2 <= _ROUNDING * noise.energy for noise in form.noise)

@@ -32,7 +32,7 @@ from spectra.errors import SourceError, StoreError
 from spectra.files.safetensors_file import read_header
 from spectra.files.storage import Disk, Place, Stamp
 from spectra.files.tensors import TensorRef
-from spectra.results import tables
+from spectra.printing import strict
 
 ANOTHER_PLACE = "another directory (out=, --out)"
 _SUFFIX = ".safetensors"
@@ -406,7 +406,7 @@ def json_text(content: Any, indent: int | None = None) -> str:
     >>> json_text({"σ": float("nan"), "name": chr(0xD800)})
     '{"σ": null, "name": "\\\\ud800"}'
     """
-    text = json.dumps(tables.strict(content), indent=indent, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(strict(content), indent=indent, allow_nan=False, ensure_ascii=False)
     return text if text.isascii() else re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 

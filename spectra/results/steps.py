@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from spectra.errors import SelectionError
+from spectra.files import hub
 from spectra.files.choice import WEIGHT_SUFFIXES
 
 _STATE = "trainer_state.json"
@@ -81,6 +82,8 @@ def _said(name: str) -> tuple[int, str, str]:
     in_name = _from_name(name)
     if in_name is not None:
         return *in_name, ""
+    if not os.path.exists(os.path.expanduser(name)):
+        hub.resolve(name)  # which says what was looked for, where there is no such thing
     inside = _checkpoints_in(name)
     if inside:
         raise SelectionError(

@@ -266,25 +266,3 @@ def _blank(value: Any) -> Any:
     if isinstance(value, str):
         return printed(value)
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value
-
-
-def strict(value: Any) -> Any:
-    """The value with NaN and infinities as None, so that it makes strict JSON.
-
-    >>> strict({"a": [1.5, float("nan")]})
-    {'a': [1.5, None]}
-    """
-    kind = type(value)
-    if kind is float:
-        return value if math.isfinite(value) else None
-    if value is None or kind in (str, int, bool):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if hasattr(value, "tolist"):
-        return strict(value.tolist())
-    return value

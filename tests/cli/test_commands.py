@@ -115,6 +115,13 @@ def test_help_is_quick_beside_the_interpreter_itself():
         (["svd", "--base", "a", "--tuned", "t", "--base", "b"], "--base takes one value and is given 2 times"),
         (["svd", "--tuned", "a", "--top", 1, "--top=2"], "--top takes one value and is given 2 times: give the one"),
         (["verify", "--merged", "a", "--merged", "b"], "--merged takes one value and is given 2 times"),
+        (["svd", "ft", "b"], "unexpected extra argument (b): the model it started from is an option: --base b"),
+        (["alignment", "ft", "b"], "the model it started from is an option: --base b"),
+        (["inspect", "ft", "b"], "the model it started from is an option: --base b"),
+        (["heads", "x", "y"], "is an option: --base y. Two adapters are compared by spectra similarity"),
+        (["svd", "ft", "b", "--base", "c"], "it takes one at a time; of several updates: spectra similarity"),
+        (["svd", "ft", "b", "c"], "unexpected extra arguments (b c): it takes one at a time"),
+        (["verify", "--base", "b", "--adapter", "a", "--merged", "m", "x"], "options: --base B --adapter A --merged M"),
     ],
 )
 def test_what_is_mistyped_or_given_twice_is_told(words, told):
@@ -230,6 +237,35 @@ def test_a_pattern_that_means_only_what_lacks_the_base_says_so(saved_whole):
     told = run("svd", "lora", "--layer", "lm_head", status=1)[1]
     assert told == "Error: lora: lm_head.weight: saved whole, so ΔW needs the base weight: pass base= (--base)\n"
     assert "did you mean lm_head" in run("svd", "lora", "--layer", "lm_haed", status=1)[1]
+
+
+def test_a_tied_head_is_answered_with_the_embedding_and_a_head_that_is_there_is_not(llama):
+    tensors = llama_tensors()
+    del tensors["lm_head.weight"]
+    for name, held in (("tied", tensors), ("tied-tuned", nudged(tensors))):
+        write_checkpoint(llama / name, held, config={"model_type": "llama", "tie_word_embeddings": True})
+    for pattern in ("lm_head", "q_proj,lm_head.weight"):
+        _, err = run("svd", "tied-tuned", "--base", "tied", "--layer", pattern, status=1)
+        assert err.endswith("tied to the embedding is not stored by itself: it is model.embed_tokens.weight\n")
+    for pattern, pair in (("w_proj", ("tied-tuned", "tied")), ("lm_haed", ("ckpt", "llama-7b"))):
+        _, err = run("svd", pair[0], "--base", pair[1], "--layer", pattern, status=1)
+        assert "tied" not in err.replace("tied-tuned", "")
+
+
+def test_heads_each_beside_a_plain_lora_is_no_option_that_is_ignored(llama):
+    lora_folder(llama / "one", seed=1)
+    lora_folder(llama / "other", seed=2)
+    heads = {}
+    for name, tensor in load_file(llama / "one/adapter_model.safetensors").items():
+        if "lora_B" in name:
+            heads |= {f"{name.removesuffix('.weight')}{i}.weight": (1 + i) * tensor for i in range(2)}
+        else:
+            heads[name] = tensor
+    config = json.loads((llama / "one/adapter_config.json").read_text()) | {"lora_nums": 2}
+    write_adapter(llama / "several", heads, config)
+    _, err = run("similarity", "several", "one", "--heads", "each")
+    assert "ignored" not in err
+    assert "heads='each' was ignored: there are no heads" in run("similarity", "one", "other", "--heads", "each")[1]
 
 
 def test_an_adapter_without_heads_is_refused_without_a_word_of_options_that_nobody_gave(llama):

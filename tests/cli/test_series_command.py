@@ -80,6 +80,10 @@ def test_checkpoints_that_lack_matrices_are_named(checkpoints):
 def test_wrong_usage_says_what_to_give(checkpoints):
     _, err = run("series", status=2)
     assert "give the checkpoints of one run" in err
+    for nowhere in ("./nothere", "nothere", "checkpoint-20/nothere"):
+        _, err = run("series", "--base", "llama-7b", nowhere, status=1)
+        assert f"'{nowhere}' was not found" in err
+        assert "step" not in err.replace("checkpoint", "")
     _, err = run("series", "--base", "llama-7b", "ckpt", status=1)
     assert "--step N" in err
     out, _ = run("series", "--base", "llama-7b", "ckpt", "--step", 7, "--layer", "q_proj")

@@ -75,6 +75,20 @@ def test_every_command_that_computes_says_what_is_kept(llama, interrupted, comma
     assert not (llama / "lora").exists()
 
 
+def test_a_series_that_is_stopped_in_its_first_checkpoint_says_which_matrices_are_stored(llama, monkeypatch):
+    for step in (10, 20):
+        write_checkpoint(llama / f"step-{step}", nudged(llama_tensors(), seed=step))
+    command = ("series", "step-10", "step-20", "--base", "llama-7b", "--out", "run", "--no-figures", "--workers", 1)
+    with monkeypatch.context() as patch:
+        stop_at_the_fifth(patch)
+        _, err = run(*command, status=130)
+    stored = len(spectra.load("run/checkpoints/step-20"))
+    told = f"stopped; 0 of 2 are stored in run ({stored} matrices of 1 checkpoints), the same command goes on"
+    assert err.splitlines()[-1] == told
+    assert stored
+    assert f"{stored} of 32 reused from run" in run(*command)[1]
+
+
 def test_verify_gives_no_verdict_when_it_is_stopped(llama, monkeypatch):
     from spectra.merges import verify
 

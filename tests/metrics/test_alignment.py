@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectra.deltas.forms import Dense, Form, LowRank
-from spectra.metrics.alignment import ALIGNMENT, AgainstBase, Triplets
+from spectra.metrics.alignment import ALIGNMENT, AgainstBase, Triplets, tie_note
 
 seeds = st.integers(0, 10**6)
 
@@ -156,4 +156,36 @@ def test_the_intruders_chance_is_a_lower_bound_and_exact_where_only_one_vector_c
         case = seen(base, rng.standard_normal((6, 4)), k=2, epsilon=epsilon)
         share = 2 * float((cosines < epsilon).mean())
         assert ALIGNMENT["intruders_chance"](case) <= share + 0.02
+    assert ALIGNMENT["intruders_chance"](case) == pytest.approx(share, abs=0.02)
+
+
+def test_equal_values_of_the_base_are_one_space_and_no_basis_of_it_changes_the_count():
+    """σ₂ = σ₃ = σ₄ of W₀: a direction between their vectors is known to W₀, whichever basis LAPACK gives."""
+    rng = np.random.default_rng(2)
+    X, _, Z = spread(rng, 12)
+    S = torch.tensor([5.0, 3, 3, 3, 1, 0.5, 0.2, 0.1, 0.09, 0.08, 0.07, 0.06], dtype=torch.float64)
+    y = torch.as_tensor(X[:, 1:4].sum(1, keepdims=True) / math.sqrt(3))
+    spike = Triplets(y, torch.ones(1).double(), torch.as_tensor(Z[:, :1].T.copy()))
+    counts = []
+    for _ in range(5):
+        turn = np.eye(12)
+        turn[1:4, 1:4] = np.linalg.qr(rng.standard_normal((3, 3)))[0]
+        base = Triplets(torch.as_tensor(X @ turn), S, torch.as_tensor((Z @ turn).T.copy()))
+        case = AgainstBase(base, LowRank(y, y.mT), spike, spike, k=2, epsilon=0.95)
+        assert ALIGNMENT["largest_cosines"](case) == pytest.approx([1.0])
+        counts.append(ALIGNMENT["intruders"](case))
+        assert "σ_2 and σ_3 of W₀ are equal" in tie_note(case)
+    assert counts == [0] * 5
+    assert base.groups == [1, 3, *[1] * 8]
+
+
+def test_the_chance_of_equal_values_is_that_of_their_space():
+    m, epsilon = 6, 0.8
+    eye = torch.eye(m, dtype=torch.float64)
+    base = Triplets(eye[:, :2], torch.ones(2).double(), eye[:2])
+    y = torch.as_tensor(np.random.default_rng(0).standard_normal((m, 20000)))
+    y = y / y.norm(dim=0)
+    share = float((base.nearest(y) < epsilon).double().mean())
+    one = Triplets(y[:, :1], torch.ones(1).double(), y[:, :1].mT)
+    case = AgainstBase(base, LowRank(one.U, one.Vh), one, one, k=1, epsilon=epsilon)
     assert ALIGNMENT["intruders_chance"](case) == pytest.approx(share, abs=0.02)

@@ -15,6 +15,8 @@ import spectra
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import LowRank
 from spectra.metrics.interference import INTERFERENCE
+from spectra.metrics.shared_basis import SharedBasis
+from spectra.metrics.sides import Side
 
 seeds = st.integers(0, 10**6)
 
@@ -198,6 +200,36 @@ def test_the_null_is_that_of_what_differs_and_not_of_the_mean():
     draws = [np.linalg.qr(rng.standard_normal((m, r + 1)))[0] * values for values in mean_kept]
     values = np.linalg.svd(np.hstack(draws))[1] ** 2
     assert found["shared_null"] == pytest.approx(values[:k].sum() / values.sum(), abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("shape", "ranks", "sizes", "times"),
+    [
+        ((6, 9), (2, 2), (1, 1), 150),
+        ((40, 50), (4, 4, 4), (1, 1, 1), 60),
+        ((40, 50), (2, 5, 9), (1, 1, 1), 40),
+        ((40, 50), (4, 4, 4), (1, 3, 10), 30),
+        ((20, 20), (20, 20), (1, 1), 30),
+        ((60, 50), (4,) * 8, (1,) * 8, 15),
+    ],
+)
+def test_of_unrelated_updates_the_null_is_what_they_share_on_average(shape, ranks, sizes, times):
+    """Over many draws of random updates: in a small space, too, and of unequal ranks and sizes."""
+    rng = np.random.default_rng(11)
+    found = []
+    for _ in range(times):
+        updates = [
+            size * rng.standard_normal((shape[0], r)) @ rng.standard_normal((r, shape[1]))
+            for size, r in zip(sizes, ranks, strict=True)
+        ]
+        together = [torch.linalg.svd(torch.from_numpy(update), full_matrices=False) for update in updates]
+        left = [U[:, :r].contiguous() for (U, _, _), r in zip(together, ranks, strict=True)]
+        right = [Vh[:r].mT.contiguous() for (_, _, Vh), r in zip(together, ranks, strict=True)]
+        values = tuple(S[:r] for (_, S, _), r in zip(together, ranks, strict=True))
+        basis = SharedBasis(values, Side.of(left), Side.of(right))
+        found.append((basis.share, basis.null()))
+    share, null = np.mean(found, axis=0)
+    assert null == pytest.approx(share, abs=0.015)
 
 
 def test_factors_are_never_multiplied_out(monkeypatch):

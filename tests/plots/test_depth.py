@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 import spectra
 from spectra.errors import SelectionError
+from spectra.metrics import METRICS
 from spectra.plots.depth import depth_grid, finding, is_wide
 from spectra.spectrum import Spectrum
 
@@ -107,6 +108,11 @@ def test_several_runs_share_rows_columns_and_scale(run):
     assert [ax.get_title().splitlines()[0] for ax in panels] == ["first", "second", "first", "second"]
 
 
+def test_one_metric_may_be_its_name_alone(run):
+    alone, listed = (spectra.depth_figure(run, metrics) for metrics in ("norm", ["norm"]))
+    assert [ax.get_title() for ax in alone.axes] == [ax.get_title() for ax in listed.axes]
+
+
 def test_runs_of_other_models_have_rows_and_columns_of_their_own(run):
     other = [Spectrum(f"h.{i}.attn.c_proj.weight", (1, 1), S=[1.0]) for i in range(5)]
     figure = spectra.depth_figure({"first": run, "second": other}, ["norm"])
@@ -132,8 +138,15 @@ def test_values_over_decades_are_on_a_logarithmic_scale():
 
 
 def test_wrong_input_is_one_message(run):
-    with pytest.raises(SelectionError, match=r"metric 'nrm' is not a column of numbers here; there are .*max_rank"):
+    with pytest.raises(
+        SelectionError, match=r"metric 'nrm' is not a column of numbers here; there are norm, .*max_rank"
+    ) as wrong:
         drawn(run, "nrm")
+    listed = str(wrong.value).partition("there are ")[2].split(", ")
+    assert {*METRICS} <= {*listed}
+    assert not {"layer", "out", "in"} & {*listed}
+    with pytest.raises(SelectionError, match=r"metric 'nrm' is not .*; there are phi$"):
+        drawn([{"name": "a", "layer": 1, "phi": 1.0}], "nrm")
     with pytest.raises(SelectionError, match=r"no column 'name'.*by='matrix'"):
         drawn(spectra.summarize(run, by="role"), "norm")
     with pytest.raises(SelectionError, match=r"stands in the table several times: .*such as side='right'"):

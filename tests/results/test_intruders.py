@@ -8,6 +8,7 @@ from support.checkpoints import llama_tensors, nudged, write_checkpoint
 from support.command_line import run, strict
 
 import spectra
+from spectra.engine.solve import ROUNDING_ONLY
 from spectra.errors import BaseRequiredError, SelectionError
 from spectra.results import base_cache
 
@@ -95,3 +96,38 @@ def test_the_command_counts_and_keeps(planted, monkeypatch):
     assert "4 intruders in 4 matrices" in err
     printed, _ = run(*arguments, "--json", "--workers", 2)
     assert strict(printed)["matrices"] == strict((planted / "kept/intruders.json").read_text())["matrices"]
+
+
+@pytest.mark.parametrize("rank", [3, 30])
+def test_equal_values_of_the_base_do_not_part_the_two_counts(tmp_path, rank):
+    """Groups of equal σ of W₀, one of them cut at 2k: the bases of their spaces are not determined, the counts are."""
+    generator = torch.Generator().manual_seed(rank)
+
+    def orthonormal(k):
+        return torch.linalg.qr(torch.randn(48, k, generator=generator, dtype=torch.float64))[0]
+
+    S = torch.tensor([4.0] * 4 + [3.0] * 3 + [2.5] * 5 + [1.0] * 36, dtype=torch.float64)
+    base = {
+        NAME.format(0): (orthonormal(48) * S) @ orthonormal(48).T,
+        NAME.format(1): (2 * orthonormal(48)).contiguous(),
+    }
+    tuned = {name: weight.contiguous() + 2.4 * orthonormal(rank) @ orthonormal(rank).T for name, weight in base.items()}
+    source = spectra.open_source(write_checkpoint(tmp_path / "ft", tuned), write_checkpoint(tmp_path / "b", base))
+    for epsilon in (0.3, 0.5, 0.7, 0.9):
+        counted, whole = (what(source, k=5, epsilon=epsilon) for what in (spectra.intruders, spectra.alignment))
+        assert list(counted["intruders"]) == list(whole["intruders"]), epsilon
+        assert whole["intruders"][1] == 0, "of a multiple of an orthogonal matrix every direction is one"
+        bounds = zip(counted["least_cosines"], counted["most_cosines"], whole["largest_cosines"], strict=True)
+        for least, most, truth in bounds:
+            assert all(low - 1e-9 <= value <= high + 1e-9 for low, value, high in zip(least, truth, most, strict=True))
+
+
+def test_an_update_that_is_rounding_alone_says_so_in_both(tmp_path):
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    base = {NAME.format(0): weight, NAME.format(1): weight.clone()}
+    tuned = {NAME.format(0): weight.bfloat16(), NAME.format(1): (weight + 0.1 * torch.eye(64)).bfloat16()}
+    source = spectra.open_source(write_checkpoint(tmp_path / "ft", tuned), write_checkpoint(tmp_path / "b", base))
+    for what in (spectra.intruders, spectra.alignment):
+        first, second = what(source, k=3)["note"]
+        assert first == ROUNDING_ONLY
+        assert second == ""

@@ -7,7 +7,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Literal
 
-from spectra.deltas.source import Source
+from spectra.deltas.source import NO_HEADS, Source
 from spectra.files.folder import Folder
 from spectra.models.pairing import unwrap
 from spectra.sources.dump import compare_base_layers, inner_base
@@ -100,7 +100,7 @@ class Format:
 
     def _check_options(self, ledger: Ledger) -> None:
         if not self.heads and ledger.heads != "mean":
-            ledger.warnings.append(f"heads={ledger.heads!r} was ignored: there are no heads in {self.title}")
+            ledger.warnings.append(f"heads={ledger.heads!r} {NO_HEADS} {self.title}")
         if self.scale == "none" and ledger.scale is not None:
             ledger.warnings.append(f"scale was ignored: nothing is left to scale in {self.title}")
         if self.scale == "config":
