@@ -40,6 +40,7 @@ DEPTH_METRICS = {
 }
 _MOST_TICKS = 7
 _MOST_PANELS = 24
+_MOST_BARS = 12  # rows of bars, which need no colours of their own
 
 
 def histogram(runs: Sequence[Run]) -> dict[str, Any] | None:
@@ -47,7 +48,7 @@ def histogram(runs: Sequence[Run]) -> dict[str, Any] | None:
     filled = [run for run in runs if run.spectra]
     left_out: list[str] = []
     if len(filled) == 1:
-        curves, left_out = curves_by_role(_in_order(filled[0].spectra))
+        curves, left_out = curves_by_role(_in_order(filled[0].spectra), most=_MOST_BARS)
     else:
         curves = {run.label: list(run.spectra) for run in filled}
     try:
@@ -85,7 +86,8 @@ def histogram(runs: Sequence[Run]) -> dict[str, Any] | None:
             }
         )
     return {"rows": rows, "ticks": [{"x": at(x), "label": label} for x, label in _ticks(low, high)],
-            "height": HEIGHT, "left_out": left_out, "by_run": len(filled) > 1}  # fmt: skip
+            "height": HEIGHT, "shaded": any(row["edge"] is not None for row in rows),
+            "left_out": left_out, "by_run": len(filled) > 1}  # fmt: skip
 
 
 def _in_order(items: Sequence[_Named]) -> list[_Named]:
@@ -130,11 +132,18 @@ def similarity(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], int]:
     """A panel per run, role and side, φ averaged over the matrices; and how many panels were left out."""
     several = len([run for run in runs if run.similarities]) > 1
     panels = [
-        _similar(item, f"{run.label}: {item.name}" if several else item.name)
+        _similar(item, f"{run.label}: {item.name}" if several else item.name) | _updates(run)
         for run in runs
         for item in pool_by_role(_in_order(run.similarities))
     ]
     return panels[:_MOST_PANELS], max(len(panels) - _MOST_PANELS, 0)
+
+
+def _updates(run: Run) -> dict[str, str]:
+    """What the two updates are called, by the last part of their paths."""
+    facts = run.facts
+    return {key: facts.get(f"{key} update", "").rstrip("/").rpartition("/")[2] or f"the {key} update"
+            for key in ("first", "second")}  # fmt: skip
 
 
 def _similar(item: SubspaceSimilarity, title: str) -> dict[str, Any]:
