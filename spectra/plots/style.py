@@ -83,7 +83,7 @@ def marked(mark: str) -> dict[str, Any]:
     """How a curve is drawn: thin and solid, with a mark of its own that grey print keeps."""
     import matplotlib as mpl
 
-    size = 0.7 * float(mpl.rcParams["lines.markersize"])
+    size = 0.85 * float(mpl.rcParams["lines.markersize"])
     return {"linewidth": stroke(0.8), "marker": mark, "markersize": size, "markeredgewidth": 0}
 
 
