@@ -130,8 +130,13 @@ def series_figure(
 def _from_to(done: pd.DataFrame, metric: str) -> str:
     """What a panel says: the medians over all matrices at its first and its last step."""
     middle = done[done[metric].notna()].groupby("step")[metric].median()
-    first, last = (f"{middle.iloc[place]:.2g} at step {middle.index[place]:,}" for place in (0, -1))
-    return f"median {first}" if len(middle) == 1 else f"median {first}, {last}"
+    told = [f"{_short(middle.iloc[place])} at step {middle.index[place]:,}" for place in (0, -1)]
+    parts = [f"median {told[0]}", told[1]][: len(middle)]
+    return ", ".join(part.replace(" ", "\u00a0") for part in parts)  # no line ends within a part
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def left_out_roles(table: pd.DataFrame) -> list[str]:

@@ -166,9 +166,8 @@ def _similar(item: SubspaceSimilarity, title: str) -> dict[str, Any]:
     cells: dict[int, list[str]] = {}
     for i, line in enumerate(item.grid.tolist()):
         for j, phi in enumerate(line):
-            cells.setdefault(level(phi, (0.0, 1.0)), []).append(
-                f"M{j} {i}h1.03v1.03h-1.03z"
-            )  # over the next: else paper shows seams
+            # A little over the next ones, for else a printed square shows seams.
+            cells.setdefault(level(phi, (0.0, 1.0)), []).append(f"M{j} {i}h1.03v1.03h-1.03z")
     shown = sorted({place for place in (1, 2, 5, 10, 20, 50, 100) if place < k} | {k})
     ends = {place: [text.figure(float(of[place - 1, place - 1])) for of in (item.grid, item.chance)] for place in shown}
     return {

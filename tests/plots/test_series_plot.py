@@ -52,7 +52,7 @@ def test_a_figure_has_a_panel_for_each_metric_that_has_values_and_one_legend():
     assert [text.get_text() for text in legend.get_texts()] == [
         "q_proj", "v_proj", "quartiles over layers", "by chance",
     ]  # fmt: skip
-    assert figure.axes[0].get_title() == "median 11 at step 10, 31 at step 30"
+    assert figure.axes[0].get_title().split() == ["median", "11", "at", "step", "10,", "31", "at", "step", "30"]
     assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["10", "30"]
 
 
