@@ -65,7 +65,7 @@ def place_of(name: str) -> Place:
     """The layer that a weight belongs to, with the stack of layers that it is of.
 
     >>> place_of("decoder.block.3.layer.1.EncDecAttention.q.weight")
-    Place(stack='decoder.block', index=(3,))
+    Place(stack='decoder.block', index=(3,), sampler='')
     >>> place_of("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight").label
     '1.0'
     >>> place_of("down_blocks.1.downsamplers.0.conv.weight").label
