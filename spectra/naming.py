@@ -50,6 +50,7 @@ _ROLE_PATTERNS: tuple[tuple[str, str], ...] = (
     (r"(?:^|\.)(?:w1|wi_0)$", "gate_proj"),
     (r"(?:^|\.)(?:w3|wi_1)$", "up_proj"),
     (r"(?:^|\.)w2$", "down_proj"),
+    (r"(?:^|\.)(?:gate|router(?:\.layer)?)$", "router"),
     (r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|tok_embeddings|embed_in)$", "embed_tokens"),
     (r"(?:^|\.)(?:lm_head|embed_out)$", "lm_head"),
 )
@@ -63,7 +64,7 @@ _ATTENTION = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 _GROUPS = {"attn": _ATTENTION, "attention": _ATTENTION, "mlp": _MLP, "ffn": _MLP}
 # As data goes through a model; roles that are not here come between the last two.
-_ORDER = ("embed_tokens", *_ATTENTION, *_MLP, "", "lm_head")
+_ORDER = ("embed_tokens", *_ATTENTION, "router", *_MLP, "", "lm_head")
 _PARTS = re.compile(r"\[([^\]]*)\]")
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|block|encoder|decoder|resblocks)\.([0-9]{1,9})(?=\.|$)")
 _LAYERS = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9})(?:\.(.+))?)?")
@@ -124,6 +125,8 @@ def role_of(name: str) -> str:
     'k_proj'
     >>> role_of("pooler.dense.weight")
     'pooler.dense'
+    >>> role_of("model.layers.0.block_sparse_moe.gate.weight")
+    'router'
     """
     module = module_of(name)
     for part in split_parts(name)[1]:

@@ -113,6 +113,6 @@ def test_a_pattern_that_matches_nothing_is_told_what_is_near(pattern, told):
 def test_roles_stand_in_the_models_order():
     roles = ["lm_head", "down_proj", "router", "o_proj", "q_proj", "embed_tokens", "up_proj", "gate_proj", "k_proj"]
     assert naming.in_model_order([*roles, "v_proj", "other", "q_proj"]) == [
-        *("embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        *("router", "other", "lm_head"),
+        *("embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "router", "gate_proj", "up_proj", "down_proj"),
+        *("other", "lm_head"),
     ]

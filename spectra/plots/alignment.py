@@ -14,7 +14,7 @@ from spectra.naming import in_model_order
 from spectra.plots.panels import panelled, put_legend
 from spectra.plots.similarity import tick_positions
 from spectra.plots.sizes import DEFAULT, arranged
-from spectra.plots.style import HEATMAP, curves, new_axes, stroke
+from spectra.plots.style import HEATMAP, curves, marked, name_chance, new_axes, stroke
 from spectra.printing import in_figure
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_ROLES = 7
+_UNBROKEN = "\u00a0"  # a space at which no line ends
 _COLUMNS = 4
 _SQUARE, _BAR, _DECILES = (14.5, 17.5), 6.0, (24.0, 19.0)  # ems
 
@@ -77,9 +78,8 @@ def plot_deciles(table: pd.DataFrame, *, side: str = "left", ax: Axes | None = N
         raise SelectionError(f"side={side!r} is not left or right")
     ax = new_axes(ax)
     tenths = np.arange(1, 11)
-    for (role, rows), (colour, line) in zip(_by_role(table).items(), curves(), strict=False):
-        ax.plot(tenths, _mean(rows[f"{side}_deciles"]), color=colour, linestyle=line, marker=".",
-                label=in_figure(role))  # fmt: skip
+    for (role, rows), (colour, mark) in zip(_by_role(table).items(), curves(), strict=False):
+        ax.plot(tenths, _mean(rows[f"{side}_deciles"]), color=colour, label=in_figure(role), **marked(mark))
         ax.plot(tenths, [_mean_chance(rows, side)] * 10, color=colour, linestyle=":", linewidth=stroke(0.6))
     ax.set_xticks(tenths)
     ax.set_ylim(0, None)
@@ -128,6 +128,7 @@ def deciles_figure(table: pd.DataFrame, *, title: str = "", size: str = DEFAULT)
         highest = max(ax.get_ylim()[1] for ax in axes)
         for ax in axes:
             ax.set_ylim(0, highest)
+        name_chance(axes[0])
         put_legend(figure, axes[0], layout)
     return figure
 
@@ -137,9 +138,9 @@ def _first_tenth(table: pd.DataFrame) -> str:
     done = table[table["status"] == "ok"]
     shares = [float(_mean(done[f"{side}_deciles"])[0]) for side in ("left", "right")]
     chances = [_mean_chance(done, side) for side in ("left", "right")]
-    told = [f"{share:.0%} {side} (by chance {chance:.0%})"
+    told = [f"{100 * share:.0f} % {side} (by chance {100 * chance:.0f} %)".replace(" ", _UNBROKEN)
             for share, chance, side in zip(shares, chances, ("left", "right"), strict=True)]  # fmt: skip
-    return f"in the top tenth of W₀'s directions: {', '.join(told)}"
+    return f"energy in the top tenth of W₀'s directions:\n{', '.join(told)}"
 
 
 def mean_cosines(rows: pd.DataFrame) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -12,8 +11,9 @@ import numpy as np
 
 from spectra.errors import SelectionError, refuse_path_for_spectra
 from spectra.metrics import METRICS
+from spectra.plots.panels import even_lines
 from spectra.plots.places import Place, ordered_places, ordered_rows, place_of, row_of, stack_labels
-from spectra.plots.style import HEATMAP, curves, new_axes
+from spectra.plots.style import HEATMAP, curves, marked, new_axes
 from spectra.printing import in_figure, shortened
 from spectra.results import tables
 from spectra.results.collection import Spectra
@@ -233,7 +233,7 @@ def put_title(grid: DepthGrid, ax: Axes, title: str, width: int = _WIDTH, **opti
     above = _LETTER * em * max(map(len, words)) if words else 0.8 * em if _stacks(grid.places) else 0
     pad = (0.9 * em if above else 0.6 * em) + above
     told = [shortened(line, _LONGEST_LINE) for line in title.splitlines()]
-    lines = [textwrap.fill(line, width, break_on_hyphens=False) for line in told]
+    lines = [even_lines(line, width) for line in told]
     ax.set_title(in_figure("\n".join(lines)), pad=pad, **options)
 
 
@@ -253,7 +253,7 @@ def draw_grid(
     (_draw_heatmap if kind == "heatmap" else _draw_lines)(grid, ax, limits or value_range([grid]), colorbar)
     _number_places(grid, ax)
     lines = [shortened(line, _LONGEST_LINE) for line in _below(grid, hatched=kind == "heatmap")]
-    filled = "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in lines)
+    filled = "\n".join(even_lines(line, width) for line in lines)
     ax.set_xlabel(in_figure(filled))
     return ax
 
@@ -343,14 +343,14 @@ def add_scale(grid: DepthGrid, ax: Axes, others: Sequence[Axes] = ()) -> None:
 
 def _draw_lines(grid: DepthGrid, ax: Axes, limits: tuple[float, float], colorbar: bool) -> None:
     stacks = [place.stack for place in grid.places]
-    for row, values, (colour, line) in zip(grid.rows, grid.values, curves(), strict=False):
+    for row, values, (colour, mark) in zip(grid.rows, grid.values, curves(), strict=False):
         if not np.isfinite(values).any():
             continue
         label: str | None = _label(row)
         for stack in dict.fromkeys(stacks):
             x = np.array([j for j, other in enumerate(stacks) if other == stack and np.isfinite(values[j])], dtype=int)
             if len(x):
-                ax.plot(x, values[x], color=colour, linestyle=line, marker=".", label=label and _label(label))
+                ax.plot(x, values[x], color=colour, label=label and _label(label), **marked(mark))
                 label = None
     if is_wide(limits):
         ax.set_yscale("log")

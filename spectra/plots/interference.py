@@ -15,7 +15,7 @@ from spectra.plots.figures import save_figure
 from spectra.plots.panels import panelled, put_label, put_legend, put_title
 from spectra.plots.sizes import DEFAULT, arranged
 from spectra.plots.squares import DIVERGING, most_alike, short_names, square_rows, squares_figure
-from spectra.plots.style import curves, new_axes, stroke
+from spectra.plots.style import curves, marked, new_axes, stroke
 from spectra.printing import in_figure
 from spectra.results.shelf import write
 from spectra.results.tables import to_csv
@@ -59,8 +59,8 @@ def plot_roles_over_depth(
 
     ax = new_axes(ax)
     levels = _by_role(records(rows), chance) if isinstance(chance, str) else {}
-    for (colour, dashes), (role, values) in zip(curves(), lines.items(), strict=False):
-        ax.plot(list(values), list(values.values()), color=colour, linestyle=dashes, marker=".", label=in_figure(role))
+    for (colour, mark), (role, values) in zip(curves(), lines.items(), strict=False):
+        ax.plot(list(values), list(values.values()), color=colour, label=in_figure(role), **marked(mark))
         if role in levels:
             ax.plot(list(levels[role]), list(levels[role].values()), color=colour, linestyle=":", linewidth=stroke(0.6))
     if not isinstance(chance, str) and not math.isnan(chance):

@@ -39,13 +39,24 @@ def panelled(layout: Layout, *, title: str = "", squares: bool = False) -> Itera
 
 def put_above(figure: Figure, title: str, layout: Layout) -> None:
     """The figure's title, in lines that its width holds."""
-    lines = [textwrap.fill(line, int(layout.whole / 1.2)) for line in title.splitlines()]
+    lines = [even_lines(line, int(layout.whole / 1.2)) for line in title.splitlines()]
     figure.suptitle(in_figure("\n".join(lines)))
 
 
 def put_title(ax: Axes, title: str, layout: Layout) -> None:
     """A panel's title, small, in lines that its width holds."""
-    ax.set_title(in_figure(textwrap.fill(title, layout.letters(0.9, 0.85))), fontsize="small")
+    ax.set_title(in_figure(even_lines(title, layout.letters(0.9, 0.85))), fontsize="small")
+
+
+def even_lines(words: str, width: int) -> str:
+    """In as few lines as the width allows, none much shorter than the others.
+
+    >>> even_lines("one two three four five", 20)
+    'one two three\\nfour five'
+    """
+    least = max(map(len, words.split(" "))) or 1
+    told = [textwrap.wrap(words, space, break_on_hyphens=False) for space in (*range(least, width), width)]
+    return "\n".join(next(lines for lines in told if len(lines) == len(told[-1])))
 
 
 def put_label(ax: Axes, label: str, letters: int) -> None:

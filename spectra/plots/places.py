@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from spectra import naming
 # Words before a number that counts depth; what merely ends in one of them (down_blocks) counts, too.
 _NUMBER = re.compile("[0-9]{1,9}")  # as layers have it; what is longer is a stranger's name
 _CONTAINER = re.compile(r"(?:^|_)(?:layers?|h|blocks?|encoder|decoder|resblocks|stages?|attentions|resnets)$")
+_SAMPLERS = {"downsamplers": "down", "upsamplers": "up"}  # behind the numbered layers of their block
 _INSIDE_MIDDLE = frozenset({"attentions", "resnets"})  # of the one middle block, which has no number
 # Stacks in the order in which data flows through them, by the first of these words that a stack's name has.
 _FLOW = (
@@ -23,7 +25,6 @@ _FLOW_DEFAULT = 3.5  # a plain stack of layers: after encoders, and before what 
 _CROSS = frozenset({
     "attn2", "EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "cross_attention", "multihead_attn",
 })  # fmt: skip
-_ROUTERS = frozenset({"gate", "router", "router.layer"})
 _KNOWN = 2**16  # names whose place is kept: a picture asks for each many times
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
@@ -43,15 +44,17 @@ class Place:
     Attributes:
         stack: the part of the names before the layer's number; "" outside all layers.
         index: the numbers, the block's first; () outside all layers.
+        sampler: "down" or "up" for the layer that ends a block of a UNet, which has no number there; else "".
     """
 
     stack: str
     index: tuple[int, ...]
+    sampler: str = ""
 
     @property
     def label(self) -> str:
         """The layer's number as people write it."""
-        return ".".join(map(str, self.index))
+        return ".".join([*map(str, self.index), *filter(None, [self.sampler])])
 
 
 OUTSIDE = Place("", ())
@@ -62,9 +65,11 @@ def place_of(name: str) -> Place:
     """The layer that a weight belongs to, with the stack of layers that it is of.
 
     >>> place_of("decoder.block.3.layer.1.EncDecAttention.q.weight")
-    Place(stack='decoder.block', index=(3,))
+    Place(stack='decoder.block', index=(3,), sampler='')
     >>> place_of("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight").label
     '1.0'
+    >>> place_of("down_blocks.1.downsamplers.0.conv.weight").label
+    '1.down'
     """
     stack: list[str] = []
     index: list[int] = []
@@ -72,6 +77,8 @@ def place_of(name: str) -> Place:
     for place, (before, word) in enumerate(pairwise(words[:-1]), start=1):
         if before == "experts":
             break
+        if before in _SAMPLERS and index:
+            return Place(".".join(stack), tuple(index), _SAMPLERS[before])
         is_sublayer = before == "layer" and "block" in words[: place - 1]  # T5: block.3.layer.1
         is_first_inside = bool(index) and before == "transformer_blocks" and word == "0"  # with what is around it
         if _NUMBER.fullmatch(word) and _CONTAINER.search(before) and not is_sublayer and not is_first_inside:
@@ -95,8 +102,6 @@ def row_of(name: str) -> str:
         return f"{role}, shared expert"
     if "experts" in words:
         return f"{role}, experts"
-    if role in _ROUTERS:
-        return "router"
     if _CROSS.intersection(words):
         return f"cross {role}"
     context = "ff_context" in words or any(word.startswith("txt_") for word in words)
@@ -135,7 +140,11 @@ def ordered_places(names: Iterable[str]) -> list[Place]:
     """
     places = dict.fromkeys(map(place_of, names))
     stacks = {stack: place for place, stack in enumerate(dict.fromkeys(place.stack for place in places))}
-    return sorted(places, key=lambda place: (not place.index, _flow(place.stack), stacks[place.stack], place.index))
+    return sorted(places, key=lambda place: (not place.index, _flow(place.stack), stacks[place.stack], _within(place)))
+
+
+def _within(place: Place) -> tuple[float, ...]:
+    return (*place.index, math.inf) if place.sampler else place.index
 
 
 def _flow(stack: str) -> float:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from spectra.extraction.ranks import kept_by_budget, kept_by_uniform_rank
-from spectra.plots.style import curves, legend_below, new_axes
+from spectra.plots.style import curves, legend_below, marked, new_axes
 from spectra.printing import in_figure
 from spectra.spectrum import Spectrum
 
@@ -33,23 +34,25 @@ def plot_kept_energy(
     Raises:
         SelectionError: no matrix changed.
     """
+    from matplotlib.text import Annotation
+
     ax = new_axes(ax)
     held = list(spectra)
     best, uniform = kept_by_budget(held), kept_by_uniform_rank(held)
     before = f"{label}: " if label else ""
-    styles = curves()
-    for _ in ax.get_lines():
-        next(styles)  # another update is there already
-    colour, line = next(styles)
-    ax.plot(best.parameters, best.kept, color=colour, linestyle=line, label=in_figure(f"{before}ranks that lose least"))
-    colour, line = next(styles)
+    before_it = len(ax.get_lines()) // 2  # updates that are there already
+    colour, mark = next(islice(curves(), before_it, None))
+    ax.plot(best.parameters, best.kept, color=colour, label=in_figure(f"{before}ranks that lose least"))
     powers = [2**place - 1 for place in range(len(uniform.kept).bit_length())]
     ax.plot(
-        uniform.parameters, uniform.kept, color=colour, linestyle=line, marker=".", markevery=powers,
-        label=in_figure(f"{before}one rank for all"),
+        uniform.parameters, uniform.kept, color=colour, markevery=powers,
+        label=in_figure(f"{before}one rank for all"), **marked(mark),
     )  # fmt: skip
+    there = [text for text in ax.texts if isinstance(text, Annotation)]
     for place in powers if len(powers) <= _SIGNS else powers[::2]:
         at = (uniform.parameters[place], uniform.kept[place])
+        if any(text.xy[0] == at[0] for text in there):
+            continue  # of another update of these matrices, straight above or below
         ax.annotate(f"r = {place + 1}", at, (4, -9), textcoords="offset points", fontsize="x-small", color=colour)
     ax.set_xscale("log")
     ax.set_ylim(0, 1.02)

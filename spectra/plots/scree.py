@@ -9,7 +9,7 @@ import numpy as np
 
 from spectra.errors import SelectionError, TruncatedSpectrumError, refuse_path_for_spectra
 from spectra.metrics.rank import rank_at
-from spectra.plots.style import curves, legend_below, new_axes, stroke
+from spectra.plots.style import curves, legend_below, marked, new_axes, stroke
 from spectra.printing import in_figure
 from spectra.results.collection import Spectra
 from spectra.spectrum import Spectrum
@@ -31,13 +31,13 @@ def plot_scree(
 ) -> Axes:
     """σ_i over i, both logarithmic: of several matrices the median, and a band that holds the middle 80 % of them.
 
-    A dot on the curve, and the dotted line through it, mark how many directions hold this share of the energy Σσ² (the
-    median of `rank_at`), and the legend says the number. At an index that only some matrices reach, the median is over
-    these.
+    A mark on the curve, and the dotted line through it, tell how many directions hold this share of the energy Σσ² (the
+    median of `rank_at`), and the legend says the number; where only the top of the spectra is known, the mark is at its
+    end. At an index that only some matrices reach, the median is over these.
 
     Args:
         spectra: updates that make one curve, or label → updates for one curve each.
-        energy: the share that the dots mark, above 0 and at most 1.
+        energy: the share that is marked, above 0 and at most 1.
         legend: whether to say below the axes which curve is which.
         ax: where to draw; None for a new figure.
 
@@ -55,7 +55,7 @@ def plot_scree(
     groups = {label: _changed(items) for label, items in _labelled(spectra).items()}
     bands = scree_curves(groups)
     ax = new_axes(ax)
-    for (label, members), (colour, line) in zip(groups.items(), curves(), strict=False):
+    for (label, members), (colour, mark) in zip(groups.items(), curves(), strict=False):
         if not members:
             continue
         low, middle, high = bands[label]
@@ -67,12 +67,11 @@ def plot_scree(
             else "top of the spectra only"
         )
         name = f"{label}: {matrices(len(members))}, {said}" if label else f"{matrices(len(members))}, {said}"
-        ax.plot(index, middle, color=colour, linestyle=line, label=in_figure(name))
+        place = min(max(round(float(np.median(ranks))), 1), len(middle)) if ranks else len(middle)
+        ax.plot(index, middle, color=colour, label=in_figure(name), **marked(mark) | {"markevery": [place - 1]})
         if len(members) > 1:
             ax.fill_between(index, low, high, color=colour, alpha=0.15, linewidth=0)
         if ranks:
-            place = min(max(round(float(np.median(ranks))), 1), len(middle))
-            ax.plot([place], [middle[place - 1]], color=colour, marker="o", markersize=6)
             ax.axvline(place, color=colour, linestyle=":", linewidth=stroke(0.6))
     ax.set_xscale("log")
     ax.set_yscale("log")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spectra.errors import SelectionError
 from spectra.naming import in_model_order
-from spectra.plots.panels import panelled, put_label, put_legend, put_title
+from spectra.plots.panels import panelled, put_label, put_legend_of, put_title
 from spectra.plots.sizes import DEFAULT, arranged
-from spectra.plots.style import curves, new_axes, stroke
+from spectra.plots.style import curves, marked, name_chance, new_axes, stroke
 from spectra.printing import in_figure
 from spectra.results.series import by_role
 
@@ -40,6 +41,7 @@ _FIGURE = (
 _COLUMNS = 4
 _PANEL, _LETTERS = (17.0, 16.5), 18  # ems of a panel, and characters along its height
 _MOST_ROLES = 7
+_MOST_STEPS = 4  # whose numbers stand under a panel
 
 
 def plot_series(table: pd.DataFrame, *, metric: str = "norm", ax: Axes | None = None) -> Axes:
@@ -62,20 +64,33 @@ def plot_series(table: pd.DataFrame, *, metric: str = "norm", ax: Axes | None = 
         raise SelectionError(f"no checkpoint has a value of {metric}")
     ax = new_axes(ax)
     styles = dict(zip(_roles(table), curves(), strict=False))
-    for role, (colour, line) in styles.items():
+    for role, (colour, mark) in styles.items():
         groups = done[done["role"] == role].groupby("step")[metric]
         if not len(groups):
             continue
         middle, low, high = groups.median(), groups.quantile(0.25), groups.quantile(0.75)
         ax.fill_between(middle.index, low, high, color=colour, alpha=0.15, linewidth=0)
-        ax.plot(middle.index, middle, color=colour, linestyle=line, marker=".", label=in_figure(role))
+        ax.plot(middle.index, middle, color=colour, label=in_figure(role), **marked(mark))
         if f"{metric}_chance" in done:
             chance = done[done["role"] == role].groupby("step")[f"{metric}_chance"].median()
             ax.plot(chance.index, chance, color=colour, linestyle=":", linewidth=stroke(0.6))
+    _number_steps(ax, sorted(set(done["step"])))
     ax.set_xlabel("step")
     ax.set_ylabel(SERIES_LABELS[metric])
     ax.set_ylim(0, 1.03 if metric in _SHARES else None)
     return ax
+
+
+def _number_steps(ax: Axes, steps: Sequence[int]) -> None:
+    """The checkpoints' own numbers where they are few and stand apart, and else whole ones."""
+    from matplotlib.ticker import MaxNLocator
+
+    apart = [after - before for before, after in pairwise(steps)]
+    if len(steps) <= _MOST_STEPS and all(gap >= (steps[-1] - steps[0]) / _MOST_STEPS for gap in apart):
+        ax.set_xticks(steps, [f"{step:,}" for step in steps])
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(_MOST_STEPS, integer=True))
+        ax.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def series_figure(
@@ -104,15 +119,24 @@ def series_figure(
             plot_series(table, metric=name, ax=ax)
             put_label(ax, SERIES_LABELS[name], _LETTERS)
             put_title(ax, _from_to(done, name), layout)
-        put_legend(figure, axes[0], layout)
+        if done.duplicated(["step", "role"]).any():
+            axes[0].fill_between([], [], color="0.5", alpha=0.3, linewidth=0, label="quartiles over layers")
+        if any(f"{name}_chance" in done for name in there):
+            name_chance(axes[0])
+        put_legend_of(figure, axes, layout)
     return figure
 
 
 def _from_to(done: pd.DataFrame, metric: str) -> str:
     """What a panel says: the medians over all matrices at its first and its last step."""
     middle = done[done[metric].notna()].groupby("step")[metric].median()
-    first, last = (f"{middle.iloc[place]:.2g} at {middle.index[place]:,}" for place in (0, -1))
-    return first if len(middle) == 1 else f"{first}, {last}"
+    told = [f"{_short(middle.iloc[place])} at step {middle.index[place]:,}" for place in (0, -1)]
+    parts = [f"median {told[0]}", told[1]][: len(middle)]
+    return ", ".join(part.replace(" ", "\u00a0") for part in parts)  # no line ends within a part
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def left_out_roles(table: pd.DataFrame) -> list[str]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Okabe & Ito 2008: distinguishable with any form of colour blindness; dark ones first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)))
+MARKS = ("o", "s", "^", "D", "v", "X")  # one fewer than colours: none of the first 42 curves has both of another
 _BELOW = 4.8  # ems from an axis to what stands below its numbers and its label
 _SINGLE = (46.0, 30.0)  # ems of a plot alone, in a figure of its own
 HEATMAP = "viridis"  # perceptually uniform, readable in grey
@@ -41,9 +41,9 @@ _RC: Any = {
 }
 
 
-def curves() -> Iterator[tuple[str, Any]]:
-    """Colour and line style of the first, second, … curve; no two curves share both."""
-    return zip(cycle(COLOURS), cycle(LINES), strict=False)
+def curves() -> Iterator[tuple[str, str]]:
+    """Colour and mark of the first, second, … curve; no two curves share both, and none is dashed."""
+    return zip(cycle(COLOURS), cycle(MARKS), strict=False)
 
 
 # What is this thick, or this far away, for text of ten points; thinner and nearer for smaller text.
@@ -77,6 +77,19 @@ def stroke(share: float = 1.0) -> float:
     import matplotlib as mpl
 
     return share * float(mpl.rcParams["lines.linewidth"])
+
+
+def marked(mark: str) -> dict[str, Any]:
+    """How a curve is drawn: thin and solid, with a mark of its own that grey print keeps."""
+    import matplotlib as mpl
+
+    size = 0.85 * float(mpl.rcParams["lines.markersize"])
+    return {"linewidth": stroke(0.8), "marker": mark, "markersize": size, "markeredgewidth": 0}
+
+
+def name_chance(ax: Axes) -> None:
+    """Say in the legend that what is dotted would be there by chance."""
+    ax.plot([], [], color="0.3", linestyle=":", linewidth=stroke(0.6), label="by chance")
 
 
 def legend_below(ax: Axes) -> None:

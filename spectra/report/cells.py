@@ -12,6 +12,7 @@ from spectra.plots.places import stack_labels
 
 LEVELS = 24  # of the colour scale
 _FEW_COLUMNS = 12  # up to which cells show their numbers
+_FLAT = 4  # characters of a column's name beyond which names of columns stand upright
 
 
 def panel(label: str, grid: DepthGrid, limits: tuple[float, float]) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def panel(label: str, grid: DepthGrid, limits: tuple[float, float]) -> dict[str,
         if any(labels.values())
         else [],
         "columns": [place.label or "–" for place in grid.places],
+        "upright": max(len(place.label) for place in grid.places) > _FLAT,
         "rows": [
             {"role": role, "cells": [_cell(grid, i, j, limits) for j in range(len(grid.places))]}
             for i, role in enumerate(grid.rows)
@@ -57,7 +59,8 @@ def plain_panel(
 ) -> dict[str, Any]:
     """A table of cells with roles downwards and something else than layers to the right."""
     return {
-        "label": "", "metric": metric, "corner": corner, "finding": metric, "stacks": [], "columns": columns,
+        "label": "", "metric": metric, "corner": corner, "finding": metric, "stacks": [], "upright": False,
+        "columns": columns,
         "rows": rows, "several": 0, "numbers": len(columns) <= _FEW_COLUMNS, "outside": [], "left_out": (),
         **ends(limits),
     }  # fmt: skip

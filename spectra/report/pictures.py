@@ -8,6 +8,7 @@ read and a printer sees as dots. The page's own style and script are 25 kB toget
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from spectra.errors import SelectionError
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.plots.depth import value_range
 from spectra.plots.figures import depth_grids
-from spectra.plots.grouping import curves_by_role
+from spectra.plots.grouping import MOST_CURVES, curves_by_role
 from spectra.plots.histogram import bin_pooled, pool_curves
 from spectra.plots.places import ordered_rows, row_of
 from spectra.report.cells import ends, level, panel
@@ -40,6 +41,7 @@ DEPTH_METRICS = {
 }
 _MOST_TICKS = 7
 _MOST_PANELS = 24
+_MOST_BARS = 12  # rows of bars, which need no colours of their own
 
 
 def histogram(runs: Sequence[Run]) -> dict[str, Any] | None:
@@ -47,7 +49,7 @@ def histogram(runs: Sequence[Run]) -> dict[str, Any] | None:
     filled = [run for run in runs if run.spectra]
     left_out: list[str] = []
     if len(filled) == 1:
-        curves, left_out = curves_by_role(_in_order(filled[0].spectra))
+        curves, left_out = _by_role(filled[0].spectra)
     else:
         curves = {run.label: list(run.spectra) for run in filled}
     try:
@@ -85,7 +87,22 @@ def histogram(runs: Sequence[Run]) -> dict[str, Any] | None:
             }
         )
     return {"rows": rows, "ticks": [{"x": at(x), "label": label} for x, label in _ticks(low, high)],
-            "height": HEIGHT, "left_out": left_out, "by_run": len(filled) > 1}  # fmt: skip
+            "height": HEIGHT, "shaded": any(row["edge"] is not None for row in rows),
+            "left_out": left_out, "by_run": len(filled) > 1}  # fmt: skip
+
+
+def _by_role(spectra: Sequence[Spectrum]) -> tuple[dict[str, list[Spectrum]], list[str]]:
+    """Roles and what is left out: those of single matrices, if others are enough for a picture of their own.
+
+    A single matrix of few values has taller bars than all others, which flattens these.
+    """
+    counts = Counter(spectrum.role for spectrum in spectra)
+    single = [role for role in counts if counts[role] == 1]
+    if len(counts) - len(single) < MOST_CURVES:
+        return curves_by_role(_in_order(spectra))
+    repeated = [spectrum for spectrum in spectra if counts[spectrum.role] > 1]
+    curves, left_out = curves_by_role(_in_order(repeated), most=_MOST_BARS)
+    return curves, left_out + single
 
 
 def _in_order(items: Sequence[_Named]) -> list[_Named]:
@@ -130,11 +147,18 @@ def similarity(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], int]:
     """A panel per run, role and side, φ averaged over the matrices; and how many panels were left out."""
     several = len([run for run in runs if run.similarities]) > 1
     panels = [
-        _similar(item, f"{run.label}: {item.name}" if several else item.name)
+        _similar(item, f"{run.label}: {item.name}" if several else item.name) | _updates(run)
         for run in runs
         for item in pool_by_role(_in_order(run.similarities))
     ]
     return panels[:_MOST_PANELS], max(len(panels) - _MOST_PANELS, 0)
+
+
+def _updates(run: Run) -> dict[str, str]:
+    """What the two updates are called, by the last part of their paths."""
+    facts = run.facts
+    return {key: facts.get(f"{key} update", "").rstrip("/").rpartition("/")[2] or f"the {key} update"
+            for key in ("first", "second")}  # fmt: skip
 
 
 def _similar(item: SubspaceSimilarity, title: str) -> dict[str, Any]:
@@ -142,7 +166,8 @@ def _similar(item: SubspaceSimilarity, title: str) -> dict[str, Any]:
     cells: dict[int, list[str]] = {}
     for i, line in enumerate(item.grid.tolist()):
         for j, phi in enumerate(line):
-            cells.setdefault(level(phi, (0.0, 1.0)), []).append(f"M{j} {i}h1v1h-1z")
+            # A little over the next ones, for else a printed square shows seams.
+            cells.setdefault(level(phi, (0.0, 1.0)), []).append(f"M{j} {i}h1.03v1.03h-1.03z")
     shown = sorted({place for place in (1, 2, 5, 10, 20, 50, 100) if place < k} | {k})
     ends = {place: [text.figure(float(of[place - 1, place - 1])) for of in (item.grid, item.chance)] for place in shown}
     return {

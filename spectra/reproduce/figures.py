@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from spectra.plots import save_figure
 from spectra.plots.panels import panelled, put_title
 from spectra.plots.sizes import DEFAULT, arranged
-from spectra.plots.style import curves, new_axes, stroke
+from spectra.plots.style import curves, marked, new_axes, stroke
 from spectra.reproduce.analysis import ALL, ATTENTION, Look, pairs, similarity_of, spectra_of
 from spectra.reproduce.commands import Commands
 from spectra.reproduce.plan import REFERENCE, YARDSTICK, Plan
@@ -25,7 +25,7 @@ _KINDS = {
     "multihead": "multi-head LoRA",
     "full": "full fine-tuning",
 }
-_STYLE: dict[str, tuple[str, Any]] = {**dict(zip(_KINDS, curves(), strict=False)), "full": ("0.4", ":")}
+_STYLE = dict(zip(_KINDS, curves(), strict=False))
 _PANEL = (23.0, 20.0)  # ems
 COSTS = {"tokens_per_second": "tokens per second", "peak_mib": "peak memory, MiB"}
 
@@ -81,12 +81,12 @@ def plot_cost(
         x = row["n"] if against == "heads" else row["r"] * (row["n"] if row["kind"] == "multilora" else 1)
         groups.setdefault(row["kind"], []).append((x, row[quantity]))
     for kind, places in groups.items():
-        colour, line = _STYLE[kind]
+        colour, mark = _STYLE[kind]
         if kind == "full":
-            ax.axhline(places[0][1], color=colour, linestyle=line, linewidth=stroke(0.8), label=_KINDS[kind])
+            ax.axhline(places[0][1], color="0.4", linewidth=stroke(0.8), label=_KINDS[kind])
         else:
             x, y = zip(*sorted(places), strict=True)
-            ax.plot(x, y, color=colour, linestyle=line, marker="o", label=_KINDS[kind])
+            ax.plot(x, y, color=colour, label=_KINDS[kind], **marked(mark))
     ax.set_ylim(0, 1.12 * max(value for places in groups.values() for _, value in places))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set_xlabel("number of heads N" if against == "heads" else "total rank n·r")

@@ -182,7 +182,8 @@ def compared_findings(rows: Mapping[str, Sequence[Row]]) -> list[str]:
     shared = [name for name in next(iter(changed.values())) if all(name in lines for lines in changed.values())]
     if not shared:
         return ["No matrix changed in all of these runs: their numbers stand beside each other, but nothing is shared."]
-    told = [f"{text.matrices(len(shared))} changed in all {len(changed)} runs; the next sentences are about these."]
+    runs = "both" if len(changed) == 2 else f"all {len(changed)}"
+    told = [f"{text.matrices(len(shared))} changed in {runs} runs; the next sentences are about these."]
     for metric, words in (
         ("norm", "‖ΔW‖_F"),
         ("stable_rank", "the stable rank"),

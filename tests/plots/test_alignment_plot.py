@@ -52,7 +52,7 @@ def test_the_deciles_are_means_with_chance_beside_them():
         assert dotted.get_ydata() == pytest.approx(np.full(10, chance))
         assert curve.get_label() == "q_proj"
     (legend,) = spectra.deciles_figure(table()).legends
-    assert [text.get_text() for text in legend.get_texts()] == ["q_proj", "v_proj"]
+    assert [text.get_text() for text in legend.get_texts()] == ["q_proj", "v_proj", "by chance"]
 
 
 def test_the_numbers_are_those_of_the_figures():

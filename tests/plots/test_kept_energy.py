@@ -9,6 +9,7 @@ import pytest
 import spectra
 from spectra.errors import SelectionError
 from spectra.plots.energy import kept_rows
+from spectra.plots.style import COLOURS
 from spectra.spectrum import Spectrum
 
 
@@ -38,9 +39,17 @@ def test_both_curves_rise_to_all_of_the_energy_and_the_better_one_is_above():
 def test_two_updates_share_an_axes_with_curves_that_can_be_told_apart():
     ax = spectra.plot_kept_energy(some(0), label="a")
     assert spectra.plot_kept_energy(some(1), label="b", ax=ax) is ax
-    looks = {(line.get_color(), line.get_linestyle()) for line in ax.get_lines()}
-    assert len(ax.get_lines()) == 4
-    assert len({colour for colour, _ in looks}) == 4
+    looks = [(line.get_color(), line.get_marker()) for line in ax.get_lines()]
+    assert len(set(looks)) == 4
+    assert [colour for colour, _ in looks] == [colour for colour in COLOURS[:2] for _ in range(2)]
+    assert [text.get_text() for text in ax.texts] == [f"r = {rank}" for rank in (1, 2, 4, 8)], "once for both"
+    plt.close("all")
+
+
+def test_updates_of_other_shapes_have_their_own_ranks_written():
+    ax = spectra.plot_kept_energy(some(0), label="a")
+    spectra.plot_kept_energy(some(1)[:1], label="b", ax=ax)
+    assert len(ax.texts) == 8
     plt.close("all")
 
 

@@ -65,6 +65,16 @@ def test_an_encoder_comes_before_its_decoder_and_a_unet_goes_down_and_up():
     assert ordered_rows(unet) == ["q_proj", "cross q_proj", "conv1", "conv_in"]
 
 
+def test_a_sampler_ends_its_block():
+    names = [f"{way}_blocks.{block}.{module}.conv.weight" for way in ("down", "up") for block in (0, 1)
+             for module in (f"{way}samplers.0", "resnets.0", "resnets.1")]  # fmt: skip
+    kohya = [f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}" for name in names]
+    labels = ["0.0", "0.1", "0.{}", "1.0", "1.1", "1.{}"]
+    for found in (names, kohya):
+        wanted = [label.format(way) for way in ("down", "up") for label in labels]
+        assert [place.label for place in ordered_places(found)] == wanted
+
+
 def test_names_with_underscores_for_dots_are_read_alike():
     for kohya, dotted in (
         ("lora_unet_down_blocks_2_attentions_1_transformer_blocks_0_attn2_to_out_0",

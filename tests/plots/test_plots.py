@@ -7,7 +7,7 @@ import inspect
 import os
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,7 +21,7 @@ from spectra import plots
 from spectra.errors import SelectionError, StoreError
 from spectra.plots.figures import save_figure, save_pages
 from spectra.plots.histogram import pool_values
-from spectra.plots.style import COLOURS, LINES, curves
+from spectra.plots.style import COLOURS, MARKS, curves
 from spectra.spectrum import Spectrum
 
 rng = np.random.default_rng(0)
@@ -360,8 +360,9 @@ def test_no_global_setting_is_left_behind(similarity):
 
 
 def test_every_pair_of_curves_differs_without_colour():
-    styles = [next(pairs) for pairs in [curves()] for _ in range(len(LINES))]
-    assert len({str(line) for _, line in styles}) == len(LINES)
+    styles = list(islice(curves(), len(COLOURS) * len(MARKS)))
+    assert len({mark for _, mark in styles[: len(MARKS)]}) == len(MARKS)
+    assert len(set(styles)) == len(styles), "nor do two share both"
     grey = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b in (tuple(bytes.fromhex(c[1:])) for c in COLOURS[:2])]
     assert abs(grey[0] - grey[1]) > 20
 

@@ -37,7 +37,7 @@ def test_a_curve_per_role_is_the_median_in_a_band_of_quartiles():
 
 def test_shares_reach_from_0_to_1_and_chance_is_dotted():
     ax = spectra.plot_series(table(), metric="phi_to_last", ax=Figure().subplots())
-    dotted = [line for line in ax.get_lines() if line.get_linestyle() == ":" and line.get_linewidth() < 1]
+    dotted = [line for line in ax.get_lines() if line.get_linestyle() == ":"]
     assert [line.get_ydata().tolist() for line in dotted] == [[0.1, 0.1]] * 2
     assert ax.get_ylim() == (0, 1.03)
 
@@ -49,7 +49,18 @@ def test_a_figure_has_a_panel_for_each_metric_that_has_values_and_one_legend():
         "φ(k, k) to the last checkpoint",
     ]
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["q_proj", "v_proj"]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "q_proj", "v_proj", "quartiles over layers", "by chance",
+    ]  # fmt: skip
+    assert figure.axes[0].get_title().split() == ["median", "11", "at", "step", "10,", "31", "at", "step", "30"]
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["10", "30"]
+
+
+def test_many_checkpoints_have_whole_numbers_below_them():
+    close = pd.concat([table().assign(step=table()["step"] + more) for more in range(7)])
+    ax = spectra.plot_series(close, metric="norm", ax=Figure().subplots())
+    assert 2 < len(ax.get_xticks()) < 8
+    assert all(float(tick).is_integer() for tick in ax.get_xticks())
 
 
 def test_what_is_not_there_is_refused():

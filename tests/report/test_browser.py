@@ -205,6 +205,17 @@ def test_paper_holds_the_tables_whole(runs, show):
     assert 0 < right <= 700
 
 
+def test_on_paper_names_stay_in_few_lines_and_nothing_is_wider_than_a_page(show, tmp_path):
+    names = [f"model.layers.{i}.block_sparse_moe.experts.{i}.down_proj.weight" for i in range(40)]
+    spectra.save([Spectrum(name, (24, 24), S=[1.0, 0.5]) for name in names], tmp_path / "deep")
+    page = show(tmp_path / "deep", width=703)  # A4 between margins of 12 mm
+    page.emulate_media(media="print")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 703
+    heights = page.evaluate("[...document.querySelectorAll('.rows tbody th')].map(cell => cell.clientHeight)")
+    assert len(heights) == 40
+    assert max(heights) < 40, "three lines at most"
+
+
 def test_every_control_and_picture_has_a_name_for_a_screen_reader(runs, show):
     page = show([runs / "first", runs / "same"])
     page.locator(".open").first.click()

@@ -84,7 +84,7 @@ def test_runs_are_compared_over_what_they_share():
     first = [row(matrix(V, [2.0, 2.0])), row(matrix(Q, [1.0]))]
     second = [row(matrix(V, [8.0, 0.0]))]
     sentences = compared_findings({"a": first, "b": second})
-    assert sentences[0].startswith("1 matrix changed in all 2 runs")
+    assert sentences[0].startswith("1 matrix changed in both runs")
     assert "Median of ‖ΔW‖_F: b 8, a 2.828; b has the largest in 1 of 1 matrix." in sentences[1]
     assert compared_findings({"a": first}) == []
     nearly = [row(matrix(V, [2.0, 2.0 + 1e-12])), row(matrix(Q, [1.0]))]

@@ -122,6 +122,6 @@ def test_the_command_prints_stores_and_draws(hydra):
     rows = table(hydra.parent / "found/heads.csv")
     assert [float(row["cosine"]) for row in rows] == [row["cosine"] for row in document["matrices"]]
     figure = spectra.heads_figure(document["matrices"])
-    (line,) = [line for line in figure.axes[0].get_lines() if line.get_marker() == "."]
+    (line,) = [line for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
     assert line.get_ydata().tolist() == [row["cosine"] for row in document["matrices"]]
     assert run("heads", "hydra", "--layer", "re:layers.2", "--json")[0].count('"name"') == 1

@@ -121,7 +121,7 @@ def test_the_figures_stand_beside_their_numbers(folders):
     written = {(line["a"], line["b"]): float(line["cosine"]) for line in table(folders / "found/cosines.csv")}
     assert written == pytest.approx({("a", "b"): mean[0, 1], ("a", "c"): mean[0, 2], ("b", "c"): mean[1, 2]})
     (line,) = [
-        line for line in spectra.plot_roles_over_depth(rows, column="sti").get_lines() if line.get_marker() == "."
+        line for line in spectra.plot_roles_over_depth(rows, column="sti").get_lines() if line.get_marker() == "o"
     ]
     assert line.get_ydata() == pytest.approx(rows["sti"])
     assert "cosines.png" not in run("interference", *"abc", "--out", "other", "--no-figures")[1]
