@@ -257,10 +257,15 @@ def test_comparisons_are_made_again_where_they_are_damaged(tmp_path, source):
     assert any("compared again" in line for line in again.notes)
 
 
-def test_a_checksum_whose_name_is_damaged_is_damage(stored):
+@pytest.mark.parametrize("also_struck", [False, True])
+def test_a_checksum_whose_name_is_damaged_is_damage(stored, also_struck):
     """It would else pass for a file of before there were any."""
     path = stored / "run.json"
-    path.write_text(path.read_text().replace('"checksum"', '"chec+sum"'))
+    text = path.read_text().replace('"checksum"', '"chec+sum"')
+    if also_struck:
+        checksum = json.loads(text)["chec+sum"]
+        text = text.replace(checksum, "n" + checksum[1:])
+    path.write_text(text)
     assert {item.file: item.state for item in spectra.check_results(stored)}["run.json"] == "damaged"
     with pytest.raises(StoreError, match=r"run.json is damaged \(its checksum has lost its name\)"):
         run_file.read(path)
