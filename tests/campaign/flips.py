@@ -87,7 +87,7 @@ def damage(file: Path, others: list[Path], rng: random.Random) -> str:
     elif kind == "cut":
         del content[place:]
     elif kind == "longer":
-        content += rng.randbytes(rng.choice([1, 8, 4096]))
+        content += rng.randbytes(rng.choice([1, 8, 4096])).strip() or b"0"  # JSON says the same with a space behind it
     elif kind == "empty":
         content.clear()
     elif kind == "noise":
