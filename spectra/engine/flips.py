@@ -18,6 +18,7 @@ from torch import Tensor
 from spectra.deltas.forms import Dense
 from spectra.deltas.rounding import Noise
 from spectra.deltas.thin import times
+from spectra.engine.solvers.dense import gram_values
 
 _DRAWS, _LARGE = 3, 1024  # above that size the largest value hardly varies
 _BLOCK_ENTRIES = 2**18  # signs at once
@@ -29,6 +30,7 @@ _LOST = 1e-12  # of ‖ΔW‖²: an energy that small drowns in the rounding of 
 _MARGIN = 1.05
 _CHANCE = 2.02 * 0.315  # times s^(−2/3): see `deltas.rounding`
 _SPARE_COLUMNS, _LENGTH = 3, 12  # of the Krylov space: a thousandth below the largest value at 1024 and 2048
+_SMALL = 96  # rows or columns up to which that space is most of the whole, and its bases cost more than all values
 _SPARE, _STEPS = 8, 4  # columns and steps of the subspace iteration
 
 
@@ -66,7 +68,7 @@ def _edge(form: Dense, k: int, edge: float, largest: float) -> float:
     drawn = []
     for _ in range(_DRAWS if min(m, n) < _LARGE else 1):
         _flip(rest, generator)
-        drawn.append(edge * float(top_values(rest, 1)[0]))
+        drawn.append(edge * largest_value(rest))
     kept = math.sqrt((1 - k / m) * (1 - k / n))
     return (_MARGIN + _CHANCE * min(m, n) ** (-2 / 3)) * sum(drawn) / len(drawn) / kept
 
@@ -94,6 +96,18 @@ def _flip(matrix: Tensor, generator: torch.Generator) -> None:
         rows = matrix[start : start + height]
         signs = torch.randint(0, 2, rows.shape, generator=generator, dtype=torch.int8)
         rows.mul_(signs.mul_(2).sub_(1).to(rows.device))
+
+
+def largest_value(matrix: Tensor) -> float:
+    """The largest singular value to a part in a hundred; of a small matrix exactly, from its Gram matrix.
+
+    Example:
+        >>> largest_value(torch.tensor([[3.0, 4.0]]))
+        5.0
+    """
+    if min(matrix.shape) <= _SMALL:
+        return float(gram_values(matrix.to(torch.float64))[0])
+    return float(top_values(matrix, 1)[0])
 
 
 def top_values(matrix: Tensor, count: int) -> np.ndarray:

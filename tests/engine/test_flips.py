@@ -7,7 +7,8 @@ import torch
 
 from spectra.deltas.forms import Dense
 from spectra.deltas.rounding import Noise
-from spectra.engine.flips import top_values, top_vectors, with_flips
+from spectra.engine import flips
+from spectra.engine.flips import largest_value, top_values, top_vectors, with_flips
 
 
 def falling(m, n, count, noise=1e-2):
@@ -23,6 +24,26 @@ def test_the_largest_values_are_those_of_a_full_decomposition(shape):
     assert top_values(matrix, 4)[: len(exact)] == pytest.approx(exact, rel=1e-6)
     noise = torch.randn(shape, dtype=torch.float64)
     assert top_values(noise, 1)[0] == pytest.approx(float(torch.linalg.matrix_norm(noise, 2)), rel=0.01)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (32, 32), (48, 64), (96, 96), (64, 256)])
+def test_the_largest_value_of_a_small_matrix_is_exact_and_the_krylov_space_agrees_in_float32(shape, monkeypatch):
+    torch.manual_seed(1)
+    drawn = [torch.randn(shape) for _ in range(5)]
+    found = [largest_value(matrix) for matrix in drawn]
+    assert found == pytest.approx([float(torch.linalg.matrix_norm(m.double(), 2)) for m in drawn], rel=1e-14)
+    monkeypatch.setattr(flips, "_SMALL", 0)
+    assert [largest_value(matrix) for matrix in drawn] == pytest.approx(found, rel=1e-5)
+
+
+def test_the_edge_of_a_small_update_is_that_of_the_krylov_space(monkeypatch):
+    matrix = falling(64, 64, 4)
+    S = torch.linalg.svdvals(matrix).numpy()
+    noise = Noise(0.05, float((1e-2) ** 2 * 64), "high")
+    exact = with_flips(noise, Dense(matrix), S)
+    assert exact.edge < noise.edge
+    monkeypatch.setattr(flips, "_SMALL", 0)
+    assert with_flips(noise, Dense(matrix), S).edge == pytest.approx(exact.edge, rel=1e-6)
 
 
 @pytest.mark.parametrize("near", [False, True])
