@@ -44,6 +44,8 @@ def row(spectrum: Spectrum, metrics: Metrics = METRICS) -> Row:
     if not columns or not metrics.items() <= before.items():
         before, columns = metrics, _row(spectrum, _measured(spectrum, metrics))
         _MADE[spectrum] = before, columns
+    if len(before) == len(metrics):
+        return dict(columns)
     others = before.keys() - metrics.keys()
     return {column: value for column, value in columns.items() if column not in others}
 
