@@ -18,6 +18,7 @@ from spectra.printing import printed, printed_json, strict
 
 if TYPE_CHECKING:
     from spectra.deltas.source import Coverage, Source
+    from spectra.spectrum import Spectrum
 
 _MOST_REASONS = 5
 
@@ -45,7 +46,15 @@ def warning(text: str) -> None:
     click.echo(click.style(line, fg="yellow") if table.colours(sys.stderr) else line, err=True)
 
 
-def draw(out: str, *, names: Sequence[str], size: str, sides: Sequence[str] = (), finished: bool = False) -> list[Path]:
+def draw(
+    out: str,
+    *,
+    names: Sequence[str],
+    size: str,
+    sides: Sequence[str] = (),
+    finished: bool = False,
+    held: Iterable[Spectrum] = (),
+) -> list[Path]:
     """Draw these matrices of a results directory into it, say what does not fit, and give the files.
 
     Args:
@@ -54,6 +63,7 @@ def draw(out: str, *, names: Sequence[str], size: str, sides: Sequence[str] = ()
         size: of the figures.
         sides: of comparisons; () for both.
         finished: nothing was computed: where nothing can be written, the figures that are there are left as they are.
+        held: spectra that are stored there and are at hand: they are not read again.
     """
     from spectra.metrics.similarity import SIDES
     from spectra.plots import draw_results
@@ -61,7 +71,7 @@ def draw(out: str, *, names: Sequence[str], size: str, sides: Sequence[str] = ()
     if finished and not os.access(out, os.W_OK):
         note(f"figures are left as they are: {out} cannot be written to")
         return []
-    drawn = draw_results(out, names=names, sides=sides or SIDES, size=size)
+    drawn = draw_results(out, names=names, sides=sides or SIDES, size=size, held=held)
     for line in drawn.notes:
         note(line)
     return list(drawn.files)

@@ -17,6 +17,7 @@ from spectra.cli.table import Layout, View, print_rows, table_view
 if TYPE_CHECKING:
     from spectra.deltas.source import Source
     from spectra.results.tables import Row
+    from spectra.spectrum import Spectrum
 
 # Ranks of the signal: a correct merge in bf16 is of full rank, and only a few values of that are the update.
 _SHOWN = (
@@ -83,11 +84,12 @@ def command(
     with compute.keywords() as keywords:
         keeping = {"rehash": rehash, "vectors": vectors}
         shown = None if out or as_json else {*_SHOWN, *view.chosen}
-        rows, values, finished = _run(source, top, out, keywords | keeping, keep_values=as_json, columns=shown)
+        drawn = bool(out and figures)
+        rows, held, finished = _run(source, top, out, keywords | keeping, keep=drawn or as_json, columns=shown)
     names = [delta.name for delta in source]
-    written = report.draw(out, names=names, size=figures, finished=finished) if out and figures else []
+    written = report.draw(out, names=names, size=figures, finished=finished, held=held) if out and figures else []
     if as_json:
-        report.print_json(_document(source, rows, values))
+        report.print_json(_document(source, rows, held))
     else:
         _print(rows, view)
     _say_what_moved(rows)
@@ -132,10 +134,10 @@ def _run(
     out: str | None,
     compute: dict[str, Any],
     *,
-    keep_values: bool,
+    keep: bool,
     columns: set[str] | None,
-) -> tuple[list[Row], dict[str, list[float]], bool]:
-    """Rows in the source's order, the singular values if they are wanted, and whether all was there before.
+) -> tuple[list[Row], list[Spectrum], bool]:
+    """Rows in the source's order, the spectra without vectors if they are wanted, and whether all was there before.
 
     With `columns`, no other metric than these is measured: of thousands of small matrices that is what takes long.
     """
@@ -147,27 +149,28 @@ def _run(
     metrics = {name: metric for name, metric in METRICS.items() if columns is None or name in columns}
     order = {delta.name: place for place, delta in enumerate(source)}
     rows: list[Row] = []
-    values: dict[str, list[float]] = {}
+    held: list[Spectrum] = []
     stream = decompose(source, top=top, out=out, **compute)
     unkept = "nothing is stored: with --out DIR the same command goes on"
     with report.progress(len(source), "spectra svd", kept=out or "", otherwise=unkept) as bar:
         for spectrum in stream:
             rows.append(tables.row(spectrum, metrics))
-            if keep_values:
-                values[spectrum.name] = spectrum.S.tolist()
+            if keep:
+                held.append(tables.without_vectors(spectrum))
             bar.update()
     report.reused(len(stream.reused), len(rows), out, stream.notes)
     rows.sort(key=lambda line: order[line["name"]])
-    return rows, values, len(stream.reused) == len(rows)
+    return rows, held, len(stream.reused) == len(rows)
 
 
-def _document(source: Source, rows: list[Row], values: dict[str, list[float]]) -> dict[str, Any]:
+def _document(source: Source, rows: list[Row], held: list[Spectrum]) -> dict[str, Any]:
     from dataclasses import asdict
 
     from spectra._version import __version__
     from spectra.results import tables
 
-    matrices = [{**line, "singular_values": values[line["name"]]} for line in rows]
+    values = {spectrum.name: spectrum.S for spectrum in held}
+    matrices = [{**line, "singular_values": values[line["name"]].tolist()} for line in rows]
     return {
         "spectra": __version__,
         "kind": source.kind,

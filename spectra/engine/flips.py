@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ _LOST = 1e-12  # of ‖ΔW‖²: an energy that small drowns in the rounding of 
 _MARGIN = 1.05
 _CHANCE = 2.02 * 0.315  # times s^(−2/3): see `deltas.rounding`
 _SPARE_COLUMNS, _LENGTH = 3, 12  # of the Krylov space: a thousandth below the largest value at 1024 and 2048
+_SMALL = 2**14  # entries up to which that space is most of the whole, and its bases cost more than all values
 _SPARE, _STEPS = 8, 4  # columns and steps of the subspace iteration
 
 
@@ -61,14 +63,38 @@ def with_flips(noise: Noise, form: Dense, S: np.ndarray) -> Noise:
 def _edge(form: Dense, k: int, edge: float, largest: float) -> float:
     """From the rest in float32, whose largest value is not needed to more than a percent, at half the time."""
     m, n = form.shape
-    generator = torch.Generator().manual_seed(k)
     rest = _rest(form.matrix, k, edge, largest)
-    drawn = []
-    for _ in range(_DRAWS if min(m, n) < _LARGE else 1):
-        _flip(rest, generator)
-        drawn.append(edge * float(top_values(rest, 1)[0]))
+    drawn = [edge * value for value in (_together if m * n <= _SMALL else _in_turn)(rest, k)]
     kept = math.sqrt((1 - k / m) * (1 - k / n))
     return (_MARGIN + _CHANCE * min(m, n) ** (-2 / 3)) * sum(drawn) / len(drawn) / kept
+
+
+def _in_turn(rest: Tensor, seed: int) -> list[float]:
+    """The largest value for each draw of signs, which is written over the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for _ in range(_DRAWS if min(rest.shape) < _LARGE else 1):
+        _flip(rest, generator)
+        drawn.append(float(top_values(rest, 1)[0]))
+    return drawn
+
+
+def _together(rest: Tensor, seed: int) -> list[float]:
+    """The same of a small one for all draws at once, exactly: of thousands of matrices each call counts."""
+    flipped = rest * _signs(*rest.shape, seed).to(rest.device)
+    wide = flipped if rest.shape[0] <= rest.shape[1] else flipped.mT
+    found: list[float] = torch.linalg.eigvalsh(wide @ wide.mT)[:, -1].clamp(min=0).sqrt().tolist()
+    return found
+
+
+@lru_cache(maxsize=32)
+def _signs(m: int, n: int, seed: int) -> Tensor:
+    """What `_in_turn` multiplies a matrix by, draw by draw: (draws, m, n), float32."""
+    generator, signs = torch.Generator().manual_seed(seed), torch.ones(_DRAWS, m, n)
+    for i in range(_DRAWS):
+        signs[i] = signs[i - 1]
+        _flip(signs[i], generator)
+    return signs
 
 
 def _rest(matrix: Tensor, k: int, edge: float, largest: float) -> Tensor:

@@ -36,6 +36,7 @@ from spectra.results.all_pairs import load_pairs
 from spectra.results.collection import Spectra
 from spectra.results.shelf import write
 from spectra.results.store import Store, home_of, nothing_stored
+from spectra.spectrum import Spectrum
 
 KINDS = ("histogram", "depth", "scree", "kept")  # figures of spectra
 USUAL = ("histogram", "depth")
@@ -58,6 +59,7 @@ def draw_results(
     formats: Sequence[str] = DEFAULT_FORMATS,
     size: str = DEFAULT,
     kinds: Sequence[str] = USUAL,
+    held: Iterable[Spectrum] = (),
 ) -> Drawn:
     """Draw whatever the directories hold; nothing is computed again.
 
@@ -82,6 +84,7 @@ def draw_results(
         size: "column" or "page" for a paper, or "slide".
         kinds: which figures of spectra, of "histogram", "depth", "scree" (σ over its index) and "kept" (kept energy
             over parameters).
+        held: spectra that one directory holds, by whoever has just stored or read them: they are not read again.
 
     Raises:
         StoreError: a directory holds no results, or out cannot be written to.
@@ -98,6 +101,7 @@ def draw_results(
         return Drawn(tuple(draw_pairs(places[0], pairs, out=out, sides=pairs.sides, formats=formats, size=size)))
     called = run_labels(places, labels)
     wanted = None if names is None else list(dict.fromkeys(names))
+    known = {spectrum.name: spectrum for spectrum in held}
     runs: dict[str, Spectra] = {}
     comparisons: list[Comparison] = []
     files, notes, rest = _of_tables(dict(zip(called, places, strict=True)), out, layers, style)
@@ -105,7 +109,7 @@ def draw_results(
         store = _results(directory)
         try:
             if there := store.spectra.names():
-                runs[label] = _chosen(store, there, layers, wanted)
+                runs[label] = _chosen(store, there, layers, wanted, known)
             if store.similarity.names():
                 comparisons.append(_comparison(label, store, layers, wanted, sides))
         except SelectionError as problem:
@@ -210,11 +214,18 @@ def _results(directory: str | Path) -> Store:
     return store
 
 
-def _chosen(store: Store, there: Sequence[str], layers: str | Sequence[str], wanted: Sequence[str] | None) -> Spectra:
+def _chosen(
+    store: Store,
+    there: Sequence[str],
+    layers: str | Sequence[str],
+    wanted: Sequence[str] | None,
+    known: Mapping[str, Spectrum],
+) -> Spectra:
+    """The spectra to draw, each read once for all figures, or not at all where it is known."""
     stored = frozenset(there)
     names = there if wanted is None else [name for name in wanted if name in stored]
-    spectra = Spectra.stored(store.directory, names, vectors=False)
-    return Spectra(spectra.select(layers) if layers else spectra)  # read once for all figures
+    chosen = naming.select(layers, names) if layers else names
+    return Spectra(known[name] if name in known else store.get(name, vectors=False) for name in chosen)
 
 
 def _comparison(

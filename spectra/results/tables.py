@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Row = dict[str, Any]
+Metrics = Mapping[str, Callable[[Spectrum], float]]
 By = Literal["matrix", "role"]
 Whole = Literal["matrix", "role", "model"]
 _SIZES = ("norm", "sigma_1", "relative_norm", "signal_norm")  # what grows with ΔW; the other metrics are ratios
@@ -34,25 +35,37 @@ SIMILARITY_COLUMNS = (
 MOVED = ("moved", "moved_1e-6", "moved_1e-5")  # the shares of entries with |ΔW| above `spectra.deltas.forms.MOVED`
 
 # What was made of a spectrum: a run that is stored wants its row for the table on the disk and for the one on stdout.
-_MADE: WeakKeyDictionary[Spectrum, tuple[tuple[Any, ...] | None, Row]] = WeakKeyDictionary()
+_MADE: WeakKeyDictionary[Spectrum, tuple[Metrics, Row]] = WeakKeyDictionary()
 
 
-def row(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]] = METRICS) -> Row:
+def row(spectrum: Spectrum, metrics: Metrics = METRICS) -> Row:
     """One matrix as column → value; NaN where a metric has no value or would need values that are not there."""
-    asked = tuple(metrics.items())
-    before, columns = _MADE.get(spectrum, (None, {}))
-    if before != asked:
-        columns = _row(spectrum, _measured(spectrum, metrics))
-        _MADE[spectrum] = asked, columns
-    return dict(columns)
+    before, columns = _MADE.get(spectrum, ({}, {}))
+    if not columns or not metrics.items() <= before.items():
+        before, columns = metrics, _row(spectrum, _measured(spectrum, metrics))
+        _MADE[spectrum] = before, columns
+    if len(before) == len(metrics):
+        return dict(columns)
+    others = before.keys() - metrics.keys()
+    return {column: value for column, value in columns.items() if column not in others}
 
 
 def remember(spectrum: Spectrum, measured: Mapping[str, float]) -> None:
     """Make its row from metrics that are known already."""
-    _MADE[spectrum] = tuple(METRICS.items()), _row(spectrum, measured)
+    _MADE[spectrum] = METRICS, _row(spectrum, measured)
 
 
-def _measured(spectrum: Spectrum, metrics: Mapping[str, Callable[[Spectrum], float]]) -> Row:
+def without_vectors(spectrum: Spectrum) -> Spectrum:
+    """The same with singular values only, and with what was measured of it; `k` still counts the vectors."""
+    if spectrum.U is None and spectrum.Vh is None:
+        return spectrum
+    bare = replace(spectrum, U=None, Vh=None)
+    if spectrum in _MADE:
+        _MADE[bare] = _MADE[spectrum]
+    return bare
+
+
+def _measured(spectrum: Spectrum, metrics: Metrics) -> Row:
     usual, exponent = _of_usual_size(spectrum)
     columns = {name: _value(metric, usual) for name, metric in metrics.items()}
     if exponent:

@@ -14,6 +14,7 @@ from support.checkpoints import llama_tensors, nudged, write_checkpoint
 from support.command_line import lora_folder, run, strict
 
 import spectra
+from spectra.results import shelf
 
 
 def test_the_missions_first_command(llama):
@@ -47,6 +48,24 @@ def test_values_agree_with_float64_numpy_on_the_real_pair(real_pair, tmp_path):
         checked += 1
     assert checked == 38
     assert stored["pooler.dense.weight"].status == "unchanged"
+
+
+@pytest.mark.parametrize("top", [(), ("--top", 3)])
+def test_figures_of_a_run_need_no_second_reading_and_are_those_of_what_is_stored(llama, monkeypatch, top):
+    read = []
+    piece = shelf.read_piece
+    monkeypatch.setattr(shelf, "read_piece", lambda path, *a, **k: (read.append(path.name), piece(path, *a, **k))[1])
+    command = ("svd", "--base", "llama-7b", "--tuned", "ckpt", "--out", "run", *top)
+    run(*command)
+    assert read == []
+    names = ("histogram.csv", "depth.csv", "histogram.png", "depth.png")
+    drawn = {name: (llama / "run" / name).read_bytes() for name in names}
+    run("plot", "run")
+    assert len(read) == 16
+    assert {name: (llama / "run" / name).read_bytes() for name in names} == drawn
+    run(*command)
+    assert len(read) == 32, "for the table and the figures, each once"
+    assert {name: (llama / "run" / name).read_bytes() for name in names} == drawn
 
 
 def test_out_holds_what_the_contract_says(llama):

@@ -7,6 +7,7 @@ import torch
 
 from spectra.deltas.forms import Dense
 from spectra.deltas.rounding import Noise
+from spectra.engine import flips
 from spectra.engine.flips import top_values, top_vectors, with_flips
 
 
@@ -23,6 +24,30 @@ def test_the_largest_values_are_those_of_a_full_decomposition(shape):
     assert top_values(matrix, 4)[: len(exact)] == pytest.approx(exact, rel=1e-6)
     noise = torch.randn(shape, dtype=torch.float64)
     assert top_values(noise, 1)[0] == pytest.approx(float(torch.linalg.matrix_norm(noise, 2)), rel=0.01)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (32, 32), (48, 64), (64, 48), (128, 128), (32, 512)])
+def test_the_draws_of_a_small_matrix_are_exact_and_those_of_the_krylov_space(shape):
+    torch.manual_seed(1)
+    rest = torch.randn(shape)
+    generator, flipped, exact = torch.Generator().manual_seed(5), rest.clone(), []
+    for _ in range(3):
+        flipped *= torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1
+        exact.append(float(torch.linalg.matrix_norm(flipped.double(), 2)))
+    assert flips._together(rest, 5) == pytest.approx(exact, rel=2e-6)
+    assert flips._together(rest, 5) == pytest.approx(flips._in_turn(rest.clone(), 5), rel=1e-3)
+    assert flips._together(torch.zeros(shape), 5) == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 64), (64, 48)])
+def test_the_edge_of_a_small_update_is_that_of_the_krylov_space(shape, monkeypatch):
+    matrix = falling(*shape, 4)
+    S = torch.linalg.svdvals(matrix).numpy()
+    noise = Noise(0.05, float((1e-2) ** 2 * 64), "high")
+    at_once = with_flips(noise, Dense(matrix), S)
+    assert at_once.edge < noise.edge
+    monkeypatch.setattr(flips, "_SMALL", 0)
+    assert with_flips(noise, Dense(matrix), S).edge == pytest.approx(at_once.edge, rel=3e-6)
 
 
 @pytest.mark.parametrize("near", [False, True])

@@ -10,7 +10,7 @@ from spectra.errors import SelectionError
 from spectra.metrics import METRICS
 from spectra.metrics.similarity import SubspaceSimilarity, pool
 from spectra.results.similarities import NotCompared
-from spectra.results.tables import role_rows, row
+from spectra.results.tables import role_rows, row, without_vectors
 from spectra.spectrum import Spectrum
 
 rng = np.random.default_rng(5)
@@ -107,3 +107,17 @@ def test_a_row_is_made_once_and_of_the_metrics_that_are_asked_for():
     assert len(calls) == 1
     assert row(spectrum, {"mine": lambda it: 3.0})["mine"] == 3.0
     assert row(spectrum, {}) == plain
+
+
+def test_what_was_measured_is_not_measured_again_for_fewer_columns_or_without_vectors():
+    calls = []
+    metrics = {name: lambda it, name=name: calls.append(name) or 1.0 for name in ("first", "second")}
+    spectrum = Spectrum("a", (2, 2), S=[2.0, 1.0], U=np.eye(2), Vh=np.eye(2))
+    whole = row(spectrum, metrics)
+    some = row(spectrum, {"second": metrics["second"]})
+    assert some == {column: value for column, value in whole.items() if column != "first"}
+    bare = without_vectors(spectrum)
+    assert (bare.U, bare.Vh, bare.k) == (None, None, 2)
+    assert row(bare, metrics) == row(spectrum, metrics) == whole
+    assert calls == ["first", "second"]
+    assert without_vectors(bare) is bare
