@@ -11,7 +11,7 @@ from support.command_line import lora_folder, run
 import spectra
 from spectra.errors import NotFoundError
 from spectra.files.tensors import TensorRef
-from spectra.results.tables import strict
+from spectra.printing import strict
 
 
 @pytest.fixture

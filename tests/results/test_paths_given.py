@@ -79,6 +79,8 @@ def test_one_source_where_two_interfere_and_a_list_where_names_are_wanted():
         spectra.compare_all([source, source])
 
 
-def test_one_checkpoint_is_a_series_of_one():
+def test_one_checkpoint_is_a_series_of_one(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint").mkdir()
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SelectionError, match=r"^checkpoint: neither its name"):
         spectra.series("checkpoint")

@@ -32,7 +32,9 @@ def test_names_say_it(name, step):
 
 
 @pytest.mark.parametrize("name", ["final", "llama-7b", "lora-r16", "my-model-v2", "checkpoint-last", "run-1/final"])
-def test_a_name_without_a_step_is_refused_and_the_way_out_is_told(name):
+def test_a_name_without_a_step_is_refused_and_the_way_out_is_told(tmp_path, monkeypatch, name):
+    (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SelectionError, match=rf"{name}: neither its name .*--step N"):
         in_order(["checkpoint-1", name])
     assert [moment.path for moment in in_order(["checkpoint-1", name], [5, 2])] == [name, "checkpoint-1"]
