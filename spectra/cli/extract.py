@@ -14,12 +14,14 @@ from spectra.cli.heavy import heavy_imports
 from spectra.cli.options import (
     Compute,
     HeadsType,
+    bring,
     compute_options,
     download_option,
-    fetched,
+    files_of,
     json_option,
     layer_option,
     scale_option,
+    within_reach,
 )
 from spectra.cli.table import Layout, View, print_rows, table_view
 from spectra.extraction.options import DTYPES, FORMATS, DType, Format, Options
@@ -143,9 +145,11 @@ def command(
     _check_view(view)
     if save_modules and file_format != "peft":
         raise click.UsageError("--save-modules needs --format peft: kohya's files keep no module whole")
-    tuned = tuple(fetched(path, download) for path in tuned)
-    base = fetched(base, download) if base else None
+    tuned = tuple(within_reach(path, download) for path in tuned)
+    base = within_reach(base, download) if base else None
     updates = _given(tuned, base, layers, {"heads": heads, "scale": scale, "split": bool(layers)})
+    for source in updates if download and isinstance(updates, list) else ():
+        bring((source.tuned, source.base), files_of(source, ()))
     with heavy_imports():
         from spectra.extraction.extract import run
         from spectra.extraction.inputs import inputs_of
@@ -192,6 +196,7 @@ def _given(
     tuned: Sequence[str], base: str | None, layers: Sequence[str], settings: dict[str, Any]
 ) -> list[Source] | Spectra:
     """What --tuned means: the results of a run, or updates to add up."""
+    from spectra.files import hub
     from spectra.sources import open_source
 
     if len(tuned) == 1 and (Path(tuned[0]) / "run.json").is_file():
@@ -200,8 +205,9 @@ def _given(
         spectra = load(tuned[0])
         return spectra.select(layers) if layers else spectra
     sources = []
+    shared = hub.pinned(base) if base and len(tuned) > 1 else base
     for each in tuned:
-        source = open_source(each, base, **settings)
+        source = open_source(each, shared, **settings)
         for line in source.coverage.warnings:
             report.warning(f"warning: {line}")
         report.lacking(source.lacking(layers))

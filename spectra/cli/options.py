@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -23,7 +23,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from spectra.deltas.source import Source
+    from spectra.files.storage import Place
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Option = Callable[[Any], Any]
@@ -174,6 +177,39 @@ def fetched(path: str, download: bool, only: Collection[str] | None = None) -> s
         return str(hub.resolve(path, fetch=True, progress=progress, only=only))
 
 
+def within_reach(path: str, download: bool) -> str:
+    """With --download, where a model lies of which no part can be read alone; any other as it is, see `bring`."""
+    from spectra.errors import SourceError
+    from spectra.files import hub
+    from spectra.files.storage import Place
+    from spectra.models.opening import open_model
+
+    place = hub.pinned(path) if download else path
+    if isinstance(place, Place):
+        try:
+            open_model(place)
+        except SourceError:  # such as a torch file; what else it is, the download says
+            return fetched(path, True)
+    return path
+
+
+def bring(models: Iterable[str | None], only: Collection[str]) -> None:
+    """Download files of models that were opened where they are: what is read of them is read here from then on.
+
+    Args:
+        models: their addresses; what is no address is here.
+        only: the addresses of the files.
+    """
+    from spectra.cli.progress import downloading
+    from spectra.files import hub, remote
+
+    for model in filter(remote.is_url, dict.fromkeys(filter(None, models))):
+        wanted = {address for address in only if f"{address}/".startswith(f"{model}/")}
+        if wanted:
+            with downloading(model) as progress:
+                hub.fetched(remote.place_of(model), progress, wanted)
+
+
 def files_of(source: Source, layers: Sequence[str]) -> set[str]:
     """The addresses of the files that hold the chosen matrices; none where the patterns mean nothing."""
     from spectra.errors import SelectionError
@@ -213,8 +249,10 @@ class Opening:
         """All of several updates; what is left out of all of them is said once."""
         from spectra.cli import report
         from spectra.deltas.source import NO_HEADS
+        from spectra.files import hub
 
-        sources = [self.opened(tuned, base) for tuned in updates]
+        shared = hub.pinned(base) if base and base.strip() and len(updates) > 1 else base  # one commit for all
+        sources = [self.opened(tuned, shared) for tuned in updates]
         coverages = [source.coverage for source in sources]
         headless = [any(NO_HEADS in line for line in coverage.warnings) for coverage in coverages]
         if not all(headless):  # --heads is for the others: each of their heads is compared with the same weight
@@ -225,13 +263,13 @@ class Opening:
         report.coverage_notes(dict(zip(updates, coverages, strict=True)))
         return sources
 
-    def opened(self, tuned: str, base: str | None) -> Source:
+    def opened(self, tuned: str, base: str | Path | Place | None) -> Source:
         """All of it, without a word."""
         from spectra.errors import SourceError
         from spectra.sources import open_source
 
         for option, given in (("TUNED", tuned), ("--base", base)):
-            if given is not None and not given.strip():
+            if given is not None and not str(given).strip():
                 raise click.UsageError(f"{option} is empty: give a path, hub id or alias")
         if not self.download:
             return open_source(tuned, base, **self.settings)
@@ -241,7 +279,7 @@ class Opening:
             only = files_of(source, self.layers)
         if source is not None and not only:
             return source  # nothing is chosen, as who chooses says, or it is all here
-        tuned, base = fetched(tuned, True, only), fetched(base, True, only) if base else None
+        tuned, base = fetched(tuned, True, only), fetched(str(base), True, only) if base else None
         here = open_source(tuned, base, **self.settings)
         return here if source is None else replace(here, coverage=source.coverage)  # what was not chosen is not missing
 

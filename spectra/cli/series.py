@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,16 @@ import click
 
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import Compute, Opening, compute_options, fetched, result_options, source_options
+from spectra.cli.options import (
+    Compute,
+    Opening,
+    bring,
+    compute_options,
+    files_of,
+    result_options,
+    source_options,
+    within_reach,
+)
 from spectra.cli.table import Layout, View, print_rows, table_view
 
 if TYPE_CHECKING:
@@ -77,10 +85,10 @@ def command(
         from spectra.results.series import COLUMNS, count_new, series_rows
 
     view.check(COLUMNS)
-    checkpoints = tuple(fetched(path, opening.download) for path in checkpoints)
-    base = fetched(base, opening.download) if base else None
+    checkpoints = tuple(within_reach(path, opening.download) for path in checkpoints)
+    base, start = (within_reach(path, opening.download) if path else None for path in (base, start))
     rows: list[Row] = []
-    notes, reused = _Notes(opening.layers), list[str]()
+    notes, reused = _Notes(opening), list[str]()
     new = count_new(checkpoints, steps or None, out)
     telling: dict[str, Any] = {"plans": new, "kept": out or "", "parts": partial(_stored, out)}
     with report.progress(len(checkpoints), "spectra series", **telling) as bar, compute.keywords() as keywords:
@@ -114,14 +122,16 @@ def _stored(out: str | None) -> str:
 class _Notes:
     """What the checkpoints' coverage says: the last one's in full, of the others what it warns of besides."""
 
-    def __init__(self, layers: Sequence[str]) -> None:
-        self.layers = layers
+    def __init__(self, opening: Opening) -> None:
+        self.layers, self.download = opening.layers, opening.download
         self.source: Source | None = None
         self.first: Coverage | None = None
         self.warnings: list[str] = []
 
     def see(self, source: Source) -> None:
-        """One more checkpoint was opened."""
+        """One more checkpoint was opened, and is read next."""
+        if self.download:
+            bring((source.tuned, source.base), files_of(source, ()))
         if self.first is None:
             self.first, self.source = source.coverage, source
             return

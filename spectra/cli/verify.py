@@ -12,13 +12,14 @@ from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
 from spectra.cli.options import (
     HeadsType,
+    bring,
     download_option,
-    fetched,
     figures_options,
     json_option,
     layer_option,
     scale_option,
     table_option,
+    within_reach,
 )
 from spectra.cli.table import Layout, View, print_rows, table_view
 from spectra.cli.talk import say
@@ -89,8 +90,10 @@ def command(
         from spectra.merges.verify import check_claims, report_of
 
     view.check(COLUMNS)
-    base, adapter, merged = (fetched(path, download) for path in (base, adapter, merged))
+    base, adapter, merged = (within_reach(path, download) for path in (base, adapter, merged))
     claims = open_claims(base, adapter, merged, layers=layers, heads=heads, scale=scale)
+    if download:
+        bring((claims.base, claims.adapter, claims.merged), claims.files)
     for line in claims.notes:
         report.note(f"note: {line}")
     with report.progress(len(claims.claims), "spectra verify", otherwise="which is no verdict") as bar:

@@ -90,9 +90,6 @@ class Cloud(Far):
                 time.sleep(pause)
         raise SourceError(f"{path} cannot be read: fewer bytes come than it has; run the same again later")
 
-    def local_path(self, path: str) -> None:
-        """It is elsewhere."""
-
     def _files(self) -> Any:
         """fsspec's file system; it keeps one per thread."""
         try:

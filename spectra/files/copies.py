@@ -14,7 +14,7 @@ from pathlib import Path
 
 from spectra.errors import NotFoundError, SourceError
 from spectra.files.choice import PIPELINE, WEIGHT_SUFFIXES, choose, read_json
-from spectra.files.far import Far
+from spectra.files.far import Far, copied
 from spectra.files.remote import Web
 from spectra.files.snapshots import spectras_cache
 from spectra.files.storage import Place
@@ -49,6 +49,7 @@ def copy(place: Place, progress: Progress | None = None, only: Collection[str] |
         for count in _copied(file, target):
             if progress:
                 progress(before + count, total)
+        copied[file.path] = str(target), file.stamp()
         before += file.stamp()[0]
     return folder / place.name if alone else folder
 

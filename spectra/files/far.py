@@ -11,11 +11,12 @@ from spectra.files import lanes
 from spectra.files.ahead import Ahead, Wanted
 from spectra.files.lanes import Sink
 from spectra.files.patience import give_up
-from spectra.files.storage import Place, Stamp
+from spectra.files.storage import DISK, Place, Stamp
 from spectra.files.tensors import TensorRef
 
 _KEPT = 4 * 2**20  # bytes of a config or index that is kept
 
+copied: dict[str, tuple[str, Stamp]] = {}  # file on another machine → its copy on this one, and of which version
 _ahead: list[Ahead] = []
 _configs: dict[tuple[str, Stamp], bytes] = {}
 
@@ -35,16 +36,19 @@ class Far(ABC):
     def stamp(self, path: str) -> Stamp:
         """As `Storage.stamp`."""
 
-    @abstractmethod
     def local_path(self, path: str) -> str | None:
-        """As `Storage.local_path`."""
+        """Where a copy of the version at hand is."""
+        local, stamp = copied.get(path, ("", None))
+        return local if stamp is not None and stamp == self.stamp(path) and DISK.is_file(local) else None
 
     def leads_outside(self, path: str, folder: str) -> str | None:
         """There are no links."""
         return None
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> int:
-        """As `Storage.read_into`: what was fetched ahead is here, and a config or an index comes once."""
+        """As `Storage.read_into`: from a copy, or what was fetched ahead; a config or an index comes once."""
+        if (local := self.local_path(path)) is not None:
+            return DISK.read_into(local, offset, buffer)
         stamp, key = self.stamp(path), (path, (offset, offset + len(buffer)))
         fetch = partial(self.fetch, path, stamp)
         if path.endswith(".json") and offset == 0 and len(buffer) == stamp[0] <= _KEPT:

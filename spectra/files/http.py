@@ -33,8 +33,12 @@ _CODES = {  # what the hub's X-Error-Code says, by the client's names
     "RepoNotFound": "RepositoryNotFoundError",
     "RevisionNotFound": "RevisionNotFoundError",
 }
+_CONFUSED = 3  # attempts after which a server that answers with other ranges is believed to mean it
+_BY_HAND = "download it and pass the path"
+_CONTRADICTED = "{}: the server sends more or other bytes than the range that it names: " + _BY_HAND
 _REDIRECTS = {301, 302, 303, 307, 308}
-_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
+_NUMBER = re.compile(r"\d{1,19}")
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19}|\*)")
 
 _links: dict[str, _Link] = {}
 _lock = threading.Lock()
@@ -99,6 +103,8 @@ def stat(url: str, *, first: float | None = None) -> Stamp:
         try:
             with _answer(url, 0, 0) as answer:
                 size, version = _size(answer.response), answer.version
+                if _is_of_this_second(answer.response):
+                    raise TryAgainError("it changes again and again", 1.1, most=_CONFUSED)
                 break
         except TryAgainError as problem:
             patience.wait(problem)
@@ -154,15 +160,24 @@ def _range(url: str, start: int, stop: int, stamp: Stamp) -> Iterator[bytes]:
     """The bytes of a file from `start` to before `stop`, in the pieces in which they come."""
     with _answer(url, start, stop - 1, stamp) as answer:
         skip = _to_skip(answer.response, url, start, stop, stamp)
-        left = stop - start
+        left, promised = stop - start, _promised(answer.response)
         for chunk in _body(answer.response):
             count(len(chunk))
+            promised -= len(chunk)
+            if promised < 0:
+                raise SourceError(_CONTRADICTED.format(url))
             skip, chunk = max(skip - len(chunk), 0), chunk[skip:]
             if chunk:
                 yield chunk[:left]
                 left -= len(chunk[:left])
-            if not left:
-                return
+            if not left and promised > 0:
+                return  # else the end has to come, or what came is not what was promised
+
+
+def _promised(response: Any) -> float:
+    """How many bytes an answer says that its body has; of a whole file, whatever comes."""
+    match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    return int(match[2]) - int(match[1]) + 1 if response.status_code == 206 and match and match[1] else float("inf")
 
 
 def _body(response: Any) -> Iterator[bytes]:
@@ -185,7 +200,10 @@ def _to_skip(response: Any, url: str, start: int, stop: int, stamp: Stamp) -> in
         return start
     match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
     if not match or match[1] is None or not int(match[1]) <= start <= int(match[2]):
-        raise TryAgainError("the answer is another range than was asked for")
+        raise TryAgainError(f"the answer is another range than was asked for: {_BY_HAND}", most=_CONFUSED)
+    length = response.headers.get("Content-Length", "")
+    if _NUMBER.fullmatch(length) and int(length) > _promised(response):
+        raise SourceError(_CONTRADICTED.format(url))
     return start - int(match[1])
 
 
@@ -227,7 +245,7 @@ def _streamed(url: str, target: str, headers: dict[str, str]) -> Iterator[Any]:
     except (_transport_error(), RuntimeError) as problem:  # RuntimeError: another thread closed the session
         _forget(url)  # another link may lead to a server that answers
         raise TryAgainError(_said(problem) + by_proxy(target)) from None
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, _no_url()) as problem:
         raise SourceError(f"{url} cannot be read: {_said(problem)}") from None
     try:
         yield response
@@ -275,8 +293,14 @@ def _no_access(url: str, target: str, status: int) -> str:
 
 def _next(url: str, target: str, location: str) -> str:
     """Where a redirect leads."""
-    address = urljoin(target, location)
-    if urlsplit(target).scheme == "https" and urlsplit(address).scheme != "https":
+    try:
+        address = urljoin(target, location)
+        scheme, host, _ = urlsplit(address).scheme, urlsplit(address).hostname, urlsplit(address).port
+    except ValueError:
+        scheme, host = "", None
+    if scheme not in ("http", "https") or not host:
+        raise SourceError(f"{url} leads to what is no address of a server; pass the address of the file")
+    if urlsplit(target).scheme == "https" and scheme != "https":
         raise SourceError(f"{url} leads to an address without encryption, which is not followed")
     return address
 
@@ -304,13 +328,22 @@ def _plain(tag: str) -> str:
     return tag.removeprefix("W/").strip('"')
 
 
+def _is_of_this_second(response: Any) -> bool:
+    """Whether the date that is the file's version is this second: a change yet to come would have the same.
+
+    Reference: RFC 9110, §8.8.2.2.
+    """
+    changed = response.headers.get("Last-Modified", "")
+    return changed != "" and changed == response.headers.get("Date") and "ETag" not in response.headers
+
+
 def _size(response: Any) -> int | None:
     """The size of the whole file, as the answer to a range tells it."""
     match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
     if match:
         return None if match[3] == "*" else int(match[3])
     length = response.headers.get("Content-Length", "") if response.status_code == 200 else ""
-    return int(length) if length.isdigit() else None
+    return int(length) if _NUMBER.fullmatch(length) else None
 
 
 def _asked_to_wait(headers: Any) -> float | None:
@@ -326,10 +359,20 @@ def _asked_to_wait(headers: Any) -> float | None:
         return None
 
 
+def _client() -> Any:
+    """The HTTP client behind the hub's session."""
+    return sys.modules[type(library()[0].get_session()).__module__.partition(".")[0]]
+
+
 def _transport_error() -> type[Exception]:
-    """What the HTTP client behind the hub's session raises where a request does not come through."""
-    module = sys.modules[type(library()[0].get_session()).__module__.partition(".")[0]]
-    error: type[Exception] = module.TransportError
+    """What it raises where a request does not come through."""
+    error: type[Exception] = _client().TransportError
+    return error
+
+
+def _no_url() -> type[Exception]:
+    """What it raises where it is told to ask what is no URL."""
+    error: type[Exception] = _client().InvalidURL
     return error
 
 

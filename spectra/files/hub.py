@@ -80,18 +80,35 @@ def resolve(
 
 def _of_url(url: str, *, fetch: bool, progress: Progress | None, only: Collection[str] | None) -> Place:
     place = remote.open_url(url)
-    if not fetch or not isinstance(place.storage, Far):
+    return fetched(place, progress, only) if fetch else place
+
+
+def pinned(name: str | Path) -> str | Path | Place:
+    """A model on a server as the place that its name means now, to be opened several times; any other as it is."""
+    place = resolve(name)
+    return place if isinstance(place.storage, Far) else name
+
+
+def fetched(place: Place, progress: Progress | None = None, only: Collection[str] | None = None) -> Place:
+    """Where a place on a server lies on this machine once it is downloaded; reading the place reads there, too.
+
+    Args:
+        place: a folder or file; one that is on this machine means itself.
+        progress: is told how far a download from a URL is.
+        only: the addresses of the weight files that are wanted; None for all.
+    """
+    if not isinstance(place.storage, Far):
         return place
     if isinstance(place.storage, remote.Hub):
-        whole = Place.of(download(place.storage.repo, place.storage.commit, _names(only)))
+        whole = Place.of(download(place.storage.repo, place.storage.commit, _names(place.storage.repo, only)))
         inner = place.path.removeprefix(place.storage.root).strip("/")
         return whole / inner if inner else whole
     return Place.of(copy(place, progress, only))
 
 
-def _names(only: Collection[str] | None) -> list[str] | None:
-    """The names that files have in their models on the hub, from their addresses."""
-    return None if only is None else [remote.file_of(address) for address in only]
+def _names(repo: str, only: Collection[str] | None) -> list[str] | None:
+    """The names that files have in a model on the hub, from the addresses of those and others."""
+    return None if only is None else [remote.file_of(each) for each in only if remote.model_of(each) == repo]
 
 
 def _by_name(name: str, tried: list[str], *, fetch: bool, only: Collection[str] | None) -> Path | Place:
@@ -222,7 +239,7 @@ def _from_hub(
     if meant:
         raise _not_found(name, [*tried, f"not the hub, since {meant}"])
     try:
-        return download(repo, revision, _names(only)) if fetch else remote.open_hub(repo, revision)
+        return download(repo, revision, _names(repo, only)) if fetch else remote.open_hub(repo, revision)
     except NotFoundError as problem:
         if str(problem) == SAID["GatedRepoError"]:
             raise NotFoundError(f"{repo}: {problem}") from None

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
+import stat
 import struct
 import tempfile
 import time
@@ -28,6 +30,8 @@ from spectra.files.storage import Stamp
 _SPARE = 2**30  # bytes that stay free on the disk
 _OLD = 7 * 24 * 3600.0  # seconds after which nobody comes back for what a killed run left
 _MARK = struct.Struct("<II")  # of a piece that is whole: its checksum, and the same with every bit turned
+_DATE = re.compile(r"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} .*")  # a version that is no more than that of a change
+_NAME = re.compile(r"[0-9a-f]{40}")
 _BLOCK = 2**20  # bytes in memory at a time
 
 Fetch = Callable[[int, Sink], int]  # fills a buffer from an offset on, and says how many bytes there were
@@ -76,6 +80,8 @@ class Range:
         self.path, self.start, self.size, self._fetch = path, start, size, fetch
         said = f"{path}|{stamp!r}|{start}|{size}|{lanes.PIECE}"
         self._name = hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()[:40]
+        self._is_dated = _DATE.fullmatch(str(stamp[1])) is not None
+        self._cannot_be_kept = False
         self._place: Path | None = None
         self._file: int | None = None
         self.is_here = False
@@ -86,13 +92,14 @@ class Range:
         Raises:
             SourceError: the server does not give it.
         """
-        if self.is_here:
-            return True
+        if self.is_here or self._cannot_be_kept:
+            return self.is_here
         try:
             file = self._file = self._open() if self._file is None else self._file
             missing = [start for start in range(0, self.size, lanes.PIECE) if not self._is_sound(file, start)]
             self.is_here = all(lanes.all_of(lambda start: self._fetched(file, start), missing))
         except OSError:  # of the disk: it is full, or cannot be written to
+            self._cannot_be_kept = True
             self.close()
         return self.is_here
 
@@ -115,7 +122,7 @@ class Range:
             return
         os.close(self._file)
         self._file = None
-        again = next((address for address in _again if self.path.startswith(address)), None)
+        again = next((address for address in _again if f"{self.path}/".startswith(f"{address}/")), None)
         if self._place is None or keep:
             return
         if again is None:
@@ -130,12 +137,14 @@ class Range:
         try:
             home.mkdir(mode=0o700, parents=True, exist_ok=True)
             _tidy(home)
+            if self._is_dated:  # a date may come back with other bytes
+                raise PermissionError("not to be found by another run")
             self._place = home / self._name
-            file = os.open(self._place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            file = os.open(self._place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+            _refuse_others(file)
         except OSError:
-            self._place, home = None, Path(tempfile.gettempdir())
-            with tempfile.TemporaryFile(buffering=0) as unnamed:
-                file = os.dup(unnamed.fileno())
+            self._place = None
+            home, file = _unnamed(home)
         self._file = file
         taken = os.fstat(file).st_blocks * 512
         if shutil.disk_usage(home).free < max(size - taken, 0) + _SPARE:
@@ -184,10 +193,30 @@ class _Piece:
             rest = rest[count:]
 
 
+def _unnamed(home: Path) -> tuple[Path, int]:
+    """A file that ends with the process, and the folder on whose disk it is: this one, or that for temporary files."""
+    for folder in (home, Path(tempfile.gettempdir())):
+        with suppress(OSError), tempfile.TemporaryFile(buffering=0, dir=folder) as unnamed:
+            return folder, os.dup(unnamed.fileno())
+    raise OSError("no folder can be written to")
+
+
+def _refuse_others(file: int) -> None:
+    """Close what is no plain file of this user alone: its bytes could be anybody's, and change while they are read.
+
+    Raises:
+        PermissionError: it is none.
+    """
+    said = os.fstat(file)
+    if not stat.S_ISREG(said.st_mode) or said.st_uid != os.geteuid() or said.st_nlink != 1 or said.st_mode & 0o022:
+        os.close(file)
+        raise PermissionError("not this user's own file")
+
+
 @cache
 def _tidy(home: Path) -> None:
     """Once in a process: remove what killed runs left and nobody came back for."""
     for file in home.iterdir():
         with suppress(OSError):
-            if time.time() - file.stat().st_mtime > _OLD:
+            if _NAME.fullmatch(file.name) and time.time() - file.lstat().st_mtime > _OLD:
                 _remove(file)

@@ -20,7 +20,7 @@ from spectra.files.choice import KNOWN_NAMES, WEIGHT_SUFFIXES
 from spectra.files.cloud import Cloud, open_cloud
 from spectra.files.far import Far
 from spectra.files.lanes import LANES, Sink, lanes
-from spectra.files.storage import DISK, Place, Stamp
+from spectra.files.storage import Place, Stamp
 
 _ABSENT_FOR = 30.0  # seconds for which a file that was not there is not asked for again
 _PAGE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve|raw)/(?P<revision>[^/]+)(?P<rest>/.*)?)?/?")
@@ -73,14 +73,9 @@ class Hub(Far):
             raise NotFoundError(f"{path} is not among the files of {self.repo}")
         return stamp
 
-    def read_into(self, path: str, offset: int, buffer: memoryview) -> int:
-        """As `Storage.read_into`, from the cache where it has the file."""
-        local = self.local_path(path)
-        return DISK.read_into(local, offset, buffer) if local else super().read_into(path, offset, buffer)
-
     def piece(self, path: str, offset: int, buffer: Sink, stamp: Stamp) -> int:
         """As `Far.piece`."""
-        return http.read_into(quote(path, safe=":/%"), offset, buffer, stamp)
+        return http.read_into(f"{self.root}/{quote(self._name(path))}", offset, buffer, stamp)
 
     def local_path(self, path: str) -> str | None:
         """Where the cache has the file, whole."""
@@ -90,7 +85,8 @@ class Hub(Far):
         return str(file) if stamp and file.is_file() and file.stat().st_size == stamp[0] else None
 
     def _name(self, path: str) -> str:
-        return unquote(path.removeprefix(self.root).strip("/"))
+        name = path.removeprefix(self.root).strip("/")
+        return name if name in self._listing() else unquote(name)  # a name may hold a percent sign of its own
 
     def _inside(self, folder: str) -> str:
         name = self._name(folder)
@@ -153,9 +149,6 @@ class Web(Far):
         except http.ChangedError:
             _pins.pop(path, None)  # whoever opens it again gets what is there now
             raise
-
-    def local_path(self, path: str) -> None:
-        """It is elsewhere."""
 
     def _find(self, url: str) -> Stamp | None:
         if url in _pins:

@@ -66,6 +66,13 @@ class Claims:
     merged: str
     notes: tuple[str, ...] = ()
 
+    @property
+    def files(self) -> set[str]:
+        """Where the weights lie that are read."""
+        pairs = [(claim.pair.base, claim.pair.tuned) for claim in self.claims if claim.pair is not None]
+        updates = [delta.refs for claim in self.claims for delta in claim.updates]
+        return {part.path for refs in (*pairs, *updates) for ref in refs for part in ref.parts}
+
 
 def open_claims(
     base: str | Path,
@@ -88,21 +95,22 @@ def open_claims(
                 f"{what} is a {type(given).__name__}: a merge is checked on files, bit for bit; save it and give "
                 "its path"
             )
+    base_place = hub.pinned(base)  # of one commit, though it is opened three times
     adapter_folder, merged_folder = (open_model(hub.resolve(path)) for path in (adapter, merged))
-    updates = source_of(adapter_folder, base, heads=heads, scale=scale)
+    updates = source_of(adapter_folder, base_place, heads=heads, scale=scale)
     if updates.kind == "checkpoint":
         raise SelectionError(
             f"{updates.tuned} holds full weights, not an adapter; pass the adapter as --adapter and the merged model "
             "as --merged"
         )
-    pairs = source_of(merged_folder, base)
+    pairs = source_of(merged_folder, base_place)
     if pairs.kind != "checkpoint":
         raise SelectionError(
             f"{pairs.tuned} is an adapter ({pairs.kind}), not merged weights; pass the adapter as --adapter and the "
             "merged model as --merged"
         )
     touched = _of_updates(updates, pairs)
-    stored = AsStored(adapter_folder, *in_the_same_names(merged_folder, open_model(hub.resolve(base))))
+    stored = AsStored(adapter_folder, *in_the_same_names(merged_folder, open_model(hub.resolve(base_place))))
     lost = [_lost(name, why, stored) for name, why in updates.coverage.tuned_only.items()]
     new = [claim for delta in updates for claim in _new_rows(delta, stored)]
     claims = [*touched.values(), *new, *lost, *_untouched(pairs, touched, stored)]

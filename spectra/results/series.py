@@ -18,7 +18,6 @@ from spectra import naming
 from spectra.deltas.source import Source
 from spectra.errors import DeviceError, SelectionError, SourceError, SpectraError, StoreError
 from spectra.files import hub
-from spectra.files.far import is_remote
 from spectra.files.ranges import read_again
 from spectra.files.storage import Place
 from spectra.metrics import METRICS
@@ -139,7 +138,7 @@ def series_rows(
         _claim(home, inputs, stored, {moment.step for moment in given}, notes)
     if not given and not stored:
         raise SelectionError("a series needs checkpoints, and none was given" + (f" or is in {home}" if home else ""))
-    at = _place_of(base) if given else base
+    at = hub.pinned(base) if given and base is not None else base
     chosen = tuple([layers] if isinstance(layers, str) else layers)
     run = _Run(at, chosen, top, options, others, home, opened, notes, reused)
     moments = {moment.step: moment for moment in given}
@@ -395,12 +394,6 @@ def _similarity(a: Spectrum, b: Spectrum, top: int, side: Side) -> SubspaceSimil
         return subspace_similarity(a, b, top=top, side=side)
     except SelectionError:
         return None
-
-
-def _place_of(base: str | Path | None) -> str | Path | Place | None:
-    """A base on a server as the place that its name means now, for all checkpoints; any other as it is."""
-    place = hub.resolve(base) if base is not None else None
-    return place if place is not None and is_remote(place) else base
 
 
 def _whole_path(path: str | Path | None) -> str | None:

@@ -311,13 +311,14 @@ def test_a_series_is_held_against_one_commit_of_its_base(server, tmp_path):
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 import spectra
 from spectra.engine import solve
 real, done = solve.solve_forms, []
 def killed(deltas, forms, wanted):
     done.append(deltas)
     if len(done) == 2:
+        time.sleep(1.5)  # what is on its way would be asked for again
         os.kill(os.getpid(), signal.SIGKILL)
     return real(deltas, forms, wanted)
 solve.solve_forms = killed
