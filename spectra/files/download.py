@@ -110,7 +110,7 @@ def _families(errors: ModuleType) -> tuple[type[Exception], ...]:
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Exception)
     }
-    return (*theirs, OSError, ValueError, RuntimeError, LookupError)
+    return (*theirs, OSError, ValueError, RuntimeError, LookupError, TypeError)  # the last of answers that are none
 
 
 def _reason(problem: Exception, timeout: float) -> str:

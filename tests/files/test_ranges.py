@@ -219,3 +219,88 @@ def test_what_a_killed_process_left_is_gone_on_with():
     assert one.bring()
     assert sorted(server.asked) == list(range(550, 1080, 100)), "five pieces had come; the sixth was half written"
     assert content_of(one) == CONTENT[50:1080]
+
+
+def planted_link(file):
+    precious = file.parent.parent / "precious"
+    precious.write_bytes(b"precious")
+    file.unlink()
+    os.link(precious, file)
+
+
+def planted_pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+def anybodys(file):
+    file.chmod(0o666)
+
+
+def another_users(file):
+    if os.geteuid() != 0:
+        pytest.skip("only root gives files away")
+    os.chown(file, 12345, 12345)
+
+
+@pytest.mark.parametrize("plant", [planted_link, planted_pipe, anybodys, another_users])
+def test_what_is_not_this_users_own_file_is_not_believed_nor_written_to(plant):
+    one = a_range(Server())
+    assert one.bring()
+    one.close(keep=True)
+    plant(the_file())
+    before = (the_file().stat(), ranges.folder().parent / "precious")
+    server = Server()
+    two = a_range(server)
+    assert two.bring()
+    assert len(server.asked) == 11, "all pieces are asked for"
+    assert content_of(two) == CONTENT[50:1080]
+    two.close()
+    assert the_file().stat().st_mtime_ns == before[0].st_mtime_ns
+    assert not before[1].exists() or before[1].read_bytes() == b"precious"
+
+
+def test_a_version_that_is_a_date_alone_is_kept_for_no_other_run():
+    """A file may become another one of the same size and date."""
+    stamp = (4000, "Fri, 01 Mar 2024 10:00:00 GMT")
+    server = Server()
+    one = a_range(server, stamp=stamp)
+    assert one.bring()
+    assert content_of(one) == CONTENT[50:1080]
+    one.close(keep=True)
+    assert list(ranges.folder().iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_tried_once(monkeypatch):
+    monkeypatch.setattr(ranges, "_SPARE", 2**70)
+    server = Server()
+    one = a_range(server)
+    assert not one.bring()
+    monkeypatch.setattr(ranges, "_SPARE", 0)
+    assert not one.bring()
+    assert server.asked == []
+
+
+def test_tidying_leaves_files_of_other_names():
+    ranges.folder().mkdir(parents=True, exist_ok=True)
+    mine = ranges.folder() / "thesis.csv"
+    mine.write_text("mine")
+    os.utime(mine, (1, 1))
+    one = a_range(Server())
+    assert one.bring()
+    one.close()
+    assert the_file() == mine
+
+
+def test_reading_again_below_an_address_keeps_nothing_of_its_namesakes():
+    with ranges.read_again("https://example.org/mo"):
+        one = a_range(Server())
+        assert one.bring()
+        one.close()
+        assert list(ranges.folder().iterdir()) == []
+    with ranges.read_again("https://example.org"):
+        one = a_range(Server())
+        assert one.bring()
+        one.close()
+        assert the_file()
+    assert list(ranges.folder().iterdir()) == []

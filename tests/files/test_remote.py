@@ -6,19 +6,22 @@ import json
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
 import torch
-from support.checkpoints import llama_tensors, nudged, write_checkpoint
+from safetensors.torch import load_file
+from support.checkpoints import llama_tensors, nudged, write_adapter, write_checkpoint
 from support.command_line import lora_folder, run
-from support.hub_server import HubServer, md5
+from support.hub_server import HubServer, md5, sha
 
 import spectra
 from spectra.errors import NotFoundError, SourceError, StoreError
@@ -709,3 +712,260 @@ def test_a_shard_whose_header_cannot_be_had_costs_its_own_matrices(server):
     source = spectra.open_source("org/tuned", "org/base")
     statuses = {spectrum.status for spectrum in spectra.decompose(source)}
     assert "ok" in statuses
+
+
+# -- what a server says and what it sends
+
+
+def only_matrices(answer):
+    """A fault that answers requests for the matrices alone: headers and indices come as they are."""
+
+    def fault(handler, seen):
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", seen.range or "")
+        if seen.server != "cdn" or not found or int(found[2]) - int(found[1]) < 2000:
+            return False
+        _, owner, name, commit, file = unquote(urlsplit(seen.path).path).removeprefix("/blobs").split("/", 4)
+        answer(
+            handler, handler.server.hub.models[f"{owner}/{name}"].commits[commit][file], int(found[1]), int(found[2])
+        )
+        return True
+
+    return fault
+
+
+def of_range(body, first, last):
+    return {"ETag": f'"{md5(body)}"', "Content-Range": f"bytes {first}-{last}/{len(body)}"}
+
+
+def whole_as_a_range(handler, body, first, last):
+    handler.say(206, of_range(body, first, last), body)
+
+
+def whole_as_a_range_in_chunks(handler, body, first, last):
+    handler.told.status = 206
+    handler.send_response(206)
+    for name, value in (of_range(body, first, last) | {"Transfer-Encoding": "chunked"}).items():
+        handler.send_header(name, value)
+    handler.end_headers()
+    handler.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+
+
+@pytest.mark.parametrize("answer", [whole_as_a_range, whole_as_a_range_in_chunks])
+def test_an_answer_with_other_bytes_than_its_range_is_never_taken(server, answer):
+    server.faults.append(only_matrices(answer))
+    for spectrum in remotely().values():
+        assert spectrum.status == "unreadable"
+        assert "sends more or other bytes than the range that it names" in spectrum.reason
+
+
+def test_a_range_in_chunks_without_a_length_is_taken(server, tmp_path):
+    server.faults.append(only_matrices(
+        lambda handler, body, first, last: whole_as_a_range_in_chunks(_Part(handler), body, first, last)
+    ))  # fmt: skip
+    assert_right(remotely(), tmp_path)
+
+
+class _Part:
+    """A handler whose body is cut to the range that its answer names."""
+
+    def __init__(self, handler):
+        self.handler, self.span, self.wfile = handler, None, self
+
+    def __getattr__(self, name):
+        return getattr(self.handler, name)
+
+    def send_header(self, name, value):
+        if name == "Content-Range":
+            self.span = [int(text) for text in re.findall(r"\d+", value)][:2]
+        self.handler.send_header(name, value)
+
+    def write(self, framed):
+        body = framed.partition(b"\r\n")[2].removesuffix(b"\r\n0\r\n\r\n")[self.span[0] : self.span[1] + 1]
+        self.handler.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+
+
+def test_a_server_that_keeps_answering_with_other_ranges_is_believed_soon(server, monkeypatch):
+    monkeypatch.setattr(patience, "PATIENCE", 120.0)
+    server.faults.append(only_matrices(
+        lambda handler, body, first, last: handler.say(206, {"ETag": f'"{md5(body)}"'}, body[first : last + 1])
+    ))  # fmt: skip
+    began = time.monotonic()
+    reasons = {spectrum.reason.partition(": ")[2] for spectrum in remotely().values()}
+    assert {reason.partition(":")[0] for reason in reasons} == {"the answer is another range than was asked for"}
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["http://[bad", "ftp://example.org/x", "file:///etc/passwd", "http://127.0.0.1:99999999/", "http://a\x7f/"],
+)
+def test_a_redirect_to_no_server_is_one_message(server, location):
+    server.faults.append(
+        lambda handler, seen: seen.server == "hub" and seen.path.endswith(".safetensors")
+        and not handler.say(302, {"Location": location})
+    )  # fmt: skip
+    began = time.monotonic()
+    for spectrum in remotely().values():
+        assert spectrum.status == "unreadable"
+        assert re.search(r"leads to what is no address of a server|Invalid", spectrum.reason)
+    assert time.monotonic() - began < patience.PATIENCE, "it is not asked again"
+
+
+def test_numbers_longer_than_any_file_are_no_numbers(server):
+    server.faults.append(only_matrices(
+        lambda handler, body, first, last: handler.say(
+            206, of_range(body, first, last) | {"Content-Range": f"bytes {first}-{last}/{'9' * 5000}"}
+        )
+    ))  # fmt: skip
+    assert {spectrum.status for spectrum in remotely().values()} == {"unreadable"}
+
+
+def test_an_answer_of_the_hub_that_is_none_is_one_message(server, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    server.faults.append(lambda handler, seen: "/tree/" in seen.path and not handler.say(200, body=b'{"no": "list"}'))
+    with pytest.raises(NotFoundError):
+        hub.resolve("org/base", fetch=True)
+
+
+@pytest.mark.parametrize(("tag", "size"), [({}, 7), ({"ETag": '"a"'}, 5)])
+def test_a_file_that_changed_this_very_second_is_looked_at_again_where_the_date_is_all(server, tag, size):
+    """What it becomes before the second is over would have the same date."""
+    now = "Fri, 01 Mar 2024 10:00:00 GMT"
+    sizes, clock = [5, 7], [now, "Fri, 01 Mar 2024 10:00:01 GMT"]
+
+    def answer(handler, seen):
+        handler.date_time_string = lambda: clock.pop(0) if len(clock) > 1 else clock[0]
+        total = sizes.pop(0) if len(sizes) > 1 else sizes[0]
+        handler.say(206, tag | {"Last-Modified": now, "Content-Range": f"bytes 0-0/{total}"}, b"{")
+        return True
+
+    server.faults.append(answer)
+    assert http.stat(f"{server.cdn}/config.json") == (size, tag.get("ETag", now).strip('"'))
+
+
+# -- one version of a base, however often it is opened
+
+
+@pytest.mark.parametrize("command", ["similarity", "verify", "extract"])
+def test_a_base_that_moves_while_models_are_opened_is_one_commit(server, tmp_path, command):
+    lora_folder(tmp_path / "lora", seed=1)
+    commits = {repo: server.add(repo, tmp_path / repo.removeprefix("org/")) for repo in ("org/tuned", "org/base")}
+    write_checkpoint(tmp_path / "moved", larger(llama_tensors(seed=7)), shards=SHARDS)
+    asked = []
+
+    def moves(handler, seen):
+        if "/api/models/org/base/revision/main" in seen.path:
+            asked.append(seen)
+            if len(asked) == 2:
+                server.add("org/base", tmp_path / "moved")
+        return False
+
+    server.faults.append(moves)
+    if command == "verify":
+        server.add("org/merged", tmp_path / "tuned")
+        write_adapter_of(tmp_path / "adapter", tmp_path / "base")
+        server.add("org/adapter", tmp_path / "adapter")
+        run("verify", "--base", "org/base", "--adapter", "org/adapter", "--merged", "org/merged", status=1)
+    elif command == "similarity":
+        run("similarity", "org/tuned", "org/tuned", "--base", "org/base", "--layer", "v_proj")
+    else:
+        run("extract", "org/tuned", "org/tuned", "--base", "org/base", "--layer", "v_proj", "--rank", "1", "--dry-run")
+    read = {seen.path.split("/")[4] for seen in server.seen if seen.server == "cdn" and "/org/base/" in seen.path}
+    assert read == {commits["org/base"]}
+
+
+def write_adapter_of(folder, base):
+    """A LoRA of one matrix of the base."""
+    (shard,) = (
+        file for file in base.glob("*.safetensors") if "model.layers.0.self_attn.v_proj.weight" in load_file(file)
+    )
+    rows, columns = load_file(shard)["model.layers.0.self_attn.v_proj.weight"].shape
+    name = "base_model.model.model.layers.0.self_attn.v_proj"
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, columns), f"{name}.lora_B.weight": torch.ones(rows, 2)}
+    return write_adapter(folder, tensors, {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["v_proj"]})
+
+
+# -- downloads of the shards in question
+
+
+WITH_SHARDS = {
+    "extract": ("--base", "{0}/base", "--rank", "2", "--out", "{1}/lora"),
+    "verify": ("--base", "{0}/base", "--adapter", "{0}/adapter", "--merged", "{0}/tuned", "--json"),
+    "series": ("--step", "1", "--base", "{0}/base", "--no-figures", "--out", "{1}/series", "--json"),
+}
+ONE = "layers.0.self_attn.v_proj"
+
+
+def downloaded(tmp_path, *words, status=0):
+    """stdout of a command in a process of its own, since the client library looks at the environment once."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_CACHE": f"{tmp_path}/hub"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "SPECTRA_CACHE": f"{tmp_path}/ours"}
+    command = [sys.executable, "-c", "from spectra.cli import main; main()", *words, "--download"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("where", ["hub", "web"])
+@pytest.mark.parametrize("name", WITH_SHARDS)
+def test_a_download_takes_the_shards_of_the_chosen_matrices_and_gives_what_a_disk_gives(server, tmp_path, name, where):
+    write_adapter_of(tmp_path / "adapter", tmp_path / "base")
+    server.add("org/adapter", tmp_path / "adapter")
+    for folder in ("base", "tuned", "adapter"):
+        server.plain |= {f"/w/{folder}/{file.name}": file.read_bytes() for file in (tmp_path / folder).iterdir()}
+    at, status = "org" if where == "hub" else f"{server.cdn}/w", 1 if name == "verify" else 0
+
+    def words(models, out):
+        out.mkdir()
+        tuned = () if name == "verify" else (f"{models}/tuned",)
+        return [name, *tuned, *(word.format(models, out) for word in WITH_SHARDS[name]), "--layer", ONE]
+
+    here, _ = run(*words(tmp_path, tmp_path / "a"), status=status)
+    there = downloaded(tmp_path, *words(at, tmp_path / "b"), status=status)
+    if name == "extract":
+        first, second = (tmp_path / out / "lora" / "adapter_model.safetensors" for out in "ab")
+        assert first.read_bytes() == second.read_bytes()
+    else:
+        tables = [json.loads(text)["matrices"] for text in (here, there)]
+        assert tables[0]
+        assert len({json.dumps([row | {"checkpoint": ""} for row in table]) for table in tables}) == 1
+    source = spectra.open_source(tmp_path / "tuned", tmp_path / "base").select(ONE)
+    shards = sorted(part.path.rpartition("/")[2] for delta in source for ref in delta.refs for part in ref.parts)
+    inside = "hub/*/snapshots/*" if where == "hub" else "ours/models/*"
+    came = sorted(file.name for file in tmp_path.glob(f"{inside}/model-*"))
+    assert len(shards) == 2 < 2 * SHARDS
+    assert [name for name in came if name.endswith(".safetensors")] == shards
+
+
+def test_a_torch_file_is_downloaded_where_a_command_takes_shards(server, tmp_path):
+    (tmp_path / "torch").mkdir()
+    torch.save(nudged(larger(llama_tensors())), tmp_path / "torch" / "pytorch_model.bin")
+    (tmp_path / "torch" / "config.json").write_text('{"model_type": "llama"}')
+    server.add("org/torch", tmp_path / "torch")
+    downloaded(tmp_path, "extract", "org/torch", "--base", "org/base", "--layer", "v_proj", "--rank", "1", "--dry-run")
+    assert [file.name for file in tmp_path.glob("hub/*/snapshots/*/*.bin")] == ["pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("name", ["a b.safetensors", "100%.safetensors", "a%20b.safetensors", "é?#+&.safetensors"])
+def test_a_file_of_the_hub_may_have_any_name(server, tmp_path, name):
+    for model in ("tuned", "base"):
+        (tmp_path / "named" / model).mkdir(parents=True)
+        tensors = larger(llama_tensors()) if model == "base" else nudged(larger(llama_tensors()))
+        write_checkpoint(tmp_path / "named" / model, tensors)
+        (tmp_path / "named" / model / "model.safetensors").rename(tmp_path / "named" / model / name)
+        index = {"weight_map": dict.fromkeys(tensors, name)}
+        (tmp_path / "named" / model / "model.safetensors.index.json").write_text(json.dumps(index))
+        server.add(f"org/{model}", tmp_path / "named" / model)
+
+    # The link of the hub is to a name in its own quotes.
+    def quoted(handler, seen):
+        found = re.fullmatch(r"/(org/\w+)/resolve/(\w+)/(.+)", urlsplit(seen.path).path)
+        if seen.server != "hub" or not found or unquote(found[3]) != name:
+            return False
+        body = server.models[found[1]].commits[found[2]][name]
+        handler.give(body, sha(body))
+        return True
+
+    server.faults.append(quoted)
+    assert_right(remotely(), tmp_path)
