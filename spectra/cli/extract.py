@@ -20,6 +20,7 @@ from spectra.cli.options import (
     files_of,
     json_option,
     layer_option,
+    of_one_commit,
     scale_option,
     within_reach,
 )
@@ -196,7 +197,6 @@ def _given(
     tuned: Sequence[str], base: str | None, layers: Sequence[str], settings: dict[str, Any]
 ) -> list[Source] | Spectra:
     """What --tuned means: the results of a run, or updates to add up."""
-    from spectra.files import hub
     from spectra.sources import open_source
 
     if len(tuned) == 1 and (Path(tuned[0]) / "run.json").is_file():
@@ -205,7 +205,7 @@ def _given(
         spectra = load(tuned[0])
         return spectra.select(layers) if layers else spectra
     sources = []
-    shared = hub.pinned(base) if base and len(tuned) > 1 else base
+    shared = of_one_commit(base, tuned)
     for each in tuned:
         source = open_source(each, shared, **settings)
         for line in source.coverage.warnings:

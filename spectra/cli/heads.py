@@ -87,8 +87,8 @@ def _means(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
     for row in rows:
         roles.setdefault(row["role"], []).append(row)
     return [
-        {"role": role, "modules": len(members), **{column: _mean(members, column) for column in columns}}
-        for role, members in ((role, roles[role]) for role in naming.in_model_order(roles))
+        {"role": role, "modules": len(roles[role]), **{column: _mean(roles[role], column) for column in columns}}
+        for role in naming.in_model_order(roles)
     ]
 
 

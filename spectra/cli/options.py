@@ -210,6 +210,13 @@ def bring(models: Iterable[str | None], only: Collection[str]) -> None:
                 hub.fetched(remote.place_of(model), progress, wanted)
 
 
+def of_one_commit(base: str | None, updates: Sequence[str]) -> str | Path | Place | None:
+    """A base for all of several updates: of one on a server, what its name means now."""
+    from spectra.files import hub
+
+    return hub.pinned(base) if base and base.strip() and len(updates) > 1 else base
+
+
 def files_of(source: Source, layers: Sequence[str]) -> set[str]:
     """The addresses of the files that hold the chosen matrices; none where the patterns mean nothing."""
     from spectra.errors import SelectionError
@@ -249,9 +256,8 @@ class Opening:
         """All of several updates; what is left out of all of them is said once."""
         from spectra.cli import report
         from spectra.deltas.source import NO_HEADS
-        from spectra.files import hub
 
-        shared = hub.pinned(base) if base and base.strip() and len(updates) > 1 else base  # one commit for all
+        shared = of_one_commit(base, updates)
         sources = [self.opened(tuned, shared) for tuned in updates]
         coverages = [source.coverage for source in sources]
         headless = [any(NO_HEADS in line for line in coverage.warnings) for coverage in coverages]

@@ -11,7 +11,7 @@ import numpy as np
 from spectra import text
 from spectra.errors import SelectionError
 from spectra.naming import in_model_order
-from spectra.plots.panels import panelled, put_legend
+from spectra.plots.panels import panelled, put_legend, unbroken
 from spectra.plots.similarity import tick_positions
 from spectra.plots.sizes import DEFAULT, arranged
 from spectra.plots.style import HEATMAP, curves, marked, name_chance, new_axes, stroke
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_ROLES = 7
-_UNBROKEN = "\u00a0"  # a space at which no line ends
 _COLUMNS = 4
 _SQUARE, _BAR, _DECILES = (14.5, 17.5), 6.0, (24.0, 19.0)  # ems
 
@@ -138,7 +137,7 @@ def _first_tenth(table: pd.DataFrame) -> str:
     done = table[table["status"] == "ok"]
     shares = [float(_mean(done[f"{side}_deciles"])[0]) for side in ("left", "right")]
     chances = [_mean_chance(done, side) for side in ("left", "right")]
-    told = [f"{100 * share:.0f} % {side} (by chance {100 * chance:.0f} %)".replace(" ", _UNBROKEN)
+    told = [unbroken(f"{100 * share:.0f} % {side} (by chance {100 * chance:.0f} %)")
             for share, chance, side in zip(shares, chances, ("left", "right"), strict=True)]  # fmt: skip
     return f"energy in the top tenth of W₀'s directions:\n{', '.join(told)}"
 

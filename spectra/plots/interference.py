@@ -138,9 +138,8 @@ def mean_squares(table: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
             groups.setdefault(row["role"], []).append(square)
     if len(groups) == 2:
         del groups["all"]
-    named = [role for role in groups if role != "all"]
-    ordered = [*(["all"] if "all" in groups else []), *in_model_order(named)]
-    return {role: _mean(groups[role]) for role in ordered if groups[role]}
+    ordered = ["all", *in_model_order(role for role in groups if role != "all")]
+    return {role: _mean(groups[role]) for role in ordered if groups.get(role)}
 
 
 def draw_interference(rows: Rows, out: str | Path, labels: Sequence[str], *, size: str = DEFAULT) -> list[Path]:

@@ -54,9 +54,15 @@ def even_lines(words: str, width: int) -> str:
     >>> even_lines("one two three four five", 20)
     'one two three\\nfour five'
     """
-    least = max(map(len, words.split(" "))) or 1
-    told = [textwrap.wrap(words, space, break_on_hyphens=False) for space in (*range(least, width), width)]
-    return "\n".join(next(lines for lines in told if len(lines) == len(told[-1])))
+    fewest = len(textwrap.wrap(words, width, break_on_hyphens=False)) or 1
+    least = max(max(map(len, words.split(" "))), len(words.replace(" ", "")) // fewest, 1)  # what no line can be under
+    tried = (textwrap.wrap(words, space, break_on_hyphens=False) for space in (*range(least, width), width))
+    return "\n".join(next(lines for lines in tried if len(lines) <= fewest))
+
+
+def unbroken(words: str) -> str:
+    """The words so that no line ends within them."""
+    return words.replace(" ", "\u00a0")
 
 
 def put_label(ax: Axes, label: str, letters: int) -> None:

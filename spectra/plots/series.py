@@ -10,7 +10,7 @@ import numpy as np
 
 from spectra.errors import SelectionError
 from spectra.naming import in_model_order
-from spectra.plots.panels import panelled, put_label, put_legend_of, put_title
+from spectra.plots.panels import panelled, put_label, put_legend_of, put_title, unbroken
 from spectra.plots.sizes import DEFAULT, arranged
 from spectra.plots.style import curves, marked, name_chance, new_axes, stroke
 from spectra.printing import in_figure
@@ -132,7 +132,7 @@ def _from_to(done: pd.DataFrame, metric: str) -> str:
     middle = done[done[metric].notna()].groupby("step")[metric].median()
     told = [f"{_short(middle.iloc[place])} at step {middle.index[place]:,}" for place in (0, -1)]
     parts = [f"median {told[0]}", told[1]][: len(middle)]
-    return ", ".join(part.replace(" ", "\u00a0") for part in parts)  # no line ends within a part
+    return ", ".join(map(unbroken, parts))
 
 
 def _short(value: float) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from spectra.metrics.similarity import SubspaceSimilarity
+from spectra.plots.panels import unbroken
 from spectra.plots.style import HEATMAP, new_axes
 from spectra.printing import in_figure, shortened
 
@@ -69,8 +70,8 @@ def heading(similarity: SubspaceSimilarity, title: str | None = None, width: int
     name = title if title is not None else similarity.title
     side = [] if name.endswith(f", {similarity.side}") else [similarity.side]
     facts = [*side, f"φ({k}, {k}) = {similarity.phi:.2f}", f"chance {similarity.chance[-1, -1]:.2f}"]
-    unbroken = ", ".join(fact.replace(" ", "\u00a0") for fact in facts)
-    parts = [_wrapped(name, width), _wrapped(unbroken, width).replace("\u00a0", " "), _wrapped(similarity.note, width)]
+    told = ", ".join(map(unbroken, facts))
+    parts = [_wrapped(name, width), _wrapped(told, width).replace("\u00a0", " "), _wrapped(similarity.note, width)]
     return "\n".join(part for part in parts if part)
 
 

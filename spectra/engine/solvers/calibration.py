@@ -14,7 +14,7 @@ import os
 import platform
 import time
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -40,7 +40,7 @@ _ELSEWHERE = (
 )
 
 _anew: list[int] = []  # sizes, by this process
-_hindrances: list[str] = []  # why it measured nothing when it might have
+_hindrances: deque[str] = deque(maxlen=1)  # why it measured nothing when it last might have
 _asked: set[Path] = set()  # what this process has measured, or tried to: once is enough
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectra.plots import save_figure
-from spectra.plots.panels import panelled, put_label, put_legend_of, put_title
+from spectra.plots.panels import panelled, put_label, put_legend_of, put_title, unbroken
 from spectra.plots.sizes import DEFAULT, arranged
 from spectra.plots.style import COLOURS, legend_below, new_axes, stroke
 from spectra.reproduce.long.numbers import Numbers
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PANEL, _SHARES, _LETTERS = (18.0, 16.5), (27.0, 34.0), 20  # ems of panels, and characters along the first's height
-_UNBROKEN = "\u00a0"  # a space at which no line ends
 _MOST_STEPS = 5  # whose numbers stand under a panel
 
 # Run → colour and line; a repetition has its run's colour, thinner.
@@ -156,7 +155,7 @@ def _from_to(table: pd.DataFrame, quantity: str) -> str:
         known = table[(table["run"] == run) & (table["step"] > 0) & table[quantity].notna()].sort_values("step")
         if len(known) and known[quantity].iloc[-1]:
             first, last = known[quantity].iloc[0], known[quantity].iloc[-1]
-            told.append(f"{name} {first:.2g} to {last:.2g}".replace(" ", _UNBROKEN))
+            told.append(unbroken(f"{name} {first:.2g} to {last:.2g}"))
     return ", ".join(told)
 
 
