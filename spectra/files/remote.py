@@ -28,6 +28,7 @@ _RESOLVED = re.compile(r"(?P<hub>.+?)/(?P<repo>[\w.-]+/[\w.-]+)/resolve/(?P<comm
 _HUBS = ("https://huggingface.co", "https://hf.co")
 
 _listings: dict[Hub, dict[str, Stamp]] = {}
+meant: dict[Hub, set[str]] = {}  # the branches and tags that meant a commit when it was asked for
 _pins: dict[str, Stamp] = {}
 _absent: dict[str, float] = {}
 
@@ -176,6 +177,7 @@ def open_hub(repo: str, revision: str, endpoint: str | None = None) -> Place:
     at = endpoint or http.endpoint()
     info = http.retried(at, lambda: download.info(repo, revision, endpoint=at))
     storage = Hub(at, repo, info.sha)
+    meant.setdefault(storage, set()).add(revision)
     _listings[storage] = {file.rfilename: _stamp_of(storage, file) for file in info.siblings or ()}
     return Place(storage, storage.root)
 

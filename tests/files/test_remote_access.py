@@ -31,7 +31,7 @@ def test_a_gated_model_says_what_to_do_and_a_token_opens_it(server, tmp_path, mo
     assert_right(remotely(), tmp_path)
     monkeypatch.delenv("HF_TOKEN")
     server.models["org/base"].gated = True
-    far._configs.clear()
+    far._heads.clear()
     with pytest.raises(SourceError, match=r"it is gated: accept its terms on the hub, then `hf auth login`"):
         spectra.open_source("org/tuned", "org/base")
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from support.checkpoints import llama_tensors, nudged
+from support.checkpoints import llama_tensors, nudged, write_checkpoint
 from support.command_line import run
 from support.remote_models import ONE, SHARDS, assert_right, downloaded, larger, write_adapter_of
 
 import spectra
+from spectra.deltas.copies import at_home
+from spectra.results import fingerprint
 
 
 def test_download_takes_the_shards_of_the_chosen_matrices_into_the_cache(server, tmp_path, monkeypatch):
@@ -73,6 +76,53 @@ def test_a_download_takes_the_shards_of_the_chosen_matrices_and_gives_what_a_dis
     came = sorted(file.name for file in tmp_path.glob(f"{inside}/model-*"))
     assert len(shards) == 2 < 2 * SHARDS
     assert [name for name in came if name.endswith(".safetensors")] == shards
+
+
+STORED = {
+    "svd": ("svd", "{0}/tuned", "--top", "2"),
+    "series": ("series", "{0}/tuned", "--step", "1"),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_what_is_recorded_of_a_download_is_that_of_its_folders_and_goes_on_offline(server, tmp_path, name):
+    words = [word.format("org") for word in STORED[name]]
+    words += ["--base", "org/base", "--layer", ONE, "--no-figures", "--out", str(tmp_path / "out")]
+    downloaded(tmp_path, *words)
+    folder = tmp_path / "out" / ("" if name == "svd" else "checkpoints/step-1")
+    run_json = json.loads((folder / "run.json").read_text())
+    commits = [server.models[f"org/{model}"].branches["main"] for model in ("tuned", "base")]
+    homes = [f"{tmp_path}/hub/models--org--{model}/snapshots/{commit}" for model, commit in
+             zip(("tuned", "base"), commits, strict=True)]  # fmt: skip
+    assert [run_json["inputs"]["tuned"], run_json["inputs"]["base"]] == homes
+    assert all(path.startswith(tuple(homes)) for path in run_json["inputs"]["files"])
+    written = {file: file.stat().st_mtime_ns for file in folder.glob("spectra/*.safetensors")}
+    start = len(server.seen)
+    downloaded(tmp_path, *words)
+    assert all(seen.sent < 5000 for seen in server.seen[start:])
+    downloaded(tmp_path, *words, offline=True)
+    assert written == {file: file.stat().st_mtime_ns for file in folder.glob("spectra/*.safetensors")} != {}
+
+
+def test_a_source_whose_files_were_copied_is_the_one_that_is_opened_here(server, tmp_path, monkeypatch):
+    """In its recipes too, by which stored results are known again: fused parts, stacks and codes among them."""
+    config = {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2}
+    base = {f"transformer.h.{i}.attn.c_attn.weight": torch.randn(64, 192) for i in range(2)}
+    for name, tensors in {"gpt": base, "gpt-tuned": nudged(base)}.items():
+        write_checkpoint(tmp_path / name, tensors, config=config)
+        server.add(f"org/{name}", tmp_path / name)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    afar, homes = spectra.open_source("org/gpt-tuned", "org/gpt"), {}
+    assert at_home(afar, {}) == afar
+    for name, address in (("gpt-tuned", afar.tuned), ("gpt", afar.base)):
+        commit = server.models[f"org/{name}"].branches["main"]
+        homes[address] = str(tmp_path / "cache" / f"models--org--{name}" / "snapshots" / commit)
+        shutil.copytree(tmp_path / name, homes[address])
+    here = spectra.open_source(*homes.values())
+    assert at_home(afar, homes).deltas == here.deltas
+    assert repr(at_home(afar, homes)) == repr(here)
+    keys = [[fingerprint.of_delta(delta) for delta in source] for source in (at_home(afar, homes), here, afar)]
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_a_torch_file_is_downloaded_where_a_command_takes_shards(server, tmp_path):

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from support.checkpoints import llama_tensors, nudged, write_checkpoint
 from support.command_line import lora_folder, run
-from support.remote_models import SHARDS, TOKEN, assert_right, data_of, larger, remotely
+from support.remote_models import SHARDS, TOKEN, assert_right, data_of, larger, remotely, write_adapter_of
 
 import spectra
 from spectra.files import far, http, lanes, ranges
@@ -146,6 +147,29 @@ def test_a_command_reads_every_byte_once(server, tmp_path, name):
     for first, second in pairwise(data):
         assert first[0] != second[0] or first[2] < second[1]
     assert list(ranges.folder().iterdir()) == [], "nothing is left on the disk"
+
+
+HEADERS_ONCE = {
+    **READ_ONCE,
+    "verify": ("verify", "--base", "org/base", "--adapter", "org/adapter", "--merged", "org/tuned"),
+    "series": ("series", "org/tuned", "org/other", "--step", "1", "--step", "2", "--base", "org/base"),
+}
+
+
+@pytest.mark.parametrize("where", ["hub", "web"])
+@pytest.mark.parametrize("name", HEADERS_ONCE)
+def test_a_command_reads_every_header_once(server, tmp_path, name, where):
+    write_checkpoint(tmp_path / "other", nudged(larger(llama_tensors()), seed=3), shards=SHARDS)
+    write_adapter_of(tmp_path / "adapter", tmp_path / "base")
+    for folder in ("base", "tuned", "other", "adapter"):
+        server.add(f"org/{folder}", tmp_path / folder)
+        server.plain |= {f"/w/{folder}/{file.name}": file.read_bytes() for file in (tmp_path / folder).iterdir()}
+    words = [word.format(tmp_path=tmp_path) for word in HEADERS_ONCE[name]]
+    words = [word.replace("org/", f"{server.cdn}/w/") for word in words] if where == "web" else words
+    run(*words, "--layer", "layers.0.self_attn.v_proj", status=1 if name == "verify" else 0)
+    starts = Counter(seen.path for seen in server.seen if seen.server == "cdn" and seen.range == "bytes=0-7")
+    assert len([path for path in starts if path.partition("?")[0].endswith(".safetensors")]) >= 2 * SHARDS
+    assert set(starts.values()) == {1}
 
 
 def test_a_series_reads_the_base_once(server, tmp_path):

@@ -92,10 +92,14 @@ def write_adapter_of(folder, base):
     return write_adapter(folder, tensors, {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["v_proj"]})
 
 
-def downloaded(tmp_path, *words, status=0):
+def downloaded(tmp_path, *words, status=0, offline=False):
     """stdout of a command in a process of its own, since the client library looks at the environment once."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_CACHE": f"{tmp_path}/hub"}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "SPECTRA_CACHE": f"{tmp_path}/ours"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": f"{offline:d}", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {
+        "HF_HUB_CACHE": f"{tmp_path}/hub",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "SPECTRA_CACHE": f"{tmp_path}/ours",
+    }
     command = [sys.executable, "-c", "from spectra.cli import main; main()", *words, "--download"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
