@@ -21,7 +21,7 @@ from urllib.parse import urljoin, urlsplit
 from spectra.errors import NotFoundError, SourceError
 from spectra.files.download import BUSY, SAID, by_proxy, library, offline
 from spectra.files.lanes import Sink
-from spectra.files.patience import Patience, TryAgainError, answered, origin
+from spectra.files.patience import Patience, TryAgainError, answered, in_time, origin
 from spectra.files.storage import Stamp
 
 _TIMEOUT = 10.0  # seconds of silence after which a request is made again
@@ -129,7 +129,7 @@ def read_into(url: str, offset: int, buffer: Sink, stamp: Stamp) -> int:
             for chunk in _range(url, offset + filled, offset + wanted, stamp):
                 buffer[filled : filled + len(chunk)] = chunk
                 filled += len(chunk)
-                patience.renew()
+                patience.renew(len(chunk))
             if filled < wanted:
                 raise TryAgainError("the answer ended early")
         except TryAgainError as problem:
@@ -146,14 +146,17 @@ def retried(url: str, ask: Any) -> Any:
     patience = Patience(url)
     while True:
         try:
-            return ask()
+            with in_time(_hang_up):
+                return ask()
         except library()[1].HfHubHTTPError as problem:
             response = problem.response
             if response is None or response.status_code not in BUSY:
                 raise
             patience.answered()
-            busy = TryAgainError(f"the server answered {response.status_code}", _asked_to_wait(response.headers))
-        patience.wait(busy)
+            failed = TryAgainError(f"the server answered {response.status_code}", _asked_to_wait(response.headers))
+        except TryAgainError as problem:
+            failed = problem
+        patience.wait(failed)
 
 
 def _range(url: str, start: int, stop: int, stamp: Stamp) -> Iterator[bytes]:
@@ -241,7 +244,8 @@ def _streamed(url: str, target: str, headers: dict[str, str]) -> Iterator[Any]:
         stream = (
             library()[0].get_session().stream("GET", target, headers=headers, follow_redirects=False, timeout=_TIMEOUT)
         )
-        response = stream.__enter__()
+        with in_time(_hang_up):
+            response = stream.__enter__()
     except (_transport_error(), RuntimeError) as problem:  # RuntimeError: another thread closed the session
         _forget(url)  # another link may lead to a server that answers
         raise TryAgainError(_said(problem) + by_proxy(target)) from None
@@ -251,6 +255,11 @@ def _streamed(url: str, target: str, headers: dict[str, str]) -> Iterator[Any]:
         yield response
     finally:
         stream.__exit__(None, None, None)
+
+
+def _hang_up() -> None:
+    """End every request of this process: one of them has headers without end, and the others are made again."""
+    library()[0].close_session()
 
 
 def _check_version(url: str, version: str, stamp: Stamp | None) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+from support import hub_server
 from support.remote_models import assert_right, body_of, remotely, tag_of, times
 
 import spectra
@@ -78,6 +81,77 @@ def test_a_server_that_asks_for_a_long_wait_is_one_message(server):
     server.faults.append(times(-1, lambda handler, seen: handler.say(429, {"Retry-After": "3600"})))
     found = list(spectra.decompose(source))
     assert all("asks to wait 3600 s" in spectrum.reason for spectrum in found)
+
+
+def slowly(handler, content):
+    """Byte after byte, each before anyone calls the server silent."""
+    handler.told.status = 206
+    handler.close_connection = True
+    with suppress(OSError):
+        for byte in content:
+            handler.wfile.write(bytes([byte]))
+            handler.told.sent += 1
+            time.sleep(0.05)
+
+
+def trickling_body(handler, seen):
+    first, last = map(int, re.findall(r"\d+", seen.range))
+    body = body_of(handler)
+    handler.send_response(206)
+    handler.send_header("ETag", f'"{tag_of(handler)}"')
+    handler.send_header("Content-Range", f"bytes {first}-{last}/{len(body)}")
+    handler.send_header("Content-Length", str(last - first + 1))
+    handler.end_headers()
+    slowly(handler, body[first : last + 1])
+
+
+def trickling_headers(handler, seen):
+    slowly(handler, b"HTTP/1.1 206 Partial Content\r\nX-Long: " + b"x" * 100_000)
+
+
+@pytest.mark.parametrize("trickle", [trickling_body, trickling_headers])
+def test_a_server_that_trickles_is_not_waited_for_without_end(server, tmp_path, trickle):
+    source = spectra.open_source("org/tuned", "org/base").select("v_proj")
+    server.faults.append(times(-1, lambda handler, seen: trickle(handler, seen) if "tuned" in seen.path else False))
+    began = time.monotonic()
+    lost = list(spectra.decompose(source, out=tmp_path / "out"))
+    assert time.monotonic() - began < 10 * patience.PATIENCE
+    assert {spectrum.status for spectrum in lost} == {"unreadable"}
+    said = r"\d+ bytes came in \d s" if trickle is trickling_body else "no whole answer within 2 s"
+    assert all(re.search(f"cannot be read: {said}, .*; tried for ", spectrum.reason) for spectrum in lost)
+    server.faults.clear()
+    assert_right({s.name: s for s in spectra.decompose(source, out=tmp_path / "out")}, tmp_path)
+
+
+def test_a_hub_that_trickles_is_one_message(server):
+    server.faults.append(lambda handler, seen: "/api/" in seen.path and not trickling_headers(handler, seen))
+    began = time.monotonic()
+    with pytest.raises(SourceError, match="cannot be read: no whole answer within 2 s"):
+        spectra.open_source("org/tuned", "org/base")
+    assert time.monotonic() - began < 10 * patience.PATIENCE
+
+
+def test_a_server_that_is_slow_and_comes_to_an_end_is_waited_for(server, tmp_path, monkeypatch):
+    """Longer in all than the patience, which is for the time in which next to nothing comes."""
+    monkeypatch.setattr(patience, "PATIENCE", 1.0)
+    monkeypatch.setattr(patience, "LEAST", 1000)
+    whole = hub_server._Handler.say
+
+    def slow(self, status, headers=None, body=b"", keep=None):
+        if status == 206 and len(body) > 4000:
+            self.told.status = status
+            self.send_response(status)
+            for name, value in (headers | {"Content-Length": str(len(body))}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            for start in range(0, len(body), 1024):
+                self.wfile.write(body[start : start + 1024])
+                time.sleep(0.3)
+        else:
+            whole(self, status, headers, body, keep)
+
+    monkeypatch.setattr(hub_server._Handler, "say", slow)
+    assert_right(remotely(), tmp_path)
 
 
 def test_who_stops_does_not_wait_for_a_silent_server(server, monkeypatch):
