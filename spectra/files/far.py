@@ -14,6 +14,7 @@ from spectra.files.lanes import Sink
 from spectra.files.patience import give_up
 from spectra.files.storage import DISK, Place, Stamp
 from spectra.files.tensors import TensorRef
+from spectra.files.versions import tells_content
 
 _KEPT = 4 * 2**20  # bytes of a config or index that is kept
 _ALL_KEPT = 64 * 2**20  # bytes of all configs, indices and headers that are
@@ -94,6 +95,13 @@ def _keep_head(key: tuple[str, Stamp, int, int], content: bytes) -> None:
         _heads[key] = content
         while sum(map(len, _heads.values())) > _ALL_KEPT:
             del _heads[next(iter(_heads))]
+
+
+def look_anew(address: str) -> None:
+    """Forget heads below an address whose versions do not tell whether they are the same still."""
+    with _keeping:
+        for key in [key for key in _heads if key[0].startswith(address) and not tells_content(key[1])]:
+            del _heads[key]
 
 
 def is_remote(place: Place) -> bool:

@@ -23,6 +23,7 @@ from spectra.files.download import BUSY, SAID, by_proxy, library, offline
 from spectra.files.lanes import Sink
 from spectra.files.patience import Patience, TryAgainError, answered, in_time, origin
 from spectra.files.storage import Stamp
+from spectra.files.versions import tells_content
 
 _TIMEOUT = 10.0  # seconds of silence after which a request is made again
 _HOPS = 5
@@ -103,7 +104,7 @@ def stat(url: str, *, first: float | None = None) -> Stamp:
         try:
             with _answer(url, 0, 0) as answer:
                 size, version = _size(answer.response), answer.version
-                if _is_of_this_second(answer.response):
+                if _is_of_this_second(answer.response, (size or 0, version)):
                     raise TryAgainError("it changes again and again", 1.1, most=_CONFUSED)
                 break
         except TryAgainError as problem:
@@ -337,13 +338,13 @@ def _plain(tag: str) -> str:
     return tag.removeprefix("W/").strip('"')
 
 
-def _is_of_this_second(response: Any) -> bool:
-    """Whether the date that is the file's version is this second: a change yet to come would have the same.
+def _is_of_this_second(response: Any, stamp: Stamp) -> bool:
+    """Whether the date that the file's version amounts to is this second: a change yet to come would have the same.
 
     Reference: RFC 9110, §8.8.2.2.
     """
     changed = response.headers.get("Last-Modified", "")
-    return changed != "" and changed == response.headers.get("Date") and "ETag" not in response.headers
+    return changed != "" and changed == response.headers.get("Date") and not tells_content(stamp)
 
 
 def _size(response: Any) -> int | None:

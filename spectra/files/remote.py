@@ -18,7 +18,7 @@ from spectra.errors import NotFoundError, SourceError
 from spectra.files import download, http, snapshots
 from spectra.files.choice import KNOWN_NAMES, WEIGHT_SUFFIXES
 from spectra.files.cloud import Cloud, open_cloud
-from spectra.files.far import Far
+from spectra.files.far import Far, look_anew
 from spectra.files.lanes import LANES, Sink, lanes
 from spectra.files.storage import Place, Stamp
 
@@ -218,6 +218,7 @@ def open_url(url: str) -> Place:
     for known in (_pins, _absent):
         for path in [path for path in known if path.startswith(plain)]:
             known.pop(path, None)
+    look_anew(plain)
     return Place(WEB, plain)
 
 
