@@ -15,6 +15,7 @@ from spectra.deltas.source import Source
 collect_ignore = [
     "conftest.py",
     "cli/conftest.py",
+    "files/conftest.py",
     "report/conftest.py",
     "files/codecs/make_weights.py",
 ]  # no tests there

@@ -20,7 +20,7 @@ from spectra.cli.options import (
     files_of,
     json_option,
     layer_option,
-    of_one_commit,
+    of_one_version,
     scale_option,
     within_reach,
 )
@@ -146,9 +146,7 @@ def command(
     _check_view(view)
     if save_modules and file_format != "peft":
         raise click.UsageError("--save-modules needs --format peft: kohya's files keep no module whole")
-    tuned = tuple(within_reach(path, download) for path in tuned)
-    base = within_reach(base, download) if base else None
-    updates = _given(tuned, base, layers, {"heads": heads, "scale": scale, "split": bool(layers)})
+    updates = _given(tuned, base, layers, {"heads": heads, "scale": scale, "split": bool(layers)}, download)
     for source in updates if download and isinstance(updates, list) else ():
         bring((source.tuned, source.base), files_of(source, ()))
     with heavy_imports():
@@ -194,7 +192,7 @@ def _check_view(view: View) -> None:
 
 
 def _given(
-    tuned: Sequence[str], base: str | None, layers: Sequence[str], settings: dict[str, Any]
+    tuned: Sequence[str], base: str | None, layers: Sequence[str], settings: dict[str, Any], download: bool
 ) -> list[Source] | Spectra:
     """What --tuned means: the results of a run, or updates to add up."""
     from spectra.sources import open_source
@@ -205,9 +203,9 @@ def _given(
         spectra = load(tuned[0])
         return spectra.select(layers) if layers else spectra
     sources = []
-    shared = of_one_commit(base, tuned)
+    shared = of_one_version(within_reach(base, download) if base else None, tuned)
     for each in tuned:
-        source = open_source(each, shared, **settings)
+        source = open_source(within_reach(each, download), shared, **settings)
         for line in source.coverage.warnings:
             report.warning(f"warning: {line}")
         report.lacking(source.lacking(layers))

@@ -16,17 +16,15 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from spectra.deltas.source import Source
-    from spectra.files.storage import Place
+    from spectra.files.folder import Folder
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Option = Callable[[Any], Any]
@@ -160,25 +158,17 @@ def _figures_of(command: Callable[..., Any]) -> Callable[..., Any]:
     return bundled
 
 
-def fetched(path: str, download: bool, only: Collection[str] | None = None) -> str:
-    """A path, hub id, URL or alias as it is; with --download, where it lies on this machine then.
+def within_reach(path: str, download: bool) -> str | Folder:
+    """A model that can be opened: with --download, a torch file or what else has no parts to read is fetched whole.
 
     Args:
-        path: one of these.
+        path: a path, hub id, URL or alias.
         download: whether to.
-        only: the addresses of the weight files that are wanted; None for all.
+
+    Returns:
+        What is on a server, opened, for `bring`; the path of anything else.
     """
     from spectra.cli.progress import downloading
-    from spectra.files import hub
-
-    if not download:
-        return path
-    with downloading(path) as progress:
-        return str(hub.resolve(path, fetch=True, progress=progress, only=only))
-
-
-def within_reach(path: str, download: bool) -> str:
-    """With --download, where a model lies of which no part can be read alone; any other as it is, see `bring`."""
     from spectra.errors import SourceError
     from spectra.files import hub
     from spectra.files.storage import Place
@@ -187,34 +177,40 @@ def within_reach(path: str, download: bool) -> str:
     place = hub.pinned(path) if download else path
     if isinstance(place, Place):
         try:
-            open_model(place)
+            return open_model(place)
         except SourceError:  # such as a torch file; what else it is, the download says
-            return fetched(path, True)
+            with downloading(path) as progress:
+                return str(hub.resolve(path, fetch=True, progress=progress))
     return path
 
 
-def bring(models: Iterable[str | None], only: Collection[str]) -> None:
+def bring(models: Iterable[str | None], only: Collection[str]) -> dict[str, str]:
     """Download files of models that were opened where they are: what is read of them is read here from then on.
 
     Args:
         models: their addresses; what is no address is here.
         only: the addresses of the files.
+
+    Returns:
+        The address of each model of which some came → its path on this machine.
     """
     from spectra.cli.progress import downloading
     from spectra.files import hub, remote
 
+    copied = {}
     for model in filter(remote.is_url, dict.fromkeys(filter(None, models))):
         wanted = {address for address in only if f"{address}/".startswith(f"{model}/")}
         if wanted:
             with downloading(model) as progress:
-                hub.fetched(remote.place_of(model), progress, wanted)
+                copied[model] = str(hub.fetched(remote.place_of(model), progress, wanted))
+    return copied
 
 
-def of_one_commit(base: str | None, updates: Sequence[str]) -> str | Path | Place | None:
-    """A base for all of several updates: of one on a server, what its name means now."""
-    from spectra.files import hub
+def of_one_version(base: str | Folder | None, updates: Sequence[str]) -> str | Folder | None:
+    """A base for all of several updates, opened once; that of one update as it is."""
+    from spectra.models.opening import open_any
 
-    return hub.pinned(base) if base and base.strip() and len(updates) > 1 else base
+    return open_any(base, as_base=True) if base is not None and len(updates) > 1 else base
 
 
 def files_of(source: Source, layers: Sequence[str]) -> set[str]:
@@ -257,7 +253,7 @@ class Opening:
         from spectra.cli import report
         from spectra.deltas.source import NO_HEADS
 
-        shared = of_one_commit(base, updates)
+        shared = of_one_version(self.reached(base, "--base"), updates)
         sources = [self.opened(tuned, shared) for tuned in updates]
         coverages = [source.coverage for source in sources]
         headless = [any(NO_HEADS in line for line in coverage.warnings) for coverage in coverages]
@@ -269,25 +265,28 @@ class Opening:
         report.coverage_notes(dict(zip(updates, coverages, strict=True)))
         return sources
 
-    def opened(self, tuned: str, base: str | Path | Place | None) -> Source:
+    def opened(self, tuned: str, base: str | Folder | None) -> Source:
         """All of it, without a word."""
-        from spectra.errors import SourceError
         from spectra.sources import open_source
 
-        for option, given in (("TUNED", tuned), ("--base", base)):
-            if given is not None and not str(given).strip():
-                raise click.UsageError(f"{option} is empty: give a path, hub id or alias")
+        at = self.reached(tuned, "TUNED")
+        base = self.reached(base, "--base") if isinstance(base, str) else base
+        assert at is not None
+        return self.brought(open_source(at, base, **self.settings))
+
+    def reached(self, path: str | None, option: str) -> str | Folder | None:
+        """A model that can be opened, as `within_reach`; None where there is none."""
+        if path is not None and not path.strip():
+            raise click.UsageError(f"{option} is empty: give a path, hub id or alias")
+        return None if path is None else within_reach(path, self.download)
+
+    def brought(self, source: Source) -> Source:
+        """With --download, the source once the files of its chosen matrices are here; else as it is."""
+        from spectra.deltas.copies import at_home
+
         if not self.download:
-            return open_source(tuned, base, **self.settings)
-        only, source = None, None
-        with suppress(SourceError):  # such as a torch file, of which nothing is known from afar
-            source = open_source(tuned, base, **self.settings)
-            only = files_of(source, self.layers)
-        if source is not None and not only:
-            return source  # nothing is chosen, as who chooses says, or it is all here
-        tuned, base = fetched(tuned, True, only), fetched(str(base), True, only) if base else None
-        here = open_source(tuned, base, **self.settings)
-        return here if source is None else replace(here, coverage=source.coverage)  # what was not chosen is not missing
+            return source
+        return at_home(source, bring((source.tuned, source.base), files_of(source, self.layers)))
 
     def chosen(self, source: Source) -> Source:
         """The matrices that --layer means; those among them that lack the base are said."""

@@ -15,9 +15,7 @@ from spectra.cli.heavy import heavy_imports
 from spectra.cli.options import (
     Compute,
     Opening,
-    bring,
     compute_options,
-    files_of,
     result_options,
     source_options,
     within_reach,
@@ -85,8 +83,6 @@ def command(
         from spectra.results.series import COLUMNS, count_new, series_rows
 
     view.check(COLUMNS)
-    checkpoints = tuple(within_reach(path, opening.download) for path in checkpoints)
-    base, start = (within_reach(path, opening.download) if path else None for path in (base, start))
     rows: list[Row] = []
     notes, reused = _Notes(opening), list[str]()
     new = count_new(checkpoints, steps or None, out)
@@ -94,7 +90,8 @@ def command(
     with report.progress(len(checkpoints), "spectra series", **telling) as bar, compute.keywords() as keywords:
         stream = series_rows(
             checkpoints, base, layers=opening.layers, top=top, side=side, steps=steps or None, start=start, out=out,
-            opened=notes.see, notes=notes.warnings, reused=reused, **opening.settings, **keywords,
+            reach=partial(within_reach, download=opening.download), opened=notes.see, notes=notes.warnings,
+            reused=reused, **opening.settings, **keywords,
         )  # fmt: skip
         for row in stream:
             if not rows or rows[-1]["step"] != row["step"]:
@@ -123,27 +120,26 @@ class _Notes:
     """What the checkpoints' coverage says: the last one's in full, of the others what it warns of besides."""
 
     def __init__(self, opening: Opening) -> None:
-        self.layers, self.download = opening.layers, opening.download
+        self.opening = opening
         self.source: Source | None = None
         self.first: Coverage | None = None
         self.warnings: list[str] = []
 
-    def see(self, source: Source) -> None:
-        """One more checkpoint was opened, and is read next."""
-        if self.download:
-            bring((source.tuned, source.base), files_of(source, ()))
+    def see(self, source: Source) -> Source:
+        """One more checkpoint was opened; as it is read next."""
         if self.first is None:
             self.first, self.source = source.coverage, source
-            return
-        said = {*self.first.warnings, *self.warnings}
-        self.warnings += [line for line in source.coverage.warnings if line not in said]
+        else:
+            said = {*self.first.warnings, *self.warnings}
+            self.warnings += [line for line in source.coverage.warnings if line not in said]
+        return self.opening.brought(source)
 
     def print(self) -> None:
         """Say it, when the bar is gone."""
         if self.first is not None:
             report.coverage_notes({"": self.first})
         if self.source is not None:
-            report.lacking(self.source.lacking(self.layers))
+            report.lacking(self.source.lacking(self.opening.layers))
         for line in self.warnings:
             report.warning(f"warning: {line}")
 

@@ -90,8 +90,8 @@ def command(
         from spectra.merges.verify import check_claims, report_of
 
     view.check(COLUMNS)
-    base, adapter, merged = (within_reach(path, download) for path in (base, adapter, merged))
-    claims = open_claims(base, adapter, merged, layers=layers, heads=heads, scale=scale)
+    three = (within_reach(path, download) for path in (base, adapter, merged))
+    claims = open_claims(*three, layers=layers, heads=heads, scale=scale)
     if download:
         bring((claims.base, claims.adapter, claims.merged), claims.files)
     for line in claims.notes:

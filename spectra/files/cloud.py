@@ -16,7 +16,7 @@ from typing import Any
 
 from spectra.errors import MissingExtraError, NotFoundError, SourceError
 from spectra.files import http
-from spectra.files.far import Far
+from spectra.files.far import Far, look_anew
 from spectra.files.lanes import Sink, lanes
 from spectra.files.storage import Place, Stamp
 
@@ -125,6 +125,7 @@ def open_cloud(url: str) -> Place:
     """
     for path in [path for path in _pins if path.startswith(url)]:
         _pins.pop(path, None)
+    look_anew(url)
     place = Place(Cloud(url.partition("://")[0]), url)
     if not place.is_file() and not place.is_folder():
         raise NotFoundError(f"{url}: there is no such file or folder")

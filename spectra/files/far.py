@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,12 +14,15 @@ from spectra.files.lanes import Sink
 from spectra.files.patience import give_up
 from spectra.files.storage import DISK, Place, Stamp
 from spectra.files.tensors import TensorRef
+from spectra.files.versions import tells_content
 
 _KEPT = 4 * 2**20  # bytes of a config or index that is kept
+_ALL_KEPT = 64 * 2**20  # bytes of all configs, indices and headers that are
 
 copied: dict[str, tuple[str, Stamp]] = {}  # file on another machine → its copy on this one, and of which version
 _ahead: list[Ahead] = []
-_configs: dict[tuple[str, Stamp], bytes] = {}
+_keeping = threading.Lock()
+_heads: dict[tuple[str, Stamp, int, int], bytes] = {}  # file, version, from where and how many bytes → the bytes
 
 
 class Far(ABC):
@@ -52,16 +56,24 @@ class Far(ABC):
         stamp, key = self.stamp(path), (path, (offset, offset + len(buffer)))
         fetch = partial(self.fetch, path, stamp)
         if path.endswith(".json") and offset == 0 and len(buffer) == stamp[0] <= _KEPT:
-            if (path, stamp) not in _configs:
-                count = fetch(0, buffer)
-                _configs[path, stamp] = bytes(buffer[:count])
-            content = _configs[path, stamp]
-            buffer[: len(content)] = content
-            return len(content)
+            return self.head_into(path, 0, buffer)
         for ahead in tuple(_ahead):
             if key in ahead and ahead.read_into(key, buffer):
                 return len(buffer)
         return fetch(offset, buffer)
+
+    def head_into(self, path: str, offset: int, buffer: memoryview) -> int:
+        """As `read_into`, of what a file says of itself, which several openings ask for: it stays in memory."""
+        if (local := self.local_path(path)) is not None:
+            return DISK.read_into(local, offset, buffer)
+        stamp = self.stamp(path)
+        key = (path, stamp, offset, len(buffer))
+        content = _heads.get(key)
+        if content is None:
+            content = bytes(buffer[: self.fetch(path, stamp, offset, buffer)])
+            _keep_head(key, content)
+        buffer[: len(content)] = content
+        return len(content)
 
     def fetch(self, path: str, stamp: Stamp, offset: int, buffer: memoryview) -> int:
         """Fill the buffer, in pieces side by side where it is large."""
@@ -75,6 +87,21 @@ class Far(ABC):
         """Fill the buffer by one request, once there are few enough others."""
         with lanes.lanes:
             return self.piece(path, offset, buffer, stamp)
+
+
+def _keep_head(key: tuple[str, Stamp, int, int], content: bytes) -> None:
+    """Keep the bytes, and let go of those that came first where there are too many."""
+    with _keeping:
+        _heads[key] = content
+        while sum(map(len, _heads.values())) > _ALL_KEPT:
+            del _heads[next(iter(_heads))]
+
+
+def look_anew(address: str) -> None:
+    """Forget heads below an address whose versions do not tell whether they are the same still."""
+    with _keeping:
+        for key in [key for key in _heads if key[0].startswith(address) and not tells_content(key[1])]:
+            del _heads[key]
 
 
 def is_remote(place: Place) -> bool:

@@ -21,8 +21,9 @@ from urllib.parse import urljoin, urlsplit
 from spectra.errors import NotFoundError, SourceError
 from spectra.files.download import BUSY, SAID, by_proxy, library, offline
 from spectra.files.lanes import Sink
-from spectra.files.patience import Patience, TryAgainError, answered, origin
+from spectra.files.patience import Patience, TryAgainError, answered, in_time, origin
 from spectra.files.storage import Stamp
+from spectra.files.versions import tells_content
 
 _TIMEOUT = 10.0  # seconds of silence after which a request is made again
 _HOPS = 5
@@ -103,7 +104,7 @@ def stat(url: str, *, first: float | None = None) -> Stamp:
         try:
             with _answer(url, 0, 0) as answer:
                 size, version = _size(answer.response), answer.version
-                if _is_of_this_second(answer.response):
+                if _is_of_this_second(answer.response, (size or 0, version)):
                     raise TryAgainError("it changes again and again", 1.1, most=_CONFUSED)
                 break
         except TryAgainError as problem:
@@ -129,7 +130,7 @@ def read_into(url: str, offset: int, buffer: Sink, stamp: Stamp) -> int:
             for chunk in _range(url, offset + filled, offset + wanted, stamp):
                 buffer[filled : filled + len(chunk)] = chunk
                 filled += len(chunk)
-                patience.renew()
+                patience.renew(len(chunk))
             if filled < wanted:
                 raise TryAgainError("the answer ended early")
         except TryAgainError as problem:
@@ -146,14 +147,17 @@ def retried(url: str, ask: Any) -> Any:
     patience = Patience(url)
     while True:
         try:
-            return ask()
+            with in_time(_hang_up):
+                return ask()
         except library()[1].HfHubHTTPError as problem:
             response = problem.response
             if response is None or response.status_code not in BUSY:
                 raise
             patience.answered()
-            busy = TryAgainError(f"the server answered {response.status_code}", _asked_to_wait(response.headers))
-        patience.wait(busy)
+            failed = TryAgainError(f"the server answered {response.status_code}", _asked_to_wait(response.headers))
+        except TryAgainError as problem:
+            failed = problem
+        patience.wait(failed)
 
 
 def _range(url: str, start: int, stop: int, stamp: Stamp) -> Iterator[bytes]:
@@ -241,7 +245,8 @@ def _streamed(url: str, target: str, headers: dict[str, str]) -> Iterator[Any]:
         stream = (
             library()[0].get_session().stream("GET", target, headers=headers, follow_redirects=False, timeout=_TIMEOUT)
         )
-        response = stream.__enter__()
+        with in_time(_hang_up):
+            response = stream.__enter__()
     except (_transport_error(), RuntimeError) as problem:  # RuntimeError: another thread closed the session
         _forget(url)  # another link may lead to a server that answers
         raise TryAgainError(_said(problem) + by_proxy(target)) from None
@@ -251,6 +256,11 @@ def _streamed(url: str, target: str, headers: dict[str, str]) -> Iterator[Any]:
         yield response
     finally:
         stream.__exit__(None, None, None)
+
+
+def _hang_up() -> None:
+    """End every request of this process: one of them has headers without end, and the others are made again."""
+    library()[0].close_session()
 
 
 def _check_version(url: str, version: str, stamp: Stamp | None) -> None:
@@ -328,13 +338,13 @@ def _plain(tag: str) -> str:
     return tag.removeprefix("W/").strip('"')
 
 
-def _is_of_this_second(response: Any) -> bool:
-    """Whether the date that is the file's version is this second: a change yet to come would have the same.
+def _is_of_this_second(response: Any, stamp: Stamp) -> bool:
+    """Whether the date that the file's version amounts to is this second: a change yet to come would have the same.
 
     Reference: RFC 9110, §8.8.2.2.
     """
     changed = response.headers.get("Last-Modified", "")
-    return changed != "" and changed == response.headers.get("Date") and "ETag" not in response.headers
+    return changed != "" and changed == response.headers.get("Date") and not tells_content(stamp)
 
 
 def _size(response: Any) -> int | None:

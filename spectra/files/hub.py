@@ -100,7 +100,10 @@ def fetched(place: Place, progress: Progress | None = None, only: Collection[str
     if not isinstance(place.storage, Far):
         return place
     if isinstance(place.storage, remote.Hub):
-        whole = Place.of(download(place.storage.repo, place.storage.commit, _names(place.storage.repo, only)))
+        repo, commit = place.storage.repo, place.storage.commit
+        whole = Place.of(download(repo, commit, _names(repo, only)))
+        for revision in remote.meant.get(place.storage, ()):
+            snapshots.refer(repo, revision, commit)
         inner = place.path.removeprefix(place.storage.root).strip("/")
         return whole / inner if inner else whole
     return Place.of(copy(place, progress, only))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 from spectra.errors import NotFoundError, SourceError
 
 PATIENCE = 120.0  # seconds that a server which has answered before may go without giving a byte
 FIRST = 5.0  # the same for one that never has
+LEAST = 2**16  # bytes that count as giving something; where less is left of a range, all of that
 _LONGEST_WAIT = 8.0  # seconds between two attempts, unless the server asks for more
 
 answered: set[str] = set()  # servers that have
@@ -42,7 +46,7 @@ class Patience:
     def __init__(self, url: str, first: float | None = None) -> None:
         self._url, self._origin = url, origin(url)
         self._limit = first if first is not None else PATIENCE if self._origin in answered else FIRST
-        self._since, self._attempts = time.monotonic(), 0
+        self._since, self._attempts, self._came = time.monotonic(), 0, 0
         self._given_up = _given_up
 
     def answered(self) -> None:
@@ -50,10 +54,19 @@ class Patience:
         answered.add(self._origin)
         self._limit = PATIENCE
 
-    def renew(self) -> None:
-        """Something came."""
+    def renew(self, count: int) -> None:
+        """So many bytes came; only where that is something, there is as much time again.
+
+        Raises:
+            TryAgainError: they trickle, and the time is over.
+        """
         self.answered()
-        self._since, self._attempts = time.monotonic(), 0
+        self._came, self._attempts = self._came + count, 0
+        passed = time.monotonic() - self._since
+        if self._came >= LEAST:
+            self._since, self._came = time.monotonic(), 0
+        elif passed > self._limit:
+            raise TryAgainError(f"{self._came} bytes came in {passed:.0f} s, which has no end")
 
     def wait(self, problem: TryAgainError) -> None:
         """Sleep before the next attempt.
@@ -81,6 +94,32 @@ class Patience:
         until = time.monotonic() + pause
         while (left := until - time.monotonic()) > 0 and self._given_up == _given_up:
             time.sleep(min(left, 0.5))
+
+
+@contextmanager
+def in_time(stop: Callable[[], object]) -> Iterator[None]:
+    """Call `stop`, which ends the block, from another thread if it takes longer than any server is waited for.
+
+    Raises:
+        TryAgainError: it did, and had to be ended.
+    """
+    seconds, over = PATIENCE, threading.Event()
+
+    def end() -> None:
+        over.set()
+        stop()
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except Exception:
+        if over.is_set():
+            raise TryAgainError(f"no whole answer within {seconds:g} s, though something came") from None
+        raise
+    finally:
+        timer.cancel()
 
 
 def origin(url: str) -> str:

@@ -26,11 +26,12 @@ from spectra.files import lanes
 from spectra.files.lanes import Sink
 from spectra.files.snapshots import spectras_cache
 from spectra.files.storage import Stamp
+from spectra.files.versions import is_date, tells_content
 
 _SPARE = 2**30  # bytes that stay free on the disk
 _OLD = 7 * 24 * 3600.0  # seconds after which nobody comes back for what a killed run left
 _MARK = struct.Struct("<II")  # of a piece that is whole: its checksum, and the same with every bit turned
-_DATE = re.compile(r"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} .*")  # a version that is no more than that of a change
+_SAMPLE = 2**10  # bytes of a piece that are asked for again where its file's version may be that of other content
 _NAME = re.compile(r"[0-9a-f]{40}")
 _BLOCK = 2**20  # bytes in memory at a time
 
@@ -80,7 +81,7 @@ class Range:
         self.path, self.start, self.size, self._fetch = path, start, size, fetch
         said = f"{path}|{stamp!r}|{start}|{size}|{lanes.PIECE}"
         self._name = hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()[:40]
-        self._is_dated = _DATE.fullmatch(str(stamp[1])) is not None
+        self._is_dated, self._is_sure = is_date(stamp[1]), tells_content(stamp)
         self._cannot_be_kept = False
         self._place: Path | None = None
         self._file: int | None = None
@@ -96,7 +97,11 @@ class Range:
             return self.is_here
         try:
             file = self._file = self._open() if self._file is None else self._file
-            missing = [start for start in range(0, self.size, lanes.PIECE) if not self._is_sound(file, start)]
+            starts = range(0, self.size, lanes.PIECE)
+            sound = [start for start in starts if self._is_sound(file, start)]
+            if not self._is_sure and not all(lanes.all_of(lambda start: self._is_still(file, start), sound)):
+                sound = []
+            missing = [start for start in starts if start not in sound]
             self.is_here = all(lanes.all_of(lambda start: self._fetched(file, start), missing))
         except OSError:  # of the disk: it is full, or cannot be written to
             self._cannot_be_kept = True
@@ -164,6 +169,13 @@ class Range:
         for place in range(start, stop, _BLOCK):
             found = zlib.crc32(os.pread(file, min(_BLOCK, stop - place), place), found)
         return found == checksum
+
+    def _is_still(self, file: int, start: int) -> bool:
+        """Whether bytes in the middle of a piece that is here are those that the server has now."""
+        stop = min(start + lanes.PIECE, self.size)
+        place = start + max(stop - start - _SAMPLE, 0) // 2
+        now = bytearray(min(_SAMPLE, stop - place))
+        return self._fetch(self.start + place, now) == len(now) and os.pread(file, len(now), place) == now
 
     def _fetched(self, file: int, start: int) -> bool:
         """Fetch a piece and mark it; False where the file ends in it."""

@@ -18,7 +18,7 @@ from spectra.errors import NotFoundError, SourceError
 from spectra.files import download, http, snapshots
 from spectra.files.choice import KNOWN_NAMES, WEIGHT_SUFFIXES
 from spectra.files.cloud import Cloud, open_cloud
-from spectra.files.far import Far
+from spectra.files.far import Far, look_anew
 from spectra.files.lanes import LANES, Sink, lanes
 from spectra.files.storage import Place, Stamp
 
@@ -28,6 +28,7 @@ _RESOLVED = re.compile(r"(?P<hub>.+?)/(?P<repo>[\w.-]+/[\w.-]+)/resolve/(?P<comm
 _HUBS = ("https://huggingface.co", "https://hf.co")
 
 _listings: dict[Hub, dict[str, Stamp]] = {}
+meant: dict[Hub, set[str]] = {}  # the branches and tags that meant a commit when it was asked for
 _pins: dict[str, Stamp] = {}
 _absent: dict[str, float] = {}
 
@@ -176,6 +177,7 @@ def open_hub(repo: str, revision: str, endpoint: str | None = None) -> Place:
     at = endpoint or http.endpoint()
     info = http.retried(at, lambda: download.info(repo, revision, endpoint=at))
     storage = Hub(at, repo, info.sha)
+    meant.setdefault(storage, set()).add(revision)
     _listings[storage] = {file.rfilename: _stamp_of(storage, file) for file in info.siblings or ()}
     return Place(storage, storage.root)
 
@@ -216,6 +218,7 @@ def open_url(url: str) -> Place:
     for known in (_pins, _absent):
         for path in [path for path in known if path.startswith(plain)]:
             known.pop(path, None)
+    look_anew(plain)
     return Place(WEB, plain)
 
 

@@ -52,7 +52,7 @@ def read_header(file: Place) -> Header:
 
 def _parse(file: Place, size: int) -> tuple[dict[str, Any], int]:
     """The header as JSON, and where it ends."""
-    head = file.read(0, 8)
+    head = file.head(0, 8)
     if head.startswith(b"version "):
         raise SourceError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
     if len(head) < 8:
@@ -65,7 +65,7 @@ def _parse(file: Place, size: int) -> tuple[dict[str, Any], int]:
             f"{file} is truncated or not a safetensors file: its header claims {length} bytes, "
             f"the file has {size}; {_DOWNLOAD_AGAIN}"
         )
-    text = file.read(8, length)
+    text = file.head(8, length)
     _check_counts(file, text)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from spectra.errors import SourceError
@@ -34,6 +35,22 @@ def cache() -> Path:
         return Path(os.path.expanduser(given))
     home = os.environ.get("HF_HOME") or users_cache() / "huggingface"
     return Path(os.path.expanduser(home)) / "hub"
+
+
+def refer(repo: str, revision: str, commit: str) -> None:
+    """Note in the cache that a branch or tag means a commit, as the hub's own downloads by that name do.
+
+    Args:
+        repo: the model's id.
+        revision: the branch or tag; of a commit there is nothing to note.
+        commit: its full name.
+    """
+    reference = cache() / f"models--{repo.replace('/', '--')}" / "refs" / revision
+    if revision == commit or ".." in revision.split("/"):
+        return
+    with suppress(OSError):  # without it the next command asks the hub
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(commit)
 
 
 def repository(folder: Place) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import posixpath
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
@@ -192,8 +193,18 @@ class Place:
         """As `Storage.read_into`."""
         return self.storage.read_into(self.path, offset, buffer)
 
+    def head(self, offset: int, count: int) -> bytearray:
+        """As `read`, of what the file says of itself: from another machine it comes once, however often it is asked."""
+        content = bytearray(count)
+        del content[self._head_into(offset, memoryview(content)) :]
+        return content
+
+    def _head_into(self, offset: int, buffer: memoryview) -> int:
+        read: Callable[[str, int, memoryview], int] = getattr(self.storage, "head_into", self.storage.read_into)
+        return read(self.path, offset, buffer)
+
     def open(self) -> io.BufferedReader:
-        """This file as a seekable stream, for parsers and libraries that want one."""
+        """This file as a seekable stream, for parsers of its head and libraries that want one."""
         return io.BufferedReader(_Stream(self), _STREAM_BUFFER)
 
 
@@ -223,6 +234,6 @@ class _Stream(io.RawIOBase):
 
     def readinto(self, buffer: Buffer) -> int:
         view = memoryview(buffer).cast("B")[: max(self._size - self._position, 0)]
-        count = self._place.read_into(self._position, view) if view else 0
+        count = self._place._head_into(self._position, view) if view else 0
         self._position += count
         return count

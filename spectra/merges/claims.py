@@ -11,11 +11,11 @@ from spectra.deltas.delta import WeightDelta
 from spectra.deltas.recipes import Difference
 from spectra.deltas.source import Source
 from spectra.errors import SelectionError, SourceError
-from spectra.files import hub
 from spectra.files.dtypes import REAL_FLOATS
+from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
 from spectra.merges.stored import AsStored
-from spectra.models.opening import in_the_same_names, open_model
+from spectra.models.opening import in_the_same_names, open_any
 from spectra.sources import source_of
 
 _NAMED = 3  # of the weights that a note is about
@@ -75,9 +75,9 @@ class Claims:
 
 
 def open_claims(
-    base: str | Path,
-    adapter: str | Path,
-    merged: str | Path,
+    base: str | Path | Folder,
+    adapter: str | Path | Folder,
+    merged: str | Path | Folder,
     *,
     layers: str | Sequence[str] | None = None,
     heads: str | int = "mean",
@@ -90,27 +90,26 @@ def open_claims(
         SourceError: the adapter changes no matrix; a file is broken.
     """
     for what, given in (("base", base), ("adapter", adapter), ("merged", merged)):
-        if not isinstance(given, str | Path):
+        if not isinstance(given, str | Path | Folder):
             raise SelectionError(
                 f"{what} is a {type(given).__name__}: a merge is checked on files, bit for bit; save it and give "
                 "its path"
             )
-    base_place = hub.pinned(base)  # of one commit, though it is opened three times
-    adapter_folder, merged_folder = (open_model(hub.resolve(path)) for path in (adapter, merged))
-    updates = source_of(adapter_folder, base_place, heads=heads, scale=scale)
+    base_folder, adapter_folder, merged_folder = (open_any(model) for model in (base, adapter, merged))
+    updates = source_of(adapter_folder, base_folder, heads=heads, scale=scale)
     if updates.kind == "checkpoint":
         raise SelectionError(
             f"{updates.tuned} holds full weights, not an adapter; pass the adapter as --adapter and the merged model "
             "as --merged"
         )
-    pairs = source_of(merged_folder, base_place)
+    pairs = source_of(merged_folder, base_folder)
     if pairs.kind != "checkpoint":
         raise SelectionError(
             f"{pairs.tuned} is an adapter ({pairs.kind}), not merged weights; pass the adapter as --adapter and the "
             "merged model as --merged"
         )
     touched = _of_updates(updates, pairs)
-    stored = AsStored(adapter_folder, *in_the_same_names(merged_folder, open_model(hub.resolve(base_place))))
+    stored = AsStored(adapter_folder, *in_the_same_names(merged_folder, base_folder))
     lost = [_lost(name, why, stored) for name, why in updates.coverage.tuned_only.items()]
     new = [claim for delta in updates for claim in _new_rows(delta, stored)]
     claims = [*touched.values(), *new, *lost, *_untouched(pairs, touched, stored)]

@@ -16,7 +16,7 @@ from spectra.files.storage import Place
 from spectra.models import in_memory, litgpt_names, meta_names, torchtune_names
 from spectra.models.in_memory import Model
 
-Openable: TypeAlias = "str | Path | Place | Model"
+Openable: TypeAlias = "str | Path | Place | Folder | Model"
 
 _PART = re.compile(r"consolidated\.\d\d\.(?:pth|pt|bin|safetensors)")
 _PARAMS = "params.json"
@@ -28,13 +28,15 @@ def open_any(model: Openable, *, as_base: bool = False) -> Folder:
     """What a path, hub id or alias leads to, or what a module or state dict in memory holds.
 
     Args:
-        model: one of these.
+        model: one of these; what is open already is not opened again.
         as_base: of a module with adapters, give the weights under them.
 
     Raises:
         NotFoundError: a path, id or alias leads nowhere.
         SourceError: a file is broken, or the model in memory cannot be read as it is.
     """
+    if isinstance(model, Folder):
+        return model
     if isinstance(model, str | Path | Place):
         return open_model(hub.resolve(model))
     return in_memory.open_in_memory(model, as_base=as_base)

@@ -17,12 +17,13 @@ import numpy as np
 from spectra import naming
 from spectra.deltas.source import Source
 from spectra.errors import DeviceError, SelectionError, SourceError, SpectraError, StoreError
-from spectra.files import hub
+from spectra.files.folder import Folder
 from spectra.files.ranges import read_again
-from spectra.files.storage import Place
+from spectra.files.remote import is_url
 from spectra.metrics import METRICS
 from spectra.metrics.similarity import SIDES, Side, SubspaceSimilarity, subspace_similarity
 from spectra.metrics.start import start_share
+from spectra.models.opening import open_any
 from spectra.results import run_file, tables
 from spectra.results.collection import Spectra
 from spectra.results.shelf import ANOTHER_PLACE, write
@@ -109,7 +110,8 @@ def series_rows(
     steps: Sequence[int] | None = None,
     start: str | Path | None = None,
     out: str | Path | None = None,
-    opened: Callable[[Source], None] = lambda source: None,
+    reach: Callable[[str], str | Folder] = lambda path: path,
+    opened: Callable[[Source], Source] = lambda source: source,
     notes: list[str] | None = None,
     reused: list[str] | None = None,
     **others: Any,
@@ -117,7 +119,8 @@ def series_rows(
     """The rows of `series` in their order, a checkpoint at a time.
 
     Args:
-        opened: is told of every source, the last first.
+        reach: gives what to open of a path.
+        opened: is told of every source, the last first, and gives what to read.
         notes: gets what was found damaged in `out`, as far as the rows have come.
         reused: gets the name of each matrix of a checkpoint that was stored there before, likewise.
     """
@@ -138,9 +141,9 @@ def series_rows(
         _claim(home, inputs, stored, {moment.step for moment in given}, notes)
     if not given and not stored:
         raise SelectionError("a series needs checkpoints, and none was given" + (f" or is in {home}" if home else ""))
-    at = hub.pinned(base) if given and base is not None else base
+    at = open_any(reach(str(base)), as_base=True) if given and base is not None else None
     chosen = tuple([layers] if isinstance(layers, str) else layers)
-    run = _Run(at, chosen, top, options, others, home, opened, notes, reused)
+    run = _Run(at, chosen, top, options, others, home, reach, opened, notes, reused)
     moments = {moment.step: moment for moment in given}
     return _Series(run, [(step, moments.get(step)) for step in sorted({*stored, *moments})], side, start).rows()
 
@@ -202,19 +205,20 @@ def _median(values: Iterable[float | None]) -> float | None:
 class _Run:
     """How to get the spectra of a checkpoint."""
 
-    base: str | Path | Place | None
+    base: Folder | None
     layers: tuple[str, ...]
     top: int
     options: dict[str, Any]
     compute: dict[str, Any]
     home: Path | None
-    opened: Callable[[Source], None]
+    reach: Callable[[str], str | Folder]
+    opened: Callable[[Source], Source]
     notes: list[str]
     reused: list[str]
 
     def source(self, path: str | Path) -> Source:
         """What a checkpoint updates, of the layers that are wanted."""
-        source = open_source(path, self.base, **self.options)
+        source = open_source(self.reach(str(path)), self.base, **self.options)
         return source.select(self.layers) if self.layers else source
 
     def look(self, step: int, moment: Moment | None) -> _Look:
@@ -229,7 +233,7 @@ class _Run:
             return _Look(step, path, spectra)
         source = self.source(moment.path)
         _refuse_unreadable(source)
-        self.opened(source)
+        source = self.opened(source)
         out = step_folder(self.home, step) if self.home else None
         stream = decompose(source, top=self.top, out=out, **self.compute)
         spectra = stream.collect()
@@ -272,7 +276,7 @@ class _Series:
     def rows(self) -> Iterator[Row]:
         """All rows; the table is written when they have gone. What is read of a base on a server is read once."""
         base = self.run.base
-        with read_again(base.path) if isinstance(base, Place) else nullcontext():
+        with read_again(base.path) if base is not None and is_url(base.path) else nullcontext():
             yield from self._rows()
 
     def _rows(self) -> Iterator[Row]:

@@ -64,7 +64,7 @@ def test_only_headers_and_chosen_tensors_are_read(pair, tmp_path, monkeypatch):
         return real(self, path, start, end, **kwargs)
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", counted)
-    far._configs.clear()
+    far._heads.clear()
     source = spectra.open_source(*pair).select("v_proj")
     before = sum(read)
     assert all(spectrum.status == "ok" for spectrum in spectra.decompose(source))

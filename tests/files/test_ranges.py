@@ -69,6 +69,24 @@ def test_a_range_comes_in_pieces_and_is_the_bytes_of_the_file():
     assert list(ranges.folder().iterdir()) == []
 
 
+def test_what_is_left_of_a_file_whose_version_is_date_and_size_is_looked_at_before_it_is_taken(monkeypatch):
+    weak = (4000, f"65e1a5a0-{4000:x}")
+    one = a_range(Server(), stamp=weak)
+    assert one.bring()
+    one.close(keep=True)
+    same = Server()
+    again = a_range(same, stamp=weak)
+    assert again.bring()
+    assert len(same.asked) == 11, "a look at each piece"
+    monkeypatch.setattr(ranges, "_SAMPLE", 20)
+    again.close(keep=True)
+    monkeypatch.setitem(globals(), "CONTENT", bytes(255 - byte for byte in CONTENT))
+    changed = a_range(Server(), stamp=weak)
+    assert changed.bring()
+    assert content_of(changed) == CONTENT[50:1080]
+    changed.close()
+
+
 def test_pieces_that_came_before_the_server_was_gone_are_not_asked_for_again():
     broken = Server(fails_at=550)
     one = a_range(broken)
