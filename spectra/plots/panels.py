@@ -43,6 +43,11 @@ def put_above(figure: Figure, title: str, layout: Layout) -> None:
     figure.suptitle(in_figure("\n".join(lines)))
 
 
+def above(title: str, finding: str) -> str:
+    """What stands above all panels: the title that somebody chose, and below it what the numbers say."""
+    return "\n".join(filter(None, [title, finding]))
+
+
 def put_title(ax: Axes, title: str, layout: Layout) -> None:
     """A panel's title, small, in lines that its width holds."""
     ax.set_title(in_figure(even_lines(title, layout.letters(0.9, 0.85))), fontsize="small")

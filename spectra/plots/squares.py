@@ -11,7 +11,7 @@ import numpy as np
 
 from spectra.errors import SelectionError
 from spectra.metrics.similarity import Side
-from spectra.plots.panels import panelled
+from spectra.plots.panels import above, panelled
 from spectra.plots.sizes import DEFAULT, arranged, size_of
 from spectra.plots.style import HEATMAP, new_axes
 from spectra.printing import in_figure
@@ -139,7 +139,7 @@ def pairs_figure(
         side: which; None for all that were compared.
         by: "role" or "layer".
         clustered: whether the updates that share directions stand together.
-        title: above all panels; "" for which two updates are the most alike.
+        title: above all panels, and above which two updates are the most alike.
         size: "column", "page" or "slide".
 
     Raises:
@@ -162,8 +162,8 @@ def pairs_figure(
     heading += f" ({shown} of {there_are} {by}s)" if 0 < shown < there_are else ""
     top = _largest(ordered.values())
     label = "φ(k, k)" if top == 1 else "φ(k, k) of two updates (the diagonal is 1)"
-    return squares_figure(ordered, [there[i] for i in order], title=title or heading, label=label, limits=(0.0, top),
-                          size=size)  # fmt: skip
+    return squares_figure(ordered, [there[i] for i in order], title=above(title, heading), label=label,
+                          limits=(0.0, top), size=size)  # fmt: skip
 
 
 def most_alike(square: np.ndarray, labels: Sequence[str]) -> str:

@@ -41,7 +41,7 @@ def verdicts_figure(rows: Iterable[Mapping[str, Any]], *, title: str = "", size:
 
     Args:
         rows: `verify_merge(…).matrices`, or the rows of verify.csv.
-        title: above; "" for how many matrices are as they should be.
+        title: above how many matrices are as they should be.
         size: "column", "page" or "slide".
 
     Raises:
@@ -56,10 +56,10 @@ def verdicts_figure(rows: Iterable[Mapping[str, Any]], *, title: str = "", size:
     counts = {verdict: list(verdicts.values()).count(verdict) for verdict in _by_weight(verdicts.values())}
     layout = arranged(size, 1, (names + width + 2.0, 6.0 + 1.5 * len(roles)), above=3.0 + 1.2 * len(counts))
     good = sum(count for verdict, count in counts.items() if verdict in AS_IT_SHOULD_BE)
-    with panelled(layout, title="") as (figure, [ax]):
+    with panelled(layout, title=title) as (figure, [ax]):
         _draw(ax, verdicts, roles, places, signs=width / len(places) >= 1.0)
         _legend(figure, counts)
-        ax.set_title(in_figure(title or f"{good:,} of {matrices(len(verdicts))} as merged"))
+        ax.set_title(f"{good:,} of {matrices(len(verdicts))} as merged")
     return figure
 
 
