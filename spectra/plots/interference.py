@@ -12,7 +12,7 @@ import numpy as np
 from spectra.errors import SelectionError
 from spectra.naming import in_model_order
 from spectra.plots.figures import DEFAULT_FORMATS, save_figure
-from spectra.plots.panels import above, panelled, put_label, put_legend, put_title
+from spectra.plots.panels import above, ems_of_legend, panelled, put_label, put_legend_of, put_title
 from spectra.plots.sizes import DEFAULT, arranged
 from spectra.plots.squares import DIVERGING, most_alike, short_names, square_rows, squares_figure
 from spectra.plots.style import curves, marked, new_axes, stroke
@@ -60,7 +60,10 @@ def plot_roles_over_depth(
 
     ax = new_axes(ax)
     levels = _by_role(records(rows), chance) if isinstance(chance, str) else {}
-    for (colour, mark), (role, values) in zip(curves(), lines.items(), strict=False):
+    for role, (colour, mark) in _looks(records(rows)).items():
+        if role not in lines:
+            continue
+        values = lines[role]
         ax.plot(list(values), list(values.values()), color=colour, label=in_figure(role), **marked(mark))
         if role in levels:
             ax.plot(list(levels[role]), list(levels[role].values()), color=colour, linestyle=":", linewidth=stroke(0.6))
@@ -112,14 +115,25 @@ def roles_over_depth_figure(
     drawn = {column: words for column, words in columns.items() if _by_role(table, column)}
     if not drawn:
         raise SelectionError("no matrix in a layer has a number to draw over the layers")
-    layout = arranged(size, len(drawn), _PANEL, above=5.0, most=_COLUMNS, stretched=True)
+    legend = ems_of_legend(dict.fromkeys(role for column in drawn for role in _by_role(table, column)), size)
+    layout = arranged(size, len(drawn), _PANEL, above=3.5 + legend, most=_COLUMNS, stretched=True)
     with panelled(layout, title=title or USUAL_TITLE) as (figure, axes):
         for ax, (column, (label, chance)) in zip(axes, drawn.items(), strict=False):
             plot_roles_over_depth(table, column=column, label=label, chance=chance, ax=ax)
             put_label(ax, label, _LETTERS)
             put_title(ax, _median(table, column), layout)
-        put_legend(figure, axes[0], layout)
+        put_legend_of(figure, axes, layout)
     return figure
+
+
+def _looks(table: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Role → its colour and mark, the same whichever number is drawn."""
+    there = in_model_order(dict.fromkeys(row["role"] for row in table if _number(row.get("layer")) is not None))
+    return dict(zip(there, curves(), strict=False))
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)
 
 
 def _median(table: Sequence[Mapping[str, Any]], column: str) -> str:
@@ -218,10 +232,9 @@ def _by_role(table: Sequence[Mapping[str, Any]], column: str) -> dict[str, dict[
     """Role → layer → the mean of a column; of matrices in layers that have a number there."""
     by_role: dict[str, dict[int, list[float]]] = {}
     for row in table:
-        value, layer = row.get(column), row.get("layer")
-        if value is None or layer is None or math.isnan(value) or math.isnan(layer):
-            continue
-        by_role.setdefault(row["role"], {}).setdefault(int(layer), []).append(float(value))
+        value, layer = _number(row.get(column)), _number(row.get("layer"))
+        if value is not None and layer is not None:
+            by_role.setdefault(row["role"], {}).setdefault(int(layer), []).append(value)
     return {
         role: {layer: math.fsum(values) / len(values) for layer, values in sorted(by_role[role].items())}
         for role in in_model_order(by_role)
