@@ -283,6 +283,8 @@ def _draw_rows(panel: BinnedPanel, ax: Axes) -> None:
 
 def _draw_climbs(panel: BinnedPanel, ax: Axes) -> None:
     """A line per curve on a logarithmic axis, from the largest value on, with its name at its end."""
+    from matplotlib.ticker import LogFormatter
+
     ends = []
     for binned, (colour, _) in zip(panel.curves, curves(), strict=False):
         ax.stairs(
@@ -295,6 +297,7 @@ def _draw_climbs(panel: BinnedPanel, ax: Axes) -> None:
     ax.set_yscale("log")
     ax.set_ylim(0.8 * least, 1.5 * max(float(curve.heights.max()) for curve in panel.curves))
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    ax.yaxis.set_minor_formatter(LogFormatter())  # which writes numbers only where there is no more than a decade
     ax.set_ylabel(STATS[panel.stat])
     if len(ends) > 1:
         name_ends(ax, ends, height=ROW * max(len(ends), LEAST_ROWS))
