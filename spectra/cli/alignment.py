@@ -100,7 +100,7 @@ def command(
     }
     if out:  # before anything is printed, which may end with the pipe that reads it
         report.keep_table(out, name, document)
-        report.figures(report.draw(out, names=source.names, size=figures) if figures and not intruders_only else [])
+        report.figures(report.draw(out, names=source.names, size=figures) if figures else [])
     if as_json:
         report.print_json(document)
     elif intruders_only:

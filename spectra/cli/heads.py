@@ -58,10 +58,7 @@ def command(
     document = {**report.heading(source), "coverage": asdict(source.coverage), "matrices": rows}
     if out:  # before anything is printed, which may end with the pipe that reads it
         report.keep_table(out, "heads", document)
-    if out and figures and any(row["status"] == "ok" and row["layer"] is not None for row in rows):
-        from spectra.plots.heads import draw_heads
-
-        report.figures(draw_heads(rows, out, size=figures))
+        report.figures(report.draw(out, names=(), size=figures) if figures else [])
     if as_json:
         report.print_json(document)
     else:

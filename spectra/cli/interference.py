@@ -84,10 +84,7 @@ def command(
     }
     if out:  # before anything is printed, which may end with the pipe that reads it
         report.keep_table(out, "interference", document)
-    if out and figures:
-        from spectra.plots.interference import draw_interference
-
-        report.figures(draw_interference(rows, out, updates, size=figures))
+        report.figures(report.draw(out, names=(), size=figures) if figures else [])
     if as_json:
         report.print_json(document)
     else:

@@ -18,6 +18,7 @@ from spectra.engine.devices import resolve_device
 from spectra.engine.solve import solve
 
 _PROBE = 1024  # rows and columns of a matrix that tells the pace: a quarter of a second
+_STRONG = 16  # directions of such a matrix
 _PROBE_OF_ALL = 512  # the same where all of its vectors are wanted
 
 
@@ -47,11 +48,19 @@ def account_of_all_vectors(costs: Mapping[str, float], *, device: str, executor:
 
 def pace(top: int | None, *, only_top: bool, size: int = _PROBE) -> float:
     """Operations per second, as `flops` counts them, of a dense matrix of a usual size on this machine's CPU."""
-    matrix = torch.randn((size, size), generator=torch.Generator().manual_seed(0))
-    delta = WeightDelta.from_tensor("a matrix to measure the pace by", matrix)
+    delta = probe(size)
     start = time.monotonic()
     solve(delta, top=top, only_top=only_top)
     return flops(delta, top) / (time.monotonic() - start)
+
+
+def probe(size: int) -> WeightDelta:
+    """A matrix to measure by, which no rung gives up: as in an update, some directions are stronger than the others."""
+    random = torch.Generator().manual_seed(0)
+    matrix = torch.randn((size, size), generator=random) / size**0.5
+    left, right = (torch.randn((size, _STRONG), generator=random) / size**0.5 for _ in "lr")
+    matrix += left * torch.linspace(4, 2, _STRONG) @ right.T
+    return WeightDelta.from_tensor("a matrix to measure the pace by", matrix)
 
 
 def _is_here(device: str, executor: Executor | None) -> bool:

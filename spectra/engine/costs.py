@@ -9,6 +9,9 @@ from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import Dense, Form, Kronecker, LowRank
 from spectra.files.dtypes import DTYPES
 
+_LANCZOS, _LANCZOS_EACH = 600.0, 90.0  # operations per entry of the Gram matrix: for any top, and for each of it
+_ALL_VECTORS = 20 / 3  # the same for each of its rows where all vectors are made
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -44,11 +47,16 @@ def flops(delta: WeightDelta, top: int | None) -> float:
 
 
 def dense_flops(shape: Sequence[int], top: int | None) -> float:
-    """The same of a dense matrix (m, n); 0 of what is no matrix."""
+    """The same of a dense matrix (m, n); 0 of what is no matrix.
+
+    The Gram matrix, its eigenvalues, and the vectors of the top: by Lanczos where they are few, else all of them.
+    By this count, one core made 20 to 30 billion a second at 2048 and 4096, with no vectors, 4, 30, 100 and all.
+    """
     if len(shape) != 2:
         return 0.0
     short, long = sorted(shape)
-    return short**2 * long + (9.0 if top else 4 / 3) * short**3
+    vectors = min(_LANCZOS + _LANCZOS_EACH * top, _ALL_VECTORS * short) if top else 0.0
+    return short**2 * (long + 4 / 3 * short + vectors)
 
 
 def needed(delta: WeightDelta, top: int | None) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from spectra import text
 from spectra.errors import SelectionError
 from spectra.naming import in_model_order
-from spectra.plots.panels import panelled, put_legend, unbroken
+from spectra.plots.panels import above, panelled, put_legend, unbroken
 from spectra.plots.similarity import tick_positions
 from spectra.plots.sizes import DEFAULT, arranged
 from spectra.plots.style import HEATMAP, curves, marked, name_chance, new_axes, stroke
@@ -114,14 +114,14 @@ def deciles_figure(table: pd.DataFrame, *, title: str = "", size: str = DEFAULT)
 
     Args:
         table: what `alignment` gives.
-        title: above the panels; "" for what the first tenth has.
+        title: above the panels, and above what the first tenth has.
         size: "column", "page" or "slide".
 
     Raises:
         SelectionError: there is nothing to draw.
     """
     layout = arranged(size, 2, _DECILES, above=5.0, stretched=True)
-    with panelled(layout, title=title or _first_tenth(table)) as (figure, axes):
+    with panelled(layout, title=above(title, _first_tenth(table))) as (figure, axes):
         for side, ax in zip(("left", "right"), axes, strict=True):
             plot_deciles(table, side=side, ax=ax)
         highest = max(ax.get_ylim()[1] for ax in axes)

@@ -15,6 +15,7 @@ from matplotlib.layout_engine import LayoutEngine
 from spectra.plots.sizes import DEFAULT, SIZES
 from spectra.plots.style import look
 
+_PAD = 0.06  # inches that stay free above and below
 _NO_ENGINE: Any = {"figure.autolayout": False, "figure.constrained_layout.use": False}
 
 
@@ -72,6 +73,28 @@ def laid_out_once(figure: Figure, formats: Sequence[str], dpi: float) -> Iterato
         yield take_out
     finally:
         figure.set_layout_engine(engine)
+
+
+def trim(figure: Figure, title: float = 0.0) -> None:
+    """Take off the height that its panels leave blank, as squares do whose size the figure's width decides.
+
+    Args:
+        figure: without its title.
+        title: inches that it is going to take.
+    """
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    _lay_out(figure, engine, figure.dpi)
+    canvas = figure.canvas
+    try:
+        renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
+        boxes = [box for ax in figure.axes if ax.get_visible() and (box := ax.get_tightbbox(renderer)) is not None]
+    finally:
+        figure.set_canvas(canvas)
+    free = min(box.y0 for box in boxes), figure.bbox.y1 - max(box.y1 for box in boxes)
+    blank = sum(max(side / figure.dpi - _PAD, 0.0) for side in free)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height - blank + title)
 
 
 def _lay_out(figure: Figure, engine: LayoutEngine, dpi: float) -> None:

@@ -13,7 +13,7 @@ from spectra.errors import SelectionError, refuse_path_for_spectra
 from spectra.metrics import METRICS
 from spectra.plots.panels import even_lines
 from spectra.plots.places import Place, ordered_places, ordered_rows, place_of, row_of, stack_labels
-from spectra.plots.style import HEATMAP, curves, marked, new_axes
+from spectra.plots.style import HEATMAP, curves, hatch, marked, new_axes
 from spectra.printing import in_figure, shortened
 from spectra.results import tables
 from spectra.results.collection import Spectra
@@ -321,11 +321,8 @@ def scale(limits: tuple[float, float]) -> Normalize:
 
 
 def _draw_heatmap(grid: DepthGrid, ax: Axes, limits: tuple[float, float], colorbar: bool) -> None:
-    from matplotlib.patches import Rectangle
-
     ax.imshow(grid.values, cmap=HEATMAP, norm=scale(limits), aspect="auto", interpolation="nearest")
-    for i, j in np.argwhere(grid.unnumbered):
-        ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="////", edgecolor="0.6", linewidth=0))
+    hatch(ax, np.argwhere(grid.unnumbered))
     ax.set_yticks(range(len(grid.rows)), list(map(_label, grid.rows)))
     ax.grid(visible=False)
     if colorbar and ax.figure is not None:

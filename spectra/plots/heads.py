@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectra.plots.figures import save_figure
-from spectra.plots.interference import roles_over_depth_figure
+from spectra.plots.figures import DEFAULT_FORMATS, save_figure
+from spectra.plots.interference import records, roles_over_depth_figure, write_over_depth
+from spectra.plots.panels import above
 from spectra.plots.sizes import DEFAULT
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def heads_figure(rows: Iterable[Mapping[str, Any]], *, title: str = "", size: st
 
     Args:
         rows: what `head_similarity` gives.
-        title: above the panels.
+        title: above what the panels are.
         size: "column", "page" or "slide".
 
     Raises:
@@ -34,10 +35,20 @@ def heads_figure(rows: Iterable[Mapping[str, Any]], *, title: str = "", size: st
 
     Reference: Liu et al. 2025 (R-LoRA), the figure of its heads' similarity.
     """
-    above = title or "heads over the layers; dotted: by chance"
-    return roles_over_depth_figure(rows, title=above, columns=_OVER_DEPTH, size=size)
+    told = above(title, "heads over the layers; dotted: by chance")
+    return roles_over_depth_figure(rows, title=told, columns=_OVER_DEPTH, size=size)
 
 
-def draw_heads(rows: Iterable[Mapping[str, Any]], out: str | Path, *, size: str = DEFAULT) -> list[Path]:
-    """Draw `heads_figure` into a directory, where heads.csv has its numbers; gives the files."""
-    return save_figure(heads_figure(rows, size=size), Path(out) / "heads")
+def draw_heads(
+    rows: Iterable[Mapping[str, Any]],
+    out: str | Path,
+    *,
+    title: str = "",
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    size: str = DEFAULT,
+    end: str = "",
+) -> list[Path]:
+    """Draw `heads_figure` into a directory, beside its numbers; gives the files, whose names end in `end`."""
+    table, path = records(rows), Path(out) / f"heads{end}"
+    files = save_figure(heads_figure(table, title=title, size=size), path, formats)
+    return [*files, write_over_depth(table, _OVER_DEPTH, path.with_name(f"heads_depth{end}"))]

@@ -11,6 +11,7 @@ import numpy as np
 
 from spectra.errors import SelectionError, refuse_path_for_spectra
 from spectra.plots.ends import name_ends
+from spectra.plots.panels import even_lines
 from spectra.plots.style import curves, legend_below, new_axes, stroke
 from spectra.printing import in_figure
 from spectra.results.collection import Spectra
@@ -233,13 +234,13 @@ def draw_binned(panel: BinnedPanel, ax: Axes | None = None, *, width: int = _WID
     ax.set_xlim(low, high)
     ax.xaxis.set_major_locator(MaxNLocator(max(min(width // 9, _TICKS), 3)))
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}\n{_sigma(x)}".replace("-", "−"))
-    ax.set_xlabel(textwrap.fill("−ln σ of ΔW (below it σ; large σ at the left)", width))
+    ax.set_xlabel(even_lines("−ln σ of ΔW (below it σ; large σ at the left)", width))
     ax.set_title(in_figure(_filled(finding(panel), width)))
     return ax
 
 
 def _filled(words: str, width: int) -> str:
-    return "\n".join(textwrap.fill(line, width) for line in words.splitlines())
+    return "\n".join(even_lines(line, width) for line in words.splitlines())
 
 
 def _sigma(x: float) -> str:
@@ -282,6 +283,8 @@ def _draw_rows(panel: BinnedPanel, ax: Axes) -> None:
 
 def _draw_climbs(panel: BinnedPanel, ax: Axes) -> None:
     """A line per curve on a logarithmic axis, from the largest value on, with its name at its end."""
+    from matplotlib.ticker import LogFormatter
+
     ends = []
     for binned, (colour, _) in zip(panel.curves, curves(), strict=False):
         ax.stairs(
@@ -294,6 +297,7 @@ def _draw_climbs(panel: BinnedPanel, ax: Axes) -> None:
     ax.set_yscale("log")
     ax.set_ylim(0.8 * least, 1.5 * max(float(curve.heights.max()) for curve in panel.curves))
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    ax.yaxis.set_minor_formatter(LogFormatter())  # which writes numbers only where there is no more than a decade
     ax.set_ylabel(STATS[panel.stat])
     if len(ends) > 1:
         name_ends(ax, ends, height=ROW * max(len(ends), LEAST_ROWS))

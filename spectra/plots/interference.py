@@ -11,8 +11,8 @@ import numpy as np
 
 from spectra.errors import SelectionError
 from spectra.naming import in_model_order
-from spectra.plots.figures import save_figure
-from spectra.plots.panels import panelled, put_label, put_legend, put_title
+from spectra.plots.figures import DEFAULT_FORMATS, save_figure
+from spectra.plots.panels import above, ems_of_legend, panelled, put_label, put_legend_of, put_title
 from spectra.plots.sizes import DEFAULT, arranged
 from spectra.plots.squares import DIVERGING, most_alike, short_names, square_rows, squares_figure
 from spectra.plots.style import curves, marked, new_axes, stroke
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLUMNS = 3
+USUAL_TITLE = "over the layers; dotted: by chance"
 _PANEL, _LETTERS = (18.0, 17.0), 18  # ems of a panel, and characters along its height
 Rows = Iterable[Mapping[str, Any]]
 # Column → what the axis says, and the column of its level by chance, or that level.
@@ -59,7 +60,10 @@ def plot_roles_over_depth(
 
     ax = new_axes(ax)
     levels = _by_role(records(rows), chance) if isinstance(chance, str) else {}
-    for (colour, mark), (role, values) in zip(curves(), lines.items(), strict=False):
+    for role, (colour, mark) in _looks(records(rows)).items():
+        if role not in lines:
+            continue
+        values = lines[role]
         ax.plot(list(values), list(values.values()), color=colour, label=in_figure(role), **marked(mark))
         if role in levels:
             ax.plot(list(levels[role]), list(levels[role].values()), color=colour, linestyle=":", linewidth=stroke(0.6))
@@ -77,15 +81,16 @@ def cosines_figure(rows: Rows, labels: Sequence[str], *, title: str = "", size: 
     Args:
         rows: what `interference` gives.
         labels: what the updates are called.
-        title: above all panels; "" for which two updates have the largest one.
+        title: above all panels, and above which two updates have the largest one.
         size: "column", "page" or "slide".
 
     Raises:
         SelectionError: no matrix has cosines.
     """
     squares, named = mean_squares(records(rows)), short_names(labels)
-    above = title or (f"cosines of updates; {most_alike(next(iter(squares.values())), named)}" if squares else "")
-    return squares_figure(squares, named, title=above, label="cosine", limits=(-1.0, 1.0), colours=DIVERGING, size=size)
+    found = f"cosines of updates; {most_alike(next(iter(squares.values())), named)}" if squares else ""
+    return squares_figure(squares, named, title=above(title, found), label="cosine", limits=(-1.0, 1.0),
+                          colours=DIVERGING, size=size)  # fmt: skip
 
 
 def roles_over_depth_figure(
@@ -110,14 +115,25 @@ def roles_over_depth_figure(
     drawn = {column: words for column, words in columns.items() if _by_role(table, column)}
     if not drawn:
         raise SelectionError("no matrix in a layer has a number to draw over the layers")
-    layout = arranged(size, len(drawn), _PANEL, above=5.0, most=_COLUMNS, stretched=True)
-    with panelled(layout, title=title or "over the layers; dotted: by chance") as (figure, axes):
+    legend = ems_of_legend(dict.fromkeys(role for column in drawn for role in _by_role(table, column)), size)
+    layout = arranged(size, len(drawn), _PANEL, above=3.5 + legend, most=_COLUMNS, stretched=True)
+    with panelled(layout, title=title or USUAL_TITLE) as (figure, axes):
         for ax, (column, (label, chance)) in zip(axes, drawn.items(), strict=False):
             plot_roles_over_depth(table, column=column, label=label, chance=chance, ax=ax)
             put_label(ax, label, _LETTERS)
             put_title(ax, _median(table, column), layout)
-        put_legend(figure, axes[0], layout)
+        put_legend_of(figure, axes, layout)
     return figure
+
+
+def _looks(table: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Role → its colour and mark, the same whichever number is drawn."""
+    there = in_model_order(dict.fromkeys(row["role"] for row in table if _number(row.get("layer")) is not None))
+    return dict(zip(there, curves(), strict=False))
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)
 
 
 def _median(table: Sequence[Mapping[str, Any]], column: str) -> str:
@@ -142,14 +158,26 @@ def mean_squares(table: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     return {role: _mean(groups[role]) for role in ordered if groups.get(role)}
 
 
-def draw_interference(rows: Rows, out: str | Path, labels: Sequence[str], *, size: str = DEFAULT) -> list[Path]:
+def draw_interference(
+    rows: Rows,
+    out: str | Path,
+    labels: Sequence[str],
+    *,
+    title: str = "",
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    size: str = DEFAULT,
+    end: str = "",
+) -> list[Path]:
     """Draw what `interference` gives into a directory: `cosines` and `interference_depth`, each with its csv.
 
     Args:
         rows: its rows.
         out: the directory.
         labels: what the updates are called.
+        title: above each figure.
+        formats: what to write each as: "png", "pdf" or "svg".
         size: "column", "page" or "slide".
+        end: what the files' names end in, where those of other updates lie beside them.
 
     Returns:
         The files that were written.
@@ -158,11 +186,33 @@ def draw_interference(rows: Rows, out: str | Path, labels: Sequence[str], *, siz
     squares = mean_squares(table)
     if not squares:
         return []
-    write(target / "cosines.csv", to_csv(square_rows(squares, labels, "cosine")).encode())
-    files = [*save_figure(cosines_figure(table, labels, size=size), target / "cosines"), target / "cosines.csv"]
-    if any(_by_role(table, column) for column in OVER_DEPTH):  # its numbers are those of interference.csv
-        files += save_figure(roles_over_depth_figure(table, size=size), target / "interference_depth")
+    numbers = target / f"cosines{end}.csv"
+    write(numbers, to_csv(square_rows(squares, labels, "cosine")).encode())
+    figure = cosines_figure(table, labels, title=title, size=size)
+    files = [*save_figure(figure, target / f"cosines{end}", formats), numbers]
+    if any(_by_role(table, column) for column in OVER_DEPTH):
+        path = target / f"interference_depth{end}"
+        figure = roles_over_depth_figure(table, title=above(title, USUAL_TITLE) if title else "", size=size)
+        files += [*save_figure(figure, path, formats), write_over_depth(table, OVER_DEPTH, path)]
     return files
+
+
+def write_over_depth(
+    table: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str | float]], path: Path
+) -> Path:
+    """The numbers of `roles_over_depth_figure` into a csv of this name: a row per role and layer."""
+    levels = [level for _, level in columns.values() if isinstance(level, str)]
+    by_column = {column: _by_role(table, column) for column in [*columns, *levels]}
+    drawn = {column: by_role for column, by_role in by_column.items() if by_role}
+    places = dict.fromkeys((role, layer) for by_role in drawn.values() for role in by_role for layer in by_role[role])
+    rows = [
+        {"role": role, "layer": layer}
+        | {column: by_role.get(role, {}).get(layer, math.nan) for column, by_role in drawn.items()}
+        for role, layer in places
+    ]
+    numbers = path.with_name(f"{path.name}.csv")
+    write(numbers, to_csv(rows).encode())
+    return numbers
 
 
 def records(rows: Rows) -> list[Mapping[str, Any]]:
@@ -182,10 +232,9 @@ def _by_role(table: Sequence[Mapping[str, Any]], column: str) -> dict[str, dict[
     """Role → layer → the mean of a column; of matrices in layers that have a number there."""
     by_role: dict[str, dict[int, list[float]]] = {}
     for row in table:
-        value, layer = row.get(column), row.get("layer")
-        if value is None or layer is None or math.isnan(value) or math.isnan(layer):
-            continue
-        by_role.setdefault(row["role"], {}).setdefault(int(layer), []).append(float(value))
+        value, layer = _number(row.get(column)), _number(row.get("layer"))
+        if value is not None and layer is not None:
+            by_role.setdefault(row["role"], {}).setdefault(int(layer), []).append(value)
     return {
         role: {layer: math.fsum(values) / len(values) for layer, values in sorted(by_role[role].items())}
         for role in in_model_order(by_role)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from spectra.plots.sizes import Layout
+from spectra.plots.sizes import Layout, size_of
 from spectra.plots.style import look
 from spectra.printing import in_figure
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_NUMBER = re.compile(r"(?<=[^\W\d]) (?=[-−]?\d)|(?<=\d) (?=%)")  # the space before a number, or before its sign
+_TITLE = 1.5  # ems of a line of a figure's title
+_LINE = 1.2  # ems of a line of small text in a legend
 _HANDLE = 7  # characters that a legend's line and the space between its columns take
 
 
@@ -24,7 +28,7 @@ def panelled(layout: Layout, *, title: str = "", squares: bool = False) -> Itera
 
     Squares of heatmaps stand together, and leave no space where a panel's place is longer or wider.
     """
-    from spectra.plots.canvas import ShownFigure
+    from spectra.plots.canvas import ShownFigure, trim
 
     with look(layout.text):
         how = "compressed" if squares else "constrained"
@@ -33,14 +37,21 @@ def panelled(layout: Layout, *, title: str = "", squares: bool = False) -> Itera
         yield figure, axes
         for ax in axes:
             ax.set_visible(ax.has_data())
-        if title:
-            put_above(figure, title, layout)
+        told = _in_lines(title, layout)
+        if squares:
+            trim(figure, _TITLE * layout.text / 72 * (told.count("\n") + 1) if told else 0.0)
+        if told:
+            figure.suptitle(in_figure(told))
 
 
-def put_above(figure: Figure, title: str, layout: Layout) -> None:
+def _in_lines(title: str, layout: Layout) -> str:
     """The figure's title, in lines that its width holds."""
-    lines = [even_lines(line, int(layout.whole / 1.2)) for line in title.splitlines()]
-    figure.suptitle(in_figure("\n".join(lines)))
+    return "\n".join(even_lines(line, int(layout.whole / 1.2)) for line in title.splitlines())
+
+
+def above(title: str, finding: str) -> str:
+    """What stands above all panels: the title that somebody chose, and below it what the numbers say."""
+    return "\n".join(filter(None, [title, finding]))
 
 
 def put_title(ax: Axes, title: str, layout: Layout) -> None:
@@ -49,15 +60,18 @@ def put_title(ax: Axes, title: str, layout: Layout) -> None:
 
 
 def even_lines(words: str, width: int) -> str:
-    """In as few lines as the width allows, none much shorter than the others.
+    """In as few lines as the width allows, none much shorter than the others; a number stays with its word.
 
     >>> even_lines("one two three four five", 20)
     'one two three\\nfour five'
+    >>> even_lines("in the mean over layer 5", 22)
+    'in the mean\\nover layer 5'
     """
+    words = _NUMBER.sub("\u00a0", words)
     fewest = len(textwrap.wrap(words, width, break_on_hyphens=False)) or 1
     least = max(max(map(len, words.split(" "))), len(words.replace(" ", "")) // fewest, 1)  # what no line can be under
     tried = (textwrap.wrap(words, space, break_on_hyphens=False) for space in (*range(least, width), width))
-    return "\n".join(next(lines for lines in tried if len(lines) <= fewest))
+    return "\n".join(next(lines for lines in tried if len(lines) <= fewest)).replace("\u00a0", " ")
 
 
 def unbroken(words: str) -> str:
@@ -68,6 +82,24 @@ def unbroken(words: str) -> str:
 def put_label(ax: Axes, label: str, letters: int) -> None:
     """What a panel's vertical axis is, in lines of so many characters."""
     ax.set_ylabel(in_figure(textwrap.fill(label, letters, break_long_words=False)))
+
+
+def ems_of_legend(labels: Iterable[str], size: str) -> float:
+    """The height of a legend that `put_legend` puts below all panels, where the figure is as wide as its size.
+
+    >>> ems_of_legend(["q_proj", "v_proj"], "page"), ems_of_legend([f"{i}, shared expert" for i in range(9)], "column")
+    (1.2, 6.0)
+    """
+    told = list(labels)
+    sheet = size_of(size)
+    columns = _columns(told, int(1.15 * sheet.width * 72 / (0.55 * sheet.text)))
+    return round(_LINE * sum(1 for _ in range(0, len(told), columns)), 1)
+
+
+def _columns(labels: Sequence[str], line: int) -> int:
+    """How many labels stand side by side in lines of so many characters."""
+    longest = max(map(len, labels), default=0) + _HANDLE
+    return max(min(len(labels), line // longest), 1)
 
 
 def put_legend(figure: Figure, ax: Axes, layout: Layout) -> None:
@@ -82,6 +114,5 @@ def put_legend_of(figure: Figure, axes: Iterable[Axes], layout: Layout) -> None:
     if not labels:
         return
     line = int(1.15 * layout.whole)  # characters of small text
-    longest = max(map(len, labels)) + _HANDLE
     told = [textwrap.fill(label, line - _HANDLE) for label in labels]
-    figure.legend(handles, told, loc="outside lower center", ncols=max(min(len(told), line // longest), 1))
+    figure.legend(handles, told, loc="outside lower center", ncols=_columns(labels, line))

@@ -14,6 +14,7 @@ from spectra.spectrum import Spectrum
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_SIGN = 4.5, 1.5  # ems that a rank needs at a curve
 _SIGNS = 4  # ranks that are written at a curve, beyond which every other one is
 
 
@@ -53,11 +54,26 @@ def plot_kept_energy(
         at = (uniform.parameters[place], uniform.kept[place])
         if any(text.xy[0] == at[0] for text in there):
             continue  # of another update of these matrices, straight above or below
-        ax.annotate(f"r = {place + 1}", at, (4, -9), textcoords="offset points", fontsize="x-small", color=colour)
+        ax.annotate(f"r = {place + 1}", at, (0.4, -0.9), textcoords="offset fontsize", fontsize="x-small", color=colour)
     ax.set_xscale("log")
     ax.set_ylim(0, 1.02)
+    _thin(ax)
     ax.set_xlabel("parameters of all factors")
     ax.set_ylabel("kept energy  Σσ² kept / Σ‖ΔW‖²")
     if legend:
         legend_below(ax)
     return ax
+
+
+def _thin(ax: Axes) -> None:
+    """Hide the ranks at the curves that would be written over others."""
+    from matplotlib.text import Annotation
+
+    ax.autoscale_view()
+    shown: list[tuple[float, float]] = []
+    for sign in (text for text in ax.texts if isinstance(text, Annotation)):
+        x, y = map(float, ax.transData.transform(sign.xy))
+        em = float(sign.get_fontsize()) / 72 * ax.figure.dpi
+        apart = all(abs(x - left) > _SIGN[0] * em or abs(y - low) > _SIGN[1] * em for left, low in shown)
+        sign.set_visible(apart)
+        shown += [(x, y)] if apart else []

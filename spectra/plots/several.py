@@ -28,8 +28,10 @@ def draw_pairs(
     out: str | Path | None = None,
     sides: Sequence[Side] = ("left",),
     clustered: bool = False,
+    title: str = "",
     formats: Sequence[str] = DEFAULT_FORMATS,
     size: str = DEFAULT,
+    end: str = "",
 ) -> list[Path]:
     """Draw every two updates as a cell, by role and by layer; up to six pairs as heatmaps of φ(i, j) side by side.
 
@@ -39,8 +41,10 @@ def draw_pairs(
         out: where to put figures; None for the directory.
         sides: which sides.
         clustered: whether the updates that share directions stand together.
+        title: above each figure.
         formats: what to write each figure as: "png", "pdf" or "svg".
         size: "column", "page" or "slide".
+        end: what the files' names end in, where those of other updates lie beside them.
 
     Returns:
         The files that were written: figures, and the numbers behind them as csv.
@@ -51,20 +55,25 @@ def draw_pairs(
     for by in ("role", "layer"):
         if by == "layer" and len(pairs.groups("layer")) < 2:
             continue
-        figure = pairs_figure(pairs, by=by, clustered=clustered, size=size)
-        files += save_figure(figure, target / f"similarity_by_{by}", formats)
+        figure = pairs_figure(pairs, by=by, clustered=clustered, title=title, size=size)
+        files += save_figure(figure, target / f"similarity_by_{by}{end}", formats)
     squares = {f"{by} {group}, {side}": pairs.square(side, by, group)
                for side in sides for by in ("all", "role", "layer") for group in pairs.groups(by)}  # fmt: skip
-    table = target / "similarity_squares.csv"
+    table = target / f"similarity_squares{end}.csv"
     write(table, to_csv(square_rows(squares, pairs.labels, "phi")).encode())
     files.append(table)
-    return files + _side_by_side(Path(directory), target, pairs, sides, formats, size)
+    comparisons = _comparisons(Path(directory), pairs, sides)
+    if comparisons:
+        panels = panels_by_role(comparisons)
+        figure = similarity_figure(panels.similarities, title=title, labels=panels.labels, size=size)
+        table = target / f"similarity_grid{end}.csv"
+        write(table, to_csv(grid_rows(panels.similarities)).encode())
+        files += [*save_figure(figure, target / f"similarity{end}", formats), table]
+    return files
 
 
-def _side_by_side(
-    directory: Path, target: Path, pairs: Pairs, sides: Sequence[Side], formats: Sequence[str], size: str
-) -> list[Path]:
-    """The heatmaps of φ(i, j), a column per pair: by role where there are few, else over all matrices."""
+def _comparisons(directory: Path, pairs: Pairs, sides: Sequence[Side]) -> list[Comparison]:
+    """What the heatmaps of φ(i, j) show, a column per pair: by role where there are few, else over all matrices."""
     names = dict(zip(pairs.labels, short_names(pairs.labels), strict=True))
     rows = pairs.rows()
     drawn = list(dict.fromkeys((row["a"], row["b"]) for row in rows))
@@ -79,8 +88,4 @@ def _side_by_side(
         if not by_role:
             items = [pool([item for item in items if item.side == side], "all matrices") for side in sides]
         comparisons.append(Comparison(f"{names[a]}, {names[b]}", (names[a], names[b]), items))
-    panels = panels_by_role(comparisons)
-    figure = similarity_figure(panels.similarities, labels=panels.labels, size=size)
-    table = target / "similarity_grid.csv"
-    write(table, to_csv(grid_rows(panels.similarities)).encode())
-    return [*save_figure(figure, target / "similarity", formats), table]
+    return comparisons

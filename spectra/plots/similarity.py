@@ -95,14 +95,12 @@ def add_colorbar(
 ) -> Colorbar:
     """A colour bar from 0 to 1 with a mark where random subspaces would be at (k, k)."""
     first = ax if not isinstance(ax, Sequence) else ax[0]
-    bar: Colorbar = first.figure.colorbar(image, ax=ax, label="φ(i, j)", shrink=shrink, aspect=28)
+    label = "φ(i, j)   (line: by chance)"
+    bar: Colorbar = first.figure.colorbar(image, ax=ax, label=label, shrink=shrink, aspect=28)
     chances = [float(item.chance[-1, -1]) for item in similarities]
     for chance in {min(chances), max(chances)}:
         bar.ax.axhline(chance, color="white", linewidth=2.5)
         bar.ax.axhline(chance, color="black", linewidth=1)
-    bar.ax.text(
-        -0.15, max(chances), "chance", va="center", ha="right", fontsize="small", transform=bar.ax.get_yaxis_transform()
-    )
     return bar
 
 
@@ -111,8 +109,14 @@ def tick_positions(k: int) -> list[int]:
 
     >>> tick_positions(30)
     [1, 10, 20, 30]
+    >>> tick_positions(8)  # the 2 would touch the 1
+    [1, 4, 6, 8]
     """
     step = next(size for size in (1, 2, 5, 10, 20, 50, 100, 200, 500, 10**9) if k / size <= _MOST_TICKS)
     if step == 5 and k % 10 == 0 and k >= 30:
         step = 10
-    return sorted({1, *range(step, k + 1, step)})
+    return (
+        [1, *range(step if step - 1 > step / 2 else 2 * step, k + 1, step)]
+        if k > 1 and step > 1
+        else [*range(1, k + 1)]
+    )

@@ -11,10 +11,10 @@ import numpy as np
 
 from spectra.errors import SelectionError
 from spectra.metrics.similarity import Side
-from spectra.plots.panels import panelled
+from spectra.plots.panels import above, panelled
 from spectra.plots.sizes import DEFAULT, arranged, size_of
-from spectra.plots.style import HEATMAP, new_axes
-from spectra.printing import in_figure
+from spectra.plots.style import HEATMAP, hatch, new_axes
+from spectra.printing import in_figure, shortened
 from spectra.results.pairs import Pairs, Pooling
 from spectra.results.partners import alike
 
@@ -26,6 +26,7 @@ _Item = TypeVar("_Item")
 DIVERGING = "RdBu_r"
 MOST_PANELS = 24
 _MOST_WRITTEN = 6  # updates up to which each cell has its number written in it
+_WRITTEN_SIGN = 0.05  # share of the scale from which on a negative number is marked where it is not written
 _LONGEST = 24  # characters of an update's name
 _COLUMNS = 6
 _SIDE, _CELL, _LONGEST_SIDE, _BAR = 11.0, 2.6, 28.0, 6.0  # ems
@@ -45,7 +46,7 @@ def plot_square(
     """Heatmap of a number of every two updates, rows and columns in the order given.
 
     Args:
-        square: (N, N); NaN leaves a cell empty.
+        square: (N, N); NaN makes a cell hatched.
         labels: what the updates are called, on the left beside their numbers; None for numbers only.
         title: above.
         label: what the number is, for the colour bar.
@@ -68,10 +69,11 @@ def plot_square(
     size = "small" if count <= 12 else "x-small"
     ax.set_xticks(range(count), numbers, fontsize=size)
     named = (
-        [in_figure(f"{name} {i}") for i, name in zip(numbers, labels, strict=True)] if labels is not None else numbers
+        [in_figure(f"{name} ({i})") for i, name in zip(numbers, labels, strict=True)] if labels is not None else numbers
     )
     ax.set_yticks(range(count), named, fontsize=size)
     ax.set_title(in_figure(title), fontsize="small")
+    hatch(ax, np.argwhere(np.isnan(square)))
     if count <= _MOST_WRITTEN:
         for (i, j), value in np.ndenumerate(square):
             if not math.isnan(value):
@@ -79,6 +81,17 @@ def plot_square(
                 dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
                 written = f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−")
                 ax.text(j, i, written, ha="center", va="center", fontsize="x-small", color="white" if dark else "black")
+    elif low < 0:  # which grey print does not tell from the positive
+        for i, j in np.argwhere(square < _WRITTEN_SIGN * low):
+            ax.text(
+                j,
+                i,
+                "−",
+                ha="center",
+                va="center",
+                fontsize="x-small",
+                color="white" if square[i, j] < 0.6 * low else "black",
+            )
     if colorbar and ax.figure is not None:
         ax.figure.colorbar(image, ax=ax, label=in_figure(label))
     return ax
@@ -139,7 +152,7 @@ def pairs_figure(
         side: which; None for all that were compared.
         by: "role" or "layer".
         clustered: whether the updates that share directions stand together.
-        title: above all panels; "" for which two updates are the most alike.
+        title: above all panels, and above which two updates are the most alike.
         size: "column", "page" or "slide".
 
     Raises:
@@ -162,8 +175,8 @@ def pairs_figure(
     heading += f" ({shown} of {there_are} {by}s)" if 0 < shown < there_are else ""
     top = _largest(ordered.values())
     label = "φ(k, k)" if top == 1 else "φ(k, k) of two updates (the diagonal is 1)"
-    return squares_figure(ordered, [there[i] for i in order], title=title or heading, label=label, limits=(0.0, top),
-                          size=size)  # fmt: skip
+    return squares_figure(ordered, [there[i] for i in order], title=above(title, heading), label=label,
+                          limits=(0.0, top), size=size)  # fmt: skip
 
 
 def most_alike(square: np.ndarray, labels: Sequence[str]) -> str:
@@ -207,7 +220,20 @@ def short_names(labels: Sequence[str]) -> list[str]:
     parts = [Path(label).parts or (label,) for label in labels]
     front, back = alike(*parts), alike(*(part[::-1] for part in parts))
     kept = [part[front : len(part) - back] or part[-1:] for part in parts]
-    return [name if len(name) <= _LONGEST else "…" + name[1 - _LONGEST :] for name in map("/".join, kept)]
+    return _told_apart(["/".join(part) for part in kept])
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """Each within `_LONGEST` characters, around where they differ if their ends alone would be the same."""
+    ends = [name if len(name) <= _LONGEST else "…" + name[1 - _LONGEST :] for name in names]
+    if len(set(ends)) == len(set(names)):
+        return ends
+    middles = [shortened(name, _LONGEST) for name in names]
+    if len(set(middles)) == len(set(names)):
+        return middles
+    front = max(alike(*names) - _LONGEST // 2, 0)
+    cut = [f"{'…' if front else ''}{name[front:]}" for name in names]
+    return [name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…" for name in cut]
 
 
 def evenly(items: Sequence[_Item], most: int) -> list[_Item]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -27,12 +25,10 @@ from spectra.plots.figures import (
 )
 from spectra.plots.grouping import MOST_CURVES, Comparison, curves_by_role, pages_by_layer, panels_by_role
 from spectra.plots.histogram import BINS, BinnedPanel
-from spectra.plots.several import draw_pairs
 from spectra.plots.similarity import grid_rows
 from spectra.plots.sizes import DEFAULT, size_of
-from spectra.plots.tables import Drawn, Style, draw_tables, too_many
+from spectra.plots.tables import Drawn, Style, draw_tables, file_name, too_many
 from spectra.results import tables
-from spectra.results.all_pairs import load_pairs
 from spectra.results.collection import Spectra
 from spectra.results.shelf import write
 from spectra.results.store import Store, home_of, nothing_stored
@@ -41,7 +37,6 @@ from spectra.spectrum import Spectrum
 KINDS = ("histogram", "depth", "scree", "kept")  # figures of spectra
 USUAL = ("histogram", "depth")
 _LONGEST_LABEL = 28
-_LONGEST_FILE = 60  # characters of a page's name in a file's
 
 
 def draw_results(
@@ -66,11 +61,13 @@ def draw_results(
     Of one directory of spectra: a histogram with a curve per role. Of several: a curve each, on shared bins.
     Beside it the size and the stable rank of the update over layer × role, a column per directory.
     Of comparisons: the heatmaps, a panel per directory, role and side; of one of several updates, every two of them. Of
-    a series: its curves along training. Of an alignment: cosines and deciles. Of a verified merge: its verdicts. The
-    numbers behind each figure go into a csv file beside it.
+    a series: its curves along training. Of an alignment: cosines and deciles. Of a verified merge: its verdicts. Of
+    interference and of heads: cosines, and their numbers over the layers. The numbers behind each figure go into a csv
+    file beside it.
 
     Args:
-        directories: one or more, made by `decompose(…, out=…)`, `compare(…, out=…)`, `series(…, out=…)` or `save`.
+        directories: one or more, made by `decompose(…, out=…)`, `compare(…, out=…)`, `series(…, out=…)`, `save`, or
+            by a command's --out.
         out: where to put figures; None for the first directory.
         layers: only the matrices that these patterns mean; () for all.
         names: only the matrices of these names, curves in their order; None for all.
@@ -96,15 +93,12 @@ def draw_results(
     size_of(size)
     _check_kinds(kinds)
     style = Style(title, formats, size)
-    if len(places) == 1 and Store(places[0]).run().get("pairs"):
-        pairs = load_pairs(places[0], layers=layers, sides=[side for side in SIDES if side in sides])
-        return Drawn(tuple(draw_pairs(places[0], pairs, out=out, sides=pairs.sides, formats=formats, size=size)))
     called = run_labels(places, labels)
     wanted = None if names is None else list(dict.fromkeys(names))
     known = {spectrum.name: spectrum for spectrum in held}
     runs: dict[str, Spectra] = {}
     comparisons: list[Comparison] = []
-    files, notes, rest = _of_tables(dict(zip(called, places, strict=True)), out, layers, style)
+    files, notes, rest = _of_tables(dict(zip(called, places, strict=True)), out, layers, sides, style)
     for label, directory in rest.items():
         store = _results(directory)
         try:
@@ -173,6 +167,7 @@ def _of_tables(
     places: Mapping[str, str | Path],
     out: str | Path | None,
     layers: str | Sequence[str],
+    sides: Sequence[str],
     style: Style,
 ) -> tuple[list[Path], list[str], dict[str, str | Path]]:
     """The figures of tables that directories hold, notes on them, and the directories that hold something else."""
@@ -181,7 +176,10 @@ def _of_tables(
     rest: dict[str, str | Path] = {}
     for label, directory in places.items():
         target = directory if out is None else out
-        drawn = draw_tables(Path(directory), target, layers, label if len(places) > 1 else "", style)
+        try:
+            drawn = draw_tables(Path(directory), target, layers, sides, label if len(places) > 1 else "", style)
+        except SelectionError as problem:
+            raise SelectionError(f"{directory}: {problem}") from None
         store = Store(directory)
         if drawn is not None:
             files, notes = [*files, *drawn.files], [*notes, *drawn.notes]
@@ -296,17 +294,9 @@ def _draw_pages(
     drawn = ((name, panels_of(panels, labels)) for name, labels in pages.items())
     before = f"{style.title}: " if style.title else ""
     figures = (
-        (_file_name(name), draw_panels(some, title=before + name, size=style.size)) for name, some in drawn if some
+        (file_name(name), draw_panels(some, title=before + name, size=style.size)) for name, some in drawn if some
     )
     return [*save_pages(figures, target / "histogram", style.formats), table]
-
-
-def _file_name(page: str) -> str:
-    """What is called after a page; a long name is cut, with a few digits that tell it apart."""
-    plain = re.sub(r"[^\w.]+", "-", page)
-    if len(plain) <= _LONGEST_FILE:
-        return plain
-    return f"{plain[:_LONGEST_FILE]}~{hashlib.sha256(page.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
 
 
 def panels_of(panels: Sequence[BinnedPanel], labels: Iterable[str]) -> list[BinnedPanel]:

@@ -5,7 +5,7 @@ Plots give text by its weight, "small" or "x-small", and not in points: how larg
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -102,6 +102,14 @@ def legend_below(ax: Axes) -> None:
     em = float(mpl.rcParams["font.size"]) / 72
     below = ax.transAxes + ScaledTranslation(0, -_BELOW * em, figure.dpi_scale_trans)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, fontsize="small")
+
+
+def hatch(ax: Axes, cells: Iterable[Sequence[int]]) -> None:
+    """Mark the cells (row, column) of a heatmap that have no number."""
+    from matplotlib.patches import Rectangle
+
+    for i, j in cells:
+        ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="////", edgecolor="0.6", linewidth=0))
 
 
 def new_axes(ax: Axes | None) -> Axes:

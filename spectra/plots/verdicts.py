@@ -10,7 +10,7 @@ import numpy as np
 
 from spectra.errors import SelectionError
 from spectra.merges.report import AS_IT_SHOULD_BE, VERDICTS
-from spectra.plots.panels import panelled
+from spectra.plots.panels import ems_of_legend, panelled, put_legend
 from spectra.plots.places import ordered_places, ordered_rows, place_of, row_of
 from spectra.plots.sizes import DEFAULT, arranged, size_of
 from spectra.printing import in_figure, shortened
@@ -33,6 +33,7 @@ _SHOWN = {
 }
 _OTHER = ("#777777", "–")
 _LABELS = 24  # numbers under the columns
+_OF_LEGEND = 0.65  # ems of a letter of the legend, with its part of the patch before it
 _LONGEST = 40  # characters of a role
 
 
@@ -41,7 +42,7 @@ def verdicts_figure(rows: Iterable[Mapping[str, Any]], *, title: str = "", size:
 
     Args:
         rows: `verify_merge(…).matrices`, or the rows of verify.csv.
-        title: above; "" for how many matrices are as they should be.
+        title: above how many matrices are as they should be.
         size: "column", "page" or "slide".
 
     Raises:
@@ -54,12 +55,18 @@ def verdicts_figure(rows: Iterable[Mapping[str, Any]], *, title: str = "", size:
     names = 0.5 * min(max(map(len, roles)), _LONGEST)
     width = min(max(1.3 * len(places), 14.0), size_of(size).widest - names - 2.0)
     counts = {verdict: list(verdicts.values()).count(verdict) for verdict in _by_weight(verdicts.values())}
-    layout = arranged(size, 1, (names + width + 2.0, 6.0 + 1.5 * len(roles)), above=3.0 + 1.2 * len(counts))
+    legend = {verdict: _told(verdict, count) for verdict, count in counts.items()}
+    around = 3.0 + ems_of_legend(legend.values(), size) + (1.5 if title else 0.0)
+    widest = _OF_LEGEND * max(map(len, legend.values()))
+    width = max(width, min(widest, size_of(size).widest) - names)
+    layout = arranged(size, 1, (names + width + 2.0, 6.0 + 1.5 * len(roles)), above=around)
     good = sum(count for verdict, count in counts.items() if verdict in AS_IT_SHOULD_BE)
-    with panelled(layout, title="") as (figure, [ax]):
+    with panelled(layout, title=title) as (figure, [ax]):
         _draw(ax, verdicts, roles, places, signs=width / len(places) >= 1.0)
-        _legend(figure, counts)
-        ax.set_title(in_figure(title or f"{good:,} of {matrices(len(verdicts))} as merged"))
+        for verdict, words in legend.items():
+            ax.fill_between([], [], color=_SHOWN.get(verdict, _OTHER)[0], linewidth=0, label=words)
+        put_legend(figure, ax, layout)
+        ax.set_title(f"{good:,} of {matrices(len(verdicts))} as merged")
     return figure
 
 
@@ -90,12 +97,6 @@ def _draw(ax: Axes, verdicts: Mapping[str, str], roles: list[str], places: list[
     ax.set_xlabel("layer")
 
 
-def _legend(figure: Figure, counts: Mapping[str, int]) -> None:
-    from matplotlib.patches import Patch
-
-    handles = [
-        Patch(color=_SHOWN.get(verdict, _OTHER)[0],
-              label=in_figure(f"{_SHOWN.get(verdict, _OTHER)[1]}  {verdict}: {matrices(count)}"))
-        for verdict, count in counts.items()
-    ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center")
+def _told(verdict: str, count: int) -> str:
+    """A verdict's words in the legend."""
+    return in_figure(f"{_SHOWN.get(verdict, _OTHER)[1]}  {verdict}: {matrices(count)}")

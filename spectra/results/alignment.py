@@ -216,7 +216,7 @@ class Work:
         """Operations of the decompositions that it takes; W₀'s is most of them, where its vectors are not kept."""
         if delta.recipe is None or delta.base is None:
             return 0.0
-        whole = dense_flops(delta.shape, self.k)
+        whole = dense_flops(delta.shape, min(delta.shape, default=0))
         return whole * (_SHARE_OF_TOPS if self.cache and self.cache.holds(delta.base) else 1.0)
 
     def numbers(self, delta: WeightDelta) -> Row:

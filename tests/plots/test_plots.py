@@ -197,7 +197,7 @@ def test_the_heatmap_is_the_grid_with_i_downwards(similarity):
     assert "left, φ(12, 12)" in ax.get_title()
     assert "chance 0.60" in ax.get_title()
     bar = ax.images[0].colorbar
-    assert any(text.get_text() == "chance" for text in bar.ax.texts)
+    assert bar.ax.get_ylabel() == "φ(i, j)   (line: by chance)"
     plt.close("all")
 
 

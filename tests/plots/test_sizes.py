@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from support.looked_at import flaws
+from support.looked_at import drawn, flaws
 
 import spectra
 from spectra.cli.options import SIZES as OPTION
@@ -67,6 +67,13 @@ def pairs(count):
                  for n, a in enumerate(labels) for b in labels[:n])  # fmt: skip
 
 
+def opposed(count):
+    square = np.eye(count)
+    square[0, 3] = square[3, 0] = -0.8
+    square[-1] = square[:, -1] = np.nan
+    return square
+
+
 def rows(updates=4):
     square = 0.2 * np.ones((updates, updates)) + 0.8 * np.eye(updates)
     one = {"mean_cosine": 0.2, "norm_ratio": 1.2, "sti": 3.0, "mean_sar": 0.5, "sar_chance": 0.1, "shared": 0.4,
@@ -99,6 +106,22 @@ FIGURES = {
     "depth, lines": lambda **size: spectra.depth_figure(run(), kind="lines", **size),
     "depth, UNet": lambda **size: spectra.depth_figure(unet(), **size),
     "depth, mixture": lambda **size: spectra.depth_figure(mixture(), **size),
+    "similarity, two under a title": lambda **size: spectra.similarity_figure(
+        compared(2), labels=(LONG, "full"), title="a title", **size
+    ),
+    "similarity, eight": lambda **size: spectra.similarity_figure(compared(8), labels=(LONG, "full"), **size),
+    "cosines, negative and missing": lambda **size: spectra.cosines_figure(
+        [row | {"cosines": opposed(9).tolist()} for row in rows()[:7]], [f"{i}-{LONG}" for i in range(9)], **size
+    ),
+    "interference, twenty roles": lambda **size: spectra.roles_over_depth_figure(
+        [row | {"role": f"role_{i}_of_a_stranger", "layer": i % 3} for i, row in enumerate(rows()[:20])], **size
+    ),
+    "verdicts, one": lambda **size: spectra.verdicts_figure(
+        [{"name": "layers.0.q_proj.weight", "verdict": "untouched but changed"}], title="a title", **size
+    ),
+    "kept energy, few ranks": lambda **size: spectra.kept_energy_figure(
+        {"full": run(12), "LoRA": spectra_of((f"layers.{i}.v_proj.weight" for i in range(2)), rank=8)}, **size
+    ),
     "similarity": lambda **size: spectra.similarity_figure(compared(1), **size),
     "similarity, ten": lambda **size: spectra.similarity_figure(compared(10), labels=(LONG, "full"), **size),
     "pairs": lambda **size: spectra.pairs_figure(pairs(4), **size),
@@ -127,6 +150,30 @@ def test_nothing_is_cut_off_tiny_or_over_something_else(name, size):
     figure = FIGURES[name](size=size)
     assert flaws(figure, least=0.69 * SIZES[size].least) == []
     assert figure.get_figwidth() <= SIZES[size].width + 0.01
+
+
+@pytest.mark.parametrize("title", ["", "a title", "a title of so many words that it takes several lines of a column"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_squares_leave_no_space_blank_above_or_below(count, size, title):
+    figure = spectra.similarity_figure(compared(count), labels=(LONG, "full"), title=title, size=size)
+    words = drawn(figure)
+    assert min(box.y0 for box in words.values()) < 0.15 * figure.dpi
+    assert max(box.y1 for box in words.values()) > figure.bbox.y1 - 0.15 * figure.dpi
+    panels = [box.y1 for ax in figure.axes if ax.images for text, box in words.items() if text is ax.title]
+    titles = [box.y0 for text, box in words.items() if text.get_text().replace("\n", " ") == title]
+    assert not titles or titles[0] - max(panels) < 0.15 * figure.dpi
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("labels", [("full fine-tuning", "LoRA"), ROLES])
+def test_no_line_of_a_histograms_words_is_a_single_one(labels, size):
+    figure = spectra.histogram_figure({label: run(1, [ROLES[0]]) for label in labels}, size=size)
+    for ax in figure.axes:
+        for words in (ax.get_xlabel(), *ax.get_title().split(";\n")):
+            lines = words.splitlines()
+            assert min(map(len, lines)) > 0.5 * max(map(len, lines)), lines
+            assert not any(line.endswith(("-", "from", "to", "σ", "≥")) for line in lines), lines
 
 
 @pytest.mark.parametrize("title", ["short", "a title of many words that no column of a paper holds in one line, " * 3])

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import csv
 import inspect
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import spectra
 from spectra.cli import plot as command
+from spectra.cli.report import keep_table
 from spectra.errors import SelectionError, StoreError
 from spectra.plots import figures, histogram, stored
+from spectra.plots import tables as drawing
 from spectra.plots.stored import run_labels
 from spectra.spectrum import Spectrum
 
@@ -86,6 +90,61 @@ def test_what_does_not_fit_is_noted(tmp_path):
     assert spectra.draw_results(tmp_path / "many", per_layer=True).notes == ()
     with pytest.raises(SelectionError, match="'jpg' is not one of the formats png, pdf, svg"):
         spectra.draw_results(tmp_path / "many", formats=["jpg"])
+
+
+HEADS = {"status": "ok", "heads": 3, "cosine": 0.1, "update_cosine": 0.2, "norm": 1.0}
+BETWEEN = {"status": "ok", "mean_cosine": 0.2, "norm_ratio": 1.2, "sti": 3.0, "mean_sar": 0.5, "sar_chance": 0.1,
+           "shared": 0.4, "shared_null": 0.3, "cosines": [[1.0, 0.2], [0.2, 1.0]]}  # fmt: skip
+TABLES = {
+    "heads": (HEADS, ["heads.svg", "heads_depth.csv"]),
+    "interference": (BETWEEN, ["cosines.svg", "cosines.csv", "interference_depth.svg", "interference_depth.csv"]),
+    "intruders": ({"status": "ok", "k": 10, "intruders": 2}, ["intruders_depth.svg", "intruders_depth.csv"]),
+}
+
+
+def kept(directory, name, one):
+    found = [one | {"name": f"layers.{i}.{role}.weight", "role": role, "layer": i} for i in range(3) for role in ROLES]
+    keep_table(str(directory), name, {"tuned": ["runs/a", "runs/b"], "matrices": found})
+    return directory
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_table_of_every_command_is_drawn_beside_its_numbers_and_left_as_it_is(name, tmp_path):
+    one, files = TABLES[name]
+    directory = kept(tmp_path / name, name, one)
+    before = (directory / f"{name}.csv").read_bytes()
+    drawn = spectra.draw_results(directory, formats=["svg"], title="my words", layers="v_proj")
+    assert [path.name for path in drawn.files] == files
+    assert (directory / f"{name}.csv").read_bytes() == before
+    for path in drawn.files:
+        if path.suffix == ".csv" and "role" in rows(path)[0]:
+            assert column(path, "role") == ["v_proj"]
+    with pytest.raises(SelectionError, match=f"{name}: layer pattern 'up_proj' matches none"):
+        spectra.draw_results(directory, layers="up_proj")
+
+
+def test_every_table_that_a_command_keeps_has_its_drawing():
+    sources = [path.read_text(encoding="utf-8") for path in Path(command.__file__).parent.glob("*.py")]
+    written = {name for text in sources for name in re.findall(r'keep_table\(out, "(\w+)"', text)}
+    assert {f"{name}.json" for name in written | {"alignment", "intruders"}} == set(drawing._DRAWERS)
+
+
+def test_tables_of_several_directories_lie_beside_each_other(tmp_path):
+    one, files = TABLES["heads"]
+    places = [kept(tmp_path / place / "run", "heads", one) for place in "ab"]
+    drawn = spectra.draw_results(places, tmp_path / "out", formats=["svg"], labels=["a/1", "b: 2"])
+    assert [path.name for path in drawn.files] == [
+        "heads-a-1.svg", "heads_depth-a-1.csv", "heads-b-2.svg", "heads_depth-b-2.csv",
+    ]  # fmt: skip
+    assert len(files) == 2
+
+
+def test_a_table_without_a_number_to_draw_is_a_note(tmp_path):
+    directory = kept(tmp_path / "none", "heads", HEADS | {"cosine": None, "update_cosine": None, "norm": None})
+    drawn = spectra.draw_results(directory)
+    assert drawn.files == ()
+    assert drawn.notes == (f"no figure of {directory / 'heads.json'}: no matrix in a layer has a number to draw over "
+                           "the layers",)  # fmt: skip
 
 
 def test_what_is_not_there_is_an_error_that_names_the_directory(runs):
