@@ -42,6 +42,7 @@ html_math_renderer = "mathml"  # MathJax would come from the network
 html_title = f"spectra {version}"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
+html_js_files = ["words.js"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_copyright = False

@@ -10,13 +10,13 @@ from spectra.cli.options import layer_option
 @click.command("report", short_help="One HTML page about stored results.")
 @click.argument("directories", nargs=-1, required=True, metavar="DIR…", type=click.Path())
 @click.option(
-    "--out", required=True, type=click.Path(dir_okay=False), metavar="PAGE", help="The file to write, as page.html."
+    "--out", type=click.Path(dir_okay=False), metavar="PAGE", help="The file to write, as page.html.  [required]"
 )
 @layer_option
 @click.option("--label", "labels", multiple=True, help="Name of a DIR on the page, in order.  [default: its folder]")
 @click.option("--title", default="", metavar="TEXT", help="Title of the page.  [default: the labels]")
 def command(
-    directories: tuple[str, ...], out: str, layers: tuple[str, ...], labels: tuple[str, ...], title: str
+    directories: tuple[str, ...], out: str | None, layers: tuple[str, ...], labels: tuple[str, ...], title: str
 ) -> None:
     """Write one HTML page about stored results; nothing is computed again.
 
@@ -27,7 +27,14 @@ def command(
     from spectra.errors import SelectionError
     from spectra.plots.stored import run_labels
     from spectra.report import write_report
+    from spectra.results.store import home_of, nothing_stored
 
+    if out is None:
+        # What is no folder at all is the first thing to mend.
+        for directory in directories:
+            if not home_of(directory).exists():
+                raise nothing_stored(directory)
+        raise click.UsageError("--out is missing: the page to write, such as --out page.html")
     try:
         run_labels(directories, labels)
     except SelectionError as problem:

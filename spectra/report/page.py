@@ -118,6 +118,7 @@ def _environment() -> Environment:
         from markupsafe import Markup
     except ImportError:
         raise MissingExtraError("a report", "report") from None
+    from spectra.report.words import breakable
 
     def finalize(value: Any) -> Any:
         return value if isinstance(value, Markup) else text.visible(str(value))
@@ -128,6 +129,8 @@ def _environment() -> Environment:
     )  # fmt: skip
     environment.filters["figure"] = text.figure
     environment.filters["cut"] = _cut
+    environment.filters["breakable"] = lambda value: breakable(_cut(str(value)))
+    environment.filters["heading"] = lambda value: breakable(value, long=0)
     environment.filters["placeless"] = without_places
     return environment
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from typing import Any
 
 from spectra.errors import StoreError
 from spectra.files.choice import WEIGHT_SUFFIXES
+from spectra.files.remote import is_url
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.results import measured, records, run_file, tables
 from spectra.results.partners import apart
@@ -352,6 +354,12 @@ def nothing_stored(directory: str | Path) -> StoreError:
     """What to do where a directory holds no results; never to write into a folder that holds something else."""
     place = home_of(directory)
     model = _model_in(place)
+    if is_url(str(directory)) or _may_be_of_the_hub(str(directory)):
+        what = "is an address" if is_url(str(directory)) else "does not exist on this disk"
+        return StoreError(
+            f"{directory} {what}, and results are read from a folder: if it is a model, make its results first, "
+            f"with decompose(…, out='results') or spectra svd {directory} … --out results, and give that folder"
+        )
     if not place.exists():
         said, out = f"{directory} does not exist", Path(directory)
     elif model:
@@ -359,6 +367,16 @@ def nothing_stored(directory: str | Path) -> StoreError:
     else:
         said, out = f"{directory} holds no results", Path(directory)
     return StoreError(f"{said}; make them with decompose(…, out={str(out)!r}) or spectra svd … --out {out}")
+
+
+def _may_be_of_the_hub(name: str) -> bool:
+    """Whether a name that leads nowhere may be meant as a hub id: its first part is no folder here.
+
+    >>> _may_be_of_the_hub("no-such-org/name"), _may_be_of_the_hub("no/such/folder"), _may_be_of_the_hub("/no/such")
+    (True, False, False)
+    """
+    found = re.fullmatch(r"(\w[\w.-]*)/\w[\w.-]*(@[\w./-]+)?", name)
+    return found is not None and not Path(found[1]).exists()
 
 
 def _model_in(directory: Path) -> str:

@@ -60,6 +60,67 @@ def test_every_link_of_the_site_leads_somewhere(site):
                 assert anchor in pages_of_it[there].ids, f"{page.name}: {target}"
 
 
+class Content(HTMLParser):
+    """Where the links in the text of a page lead: neither the sidebar's nor those to the next page."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.inside = False
+        self.targets: list[str] = []
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.inside |= tag == "article"
+        if self.inside and tag == "a" and (target := dict(attrs).get("href")):
+            self.targets.append(target)
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside &= tag != "article"
+
+
+def clicks(start: Path) -> dict[Path, int]:
+    """Page → how many clicks it is away, breadth first."""
+    found = {start: 0}
+    for page in (queue := [start]):
+        files = [target.partition("#")[0] for target in Content(page).targets if not re.match(r"[a-z]+:", target)]
+        for there in [(page.parent / file).resolve() for file in files if file.endswith(".html")]:
+            if there not in found:
+                found[there] = found[page] + 1
+                queue.append(there)
+    return found
+
+
+def test_a_newcomer_is_two_clicks_from_every_page_and_one_from_every_question(site):
+    away = clicks(site / "index.html")
+    assert {page.stem for page in (site / "howto").glob("*.html")} == {
+        page.stem for page in (pages.DOCS / "howto").glob("*.md")
+    }
+    assert {page: away.get(page) for page in (site / "howto").glob("*.html") if away.get(page) != 1} == {}
+    made = {page for page in site.rglob("*.html") if page.stem not in ("search", "genindex", "py-modindex")}
+    assert {page.name for page in made if away.get(page, 9) > 2} == set()
+
+
+def test_the_readme_leads_to_every_question_and_to_the_first_page():
+    readme = (pages.DOCS.parent / "README.md").read_text()
+    targets = set(re.findall(r"\]\(([^)#]+)", readme))
+    wanted = {f"docs/howto/{page.name}" for page in (pages.DOCS / "howto").glob("*.md")} | {"docs/start.md"}
+    assert wanted - targets == set()
+    assert {target for target in targets if "://" not in target and not (pages.DOCS.parent / target).exists()} == set()
+
+
+def test_clicks_are_counted_along_the_text_alone(tmp_path):
+    (tmp_path / "index.html").write_text(
+        '<nav><a href="far.html"></a></nav><article><a href="near.html#a">x</a></article>'
+    )
+    (tmp_path / "near.html").write_text('<article><a href="far.html">x</a><a href="https://x/y.html">x</a></article>')
+    (tmp_path / "far.html").write_text("<article></article>")
+    assert {page.stem: away for page, away in clicks(tmp_path / "index.html").items()} == {
+        "index": 0,
+        "near": 1,
+        "far": 2,
+    }
+
+
 def test_nothing_is_loaded_from_the_network(site):
     for page in site.rglob("*.html"):
         assert not LOADED.search(page.read_text()), page.name

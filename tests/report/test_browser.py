@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 from support.hostile_names import HOSTILE
+from support.page_looks import CONTRASTS, COPIED, LINES
 from support.report_numbers import ordered
 
 import spectra
@@ -135,8 +136,11 @@ def test_pointer_and_keys_show_the_values_of_the_pictures(runs, show):
     assert tip.inner_text() == said
     page.keyboard.press("ArrowDown")
     assert tip.inner_text().startswith("v_proj, layer 1: ")
-    page.locator(".ridge .bar").first.hover()
-    assert " values, " in tip.inner_text()
+    bar = page.locator(".ridge .bar").first
+    bar.scroll_into_view_if_needed()
+    box = bar.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] - 20)
+    assert tip.inner_text() == bar.get_attribute("data-tip"), "anywhere in its interval, for it may be very low"
     page.locator(".phi svg.grid").first.focus()
     page.keyboard.press("ArrowLeft")
     assert tip.inner_text().startswith("φ(5, 4) = ")
@@ -214,6 +218,68 @@ def test_on_paper_names_stay_in_few_lines_and_nothing_is_wider_than_a_page(show,
     heights = page.evaluate("[...document.querySelectorAll('.rows tbody th')].map(cell => cell.clientHeight)")
     assert len(heights) == 40
     assert max(heights) < 40, "three lines at most"
+
+
+def test_paper_has_headings_on_every_sheet_and_nothing_to_press(runs, show):
+    page = show(runs / "first", scheme="dark")
+    page.locator("#theme").click()
+    page.locator("#theme").click()
+    page.get_by_role("button", name="All columns").first.click()
+    page.get_by_label("Filter the rows").first.fill("q_proj")
+    page.locator("#matrices").get_by_text("4 of 9 rows").wait_for()
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.locator("#matrices").get_by_text("4 of 9 rows").is_visible(), "a filtered table says so"
+    assert page.locator("#matrices thead th:visible").all_inner_texts()[:3] == ["name", "role", "layer"]
+    assert page.locator("#matrices thead th:visible").count() == 12, "as many as a sheet holds"
+    assert page.locator("button:visible:not(.open), input:visible, select:visible, nav:visible").count() == 0
+    assert page.evaluate("getComputedStyle(document.querySelector('.open'), '::before').content") == "none"
+    assert page.evaluate("getComputedStyle(document.querySelector('.open')).color") == "rgb(0, 0, 0)"
+    for part in ("thead", "tr", "figure", ".ridges", "p", "li"):
+        assert page.evaluate(f"getComputedStyle(document.querySelector('main {part}')).breakInside") == "avoid"
+
+
+def test_a_name_breaks_behind_dots_and_underscores_and_is_copied_as_it_is(show, tmp_path):
+    name = "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_out.0.weight"
+    both = [Spectrum(name, (8, 8), S=[2.0, 0.5], base_norm=1.0), Spectrum("out", (8, 8), S=[1.0], base_norm=1.0)]
+    spectra.save(both, tmp_path / "names")
+    page = show(tmp_path / "names", width=390)
+    page.get_by_role("button", name=name).click()
+    lines = page.evaluate(LINES, ".open, #findings li, .detail dd")
+    broken = [part for part in lines if len(part) > 1]
+    assert sum("up_blocks" in "".join(part) for part in broken) >= 2
+    for part in broken:
+        for line, after in pairwise(part):
+            assert line[-1] in "._/ ,;)" or after[0] in " (", (line, after)
+    for place in ("[aria-expanded=true]", "#findings li:has(wbr)", ".detail dd"):
+        assert name in page.evaluate(COPIED, place), place
+
+
+def test_what_is_wider_than_the_screen_says_so_until_its_end(runs, show):
+    names = [f"h.{i}.attn.c_proj.weight" for i in range(48)]
+    spectra.save([Spectrum(name, (2, 2), S=[1.0, 0.5], base_norm=1.0) for name in names], runs / "deep")
+    page = show(runs / "deep", width=390)
+    box, hint = page.locator(".heat .scroll").first, page.locator(".heat .hint").first
+    assert hint.inner_text().startswith("Wider than the screen")
+    assert "after" in box.get_attribute("class").split()
+    assert box.get_attribute("tabindex") == "0"
+    box.evaluate("box => { box.scrollLeft = box.scrollWidth }")
+    page.wait_for_function("!document.querySelector('.heat .scroll').classList.contains('after')")
+    row, cell = page.locator(".heat tbody th").first.bounding_box(), box.bounding_box()
+    assert row["x"] == pytest.approx(cell["x"], abs=1), "the role stays where it is"
+    wide = show(runs / "second")
+    assert wide.locator(".heat .hint:visible").count() == 0
+    assert wide.locator(".heat .scroll").first.get_attribute("tabindex") is None, "no stop of the tab key for nothing"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark", "paper"])
+def test_every_word_has_the_contrast_of_aa(runs, show, scheme):
+    page = show([runs / "first", runs / "same"], scheme="light" if scheme == "paper" else scheme)
+    page.locator(".open").first.click()
+    if scheme == "paper":
+        page.emulate_media(media="print")
+    weak = page.evaluate(CONTRASTS)
+    assert weak == []
 
 
 def test_every_control_and_picture_has_a_name_for_a_screen_reader(runs, show):

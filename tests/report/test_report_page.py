@@ -27,7 +27,7 @@ from spectra.spectrum import Spectrum
 class Page(HTMLParser):
     """The elements of a page, and the text inside each kind of them."""
 
-    VOID = ("meta", "br", "rect", "line", "path", "img", "input", "link")
+    VOID = ("meta", "br", "rect", "line", "path", "img", "input", "link", "wbr")
 
     def __init__(self, markup):
         super().__init__()
@@ -110,7 +110,7 @@ def test_the_cells_over_depth_are_the_csvs(runs, made):
 
 def test_the_medians_by_role_are_the_tables(runs, made):
     markup = made(runs / "second")
-    section = re.search(r'<section id="roles">(.*?)</section>', markup, re.S)[1]
+    section = re.search(r'<section id="roles">(.*?)</section>', markup, re.S)[1].replace("<wbr>", "")
     by_role = spectra.load(runs / "second").to_frame(by="role").set_index("role")
     columns = re.findall(r'<th scope="col">(.*?)</th>', section)[1:]
     for role, line in re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', section):
@@ -186,7 +186,7 @@ def test_what_could_not_be_done_and_what_was_not_used_is_told(runs, made, source
     assert "3 entries are NaN" in markup
     assert "shared by two" in markup
     spectra.decompose(source, out=runs / "files").collect()
-    markup = made(runs / "files")
+    markup = made(runs / "files").replace("<wbr>", "")
     for words in ("a vector, not a matrix", "model.safetensors", "torch ", "Tensors without a row"):
         assert words in markup
 
@@ -284,8 +284,20 @@ def test_the_command(runs, monkeypatch):
     assert out == "new/page.html\n"
     assert "<h1>T</h1>" in (runs / "new/page.html").read_text()
     assert "1 labels for 2" in command("report", "first", "second", "--label", "a", "--out", "p.html", status=2)[1]
-    assert "--out" in command("report", "first", status=2)[1]
+    assert "--out is missing: the page to write, such as --out page.html" in command("report", "first", status=2)[1]
     assert "nowhere does not exist" in command("report", "nowhere", "--out", "p.html", status=1)[1]
+
+
+@pytest.mark.parametrize("model", ["https://host/org/name", "s3://bucket/name", "hf://org/name", "org/name@v1"])
+@pytest.mark.parametrize("more", [(), ("--out", "page.html")])
+def test_a_model_elsewhere_is_no_results_and_the_message_says_what_makes_them(model, more, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    said = command("report", model, *more, status=1)[1]
+    assert f"{model} is an address" in said or f"{model} does not exist on this disk" in said
+    assert f"spectra svd {model} … --out results" in said
+    assert not (tmp_path / "page.html").exists()
+    (tmp_path / "org").mkdir()
+    assert "org/name does not exist; make them with" in command("report", "org/name", status=1)[1]
 
 
 @pytest.mark.parametrize("limits", [(0.2, 1.0), (0.9, 1.0), (1.0, 1000.0), (-1.0, 1.0), (0.0, 3.0), (2.0, 2.0)])

@@ -22,6 +22,29 @@ function figure(value) {
   return `${trimmed(mantissa)}e${power < 0 ? "-" : "+"}${String(Math.abs(power)).padStart(2, "0")}`;
 }
 
+// Text that a narrow column may break behind a dot, an underscore or a slash: what is copied of it is the text itself.
+function breakable(words) {
+  const pieces = String(words).match(/[^._/]*[._/]*/g).filter(Boolean);
+  return pieces.flatMap((piece, place) => (place ? [element("wbr"), piece] : [piece]));
+}
+
+/* A table that goes on to a side fades out there, says so, and is a stop of the tab key. */
+const sizes = new ResizeObserver((entries) => entries.forEach((entry) => ends(entry.target.closest(".scroll"))));
+function ends(box) {
+  const room = box.scrollWidth - box.clientWidth;
+  box.classList.toggle("before", box.scrollLeft > 1);
+  box.classList.toggle("after", box.scrollLeft < room - 1);
+  box.previousElementSibling.hidden = room <= 1;
+  if (room > 1 || box.scrollHeight > box.clientHeight + 1) box.setAttribute("tabindex", "0");
+  else box.removeAttribute("tabindex");
+}
+function watchEnds(box) {
+  box.before(element("p", { class: "hint", "aria-hidden": "true", hidden: "" }, "Wider than the screen: scroll sideways →"));
+  box.addEventListener("scroll", () => ends(box), { passive: true });
+  for (const part of [box, ...box.children]) sizes.observe(part);
+}
+document.querySelectorAll(".scroll").forEach(watchEnds);
+
 /* The tip: what the pointer is over, or what has the keyboard's focus. */
 const tip = document.getElementById("tip");
 function showTip(text, box) {
@@ -73,7 +96,18 @@ function navigable(container, items, columns) {
     items[next].focus();
   });
 }
-for (const row of document.querySelectorAll("[data-nav=row]")) navigable(row, [...row.querySelectorAll(".bar")], 1);
+for (const row of document.querySelectorAll("[data-nav=row]")) {
+  const bars = [...row.querySelectorAll(".bar")];
+  navigable(row, bars, 1);
+  // A bar of one value among thousands is lower than a pixel: the pointer finds it anywhere in its interval.
+  row.addEventListener("pointermove", (event) => {
+    const boxes = bars.map((bar) => bar.getBoundingClientRect());
+    const place = boxes.findIndex((box) => box.left <= event.clientX && event.clientX < box.right);
+    bars.forEach((bar, i) => bar.classList.toggle("pointed", i === place));
+    showTip(bars[place]?.dataset.tip, boxes[place]);
+  });
+  row.addEventListener("pointerleave", () => bars.forEach((bar) => bar.classList.remove("pointed")));
+}
 for (const table of document.querySelectorAll("[data-nav=grid]"))
   navigable(table, [...table.querySelectorAll("tbody td")], table.querySelector("tbody tr")?.querySelectorAll("td").length || 1);
 
@@ -188,6 +222,7 @@ function tableOf(table) {
   const grid = element("table", { class: "rows" }, [element("thead", {}, head), body]);
   const scroll = element("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Rows of the table" }, grid);
   place.append(element("div", { class: "tools" }, [search, ...selects.map((item) => item.select), more, count]), scroll);
+  watchEnds(scroll);
 
   const missing = (value) => value === null || value === "";
   function ordered(rows) {
@@ -219,9 +254,13 @@ function tableOf(table) {
         head.querySelector(`[data-column="${c}"] button`).focus();
       });
       const sorted = sortBy === c ? (descending ? "descending" : "ascending") : "none";
-      return [element("th", { scope: "col", "aria-sort": sorted, "data-column": c, class: column.text ? "text" : "" }, button)];
+      return [element("th", { scope: "col", "aria-sort": sorted, "data-column": c, class: kind(column) }, [button, onPaper(column.key)])];
     }));
   }
+  // Where a table goes on on another sheet, its heading is printed again, but without what buttons hold.
+  const onPaper = (key) => element("span", { class: "paper", "aria-hidden": "true" }, breakable(key));
+  // What only "All columns" shows is too wide for paper.
+  const kind = (column) => [column.text && "text", !column.shown && "extra"].filter(Boolean).join(" ");
   function rowOf(i) {
     const row = table.rows[i];
     const line = element("tr", { "data-row": i });
@@ -229,10 +268,10 @@ function tableOf(table) {
       if (!all && !column.shown) return;
       if (column.key !== "name") {
         const long = typeof row[c] === "string" && row[c].length > 30 ? " long" : "";
-        line.append(element("td", { class: (column.text ? "text" : "") + long }, figure(row[c])));
+        line.append(element("td", { class: kind(column) + long }, long ? breakable(row[c]) : figure(row[c])));
         return;
       }
-      const open = element("button", { type: "button", class: "open", "aria-expanded": "false" }, row[c]);
+      const open = element("button", { type: "button", class: "open", "aria-expanded": "false" }, breakable(row[c]));
       open.addEventListener("click", () => toggle(i, line, open));
       line.append(element("th", { scope: "row", class: "text" }, open));
     });
@@ -244,7 +283,7 @@ function tableOf(table) {
     if (is) { line.nextElementSibling.remove(); return; }
     const facts = columns.map((column, c) => {
       const value = figure(table.rows[i][c]);
-      return element("div", { class: column.text ? "wide" : "" }, [element("dt", {}, column.key), element("dd", {}, value)]);
+      return element("div", { class: column.text ? "wide" : "" }, [element("dt", {}, column.key), element("dd", {}, column.text ? breakable(value) : value)]);
     });
     const detail = element("div", { class: "detail" }, [...(table.curves[i] ? [scree(table.curves[i])] : []), element("dl", {}, facts)]);
     line.after(element("tr", { class: "more" }, element("td", { colspan: line.children.length }, detail)));
