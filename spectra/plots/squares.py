@@ -27,7 +27,7 @@ DIVERGING = "RdBu_r"
 MOST_PANELS = 24
 _MOST_WRITTEN = 6  # updates up to which each cell has its number written in it
 _WRITTEN_SIGN = 0.05  # share of the scale from which on a negative number is marked where it is not written
-_LONGEST = 22  # characters of an update's name
+_LONGEST = 20  # characters of an update's name
 _COLUMNS = 6
 _SIDE, _CELL, _LONGEST_SIDE, _BAR = 11.0, 2.6, 28.0, 6.0  # ems
 

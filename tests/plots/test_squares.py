@@ -75,7 +75,7 @@ def test_nothing_to_draw_is_refused():
 def test_names_are_what_tells_paths_apart():
     assert short_names(["x/lora/final", "x/full/final"]) == ["lora", "full"]
     assert short_names(["same", "same2/deep"]) == ["same", "same2/deep"]
-    assert max(map(len, short_names(["a" * 60, "b"]))) == 22
+    assert max(map(len, short_names(["a" * 60, "b"]))) == 20
 
 
 @pytest.mark.parametrize("paths", [
@@ -86,4 +86,4 @@ def test_names_are_what_tells_paths_apart():
 def test_long_names_still_tell_updates_apart(paths):
     names = short_names(paths)
     assert len(set(names)) == 12
-    assert max(map(len, names)) <= 22
+    assert max(map(len, names)) <= 20
