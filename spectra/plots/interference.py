@@ -13,7 +13,7 @@ from spectra.errors import SelectionError
 from spectra.naming import in_model_order
 from spectra.plots.figures import DEFAULT_FORMATS, save_figure
 from spectra.plots.panels import above, ems_of_legend, panelled, put_label, put_legend_of, put_title
-from spectra.plots.sizes import DEFAULT, arranged
+from spectra.plots.sizes import DEFAULT, arranged, size_of
 from spectra.plots.squares import DIVERGING, most_alike, short_names, square_rows, squares_figure
 from spectra.plots.style import curves, marked, new_axes, stroke
 from spectra.printing import in_figure
@@ -115,7 +115,9 @@ def roles_over_depth_figure(
     drawn = {column: words for column, words in columns.items() if _by_role(table, column)}
     if not drawn:
         raise SelectionError("no matrix in a layer has a number to draw over the layers")
-    legend = ems_of_legend(dict.fromkeys(role for column in drawn for role in _by_role(table, column)), size)
+    legend = ems_of_legend(
+        dict.fromkeys(role for column in drawn for role in _by_role(table, column)), size_of(size).usual
+    )
     layout = arranged(size, len(drawn), _PANEL, above=3.5 + legend, most=_COLUMNS, stretched=True)
     with panelled(layout, title=title or USUAL_TITLE) as (figure, axes):
         for ax, (column, (label, chance)) in zip(axes, drawn.items(), strict=False):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from spectra.plots.sizes import Layout, size_of
+from spectra.plots.sizes import Layout, letters_in
 from spectra.plots.style import look
 from spectra.printing import in_figure
 
@@ -84,15 +84,14 @@ def put_label(ax: Axes, label: str, letters: int) -> None:
     ax.set_ylabel(in_figure(textwrap.fill(label, letters, break_long_words=False)))
 
 
-def ems_of_legend(labels: Iterable[str], size: str) -> float:
-    """The height of a legend that `put_legend` puts below all panels, where the figure is as wide as its size.
+def ems_of_legend(labels: Iterable[str], width: float) -> float:
+    """The height of a legend that `put_legend` puts below all panels of a figure of this width, both in ems.
 
-    >>> ems_of_legend(["q_proj", "v_proj"], "page"), ems_of_legend([f"{i}, shared expert" for i in range(9)], "column")
+    >>> ems_of_legend(["q_proj", "v_proj"], 56), ems_of_legend([f"{i}, shared expert" for i in range(9)], 30)
     (1.2, 6.0)
     """
     told = list(labels)
-    sheet = size_of(size)
-    columns = _columns(told, int(1.15 * sheet.width * 72 / (0.55 * sheet.text)))
+    columns = _columns(told, int(1.15 * letters_in(width)))
     return round(_LINE * sum(1 for _ in range(0, len(told), columns)), 1)
 
 

@@ -34,6 +34,11 @@ class Size:
     least: float
 
     @property
+    def usual(self) -> float:
+        """Its width in ems of its usual text."""
+        return self.width * _POINTS / self.text
+
+    @property
     def widest(self) -> float:
         """Its width in ems of the smallest text."""
         return self.width * _POINTS / self.least
@@ -71,7 +76,16 @@ class Layout:
     @property
     def whole(self) -> int:
         """How many characters a line has over the whole figure."""
-        return int(self.inches[0] * _POINTS / (_LETTER * self.text))
+        return letters_in(self.inches[0] * _POINTS / self.text)
+
+
+def letters_in(ems: float) -> int:
+    """How many characters stand in a line so long.
+
+    >>> letters_in(11)
+    20
+    """
+    return int(ems / _LETTER + 1e-9)
 
 
 def size_of(name: str) -> Size:

@@ -27,7 +27,7 @@ DIVERGING = "RdBu_r"
 MOST_PANELS = 24
 _MOST_WRITTEN = 6  # updates up to which each cell has its number written in it
 _WRITTEN_SIGN = 0.05  # share of the scale from which on a negative number is marked where it is not written
-_LONGEST = 24  # characters of an update's name
+_LONGEST = 20  # characters of an update's name
 _COLUMNS = 6
 _SIDE, _CELL, _LONGEST_SIDE, _BAR = 11.0, 2.6, 28.0, 6.0  # ems
 
@@ -69,7 +69,9 @@ def plot_square(
     size = "small" if count <= 12 else "x-small"
     ax.set_xticks(range(count), numbers, fontsize=size)
     named = (
-        [in_figure(f"{name} ({i})") for i, name in zip(numbers, labels, strict=True)] if labels is not None else numbers
+        [in_figure(f"{shortened(name, _LONGEST)} ({i})") for i, name in zip(numbers, labels, strict=True)]
+        if labels is not None
+        else numbers
     )
     ax.set_yticks(range(count), named, fontsize=size)
     ax.set_title(in_figure(title), fontsize="small")

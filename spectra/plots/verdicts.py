@@ -56,9 +56,9 @@ def verdicts_figure(rows: Iterable[Mapping[str, Any]], *, title: str = "", size:
     width = min(max(1.3 * len(places), 14.0), size_of(size).widest - names - 2.0)
     counts = {verdict: list(verdicts.values()).count(verdict) for verdict in _by_weight(verdicts.values())}
     legend = {verdict: _told(verdict, count) for verdict, count in counts.items()}
-    around = 3.0 + ems_of_legend(legend.values(), size) + (1.5 if title else 0.0)
     widest = _OF_LEGEND * max(map(len, legend.values()))
     width = max(width, min(widest, size_of(size).widest) - names)
+    around = 3.0 + ems_of_legend(legend.values(), names + width + 2.0) + (1.5 if title else 0.0)
     layout = arranged(size, 1, (names + width + 2.0, 6.0 + 1.5 * len(roles)), above=around)
     good = sum(count for verdict, count in counts.items() if verdict in AS_IT_SHOULD_BE)
     with panelled(layout, title=title) as (figure, [ax]):

@@ -16,9 +16,9 @@ from spectra import decompose
 from spectra.deltas.delta import WeightDelta
 from spectra.engine.accounts import probe
 from spectra.engine.costs import dense_flops, flops, needed
-from spectra.engine.solve import solve
 from spectra.engine.memory import readable_size
 from spectra.engine.schedule import Plan, Task, batches, plan, side_by_side
+from spectra.engine.solve import solve
 
 GIB = 2**30
 

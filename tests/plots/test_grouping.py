@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+import spectra
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.plots import Comparison, curves_by_role, pages_by_layer, panels_by_role
 from spectra.spectrum import Spectrum
@@ -64,3 +65,14 @@ def test_matrices_of_a_role_are_pooled_and_titles_are_as_short_as_they_can_be():
     assert panels.columns is None
     (named,) = panels_by_role([Comparison("one", ("a", "b"), pair)]).similarities
     assert named == "one: v_proj"
+
+
+def test_a_role_looks_the_same_whichever_number_is_drawn():
+    rows = [{"role": role, "layer": 0, "cosine": None if role == "q_proj" else 0.1, "norm": 1.0}
+            for role in ("q_proj", "k_proj", "v_proj")]  # fmt: skip
+    figure = spectra.heads_figure(rows)
+    looks = [{line.get_label(): (line.get_color(), line.get_marker()) for line in ax.get_lines()
+              if not line.get_label().startswith("_")} for ax in figure.axes if ax.get_visible()]  # fmt: skip
+    assert list(looks[0]) == ["k_proj", "v_proj"]
+    assert looks[1] | looks[0] == looks[1]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["k_proj", "v_proj", "q_proj"]

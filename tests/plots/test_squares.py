@@ -33,10 +33,19 @@ def test_the_cells_are_the_square_with_its_numbers_and_names():
     ax = spectra.plot_square(square, labels=["mine", "yours"], label="φ")
     assert np.array_equal(ax.images[0].get_array().filled(np.nan), square, equal_nan=True)
     assert [text.get_text() for text in ax.texts] == ["1.00", "0.25", "0.25"]
-    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["mine 1", "yours 2"]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["mine (1)", "yours (2)"]
+    assert [(patch.get_xy(), patch.get_hatch()) for patch in ax.patches] == [((0.5, 0.5), "////")]
     assert ax.figure.axes[1].get_ylabel() == "φ"
     with pytest.raises(SelectionError, match="3 labels for a square"):
         spectra.plot_square(square, labels=list("abc"))
+
+
+def test_of_many_the_negative_ones_are_signed_which_grey_print_tells_from_the_positive():
+    square = np.eye(9)
+    square[0, 3], square[3, 0], square[1, 2] = -0.8, 0.8, -0.01
+    ax = spectra.plot_square(square, limits=(-1.0, 1.0), colours="RdBu_r")
+    assert [(text.get_position(), text.get_text()) for text in ax.texts] == [((3, 0), "−")]
+    assert not spectra.plot_square(square, limits=(0.0, 1.0)).texts
 
 
 def test_clustered_order_moves_rows_and_names_together():
@@ -66,4 +75,15 @@ def test_nothing_to_draw_is_refused():
 def test_names_are_what_tells_paths_apart():
     assert short_names(["x/lora/final", "x/full/final"]) == ["lora", "full"]
     assert short_names(["same", "same2/deep"]) == ["same", "same2/deep"]
-    assert max(map(len, short_names(["a" * 60, "b"]))) == 24
+    assert max(map(len, short_names(["a" * 60, "b"]))) == 20
+
+
+@pytest.mark.parametrize("paths", [
+    [f"runs/{i}-a-folder-with-a-long-name/checkpoint" for i in range(12)],
+    [f"runs/a-folder-with-a-long-name-{i}/checkpoint" for i in range(12)],
+    [f"a-folder-with-a-long-{i}-name-and-more-words-behind-it" for i in range(12)],
+])  # fmt: skip
+def test_long_names_still_tell_updates_apart(paths):
+    names = short_names(paths)
+    assert len(set(names)) == 12
+    assert max(map(len, names)) <= 20
