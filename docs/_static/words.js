@@ -2,16 +2,24 @@
 // Commands are broken where the screen ends, but between words alone and not behind the hyphens of an option.
 document.addEventListener("DOMContentLoaded", () => {
   for (const command of document.querySelectorAll(".highlight-console pre")) {
-    const texts = [], walk = document.createTreeWalker(command, NodeFilter.SHOW_TEXT);
-    while (walk.nextNode()) texts.push(walk.currentNode);
-    for (const text of texts.filter((node) => node.data.includes("-"))) {
-      text.replaceWith(...text.data.split(/(\s+)/).filter(Boolean).map((part) => {
-        if (!part.trim()) return part;
-        const word = document.createElement("span");
+    const parts = [];
+    let word = null;
+    const add = (part) => {
+      if (/\s/.test(part.textContent ?? part)) {
+        parts.push(part);
+        word = null;
+        return;
+      }
+      if (!word) {
+        word = document.createElement("span");
         word.className = "word";
-        word.textContent = part;
-        return word;
-      }));
-    }
+        parts.push(word);
+      }
+      word.append(part);
+    };
+    for (const node of [...command.childNodes])
+      if (node.nodeType === Node.TEXT_NODE) node.data.split(/(\s+)/).filter(Boolean).forEach(add);
+      else if (node.textContent) add(node);
+    command.replaceChildren(...parts);
   }
 });
