@@ -295,7 +295,7 @@ class _Pairs:
             once = (last.squared_steps(after) if known is None else known) / 12
             more = once if alike else _more(before, (last, first)).div_(12)
             parts = (delta[::every].square(), before.to(torch.float64, copy=True).abs_(), once, more)
-            return jump(*(part.flatten() for part in parts))
+            return jump(*(part.flatten().cpu().numpy() for part in parts))
 
         return look
 
