@@ -29,7 +29,6 @@ _FEW_DIFFERENT = 0.6  # of a run's values
 _MANTISSA = 52
 _BIAS = 1023
 _SMALLEST_NORMAL = 2.0**-1022
-_BEYOND = np.iinfo(np.int16).max  # an exponent that no number has
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,8 @@ def grids_of(stack: Tensor, dtype: str) -> list[Grid | None]:
     few = _sample(stack, _FIRST_LOOK)
     unsure = np.flatnonzero(~_show_all_bits(few, nominal))
     if len(unsure):
-        values = few[unsure] if stack[0].numel() <= _FIRST_LOOK else _sample(stack[unsure], _SAMPLE)
+        left = slice(None) if len(unsure) == len(stack) else unsure  # all of them are not copied
+        values = few[left] if stack[0].numel() <= _FIRST_LOOK else _sample(stack[left], _SAMPLE)
         for place, grid in zip(unsure, _coarsest(values, nominal), strict=True):
             found[place] = grid
     return found
@@ -208,27 +208,41 @@ class _Bits:
         raised = (pattern >> mantissa) & (2 * bias + 1)
         significand = (pattern & (2**mantissa - 1)) | 2**mantissa
         lowest = (significand & -significand).astype(values.dtype).view(integer) >> mantissa
-        exponents = (raised - bias).astype(np.int16)
-        lengths = (mantissa + bias - lowest).astype(np.int16)
+        exponents, lengths = raised - bias, mantissa + bias - lowest
         valid = (raised <= 2 * bias) & (values != 0)
-        return cls(valid, valid.sum(1), exponents, lengths, exponents - lengths)
+        return cls(valid, _counts(valid), exponents, lengths, exponents - lengths)
 
     def share(self, those: np.ndarray) -> np.ndarray:
         """Of how many of each row it is true."""
-        share: np.ndarray = (those & self.valid).sum(1) / np.maximum(self.counts, 1)
+        share: np.ndarray = _counts(those & self.valid) / np.maximum(self.counts, 1)
         return share
 
     def quantile(self, numbers: np.ndarray, share: float) -> np.ndarray:
-        """The least number of each row that at least such a share of the row does not exceed; 0 of an empty row."""
-        places = np.ceil(share * self.counts).astype(np.int64).clip(1, self.counts.clip(1))
-        kept = numbers if self.valid.all() else np.where(self.valid, numbers, _BEYOND)
-        ordered = np.sort(kept, axis=1, kind="stable")[np.arange(len(numbers)), places - 1]
-        return np.where(self.counts > 0, ordered.astype(np.int64), 0)
+        """The least number of each row that at least such a share of the row does not exceed; counted, as few differ.
+
+        Of a row without any, whatever.
+        """
+        least = numbers.min()
+        width = int(numbers.max() - least) + 1
+        cells = numbers - least
+        if len(numbers) > 1:
+            cells += (width * np.arange(len(numbers), dtype=cells.dtype))[:, None]
+        cells = cells.ravel() if self.valid.all() else cells[self.valid]
+        up_to = np.bincount(cells, minlength=width * len(numbers)).reshape(len(numbers), width).cumsum(1)
+        places = np.ceil(share * self.counts).clip(1)
+        found: np.ndarray = int(least) + (up_to < places[:, None]).sum(1)
+        return found
+
+
+def _counts(those: np.ndarray) -> np.ndarray:
+    """Of how many of each row it is true: a row at a time, at a tenth of the sum's time."""
+    return np.array([np.count_nonzero(row) for row in those])
 
 
 def _are_various(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Whether the first of each row have enough different sizes; most weights show it in the very first of them."""
-    sizes = np.sort(np.abs(np.where(valid, values, 0)[:, : 4 * _FEWEST_DISTINCT]), axis=1)
+    first = slice(None), slice(4 * _FEWEST_DISTINCT)
+    sizes = np.sort(np.abs(np.where(valid[first], values[first], 0)), axis=1)
     various: np.ndarray = (sizes[:, 1:] > sizes[:, :-1]).sum(1) >= _FEWEST_DISTINCT
     for i in np.flatnonzero(~various):
         various[i] = len(np.unique(np.abs(values[i][valid[i]][:4096]))) >= _FEWEST_DISTINCT

@@ -36,7 +36,7 @@ from spectra.files.far import done, expected
 from spectra.files.patience import give_up
 from spectra.spectrum import Spectrum
 
-_PER_WORKER = 2  # tasks in flight per worker of another process: one at work, one waiting
+_PER_WORKER = 2  # in flight per worker of another process, or of small matrices: one at work, one waiting
 
 
 def decompose_indexed(
@@ -247,7 +247,8 @@ def _room(executor: Executor, running: Mapping[Future[Any], Batch], batch: Batch
     if not running:
         return True
     workers = _workers(executor)
-    most = workers if isinstance(executor, ThreadPoolExecutor) else _PER_WORKER * workers
+    alone = isinstance(executor, ThreadPoolExecutor) and len(batch.tasks) == 1
+    most = workers if alone else _PER_WORKER * workers
     if getattr(executor, "own_memory", False):  # the budget is each worker's
         return len(running) < most
     return len(running) < most and sum(other.bytes for other in running.values()) + batch.bytes <= budget
