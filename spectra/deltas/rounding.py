@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from spectra.deltas import edges
+from spectra.deltas.edges import Steps
 from spectra.deltas.grids import UNLIMITED, Grid, grids_of, is_coded
 from spectra.deltas.jumps import FEWEST, Jump, hides_jumps, jump
 from spectra.deltas.separable import separable_edges
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CODES = "codes"  # the type of values that are codes times scales, whatever they are decoded to
-_BLOCK_ENTRIES = 2**16  # half a MiB, which stays in the cache
 _SQUARED = 2.0**500  # what can be squared and summed
 _SAMPLE = 2**18  # entries in which a jump is looked for
 # The 99 % quantile of the Tracy–Widom law (real case) is 2.02; relative to the edge of σ for a square matrix
@@ -39,17 +40,12 @@ _FLUCTUATION = 2.02 * 0.315
 # Real weights are not quite separable: over MiniLM's 36 matrices in bf16 and fp16 the largest value of the
 # rounding errors came up to 2 % above the edge of the separable model.
 _MARGIN = 1.02
-_NORMAL_99 = 2.33
-_SPREAD = {1: 1 / 180, 2: 1.4 / 144}  # Var e² / step⁴ of one rounding and, at most, of two
 _SLACK = 1.1  # over the energy that a row or column has: chance lowers half of them
-_LEAST, _WIDER = 1e-300, 1 + 1e-9  # room for rounding in a bound
 _NEGLIGIBLE = 0.02  # share of the energy below which a second rounding is no story of its own: 1 % of the edge
 
 
-Part = Any  # an index into a stack of matrices (b, m, n)
 Look = Callable[[], Jump | None]
 Energies = tuple[np.ndarray, np.ndarray, np.ndarray]  # of the rows and of the columns; each row's largest square
-Steps = Callable[[Part], "Tensor"]  # the sum of the squared steps of all roundings, at each entry of a part
 
 
 @dataclass(frozen=True)
@@ -205,12 +201,12 @@ class _Pairs:
     def energies(self) -> Energies | None:
         """Of the updates."""
         delta = self.delta
-        return None if delta is None else _sums(lambda part: delta[part].square(), delta.shape)
+        return None if delta is None else edges.sums(lambda part: delta[part].square(), delta.shape)
 
     @cached_property
     def once(self) -> Steps:
         """The squared steps of the last rounding."""
-        return _kept(lambda part: self.last.squared_steps(self.tuned[part]), self.tuned.shape)
+        return edges.kept(lambda part: self.last.squared_steps(self.tuned[part]), self.tuned.shape)
 
     def stories(self) -> list[tuple[Noise, ...]]:
         """What rounding would give of each, the story with the most noise first."""
@@ -227,7 +223,7 @@ class _Pairs:
     def _with_another_grid(self, fewest: Sequence[Noise], first: Grid) -> list[tuple[Noise, ...]]:
         """What a second rounding would add to the first one, where the two grids are not the same."""
         last, base, once = self.last, self.base, self.once
-        twice = _kept(lambda part: _more(base[part], (last, first)).add_(once(part)), base.shape)
+        twice = edges.kept(lambda part: _more(base[part], (last, first)).add_(once(part)), base.shape)
         copy = first.bits < last.bits
         how = "taken for a rounded copy" if copy else "rounded to it first"
         doubted = "taken for a rounded copy" if copy else "perhaps rounded to it first"
@@ -244,7 +240,7 @@ class _Pairs:
 
     def _noises(self, steps: Steps, roundings: int, said: str) -> list[Noise]:
         """The story's noise, from the squared steps at the entries; no row or column has more of it than energy."""
-        rows, columns, highest = _variance_sums(steps, self.tuned.shape)
+        rows, columns, highest = edges.variance_sums(steps, self.tuned.shape)
         if self.energies is not None:
             row_energies, column_energies, largest = self.energies
             rows, columns = np.minimum(rows, _SLACK * row_energies), np.minimum(columns, _SLACK * column_energies)
@@ -258,18 +254,18 @@ class _Pairs:
         if self.energies is not None:
             rows *= (totals / rows.sum(1))[:, None]
             columns *= (totals / columns.sum(1))[:, None]
-        edges = separable_edges(rows, columns)
+        tops = separable_edges(rows, columns)
         top_rows, top_columns = rows.argmax(1), columns.argmax(1)
         chance = np.maximum(
-            _wobble(steps((some, top_rows)), rows.max(1), edges, roundings),
-            _wobble(steps((some, slice(None), top_columns)), columns.max(1), edges, roundings),
+            edges.wobble(steps(_each(some, top_rows)), rows.max(1), tops, roundings),
+            edges.wobble(steps(_each(some, slice(None), top_columns)), columns.max(1), tops, roundings),
         )
-        edges *= (_MARGIN + _FLUCTUATION * min(self.tuned.shape[1:]) ** (-2 / 3)) * chance
-        for i in np.flatnonzero(_may_spike(rows, columns, highest * roundings / 4, edges)):
+        tops *= (_MARGIN + _FLUCTUATION * min(self.tuned.shape[1:]) ** (-2 / 3)) * chance
+        for i in np.flatnonzero(edges.may_spike(rows, columns, highest * roundings / 4, tops)):
             place = int(some[i])
-            delta, own = None if self.delta is None else self.delta[place], partial(_own, steps, place)
-            edges[i] = max(edges[i], _spike(own, rows[i], columns[i], highest[i], roundings, delta))
-        for place, edge, energy in zip(some.tolist(), edges.tolist(), rows.sum(1).tolist(), strict=True):
+            delta, own = None if self.delta is None else self.delta[place], partial(edges.own, steps, place)
+            tops[i] = max(tops[i], edges.spike(own, rows[i], columns[i], highest[i], roundings, delta))
+        for place, edge, energy in zip(some.tolist(), tops.tolist(), rows.sum(1).tolist(), strict=True):
             found[place] = Noise(edge, energy, said)
         return found
 
@@ -289,7 +285,7 @@ class _Pairs:
             return None
         every = max(1, delta.numel() // _SAMPLE)
         after, before = (whole[i, ::every].clone() if every > 1 else whole[i] for whole in (self.tuned, self.base))
-        known = self.once(i) if delta.numel() <= _BLOCK_ENTRIES else None
+        known = self.once(i) if delta.numel() <= edges.BLOCK_ENTRIES else None
 
         def look() -> Jump | None:
             once = (last.squared_steps(after) if known is None else known) / 12
@@ -303,6 +299,14 @@ class _Pairs:
     def _base_extremes(self) -> list[list[float]]:
         """The least and the largest entry of each base."""
         return torch.stack(list(_extremes(self.base)), 1).tolist()
+
+
+def _each(places: np.ndarray, *part: Any) -> edges.Part:
+    """A row or column of each of some matrices of a stack; of a single one by its number, which a card waits not for."""
+    if len(places) > 1:
+        return (places, *part)
+    place = int(places[0])
+    return (slice(place, place + 1), *(one if isinstance(one, slice) else int(one[0]) for one in part))
 
 
 def _copied(fewest: Noise, seen: Look | None) -> Noise:
@@ -378,88 +382,3 @@ def _extremes(stack: Tensor) -> tuple[Tensor, Tensor]:
     flat = stack.flatten(1)  # a sum would make a float64 copy
     least, largest = torch.aminmax(stack) if len(stack) == 1 else torch.aminmax(flat, dim=1)
     return least.reshape(-1).to(torch.float64), largest.reshape(-1).to(torch.float64)
-
-
-def _kept(steps: Steps, shape: torch.Size) -> Steps:
-    """The same steps, of matrices of one block computed once: for small ones asking again costs more than they do."""
-    if math.prod(shape[1:]) > _BLOCK_ENTRIES:
-        return steps
-    whole = steps(slice(None))
-    return lambda part: whole[part]
-
-
-def _own(steps: Steps, place: int, part: Part) -> Tensor:
-    """The steps of one matrix of a stack."""
-    return steps((place, part))
-
-
-def _variance_sums(steps: Steps, shape: torch.Size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row and column sums of step²/12 and each row's largest step²."""
-    rows, columns, highest = _sums(steps, shape)
-    return rows / 12, columns / 12, highest
-
-
-def _sums(entries: Steps, shape: torch.Size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row sums (b, m), column sums (b, n) and each row's largest entry (b, m), a block of rows at a time."""
-    height = max(1, _BLOCK_ENTRIES // shape[2])
-    rows, highest, columns = [], [], torch.zeros(())
-    for start in range(0, shape[1], height):
-        steps = entries((slice(None), slice(start, start + height)))
-        rows.append(steps.sum(2))
-        highest.append(steps.amax(2))
-        columns = steps.sum(1) if start == 0 else columns.add_(steps.sum(1))
-    # Only now: on a card every number that is looked at waits for all that was asked before.
-    of_rows, most = (rows[0], highest[0]) if len(rows) == 1 else (torch.cat(rows, 1), torch.cat(highest, 1))
-    return of_rows.cpu().numpy(), columns.cpu().numpy(), most.cpu().numpy()
-
-
-def _wobble(squared: Tensor, variances: np.ndarray, edges: np.ndarray, roundings: int) -> np.ndarray:
-    """How far chance may lift each edge through the norm of the errors in the largest row, or column.
-
-    An error uniform in ±step/2 has E e² = step²/12 and Var e² = step⁴/180; of a sum of two, with variance v, Var e²
-    is at most 1.4 v². The bulk averages this away; it counts as far as the row alone makes the edge.
-    """
-    assumed = squared.sum(1).cpu().numpy() / 12  # more than the variance where most of the entries did not move
-    squares = squared.square().sum(1).cpu().numpy()
-    told = (edges > 0) & (assumed > 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        spread = np.sqrt(squares * _SPREAD[roundings]) * np.minimum(variances / assumed, 1.0)
-        lifted = np.sqrt(1 + _NORMAL_99 * np.square(variances / np.square(edges)) * spread / variances)
-    return np.where(told, lifted, 1.0)
-
-
-def _may_spike(rows: np.ndarray, columns: np.ndarray, largest: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    r"""Whether any entry can make a value above the edge, from the largest θ² of each row alone; for each matrix.
-
-    (θ² + r)(θ² + c)/θ² grows with c, which is less than θ⁴/r where an entry stands out, and then with θ².
-    """
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        beside = np.minimum(columns.max(-1, keepdims=True), np.square(largest) / np.maximum(rows, _LEAST))
-        reached = ((largest + rows) * (largest + beside) / largest) * _WIDER
-        may: np.ndarray = ((reached > np.square(edges)[..., None]) & (largest > 0)).any(-1)
-    return may
-
-
-def _spike(
-    steps: Steps, rows: np.ndarray, columns: np.ndarray, highest: np.ndarray, roundings: int, delta: Tensor | None
-) -> float:
-    r"""The largest value that the error of one entry, at most θ, makes among the others of its row and column.
-
-    θ² is step²/4, and twice Σ step²/4 for two roundings. It stands out if θ⁴ > rᵢcⱼ, then as
-    √((θ² + rᵢ)(θ² + cⱼ))/θ (Benaych-Georges & Nadakuditi 2012).
-    """
-    largest, least = 0.0, columns[columns > 0].min(initial=math.inf)
-    suspect = np.square(highest * roundings / 4) > rows * least
-    some = np.flatnonzero(suspect)
-    height = max(1, _BLOCK_ENTRIES // len(columns))
-    for start in range(0, len(some), height):
-        block = some[start : start + height]
-        largest_errors = steps(block).mul(roundings / 4)
-        if delta is not None:
-            largest_errors = torch.minimum(largest_errors, delta[block].square())
-        squared = largest_errors.cpu().numpy()
-        i, j = np.nonzero(np.square(squared) > rows[block, None] * columns)
-        if len(i):
-            theta, r, c = squared[i, j], rows[block[i]], columns[j]
-            largest = max(largest, float(((theta + r) * (theta + c) / theta).max()))
-    return math.sqrt(largest)

@@ -9,6 +9,7 @@ from spectra.deltas.delta import WeightDelta
 from spectra.deltas.forms import SMALL, Dense
 from spectra.engine.costs import cost
 
+_STACKED = 96  # bytes for each entry while a bundle is read: both weights, what rounding may have done, and bits
 _CACHED = 2**17  # entries of a bundle: 1 MiB in float64
 _ROUNDS = 4  # bundles for each worker at least, so that none is left alone with the last one for long
 _MOST_ENTRIES = 2**31 - 1  # of a batch: solvers on a card count in 32 bits (pytorch issue 102963)
@@ -116,7 +117,8 @@ def bundles(deltas: Sequence[WeightDelta], schedule: Plan, workers: int) -> list
         groups.setdefault((delta.shape, delta.factored) if small else task.index, []).append(task)
     planned = []
     for tasks in groups.values():
-        each, entries = tasks[0].bytes + 8 * tasks[0].entries, tasks[0].entries
+        entries = tasks[0].entries
+        each = tasks[0].bytes + _STACKED * entries
         fair = -(-len(tasks) // (_ROUNDS * workers))
         size = max(1, min(_CACHED // max(1, entries), schedule.budget // workers // max(1, each), fair))
         planned += [Batch(tuple(tasks[start : start + size])) for start in range(0, len(tasks), size)]

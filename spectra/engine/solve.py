@@ -188,7 +188,7 @@ def _know(forms: Sequence[Form | Spectrum]) -> None:
     """What there is to know of small matrices without solving them, of those of one shape at once."""
     alike: dict[tuple[int, ...], list[Dense]] = {}
     for form in forms:
-        if isinstance(form, Dense) and 0 < form.matrix.numel() <= SMALL:
+        if isinstance(form, Dense) and 0 < form.matrix.numel() <= SMALL and form.matrix.device.type == "cpu":
             alike.setdefault(form.shape, []).append(form)
     for group in alike.values():
         with suppress(MemoryError, RuntimeError):  # of one alone it is found again, and told
