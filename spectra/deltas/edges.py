@@ -64,8 +64,8 @@ def wobble(squared: Tensor, variances: np.ndarray, edges: np.ndarray, roundings:
     An error uniform in ±step/2 has E e² = step²/12 and Var e² = step⁴/180; of a sum of two, with variance v, Var e²
     is at most 1.4 v². The bulk averages this away; it counts as far as the row alone makes the edge.
     """
-    assumed = squared.sum(1).cpu().numpy() / 12  # more than the variance where most of the entries did not move
-    squares = squared.square().sum(1).cpu().numpy()
+    assumed, squares = torch.stack([squared.sum(1), squared.square().sum(1)]).cpu().numpy()
+    assumed /= 12  # more than the variance where most of the entries did not move
     told = (edges > 0) & (assumed > 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         spread = np.sqrt(squares * _SPREAD[roundings]) * np.minimum(variances / assumed, 1.0)

@@ -206,7 +206,8 @@ class _Pairs:
     @cached_property
     def once(self) -> Steps:
         """The squared steps of the last rounding."""
-        return edges.kept(lambda part: self.last.squared_steps(self.tuned[part]), self.tuned.shape)
+        last, tuned = self.last, self.tuned  # not this object, which would hold itself and all weights
+        return edges.kept(lambda part: last.squared_steps(tuned[part]), tuned.shape)
 
     def stories(self) -> list[tuple[Noise, ...]]:
         """What rounding would give of each, the story with the most noise first."""
@@ -302,7 +303,7 @@ class _Pairs:
 
 
 def _each(places: np.ndarray, *part: Any) -> edges.Part:
-    """A row or column of each of some matrices of a stack; of a single one by its number, which a card waits not for."""
+    """A row or column of each of some matrices of a stack; of one alone by its number, which no card waits for."""
     if len(places) > 1:
         return (places, *part)
     place = int(places[0])

@@ -337,4 +337,5 @@ def test_stored_weights_travel_once_and_as_they_are_stored(monkeypatch, tmp_path
         assert card.uploaded < 2 * 2 * size**2 + 2 * 8 * 3 * size  # two weights in bf16, and random signs
         counts[size] = {what: card.counts[what] for what in ("uploads", "downloads", "waits")}
     assert counts[160] == counts[224]
-    assert counts[160]["downloads"] <= 13
+    assert counts[160]["downloads"] <= 17
+    assert counts[160]["downloads"] + counts[160]["waits"] <= 49  # each of either stops it
