@@ -205,11 +205,17 @@ class _Bits:
         mantissa, bias = (23, 127) if single else (_MANTISSA, _BIAS)
         integer = np.dtype(np.int32 if single else np.int64)
         pattern: np.ndarray = values.view(integer)
-        raised = (pattern >> mantissa) & (2 * bias + 1)
-        significand = (pattern & (2**mantissa - 1)) | 2**mantissa
-        lowest = (significand & -significand).astype(values.dtype).view(integer) >> mantissa
-        exponents, lengths = raised - bias, mantissa + bias - lowest
-        valid = (raised <= 2 * bias) & (values != 0)
+        exponents = pattern >> mantissa  # in place from here on: fresh memory is what takes the time
+        exponents &= 2 * bias + 1
+        valid = exponents <= 2 * bias
+        valid &= values != 0
+        exponents -= bias
+        significand = pattern & (2**mantissa - 1)
+        significand |= 2**mantissa
+        significand &= -significand
+        lengths = significand.astype(values.dtype).view(integer)
+        lengths >>= mantissa
+        np.subtract(mantissa + bias, lengths, out=lengths)
         return cls(valid, _counts(valid), exponents, lengths, exponents - lengths)
 
     def share(self, those: np.ndarray) -> np.ndarray:

@@ -130,7 +130,8 @@ def rounding_noises(
     if tuned.numel() == 0:
         return found
     alike: dict[tuple[Grid, Grid | None, bool], list[int]] = {}
-    known = _finite(tuned, dtype, base)
+    extremes = _extremes(tuned, base)
+    known = _finite(extremes, dtype)
     of_tuned, of_base = (_grids(stack[known], of) for stack, of in ((tuned, dtype), (base, base_dtype)))
     for place, (last, coded), (first, base_coded) in zip(known.tolist(), of_tuned, of_base, strict=True):
         if coded:
@@ -139,15 +140,23 @@ def rounding_noises(
         elif last is not None:
             alike.setdefault((last, first, base_coded), []).append(place)
     for grids, places in alike.items():
-        pairs = _Pairs.of(tuned, base, delta, places, *grids)
+        pairs = _Pairs.of(tuned, base, delta, places, extremes[2:, places], *grids)
         for place, stories in zip(places, pairs.stories(), strict=True):
             found[place] = stories
     return found
 
 
-def _finite(tuned: Tensor, dtype: str, base: Tensor) -> np.ndarray:
-    """Which pairs of the stacks have finite entries alone, whose squares are finite, too."""
-    extremes = torch.stack([extreme for stack in (tuned, base) for extreme in _extremes(stack)]).cpu().numpy()
+def _extremes(*stacks: Tensor) -> np.ndarray:
+    """The least and the largest entry of each matrix, stack by stack (2·stacks, b), float64; NaN where there is one."""
+    found = []
+    for stack in stacks:  # a sum would make a float64 copy
+        pair = torch.aminmax(stack) if len(stack) == 1 else torch.aminmax(stack.flatten(1), dim=1)
+        found += [extreme.reshape(-1).to(torch.float64) for extreme in pair]
+    return torch.stack(found).cpu().numpy()
+
+
+def _finite(extremes: np.ndarray, dtype: str) -> np.ndarray:
+    """Which pairs of weights have finite entries alone, whose squares are finite, too."""
     most = _SQUARED if dtype == "F64" else np.inf
     sizes = np.abs(extremes).max(0)
     return np.flatnonzero(np.isfinite(sizes) & (sizes <= most))
@@ -169,6 +178,7 @@ class _Pairs:
         tuned: the tuned weights.
         base: the base weights.
         delta: tuned − base, or None.
+        extremes: the least and the largest entry of each base (2, b).
         last: the grid of the tuned weights.
         first: that of the base; None where none is known.
         coded: whether the base holds codes times scales.
@@ -177,6 +187,7 @@ class _Pairs:
     tuned: Tensor
     base: Tensor
     delta: Tensor | None
+    extremes: np.ndarray
     last: Grid
     first: Grid | None
     coded: bool
@@ -188,6 +199,7 @@ class _Pairs:
         base: Tensor,
         delta: Tensor | None,
         places: Sequence[int],
+        extremes: np.ndarray,
         last: Grid,
         first: Grid | None,
         coded: bool,
@@ -195,7 +207,7 @@ class _Pairs:
         """Some of larger stacks; all of them are not copied."""
         if len(places) < len(tuned):
             tuned, base, delta = tuned[places], base[places], None if delta is None else delta[places]
-        return cls(tuned, base, delta, last, first, coded)
+        return cls(tuned, base, delta, extremes, last, first, coded)
 
     @cached_property
     def energies(self) -> Energies | None:
@@ -280,8 +292,8 @@ class _Pairs:
         if self.delta is None or self.energies is None or self.delta[i].numel() < FEWEST:
             return None
         last, first, delta = self.last, cast("Grid", self.first), self.delta[i]
-        extremes = self._base_extremes[i]
-        most = max(grid.squared_step(extreme) for grid in (last, first) for extreme in extremes) / 12
+        largest = self.extremes[:, i].tolist()
+        most = max(grid.squared_step(extreme) for grid in (last, first) for extreme in largest) / 12
         if hides_jumps(float(self.energies[0][i].sum()) / delta.numel(), most):
             return None
         every = max(1, delta.numel() // _SAMPLE)
@@ -295,11 +307,6 @@ class _Pairs:
             return jump(*(part.flatten().cpu().numpy() for part in parts))
 
         return look
-
-    @cached_property
-    def _base_extremes(self) -> list[list[float]]:
-        """The least and the largest entry of each base."""
-        return torch.stack(list(_extremes(self.base)), 1).tolist()
 
 
 def _each(places: np.ndarray, *part: Any) -> edges.Part:
@@ -376,10 +383,3 @@ def rounding_edge(stored: Tensor, dtype: str) -> float | None:
     """
     noise = rounding_noise(stored, dtype, stored, dtype)
     return noise[-1].edge if noise else None
-
-
-def _extremes(stack: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest entry of each matrix, float64; NaN where there is one."""
-    flat = stack.flatten(1)  # a sum would make a float64 copy
-    least, largest = torch.aminmax(stack) if len(stack) == 1 else torch.aminmax(flat, dim=1)
-    return least.reshape(-1).to(torch.float64), largest.reshape(-1).to(torch.float64)
