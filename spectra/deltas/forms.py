@@ -17,13 +17,14 @@ from spectra.deltas.thin import times
 from spectra.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
     from spectra.deltas.rounding import Noise
 
 MOVED = (0.0, 1e-6, 1e-5)  # |ΔW| above which an entry counts as moved: at all, and by what papers take as a threshold
+SMALL = 2**14  # entries of a matrix of which each call takes more time than the arithmetic
 _BLOCK = 512  # rows of a product that are there at once where its norm needs them
 _BLOCK_ENTRIES = 2**18  # of a matrix that are looked at at once: 2 MiB, little beside any matrix that is large
 _SUM_ERROR = 1e-14  # of (‖L‖‖R‖)⁴: float64, with room for the length of the sums
@@ -188,7 +189,7 @@ class Dense(Form):
         """Whether every entry is zero: a norm of 0 may be squares that underflow."""
         return not bool(self.matrix.any())
 
-    @property
+    @cached_property
     def moved(self) -> tuple[float, ...] | None:
         """The share of entries with |ΔW| above each of `MOVED`; None of a matrix without entries."""
         if not self.matrix.numel():
@@ -231,6 +232,24 @@ class Dense(Form):
 
     def __repr__(self) -> str:
         return f"Dense({text.size(self.shape)})"
+
+
+def know_together(forms: Sequence[Dense]) -> None:
+    """Find norm and moved entries of several small matrices of one shape at once; each then knows its own.
+
+    Example:
+        >>> import torch
+        >>> forms = [Dense(scale * torch.ones(1, 4).double()) for scale in (1.0, 0.0)]
+        >>> know_together(forms)
+        >>> [(form.norm, form.moved) for form in forms]
+        [(2.0, (1.0, 1.0, 1.0)), (0.0, (0.0, 0.0, 0.0))]
+    """
+    stack = torch.stack([form.matrix for form in forms]).flatten(1)
+    norms = torch.linalg.vector_norm(stack, dim=1).tolist()
+    sizes = stack.abs()
+    counts = torch.stack([(sizes > least).sum(1) for least in MOVED], 1).tolist()
+    for form, norm, moved in zip(forms, norms, counts, strict=True):
+        vars(form).update(norm=norm, moved=tuple(count / stack.shape[1] for count in moved))
 
 
 @dataclass(frozen=True, eq=False)

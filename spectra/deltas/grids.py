@@ -127,60 +127,132 @@ def grid_of(stored: Tensor, dtype: str) -> Grid | None:
         >>> grid_of(values[None], "F32").name, grid_of(values[None].bfloat16().float(), "F32").name
         ('f32', 'bf16')
     """
+    return grids_of(stored[None], dtype)[0]
+
+
+def grids_of(stack: Tensor, dtype: str) -> list[Grid | None]:
+    """The same of each matrix of a stack (b, m, n): what the others are has no influence."""
     nominal = GRIDS.get(dtype)
-    if nominal is None or stored.numel() < _FEWEST:
-        return nominal
-    few = _sample(stored, _FIRST_LOOK)
-    if _shows_all_bits(few, nominal):
-        return nominal
-    values = few if stored.numel() <= _FIRST_LOOK else _sample(stored, _SAMPLE)
-    values = values[np.isfinite(values) & (values != 0)]
-    if values.size < _FEWEST or not _are_various(values):
-        return nominal
-    exponents, lengths = _exponents_and_lengths(values)
-    bits = min(_quantile(lengths, 1 - _STRAY), nominal.bits)
-    floor = max(_quantile(exponents - lengths, _STRAY), nominal.floor)
-    if _share(exponents < floor + bits) <= _BOUND:
-        return Grid(bits, nominal.floor)
-    # Of multiples of one step, the rare large ones have the long significands.
-    return Grid(min(int(lengths[exponents - lengths >= floor].max()), nominal.bits), floor)
+    if nominal is None or stack[0].numel() < _FEWEST:
+        return [nominal] * len(stack)
+    found: list[Grid | None] = [nominal] * len(stack)
+    few = _sample(stack, _FIRST_LOOK)
+    unsure = np.flatnonzero(~_show_all_bits(few, nominal))
+    if len(unsure):
+        left = slice(None) if len(unsure) == len(stack) else unsure  # all of them are not copied
+        values = few[left] if stack[0].numel() <= _FIRST_LOOK else _sample(stack[left], _SAMPLE)
+        for place, grid in zip(unsure, _coarsest(values, nominal), strict=True):
+            found[place] = grid
+    return found
 
 
-def _shows_all_bits(values: np.ndarray, nominal: Grid) -> bool:
-    """Whether a few thousand entries leave no doubt that the grid is the storage type's own.
+def _coarsest(values: np.ndarray, nominal: Grid) -> list[Grid]:
+    """The grid of each row of values; the storage type's own for those that are few or a pattern."""
+    looked = _Bits.of(values)
+    sure = (looked.counts >= _FEWEST) & _are_various(values, looked.valid)
+    longest = np.minimum(looked.quantile(looked.lengths, 1 - _STRAY), nominal.bits)
+    floors = np.maximum(looked.quantile(looked.smallest, _STRAY), nominal.floor)
+    is_tail = looked.share(looked.exponents < (floors + longest)[:, None]) <= _BOUND
+    found = [Grid(int(bits), nominal.floor) for bits in longest]
+    for i in np.flatnonzero(
+        ~is_tail & sure
+    ):  # of multiples of one step, the rare large ones have the long significands
+        on_step = looked.valid[i] & (looked.smallest[i] >= floors[i])
+        found[i] = Grid(min(int(looked.lengths[i][on_step].max()), nominal.bits), int(floors[i]))
+    return [grid if is_sure else nominal for grid, is_sure in zip(found, sure, strict=True)]
+
+
+def _show_all_bits(values: np.ndarray, nominal: Grid) -> np.ndarray:
+    """Whether a few thousand entries, a row each, leave no doubt that the grid is the storage type's own.
 
     A quarter of these entries with full significands are more than a thousandth of all that `grid_of` would look at.
     The step is taken from three thousandths and has to be too small for half of `_BOUND`: of values on a coarser step,
     with as many strays as are allowed, one matrix in a million on the verge of both limits would pass.
     """
-    if values.size < _FIRST_LOOK // 2:
-        return False
-    values = values[values != 0]
-    if values.size < _FIRST_LOOK // 2 or not (np.isfinite(values).all() and _are_various(values)):
-        return False
-    exponents, lengths = _exponents_and_lengths(values)
-    if _share(lengths >= nominal.bits) < _FULL:
-        return False
-    floor = max(_quantile(exponents - lengths, 3 * _STRAY), nominal.floor)
-    return _share(exponents < floor + nominal.bits) <= _BOUND / 2
+    if values.shape[1] < _FIRST_LOOK // 2:
+        return np.zeros(len(values), bool)
+    looked = _Bits.of(values)
+    floors = np.maximum(looked.quantile(looked.smallest, 3 * _STRAY), nominal.floor)
+    shows: np.ndarray = (
+        (looked.counts >= _FIRST_LOOK // 2)
+        & np.isfinite(values).all(1)
+        & _are_various(values, looked.valid)
+        & (looked.share(looked.lengths >= nominal.bits) >= _FULL)
+        & (looked.share(looked.exponents < (floors + nominal.bits)[:, None]) <= _BOUND / 2)
+    )
+    return shows
 
 
-def _exponents_and_lengths(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of finite numbers other than zero: the leading bit's exponent, and how many bits after it are used."""
-    single = values.dtype == np.float32
-    mantissa, bias = (23, 127) if single else (_MANTISSA, _BIAS)
-    integer = np.dtype(np.int32 if single else np.int64)
-    pattern: np.ndarray = values.view(integer)
-    exponents = ((pattern >> mantissa) & (2 * bias + 1)) - bias
-    significand = (pattern & (2**mantissa - 1)) | 2**mantissa
-    lowest = (significand & -significand).astype(values.dtype).view(integer) >> mantissa
-    return exponents, mantissa + bias - lowest
+@dataclass(frozen=True)
+class _Bits:
+    """Of rows of numbers: the leading bits' exponents, how many bits after them are used, and the last ones' exponents.
+
+    Attributes:
+        valid: which of the numbers are finite and not zero; the others count for nothing.
+        counts: how many are, row by row.
+    """
+
+    valid: np.ndarray
+    counts: np.ndarray
+    exponents: np.ndarray
+    lengths: np.ndarray
+    smallest: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> _Bits:
+        """Those of float32 or float64 numbers."""
+        single = values.dtype == np.float32
+        mantissa, bias = (23, 127) if single else (_MANTISSA, _BIAS)
+        integer = np.dtype(np.int32 if single else np.int64)
+        pattern: np.ndarray = values.view(integer)
+        exponents = pattern >> mantissa  # in place from here on: fresh memory is what takes the time
+        exponents &= 2 * bias + 1
+        valid = exponents <= 2 * bias
+        valid &= values != 0
+        exponents -= bias
+        significand = pattern & (2**mantissa - 1)
+        significand |= 2**mantissa
+        significand &= -significand
+        lengths = significand.astype(values.dtype).view(integer)
+        lengths >>= mantissa
+        np.subtract(mantissa + bias, lengths, out=lengths)
+        return cls(valid, _counts(valid), exponents, lengths, exponents - lengths)
+
+    def share(self, those: np.ndarray) -> np.ndarray:
+        """Of how many of each row it is true."""
+        share: np.ndarray = _counts(those & self.valid) / np.maximum(self.counts, 1)
+        return share
+
+    def quantile(self, numbers: np.ndarray, share: float) -> np.ndarray:
+        """The least number of each row that at least such a share of the row does not exceed; counted, as few differ.
+
+        Of a row without any, whatever.
+        """
+        least = numbers.min()
+        width = int(numbers.max() - least) + 1
+        cells = numbers - least
+        if len(numbers) > 1:
+            cells += (width * np.arange(len(numbers), dtype=cells.dtype))[:, None]
+        cells = cells.ravel() if self.valid.all() else cells[self.valid]
+        up_to = np.bincount(cells, minlength=width * len(numbers)).reshape(len(numbers), width).cumsum(1)
+        places = np.ceil(share * self.counts).clip(1)
+        found: np.ndarray = int(least) + (up_to < places[:, None]).sum(1)
+        return found
 
 
-def _are_various(values: np.ndarray) -> bool:
-    """Whether they have enough different sizes; most weights show it in the first few of them."""
-    few = np.abs(values[: 4 * _FEWEST_DISTINCT]).tolist()
-    return len(set(few)) >= _FEWEST_DISTINCT or len(np.unique(np.abs(values[:4096]))) >= _FEWEST_DISTINCT
+def _counts(those: np.ndarray) -> np.ndarray:
+    """Of how many of each row it is true: a row at a time, at a tenth of the sum's time."""
+    return np.array([np.count_nonzero(row) for row in those])
+
+
+def _are_various(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Whether the first of each row have enough different sizes; most weights show it in the very first of them."""
+    first = slice(None), slice(4 * _FEWEST_DISTINCT)
+    sizes = np.sort(np.abs(np.where(valid[first], values[first], 0)), axis=1)
+    various: np.ndarray = (sizes[:, 1:] > sizes[:, :-1]).sum(1) >= _FEWEST_DISTINCT
+    for i in np.flatnonzero(~various):
+        various[i] = len(np.unique(np.abs(values[i][valid[i]][:4096]))) >= _FEWEST_DISTINCT
+    return various
 
 
 def is_coded(stored: Tensor, grid: Grid) -> bool:
@@ -206,27 +278,15 @@ def is_coded(stored: Tensor, grid: Grid) -> bool:
     return bool(few and len(np.unique(ordered)) >= _FEWEST_DISTINCT)
 
 
-def _sample(stored: Tensor, count: int) -> np.ndarray:
-    """Entries from all over the matrix, float32 where that holds them with all their bits, else float64."""
-    matrix = stored.reshape(stored.shape[0], -1)
-    every = max(1, math.ceil(matrix.numel() / count))
-    along_rows = min(every, max(1, matrix.shape[1] // 32))  # from every row, so that none of them goes unseen
+def _sample(stack: Tensor, count: int) -> np.ndarray:
+    """Entries from all over each matrix, a row each, float32 where that holds all with all their bits, else float64."""
+    matrices = stack.reshape(*stack.shape[:2], -1)
+    every = max(1, math.ceil(matrices[0].numel() / count))
+    along_rows = min(every, max(1, matrices.shape[2] // 32))  # from every row, so that none of them goes unseen
     down = max(1, math.ceil(every / along_rows))
-    entries = matrix[::down, ::along_rows]
+    entries = matrices[:, ::down, ::along_rows]
     if entries.dtype == torch.float64:
-        return entries.flatten().cpu().numpy()
-    values = entries.to(torch.float32).flatten().cpu().numpy()
+        return entries.flatten(1).cpu().numpy()
+    values = entries.to(torch.float32).flatten(1).cpu().numpy()
     subnormal = (np.abs(values) < np.finfo(np.float32).tiny) & (values != 0)
     return values.astype(np.float64) if subnormal.any() else values
-
-
-def _share(those: np.ndarray) -> float:
-    """Of how many it is true; counted, at a tenth of the mean's time."""
-    return np.count_nonzero(those) / those.size
-
-
-def _quantile(numbers: np.ndarray, share: float) -> int:
-    """The least number that at least such a share of them does not exceed; counted, since few are different."""
-    place = min(max(math.ceil(share * numbers.size), 1), numbers.size)
-    least = int(numbers.min())
-    return least + int(np.searchsorted(np.bincount(numbers - least).cumsum(), place))

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from spectra.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+import numpy as np
 
 FEWEST = 2**12  # entries
 _LEAST_SIZE = 0.6  # of an update's mean square relative to the step's: below it rounding takes more than it adds
@@ -50,7 +46,8 @@ def hides_jumps(mean_square: float, most: float) -> bool:
     return mean_square > _HIDES * most
 
 
-def jump(squares: Tensor, sizes: Tensor, once: Tensor, more: Tensor) -> Jump | None:
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
+def jump(squares: np.ndarray, sizes: np.ndarray, once: np.ndarray, more: np.ndarray) -> Jump | None:
     r"""Fit ΔW² = smooth(|w|) + once + share·more, smooth of degree two, each size of step weighted by its spread.
 
     Args:
@@ -64,40 +61,40 @@ def jump(squares: Tensor, sizes: Tensor, once: Tensor, more: Tensor) -> Jump | N
 
     Reference: White 1980 (heteroskedasticity-consistent errors).
     """
-    if squares.numel() < FEWEST or float(squares.mean()) < _LEAST_SIZE * 12 * float(once.mean()):
+    if squares.size < FEWEST or float(squares.mean()) < _LEAST_SIZE * 12 * float(once.mean()):
         return None
     kinds, kind = _kinds(more)
-    counts = torch.bincount(kind, minlength=len(kinds))
-    typical = torch.bincount(kind, weights=squares, minlength=len(kinds)) / counts
-    weight = torch.where((counts < _FEWEST_OF_A_STEP) | (typical <= 0), 0.0, 1 / typical)[kind]
-    unit = sizes.square().mean().sqrt()
-    columns = torch.stack([torch.ones_like(sizes), sizes / unit, (sizes / unit).square(), more], 1) * weight[:, None]
-    scale = columns.norm(dim=0)
-    if not bool((scale > 0).all()):
+    counts = np.bincount(kind, minlength=len(kinds))
+    typical = np.bincount(kind, weights=squares, minlength=len(kinds)) / counts
+    few = (counts < _FEWEST_OF_A_STEP) | (typical <= 0)
+    weight = np.divide(1, typical, out=np.zeros(len(kinds)), where=~few)[kind]
+    relative = sizes / math.sqrt(np.square(sizes).mean())
+    columns = np.stack([np.ones_like(sizes), relative, np.square(relative), more]) * weight
+    scale = np.sqrt(np.square(columns).sum(1))
+    if not (scale > 0).all():
         return None
-    columns /= scale
-    normal = columns.mT @ columns
-    if float(torch.linalg.cond(normal)) > 1e12:
+    columns /= scale[:, None]
+    normal = columns @ columns.T
+    if not np.isfinite(normal).all() or np.linalg.cond(normal) > 1e12:
         return None
-    wanted = (squares - once).mul_(weight)
-    found = torch.linalg.solve(normal, columns.mT @ wanted)
-    off = wanted.sub_(columns @ found).mul_(columns @ torch.linalg.inv(normal)[:, 3])
-    variance = float(off.square_().sum())
+    wanted = (squares - once) * weight
+    found = np.linalg.solve(normal, columns @ wanted)
+    off = (wanted - found @ columns) * (np.linalg.inv(normal)[3] @ columns)
     taken = _TAKEN * 12 * float(once.mean() / squares.mean())
-    return Jump(float(found[3] / scale[3]), math.sqrt(variance) / float(scale[3]) + taken)
+    return Jump(float(found[3] / scale[3]), math.sqrt(float(off @ off)) / float(scale[3]) + taken)
 
 
-def _kinds(more: Tensor) -> tuple[Tensor, Tensor]:
+def _kinds(more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The different values, ascending, and which of them each one is: by their exponents, mostly a value of each.
 
     Sorting all of them took half of the time of the fit.
     """
-    exponents = more.view(torch.int64) >> 52
+    exponents = more.view(np.int64) >> 52
     exponents -= exponents.min()
-    one_of = torch.empty(int(exponents.max()) + 1, dtype=more.dtype, device=more.device).fill_(math.nan)
+    one_of = np.full(int(exponents.max()) + 1, math.nan)
     one_of[exponents] = more
-    if not torch.equal(one_of[exponents], more):
-        kinds, kind = torch.unique(more, return_inverse=True)
+    if not np.array_equal(one_of[exponents], more):
+        kinds, kind = np.unique(more, return_inverse=True)
         return kinds, kind
-    kinds = one_of[~one_of.isnan()]
-    return kinds, (~one_of.isnan()).cumsum(0).sub_(1)[exponents]
+    there = ~np.isnan(one_of)
+    return one_of[there], (np.cumsum(there) - 1)[exponents]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -97,34 +97,7 @@ class Difference(FromTensors):
 
     def read(self, device: str = "cpu") -> Dense:
         """Subtract, and note what the stored weights tell about the difference."""
-        from spectra.deltas.rounding import CODES, rounding_noise
-
-        tuned, base = self.tuned.read_real(device), self.base.read_real(device)
-        delta = tuned.to(torch.float64, copy=True)
-        squares, inner, moved = torch.zeros(3, dtype=torch.float64, device=delta.device)
-        height = max(1, _BLOCK_ENTRIES // max(1, delta.shape[1]))
-        for start in range(0, delta.shape[0], height):  # never both weights in float64: half of the memory
-            before, rows = base[start : start + height].to(torch.float64, copy=True), delta[start : start + height]
-            squares += before.square().sum()
-            moved += rows.sub_(before).count_nonzero()
-            inner += before.mul_(rows).sum()
-        # What codes stand for has the codes' precision only before it is scaled: no grid is known of it.
-        stored_as, base_stored_as = (CODES if ref.codec else ref.dtype for ref in (self.tuned, self.base))
-        noise = rounding_noise(tuned, stored_as, base, base_stored_as, delta)
-        # A server is asked once, and what is small is not worth reading again.
-        small = base.numel() <= _SMALL and base.device.type == "cpu"
-        kept = small or not is_at_hand(self.base)
-        held = base if kept else None
-        del base
-        return Dense(
-            matrix=delta,
-            base_norm=math.sqrt(float(squares)),
-            base_inner=float(inner),
-            noise_edge=noise[0].edge if noise and noise[0].known else None,
-            noise=noise,
-            rounded=partial(self.rounded, base=held),
-            unchanged=(delta.numel() - int(moved)) / delta.numel() if delta.numel() else None,
-        )
+        return differences([self], [self.tuned.read_real(device)], [self.base.read_real(device)])[0]
 
     def rounded(self, noise: Noise, update: Tensor, *, base: Tensor | None = None) -> Tensor:
         """What would be left of an update of this base, had it been stored as the noise tells; written over it.
@@ -140,6 +113,61 @@ class Difference(FromTensors):
             rows = update[start : start + height]
             rows.copy_(noise.rounded(base[start : start + height].to(torch.float64), rows))
         return update
+
+
+def differences(recipes: Sequence[Difference], tuned: Sequence[Tensor], base: Sequence[Tensor]) -> list[Dense]:
+    """What each recipe reads, from its two weights; for those of one shape and one storage type on either side.
+
+    Several small ones are one computation: each call of torch or numpy takes as long as a small matrix itself. None of
+    them has any influence on the numbers of another.
+
+    Args:
+        recipes: which weights these are.
+        tuned: the tuned weights, as stored.
+        base: the base's, as stored.
+    """
+    from spectra.deltas.rounding import CODES, rounding_noises
+
+    after, before = (stack[0][None] if len(stack) == 1 else torch.stack(list(stack)) for stack in (tuned, base))
+    delta = after.to(torch.float64, copy=True)
+    count, rows, columns = delta.shape
+    squares, inner, moved = torch.zeros(3, count, dtype=torch.float64, device=delta.device)
+    height = max(1, _BLOCK_ENTRIES // max(1, columns))
+    for start in range(0, rows, height):  # never both weights in float64: half of the memory
+        block, left = before[:, start : start + height].to(torch.float64, copy=True), delta[:, start : start + height]
+        squares += block.square().sum((1, 2))
+        moved += _nonzero(left.sub_(block))
+        inner += block.mul_(left).sum((1, 2))
+    # What codes stand for has the codes' precision only before it is scaled: no grid is known of it.
+    first = recipes[0]
+    stored_as, base_stored_as = (CODES if ref.codec else ref.dtype for ref in (first.tuned, first.base))
+    noises = rounding_noises(after, stored_as, before, base_stored_as, delta)
+    counts = torch.stack([squares, inner, moved], 1).tolist()
+    return [_difference(*one) for one in zip(recipes, delta, base, noises, counts, strict=True)]
+
+
+def _nonzero(stack: Tensor) -> Tensor:
+    """How many entries of each matrix are not zero."""
+    return stack.count_nonzero()[None] if len(stack) == 1 else (stack != 0).sum((1, 2))
+
+
+def _difference(
+    recipe: Difference, delta: Tensor, base: Tensor, noise: tuple[Noise, ...], sums: tuple[float, float, float]
+) -> Dense:
+    """One of them, with ‖W₀‖², ⟨W₀, ΔW⟩ and how many entries moved."""
+    squares, inner, moved = sums
+    # A server is asked once, and what is small is not worth reading again.
+    small = base.numel() <= _SMALL and base.device.type == "cpu"
+    kept = small or not is_at_hand(recipe.base)
+    return Dense(
+        matrix=delta,
+        base_norm=math.sqrt(squares),
+        base_inner=inner,
+        noise_edge=noise[0].edge if noise and noise[0].known else None,
+        noise=noise,
+        rounded=partial(recipe.rounded, base=base if kept else None),
+        unchanged=(delta.numel() - int(moved)) / delta.numel() if delta.numel() else None,
+    )
 
 
 @dataclass(frozen=True)

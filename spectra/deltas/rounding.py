@@ -16,21 +16,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, cast
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from spectra.deltas.grids import UNLIMITED, Grid, grid_of, is_coded
+from spectra.deltas import edges
+from spectra.deltas.edges import Steps
+from spectra.deltas.grids import UNLIMITED, Grid, grids_of, is_coded
 from spectra.deltas.jumps import FEWEST, Jump, hides_jumps, jump
-from spectra.deltas.separable import separable_edge
+from spectra.deltas.separable import separable_edges
 from spectra.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CODES = "codes"  # the type of values that are codes times scales, whatever they are decoded to
-_BLOCK_ENTRIES = 2**16  # half a MiB, which stays in the cache
 _SQUARED = 2.0**500  # what can be squared and summed
 _SAMPLE = 2**18  # entries in which a jump is looked for
 # The 99 % quantile of the Tracy–Widom law (real case) is 2.02; relative to the edge of σ for a square matrix
@@ -39,17 +40,12 @@ _FLUCTUATION = 2.02 * 0.315
 # Real weights are not quite separable: over MiniLM's 36 matrices in bf16 and fp16 the largest value of the
 # rounding errors came up to 2 % above the edge of the separable model.
 _MARGIN = 1.02
-_NORMAL_99 = 2.33
-_SPREAD = {1: 1 / 180, 2: 1.4 / 144}  # Var e² / step⁴ of one rounding and, at most, of two
 _SLACK = 1.1  # over the energy that a row or column has: chance lowers half of them
-_LEAST, _WIDER = 1e-300, 1 + 1e-9  # room for rounding in a bound
 _NEGLIGIBLE = 0.02  # share of the energy below which a second rounding is no story of its own: 1 % of the edge
 
 
-Part = slice | int | tuple[slice, int] | np.ndarray  # rows, a row, a column, or some rows by their numbers
 Look = Callable[[], Jump | None]
 Energies = tuple[np.ndarray, np.ndarray, np.ndarray]  # of the rows and of the columns; each row's largest square
-Steps = Callable[[Part], "Tensor"]  # the sum of the squared steps of all roundings, at each entry of a part
 
 
 @dataclass(frozen=True)
@@ -123,56 +119,202 @@ def rounding_noise(
 
     Reference: `separable_edge`; independent uniform errors, step²/12: Widrow, Kollár & Liu 1996.
     """
+    return rounding_noises(tuned[None], dtype, base[None], base_dtype, None if delta is None else delta[None])[0]
+
+
+def rounding_noises(
+    tuned: Tensor, dtype: str, base: Tensor, base_dtype: str, delta: Tensor | None = None
+) -> list[tuple[Noise, ...]]:
+    """The same of each pair in stacks (b, m, n): what the others are has no influence on the numbers of one."""
+    found: list[tuple[Noise, ...]] = [()] * len(tuned)
     if tuned.numel() == 0:
-        return ()
-    extremes = _extremes(base)
-    if not all(map(math.isfinite, (*extremes, *_extremes(tuned)))):
-        return ()
-    if dtype == "F64" and max(float(part.abs().max()) for part in (tuned, base)) > _SQUARED:
-        return ()
-    energies = None if delta is None else _energies(delta)
-    last, first = grid_of(tuned, dtype), grid_of(base, base_dtype)
-    if dtype == CODES or (last is not None and is_coded(tuned, last)):
-        return (Noise(0.0, 0.0, "tuned holds codes times scales, whose rounding is not known", known=False),)
-    if last is None:
-        return ()
-
-    once = _kept(lambda part: last.squared_steps(tuned[part]), tuned.shape)
-    said = f"tuned on the {last.name} grid"
-    if base_dtype == CODES or (first is not None and is_coded(base, first)):
-        said += ", base of codes times scales taken as exact"
-    fewest = replace(_noise(once, tuned.shape, 1, said, delta, energies), grid=last)
-    if first is None:
-        return (fewest,)
-    look = partial(_look, once, delta, tuned, base, (last, first), energies, extremes)
-    return _stories(fewest, once, base, (last, first), delta, energies, look)
+        return found
+    alike: dict[tuple[Grid, Grid | None, bool], list[int]] = {}
+    extremes = _extremes(tuned, base)
+    known = _finite(extremes, dtype)
+    of_tuned, of_base = (_grids(stack[known], of) for stack, of in ((tuned, dtype), (base, base_dtype)))
+    for place, (last, coded), (first, base_coded) in zip(known.tolist(), of_tuned, of_base, strict=True):
+        if coded:
+            said = "tuned holds codes times scales, whose rounding is not known"
+            found[place] = (Noise(0.0, 0.0, said, known=False),)
+        elif last is not None:
+            alike.setdefault((last, first, base_coded), []).append(place)
+    for grids, places in alike.items():
+        pairs = _Pairs.of(tuned, base, delta, places, extremes[2:, places], *grids)
+        for place, stories in zip(places, pairs.stories(), strict=True):
+            found[place] = stories
+    return found
 
 
-def _stories(
-    fewest: Noise,
-    once: Steps,
-    base: Tensor,
-    grids: tuple[Grid, Grid],
-    delta: Tensor | None,
-    energies: Energies | None,
-    look: Callable[..., Look | None],
-) -> tuple[Noise, ...]:
-    """What a second rounding would add to the first one, on the grids of the tuned and of the base."""
-    last, first = grids
-    said = fewest.said
-    if _alike(first, last):
-        return (_copied(fewest, look(alike=True)), fewest)
+def _extremes(*stacks: Tensor) -> np.ndarray:
+    """The least and the largest entry of each matrix, stack by stack (2·stacks, b), float64; NaN where there is one."""
+    found = []
+    for stack in stacks:  # a sum would make a float64 copy
+        pair = torch.aminmax(stack) if len(stack) == 1 else torch.aminmax(stack.flatten(1), dim=1)
+        found += [extreme.reshape(-1).to(torch.float64) for extreme in pair]
+    return torch.stack(found).cpu().numpy()
 
-    twice = _kept(lambda part: _more(base[part], grids).add_(once(part)), base.shape)
-    copy = first.bits < last.bits
-    how = "taken for a rounded copy" if copy else "rounded to it first"
-    doubted = "taken for a rounded copy" if copy else "perhaps rounded to it first"
-    most = _noise(twice, base.shape, 1 if copy else 2, f"{said}, base ({first.name}) {how}", delta, energies)
-    most = replace(most, doubted=f"{said}, base ({first.name}) {doubted}")
-    if most.energy > (1 + _NEGLIGIBLE) * fewest.energy:
-        return (replace(most, grid=None if copy else last, base_too=True, jump=look(alike=False)), fewest)
-    # Grids that differ in their floors alone, where hardly a value lies: bf16, and bf16 values in an fp16 file.
-    return (_copied(fewest, look(alike=True)), fewest) if first.bits == last.bits else (fewest,)
+
+def _finite(extremes: np.ndarray, dtype: str) -> np.ndarray:
+    """Which pairs of weights have finite entries alone, whose squares are finite, too."""
+    most = _SQUARED if dtype == "F64" else np.inf
+    sizes = np.abs(extremes).max(0)
+    return np.flatnonzero(np.isfinite(sizes) & (sizes <= most))
+
+
+def _grids(stack: Tensor, dtype: str) -> list[tuple[Grid | None, bool]]:
+    """The grid of each matrix, None for a type of which none is known, and whether it holds codes times scales."""
+    if dtype == CODES or not len(stack):
+        return [(None, True)] * len(stack)
+    grids = grids_of(stack, dtype)
+    return [(grid, grid is not None and is_coded(matrix, grid)) for matrix, grid in zip(stack, grids, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Stacks (b, m, n) of tuned and base weights that have the same two grids, and what rounding did to their updates.
+
+    Attributes:
+        tuned: the tuned weights.
+        base: the base weights.
+        delta: tuned − base, or None.
+        extremes: the least and the largest entry of each base (2, b).
+        last: the grid of the tuned weights.
+        first: that of the base; None where none is known.
+        coded: whether the base holds codes times scales.
+    """
+
+    tuned: Tensor
+    base: Tensor
+    delta: Tensor | None
+    extremes: np.ndarray
+    last: Grid
+    first: Grid | None
+    coded: bool
+
+    @classmethod
+    def of(
+        cls,
+        tuned: Tensor,
+        base: Tensor,
+        delta: Tensor | None,
+        places: Sequence[int],
+        extremes: np.ndarray,
+        last: Grid,
+        first: Grid | None,
+        coded: bool,
+    ) -> _Pairs:
+        """Some of larger stacks; all of them are not copied."""
+        if len(places) < len(tuned):
+            tuned, base, delta = tuned[places], base[places], None if delta is None else delta[places]
+        return cls(tuned, base, delta, extremes, last, first, coded)
+
+    @cached_property
+    def energies(self) -> Energies | None:
+        """Of the updates."""
+        delta = self.delta
+        return None if delta is None else edges.sums(lambda part: delta[part].square(), delta.shape)
+
+    @cached_property
+    def once(self) -> Steps:
+        """The squared steps of the last rounding."""
+        last, tuned = self.last, self.tuned  # not this object, which would hold itself and all weights
+        return edges.kept(lambda part: last.squared_steps(tuned[part]), tuned.shape)
+
+    def stories(self) -> list[tuple[Noise, ...]]:
+        """What rounding would give of each, the story with the most noise first."""
+        said = f"tuned on the {self.last.name} grid"
+        if self.coded:
+            said += ", base of codes times scales taken as exact"
+        fewest = [replace(noise, grid=self.last) for noise in self._noises(self.once, 1, said)]
+        if self.first is None:
+            return [(noise,) for noise in fewest]
+        if _alike(self.first, self.last):
+            return [(_copied(noise, self._look(i, alike=True)), noise) for i, noise in enumerate(fewest)]
+        return self._with_another_grid(fewest, self.first)
+
+    def _with_another_grid(self, fewest: Sequence[Noise], first: Grid) -> list[tuple[Noise, ...]]:
+        """What a second rounding would add to the first one, where the two grids are not the same."""
+        last, base, once = self.last, self.base, self.once
+        twice = edges.kept(lambda part: _more(base[part], (last, first)).add_(once(part)), base.shape)
+        copy = first.bits < last.bits
+        how = "taken for a rounded copy" if copy else "rounded to it first"
+        doubted = "taken for a rounded copy" if copy else "perhaps rounded to it first"
+        said = f"{fewest[0].said}, base ({first.name}) "
+        found: list[tuple[Noise, ...]] = []
+        for i, (most, least) in enumerate(zip(self._noises(twice, 1 if copy else 2, said + how), fewest, strict=True)):
+            if most.energy > (1 + _NEGLIGIBLE) * least.energy:
+                grid, seen = None if copy else last, self._look(i, alike=False)
+                found.append((replace(most, doubted=said + doubted, grid=grid, base_too=True, jump=seen), least))
+            else:  # floors alone differ, where hardly a value lies: bf16, and bf16 values in an fp16 file
+                is_copy = first.bits == last.bits
+                found.append((_copied(least, self._look(i, alike=True)), least) if is_copy else (least,))
+        return found
+
+    def _noises(self, steps: Steps, roundings: int, said: str) -> list[Noise]:
+        """The story's noise, from the squared steps at the entries; no row or column has more of it than energy."""
+        rows, columns, highest = edges.variance_sums(steps, self.tuned.shape)
+        if self.energies is not None:
+            row_energies, column_energies, largest = self.energies
+            rows, columns = np.minimum(rows, _SLACK * row_energies), np.minimum(columns, _SLACK * column_energies)
+            highest = np.minimum(highest, 4 * largest)
+        totals = np.minimum(rows.sum(1), columns.sum(1))
+        some = np.flatnonzero(totals > 0)
+        found = [Noise(0.0, 0.0, said)] * len(rows)
+        if not len(some):
+            return found
+        rows, columns, highest, totals = rows[some], columns[some], highest[some], totals[some]
+        if self.energies is not None:
+            rows *= (totals / rows.sum(1))[:, None]
+            columns *= (totals / columns.sum(1))[:, None]
+        tops = separable_edges(rows, columns)
+        top_rows, top_columns = rows.argmax(1), columns.argmax(1)
+        chance = np.maximum(
+            edges.wobble(steps(_each(some, top_rows)), rows.max(1), tops, roundings),
+            edges.wobble(steps(_each(some, slice(None), top_columns)), columns.max(1), tops, roundings),
+        )
+        tops *= (_MARGIN + _FLUCTUATION * min(self.tuned.shape[1:]) ** (-2 / 3)) * chance
+        for i in np.flatnonzero(edges.may_spike(rows, columns, highest * roundings / 4, tops)):
+            place = int(some[i])
+            delta, own = None if self.delta is None else self.delta[place], partial(edges.own, steps, place)
+            tops[i] = max(tops[i], edges.spike(own, rows[i], columns[i], highest[i], roundings, delta))
+        for place, edge, energy in zip(some.tolist(), tops.tolist(), rows.sum(1).tolist(), strict=True):
+            found[place] = Noise(edge, energy, said)
+        return found
+
+    def _look(self, i: int, *, alike: bool) -> Look | None:
+        """For jumps in one of the pairs, when that is asked for, in rows from all over the matrix, which are kept.
+
+        Args:
+            i: which.
+            alike: whether both grids are the same.
+        """
+        if self.delta is None or self.energies is None or self.delta[i].numel() < FEWEST:
+            return None
+        last, first, delta = self.last, cast("Grid", self.first), self.delta[i]
+        largest = self.extremes[:, i].tolist()
+        most = max(grid.squared_step(extreme) for grid in (last, first) for extreme in largest) / 12
+        if hides_jumps(float(self.energies[0][i].sum()) / delta.numel(), most):
+            return None
+        every = max(1, delta.numel() // _SAMPLE)
+        after, before = (whole[i, ::every].clone() if every > 1 else whole[i] for whole in (self.tuned, self.base))
+        known = self.once(i) if delta.numel() <= edges.BLOCK_ENTRIES else None
+
+        def look() -> Jump | None:
+            once = (last.squared_steps(after) if known is None else known) / 12
+            more = once if alike else _more(before, (last, first)).div_(12)
+            parts = (delta[::every].square(), before.to(torch.float64, copy=True).abs_(), once, more)
+            return jump(*(part.flatten().cpu().numpy() for part in parts))
+
+        return look
+
+
+def _each(places: np.ndarray, *part: Any) -> edges.Part:
+    """A row or column of each of some matrices of a stack; of one alone by its number, which no card waits for."""
+    if len(places) > 1:
+        return (places, *part)
+    place = int(places[0])
+    return (slice(place, place + 1), *(one if isinstance(one, slice) else int(one[0]) for one in part))
 
 
 def _copied(fewest: Noise, seen: Look | None) -> Noise:
@@ -185,41 +327,6 @@ def _more(before: Tensor, grids: tuple[Grid, Grid]) -> Tensor:
     """What a second rounding of the base's values adds to the squared steps."""
     last, first = grids
     return last.squared_steps(before).sub_(first.squared_steps(before)).abs_()
-
-
-def _look(
-    steps: Steps,
-    delta: Tensor | None,
-    tuned: Tensor,
-    base: Tensor,
-    grids: tuple[Grid, Grid],
-    energies: Energies | None,
-    extremes: Sequence[float],
-    *,
-    alike: bool,
-) -> Look | None:
-    """For jumps, when that is asked for, in rows from all over the matrix, which are kept until then.
-
-    Args:
-        steps: the squared steps of the last rounding, which are there already for a small matrix.
-        extremes: of the base.
-    """
-    if delta is None or energies is None or delta.numel() < FEWEST:
-        return None
-    most = max(grid.squared_step(extreme) for grid in grids for extreme in extremes) / 12
-    if hides_jumps(float(energies[0].sum()) / delta.numel(), most):
-        return None
-    every = max(1, delta.numel() // _SAMPLE)
-    after, before = (whole[::every].clone() if every > 1 else whole for whole in (tuned, base))
-    known = steps(slice(None)) if delta.numel() <= _BLOCK_ENTRIES else None
-
-    def look() -> Jump | None:
-        once = (grids[0].squared_steps(after) if known is None else known) / 12
-        more = once if alike else _more(before, grids).div_(12)
-        parts = (delta[::every].square(), before.to(torch.float64, copy=True).abs_(), once, more)
-        return jump(*(part.flatten() for part in parts))
-
-    return look
 
 
 def _alike(first: Grid, second: Grid) -> bool:
@@ -276,115 +383,3 @@ def rounding_edge(stored: Tensor, dtype: str) -> float | None:
     """
     noise = rounding_noise(stored, dtype, stored, dtype)
     return noise[-1].edge if noise else None
-
-
-def _extremes(matrix: Tensor) -> list[float]:
-    """The least and the largest entry; NaN where there is one."""
-    return [float(extreme) for extreme in torch.aminmax(matrix)]  # a sum would make a float64 copy
-
-
-def _noise(
-    steps: Steps, shape: torch.Size, roundings: int, said: str, delta: Tensor | None, energies: Energies | None
-) -> Noise:
-    """The story's noise, from the squared steps at the entries; no row or column has more of it than energy."""
-    rows, columns, highest = _variance_sums(steps, shape)
-    if energies is not None:
-        row_energies, column_energies, largest = energies
-        rows, columns = np.minimum(rows, _SLACK * row_energies), np.minimum(columns, _SLACK * column_energies)
-        highest = np.minimum(highest, 4 * largest)
-        total = min(rows.sum(), columns.sum())
-        if not total > 0:
-            return Noise(0.0, 0.0, said)
-        rows, columns = rows * (total / rows.sum()), columns * (total / columns.sum())
-    edge = separable_edge(rows, columns)
-    top_row, top_column = int(rows.argmax()), int(columns.argmax())
-    chance = max(
-        _wobble(steps(top_row), rows[top_row], edge, roundings),
-        _wobble(steps((slice(None), top_column)), columns[top_column], edge, roundings),
-    )
-    edge *= (_MARGIN + _FLUCTUATION * min(shape) ** (-2 / 3)) * chance
-    if _may_spike(rows, columns, highest * roundings / 4, edge):
-        edge = max(edge, _spike(steps, rows, columns, highest, roundings, delta))
-    return Noise(edge, float(rows.sum()), said)
-
-
-def _kept(steps: Steps, shape: torch.Size) -> Steps:
-    """The same steps, of a matrix of one block computed once: for small ones asking again costs more than they do."""
-    if math.prod(shape) > _BLOCK_ENTRIES:
-        return steps
-    whole = steps(slice(None))
-    return lambda part: whole[part]
-
-
-def _variance_sums(steps: Steps, shape: torch.Size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row and column sums of step²/12 and each row's largest step²."""
-    rows, columns, highest = _sums(steps, shape)
-    return rows / 12, columns / 12, highest
-
-
-def _sums(entries: Steps, shape: torch.Size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row and column sums and each row's largest entry, a block of rows at a time."""
-    height = max(1, _BLOCK_ENTRIES // shape[1])
-    rows, highest, columns = [], [], torch.zeros(())
-    for start in range(0, shape[0], height):
-        steps = entries(slice(start, start + height))
-        rows.append(steps.sum(1))
-        highest.append(steps.amax(1))
-        columns = steps.sum(0) if start == 0 else columns.add_(steps.sum(0))
-    # Only now: on a card every number that is looked at waits for all that was asked before.
-    of_rows, most = (rows[0], highest[0]) if len(rows) == 1 else (torch.cat(rows), torch.cat(highest))
-    return of_rows.cpu().numpy(), columns.cpu().numpy(), most.cpu().numpy()
-
-
-def _energies(delta: Tensor) -> Energies:
-    """Σ of the squares of every row and column, and each row's largest square, a block of rows at a time."""
-    return _sums(lambda block: delta[block].square(), delta.shape)
-
-
-def _wobble(squared: Tensor, variance: float, edge: float, roundings: int) -> float:
-    """How far chance may lift the edge through the norm of the errors in the largest row, or column.
-
-    An error uniform in ±step/2 has E e² = step²/12 and Var e² = step⁴/180; of a sum of two, with variance v, Var e²
-    is at most 1.4 v². The bulk averages this away; it counts as far as the row alone makes the edge.
-    """
-    assumed = float(squared.sum()) / 12  # more than the variance where most of the entries did not move
-    if not edge > 0 or not assumed > 0:
-        return 1.0
-    spread = math.sqrt(float(squared.square().sum()) * _SPREAD[roundings]) * min(variance / assumed, 1.0)
-    return math.sqrt(1 + _NORMAL_99 * (variance / edge**2) ** 2 * spread / variance)
-
-
-def _may_spike(rows: np.ndarray, columns: np.ndarray, largest: np.ndarray, edge: float) -> bool:
-    r"""Whether any entry can make a value above the edge, from the largest θ² of each row alone.
-
-    (θ² + r)(θ² + c)/θ² grows with c, which is less than θ⁴/r where an entry stands out, and then with θ².
-    """
-    largest, rows = largest[largest > 0], rows[largest > 0]
-    with np.errstate(over="ignore"):
-        beside = np.minimum(columns.max(), np.square(largest) / np.maximum(rows, _LEAST))
-        return bool((((largest + rows) * (largest + beside) / largest) * _WIDER > edge**2).any())
-
-
-def _spike(
-    steps: Steps, rows: np.ndarray, columns: np.ndarray, highest: np.ndarray, roundings: int, delta: Tensor | None
-) -> float:
-    r"""The largest value that the error of one entry, at most θ, makes among the others of its row and column.
-
-    θ² is step²/4, and twice Σ step²/4 for two roundings. It stands out if θ⁴ > rᵢcⱼ, then as
-    √((θ² + rᵢ)(θ² + cⱼ))/θ (Benaych-Georges & Nadakuditi 2012).
-    """
-    largest, least = 0.0, columns[columns > 0].min(initial=math.inf)
-    suspect = np.square(highest * roundings / 4) > rows * least
-    some = np.flatnonzero(suspect)
-    height = max(1, _BLOCK_ENTRIES // len(columns))
-    for start in range(0, len(some), height):
-        block = some[start : start + height]
-        largest_errors = steps(block).mul(roundings / 4)
-        if delta is not None:
-            largest_errors = torch.minimum(largest_errors, delta[block].square())
-        squared = largest_errors.cpu().numpy()
-        i, j = np.nonzero(np.square(squared) > rows[block, None] * columns)
-        if len(i):
-            theta, r, c = squared[i, j], rows[block[i]], columns[j]
-            largest = max(largest, float(((theta + r) * (theta + c) / theta).max()))
-    return math.sqrt(largest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     BrokenExecutor,
@@ -14,6 +14,7 @@ from concurrent.futures import (
 )
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -26,8 +27,8 @@ from spectra.engine.devices import cores, device_named, resolve_device
 from spectra.engine.executors.device import decompose_batches
 from spectra.engine.executors.threads import keep_freed_memory, thread_executor
 from spectra.engine.memory import memory_budget, readable_size
-from spectra.engine.schedule import Plan, Task, batches, plan, side_by_side
-from spectra.engine.solve import Wanted, solve
+from spectra.engine.schedule import Batch, Plan, batches, bundles, plan, side_by_side
+from spectra.engine.solve import Wanted, solve, solve_together
 from spectra.engine.solvers.calibration import calibrate, concerns, hinder
 from spectra.engine.solvers.eigenvalues import Library, is_numpy_limited, numpy_on_one_core
 from spectra.errors import SelectionError
@@ -35,7 +36,7 @@ from spectra.files.far import done, expected
 from spectra.files.patience import give_up
 from spectra.spectrum import Spectrum
 
-_PER_WORKER = 2  # tasks in flight per worker of another process: one at work, one waiting
+_PER_WORKER = 2  # in flight per worker of another process, or of small matrices: one at work, one waiting
 
 
 def decompose_indexed(
@@ -169,6 +170,12 @@ class Work:
         with expected([delta.refs]):
             return solve(delta, top=self.top, only_top=self.only_top, device=resolve_device(self.device))
 
+    def together(self, deltas: Sequence[WeightDelta]) -> list[Spectrum]:
+        """Solve several where this runs, in their order."""
+        with expected([delta.refs for delta in deltas]):
+            device = resolve_device(self.device)
+            return solve_together(deltas, top=self.top, only_top=self.only_top, device=device)
+
 
 def _side_by_side(
     deltas: Sequence[WeightDelta], schedule: Plan, work: Work, threads: int | None
@@ -180,8 +187,9 @@ def _side_by_side(
     libraries_for([deltas[task.index] for task in schedule.tasks], share)
     with numpy_on_one_core() if share == 1 else nullcontext():
         if workers == 1 and share == torch.get_num_threads():
-            for task in schedule.tasks:
-                yield task.index, work(deltas[task.index])
+            for bundle in bundles(deltas, schedule, 1):
+                indices = [task.index for task in bundle.tasks]
+                yield from zip(indices, work.together([deltas[index] for index in indices]), strict=True)
             return
         with thread_executor(min(workers, max(1, cores() // share)), share) as pool:
             yield from _through(pool, deltas, schedule, work)
@@ -191,22 +199,28 @@ def _through(
     executor: Executor, deltas: Sequence[WeightDelta], schedule: Plan, work: Work
 ) -> Iterator[tuple[int, Spectrum]]:
     """Keep the executor fed while the bytes in flight stay under the budget."""
-    waiting = list(reversed(schedule.tasks))
-    sent = executor.signed(work) if hasattr(executor, "signed") else work
-    running: dict[Future[Spectrum], Task] = {}
+    here = isinstance(executor, ThreadPoolExecutor)
+    waiting = bundles(deltas, schedule, _workers(executor)) if here else [Batch((task,)) for task in schedule.tasks]
+    waiting.reverse()
+    alone = executor.signed(work) if hasattr(executor, "signed") else work
+    sent: Callable[[Any], Any] = work.together if here else alone
+    running: dict[Future[Any], Batch] = {}
     broken = ""
     try:
         while waiting or running:
             while waiting and _room(executor, running, waiting[-1], schedule.budget):
-                task = waiting.pop()
+                batch = waiting.pop()
+                members = [deltas[task.index] for task in batch.tasks]
                 try:
-                    running[executor.submit(sent, deltas[task.index])] = task
+                    given: Any = members if here else members[0]
+                    running[executor.submit(sent, given)] = batch
                 except BrokenExecutor as problem:
                     broken = f"the executor broke ({type(problem).__name__}), solved by the driver"
-                    yield task.index, _noted(work(deltas[task.index]), broken)
+                    for task in batch.tasks:
+                        yield task.index, _noted(work(deltas[task.index]), broken)
             for future in _finished(executor, running):
-                task = running.pop(future)
-                yield task.index, _outcome(executor, future, deltas[task.index])
+                indices = [task.index for task in running.pop(future).tasks]
+                yield from zip(indices, _outcomes(executor, future, [deltas[i] for i in indices]), strict=True)
     finally:
         if running:
             give_up()  # a server that is silent would hold the threads, and with them whoever stopped this
@@ -214,7 +228,11 @@ def _through(
             future.cancel()
 
 
-def _finished(executor: Executor, running: Mapping[Future[Spectrum], Task]) -> Collection[Future[Spectrum]]:
+def _workers(executor: Executor) -> int:
+    return getattr(executor, "_max_workers", None) or 1
+
+
+def _finished(executor: Executor, running: Mapping[Future[Any], Batch]) -> Collection[Future[Any]]:
     """Those that are finished, at least one; where that takes long, the executor is asked whether one can be."""
     while running:
         done = wait(running, timeout=getattr(executor, "patience", None), return_when=FIRST_COMPLETED).done
@@ -224,29 +242,31 @@ def _finished(executor: Executor, running: Mapping[Future[Spectrum], Task]) -> C
     return ()
 
 
-def _room(executor: Executor, running: Mapping[Future[Spectrum], Task], task: Task, budget: int) -> bool:
-    """Whether one more task may be handed in: a little more than there are workers, and within the budget."""
+def _room(executor: Executor, running: Mapping[Future[Any], Batch], batch: Batch, budget: int) -> bool:
+    """Whether one more batch may be handed in: a little more than there are workers, and within the budget."""
     if not running:
         return True
-    workers = getattr(executor, "_max_workers", None) or 1
-    most = workers if isinstance(executor, ThreadPoolExecutor) else _PER_WORKER * workers
+    workers = _workers(executor)
+    alone = isinstance(executor, ThreadPoolExecutor) and len(batch.tasks) == 1
+    most = workers if alone else _PER_WORKER * workers
     if getattr(executor, "own_memory", False):  # the budget is each worker's
         return len(running) < most
-    return len(running) < most and sum(other.bytes for other in running.values()) + task.bytes <= budget
+    return len(running) < most and sum(other.bytes for other in running.values()) + batch.bytes <= budget
 
 
-def _outcome(executor: Executor, future: Future[Spectrum], delta: WeightDelta) -> Spectrum:
-    """The result, or a failed one if the worker was lost; errors of our own are not hidden."""
+def _outcomes(executor: Executor, future: Future[Any], members: Sequence[WeightDelta]) -> list[Spectrum]:
+    """The results, or failed ones if the worker was lost; errors of our own are not hidden."""
     accept, refuse = getattr(executor, "accept", None), getattr(executor, "refuse", None)
     problem = CancelledError("cancelled") if future.cancelled() else future.exception()
     if problem is None:
-        return accept(delta, future.result()) if accept is not None else future.result()
+        found = future.result() if isinstance(executor, ThreadPoolExecutor) else [future.result()]
+        return found if accept is None else [accept(*one) for one in zip(members, found, strict=True)]
     if refuse is not None:
         refuse(problem)
     if not _lost(problem):
         raise problem
     reason = f"its worker was lost ({type(problem).__name__}: {problem}); run the command again to try once more"
-    return Spectrum(delta.name, delta.shape, "failed", max_rank=delta.max_rank, reason=reason)
+    return [Spectrum(one.name, one.shape, "failed", max_rank=one.max_rank, reason=reason) for one in members]
 
 
 def _lost(problem: BaseException) -> bool:

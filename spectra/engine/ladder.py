@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectra.deltas.forms import Dense, Form, Kronecker, LowRank
+from spectra.deltas.forms import SMALL, Dense, Form, Kronecker, LowRank
 from spectra.engine.solvers import dense, factored, kronecker, topk
 
 # S, U, Vh, and Σσ⁴ where the solver had it before it had S.
@@ -177,12 +177,17 @@ def _noting(solve: Callable[[Tensor], Any]) -> Callable[[Sequence[Dense]], Itera
 
     def run(forms: Sequence[Dense]) -> Iterator[Numbers]:
         with dense.noted_moments() as noted:
-            numbers = solve(_stacked([form.matrix for form in forms]))
+            numbers = solve(_stack([form.matrix for form in forms]))
         moments = noted[0] if noted else [dense.fourth_moment(form.matrix) for form in forms]
         for (S, U, Vh, *_), moment in zip(_apart(numbers, len(forms)), moments, strict=True):
             yield S, U, Vh, moment
 
     return run
+
+
+def _stack(matrices: Sequence[Tensor]) -> Tensor:
+    """As `_stacked`; small ones alone are stacked, too, so that they have the same bits alone as beside others."""
+    return matrices[0][None] if len(matrices) == 1 and matrices[0].numel() <= SMALL else _stacked(matrices)
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
@@ -192,9 +197,9 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 def _apart(numbers: Numbers, count: int) -> Iterator[Numbers]:
     """The numbers of each form, from those of all."""
-    if count == 1:
+    S, U, Vh, *_ = numbers
+    if S.dim() == 1:
         yield numbers
         return
-    S, U, Vh, *_ = numbers
     for i in range(count):
         yield S[i], None if U is None else U[i], None if Vh is None else Vh[i]

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from spectra.deltas.delta import WeightDelta
+from spectra.deltas.forms import SMALL, Dense
 from spectra.engine.costs import cost
 
+_STACKED = 96  # bytes for each entry while a bundle is read: both weights, what rounding may have done, and bits
+_CACHED = 2**17  # entries of a bundle: 1 MiB in float64
+_ROUNDS = 4  # bundles for each worker at least, so that none is left alone with the last one for long
 _MOST_ENTRIES = 2**31 - 1  # of a batch: solvers on a card count in 32 bits (pytorch issue 102963)
 
 
@@ -88,6 +92,37 @@ class Batch:
         """What all of it needs at once, with the copies side by side."""
         copies = 8 * sum(task.entries for task in self.tasks) if len(self.tasks) > 1 else 0
         return sum(task.bytes for task in self.tasks) + copies
+
+
+def bundles(deltas: Sequence[WeightDelta], schedule: Plan, workers: int) -> list[Batch]:
+    """The plan's tasks in its order: small matrices of equal shape together, every other alone.
+
+    For cores: a matrix that they do not solve in one piece gains nothing from company, and takes memory for it.
+
+    Args:
+        deltas: what the plan is about.
+        schedule: the plan.
+        workers: how many bundles are at work at once; there are enough for all of them.
+
+    Example:
+        >>> import torch
+        >>> deltas = [WeightDelta.from_tensor(str(i), torch.eye(size)) for i, size in enumerate([2, 200, 2, 200])]
+        >>> [[task.index for task in one.tasks] for one in bundles(deltas, plan(deltas, 2**30), workers=1)]
+        [[1], [3], [0], [2]]
+    """
+    groups: dict[object, list[Task]] = {}
+    for task in schedule.tasks:
+        delta = deltas[task.index]
+        small = delta.form is Dense and 0 < task.entries <= SMALL
+        groups.setdefault((delta.shape, delta.factored) if small else task.index, []).append(task)
+    planned = []
+    for tasks in groups.values():
+        entries = tasks[0].entries
+        each = tasks[0].bytes + _STACKED * entries
+        fair = -(-len(tasks) // (_ROUNDS * workers))
+        size = max(1, min(_CACHED // max(1, entries), schedule.budget // workers // max(1, each), fair))
+        planned += [Batch(tuple(tasks[start : start + size])) for start in range(0, len(tasks), size)]
+    return planned
 
 
 def batches(deltas: Sequence[WeightDelta], schedule: Plan, most: int = 64) -> list[Batch]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from spectra.deltas import at_work
 from spectra.deltas.delta import WeightDelta
-from spectra.deltas.forms import Dense, Form
+from spectra.deltas.forms import SMALL, Dense, Form, know_together
 from spectra.deltas.relatedness import unrelated_note
 from spectra.deltas.rounding import Noise
+from spectra.deltas.together import read_small
 from spectra.engine import check
 from spectra.engine.devices import Device, device_named
 from spectra.engine.extremes import put_back, within_range
@@ -111,6 +113,14 @@ def solve(delta: WeightDelta, *, top: int | None = None, only_top: bool = False,
     return solve_forms([delta], [read(delta, device)], wanted)[0]
 
 
+def solve_together(
+    deltas: Sequence[WeightDelta], *, top: int | None = None, only_top: bool = False, device: str = "cpu"
+) -> list[Spectrum]:
+    """As `solve`, of several, in their order: small ones of equal shapes as one, with the numbers of each alone."""
+    wanted = Wanted(top or 0, only_top, device_named(device))
+    return solve_forms(deltas, read_together(deltas, device), wanted)
+
+
 def read(delta: WeightDelta, device: str, finish: Callable[[], None] = lambda: None) -> Form | Spectrum:
     """The form of a delta on the device, or its result if there is none.
 
@@ -131,6 +141,20 @@ def read(delta: WeightDelta, device: str, finish: Callable[[], None] = lambda: N
         return _undone(_blank(delta), GaveUp.over(problem), device)
 
 
+def read_together(deltas: Sequence[WeightDelta], device: str) -> list[Form | Spectrum]:
+    """As `read`, of several: small differences of equal shapes are read as one, with the same numbers.
+
+    Args:
+        deltas: the updates.
+        device: where their tensors go.
+    """
+    small: dict[int, Dense] = {}
+    if device == "cpu" and len(deltas) > 1:
+        with at_work.in_hands("reading", deltas[0].name, deltas[0].shape), suppress(MemoryError, RuntimeError):
+            small = read_small(deltas)
+    return [small[i] if i in small else read(delta, device) for i, delta in enumerate(deltas)]
+
+
 def solve_forms(deltas: Sequence[WeightDelta], forms: Sequence[Form | Spectrum], wanted: Wanted) -> list[Spectrum]:
     """The spectra of deltas that are read, in their order; those whose tensors have equal shapes are solved as one.
 
@@ -147,6 +171,7 @@ def solve_forms(deltas: Sequence[WeightDelta], forms: Sequence[Form | Spectrum],
     done: dict[int, Spectrum] = {}
     alike: dict[tuple, dict[int, Unsolved]] = {}
     with at_work.in_hands("solving", deltas[0].name, deltas[0].shape):
+        _know(forms)
         for place, (delta, form) in enumerate(zip(deltas, forms, strict=True)):
             examined = form if isinstance(form, Spectrum) else _examined(_blank(delta), form, wanted.device.name)
             if isinstance(examined, Spectrum):
@@ -157,6 +182,17 @@ def solve_forms(deltas: Sequence[WeightDelta], forms: Sequence[Form | Spectrum],
         for group in alike.values():
             done |= zip(group, _solved(list(group.values()), wanted), strict=True)
     return [done[place] for place in range(len(deltas))]
+
+
+def _know(forms: Sequence[Form | Spectrum]) -> None:
+    """What there is to know of small matrices without solving them, of those of one shape at once."""
+    alike: dict[tuple[int, ...], list[Dense]] = {}
+    for form in forms:
+        if isinstance(form, Dense) and 0 < form.matrix.numel() <= SMALL and form.matrix.device.type == "cpu":
+            alike.setdefault(form.shape, []).append(form)
+    for group in alike.values():
+        with suppress(MemoryError, RuntimeError):  # of one alone it is found again, and told
+            know_together(group)
 
 
 def _blank(delta: WeightDelta) -> Spectrum:
@@ -288,16 +324,18 @@ def _accepted(case: Unsolved, rung: Rung, numbers: Numbers, tried: list[str], wa
         S=values[: wanted.top] if wanted.only_top and wanted.top else values,
         U=None if U is None else U.cpu().numpy(),
         Vh=None if Vh is None else Vh.cpu().numpy(),
-        resolution=_resolution(known, rung, S),
+        resolution=_resolution(known, rung, values),
         status="ok",
         reason=f"top {wanted.top} is more than the rank allows: {rank} kept" if wanted.top > rank else "",
         method="; then ".join([*tried, rung.name]),
-        note="; ".join(filter(None, (known.note, _nothing_but_rounding(noise.get("noise_edge", known.noise_edge), S)))),
+        note="; ".join(
+            filter(None, (known.note, _nothing_but_rounding(noise.get("noise_edge", known.noise_edge), values)))
+        ),
         **noise,
     )
 
 
-def _nothing_but_rounding(edge: float | None, S: Tensor) -> str:
+def _nothing_but_rounding(edge: float | None, S: np.ndarray) -> str:
     """Said of an update of which nothing is above the rounding edge."""
     return ROUNDING_ONLY if (edge or 0.0) >= float(S[0]) else ""
 
@@ -314,7 +352,7 @@ def _noise_of(noise: Noise | None) -> dict[str, Any]:
     }
 
 
-def _resolution(known: Spectrum, rung: Rung, S: Tensor) -> float:
+def _resolution(known: Spectrum, rung: Rung, S: Tensor | np.ndarray) -> float:
     """What the result cannot tell apart: by the solver, or by rounding in ΔW itself."""
     return max(rung.resolution_of(known.shape) * float(S[0]), known.resolution)
 

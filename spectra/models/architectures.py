@@ -39,7 +39,9 @@ def section(config: Config, name: str) -> Config:
         inner = config.get("vision_config")
         return {"model_type": str(config.get("model_type")) + "/vision", **inner} if isinstance(inner, Mapping) else {}
     for _ in range(_MAX_NESTING):
-        nested: list[Config] = [config[key] for key in _TEXT_SECTIONS if isinstance(config.get(key), Mapping)]
+        nested: list[Config] = [
+            config[key] for key in _TEXT_SECTIONS if key in config and isinstance(config[key], Mapping)
+        ]
         if not nested or not nested[0].get("model_type"):
             return config
         config = nested[0]

@@ -86,15 +86,19 @@ _WITHOUT_UPDATE: tuple[tuple[str, str, str], ...] = (
 )
 
 
+_NAMES_WITHOUT_UPDATE = re.compile("|".join(f"(?:{pattern})" for _, pattern, _ in _WITHOUT_UPDATE if pattern))
+
+
 def without_update(folder: Folder) -> str | None:
     """What the folder holds and why it has no ΔW, if the config or the tensors' names say so."""
     declared = declared_type(folder)
     for peft_type, _, why in _WITHOUT_UPDATE:
         if declared == peft_type:
             return why
-    for _, pattern, why in _WITHOUT_UPDATE:
-        if pattern and any(re.search(pattern, name) for name in folder.tensors):
-            return why
+    if any(map(_NAMES_WITHOUT_UPDATE.search, folder.tensors)):
+        for _, pattern, why in _WITHOUT_UPDATE:
+            if pattern and any(re.search(pattern, name) for name in folder.tensors):
+                return why
     return None
 
 

@@ -15,8 +15,9 @@ from support.checkpoints import write_checkpoint
 
 import spectra
 from spectra.deltas import grids
+from spectra.deltas.edges import may_spike, spike
 from spectra.deltas.grids import GRIDS, Grid, grid_of
-from spectra.deltas.rounding import _may_spike, _spike, rounding_edge, rounding_noise
+from spectra.deltas.rounding import rounding_edge, rounding_noise
 from spectra.deltas.separable import separable_edge
 
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -164,9 +165,9 @@ def test_no_spike_above_the_edge_is_passed_over_by_the_bound(roundings):
         rows, columns, highest = steps.sum(1) / 12, steps.sum(0) / 12, steps.max(1)
         if delta is not None:
             highest = np.minimum(highest, 4 * delta.square().amax(1).numpy())
-        largest = _spike(torch.from_numpy(steps).__getitem__, rows, columns, highest, roundings, delta)
+        largest = spike(torch.from_numpy(steps).__getitem__, rows, columns, highest, roundings, delta)
         for edge in (largest * (1 - 1e-6), largest * 1.3, largest * 3 + 1e-9):
-            looked = _may_spike(rows, columns, highest * roundings / 4, edge)
+            looked = may_spike(rows, columns, highest * roundings / 4, edge)
             assert looked or largest <= edge
             said.append(looked)
     assert 0.2 < np.mean(said) < 0.8
@@ -221,7 +222,7 @@ def test_a_first_look_at_a_few_entries_changes_no_grid(kind, monkeypatch):
     torch.manual_seed(0)
     values = store(0.04 * torch.randn(1024, 512))
     found = grid_of(values, dtype)
-    monkeypatch.setattr(grids, "_shows_all_bits", lambda *_: False)
+    monkeypatch.setattr(grids, "_show_all_bits", lambda values, _: np.zeros(len(values), bool))
     assert grid_of(values, dtype) == found
 
 

@@ -46,8 +46,8 @@ def test_a_solver_that_does_not_converge_hands_over(monkeypatch, top):
     ("wrong", "why"),
     [
         (lambda S: S * 1.001, "is not ‖ΔW‖²"),
-        (lambda S: S.flip(0), "not descending"),
-        (lambda S: -S.flip(0), "negative"),
+        (lambda S: S.flip(-1), "not descending"),
+        (lambda S: -S.flip(-1), "negative"),
         (lambda S: S * float("nan"), "not finite"),
     ],
 )

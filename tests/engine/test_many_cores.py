@@ -43,9 +43,10 @@ class Watched:
         self.together, self.first = threading.Barrier(together), together
         self.threads, self.bytes = 0, 0
 
-    def __call__(self, delta, **_):
+    def __call__(self, deltas, **_):
+        first = deltas[0].name
         with self.lock:
-            self.running[delta.name] = torch.get_num_threads(), needed(delta, self.top)
+            self.running[first] = torch.get_num_threads(), sum(needed(delta, self.top) for delta in deltas)
             self.threads = max(self.threads, sum(threads for threads, _ in self.running.values()))
             self.bytes = max(self.bytes, sum(bytes_there for _, bytes_there in self.running.values()))
             self.first -= 1
@@ -54,8 +55,8 @@ class Watched:
             self.together.wait(timeout=30)
         time.sleep(0.001)
         with self.lock:
-            del self.running[delta.name]
-        return Spectrum(delta.name, delta.shape, "unchanged", max_rank=0)
+            del self.running[first]
+        return [Spectrum(delta.name, delta.shape, "unchanged", max_rank=0) for delta in deltas]
 
 
 @pytest.fixture(params=[8, 32, 128])
@@ -72,7 +73,7 @@ def test_cores_and_bytes_are_never_given_twice(monkeypatch, many, mix, gib, top)
     fitting = [delta for delta in deltas if needed(delta, top) <= budget]
     side = min(many, len(fitting)) if gib == 512 else 1
     watched = Watched(top, side)
-    monkeypatch.setattr(engine, "solve", watched)
+    monkeypatch.setattr(engine, "solve_together", watched)
     found = dict(engine.decompose_indexed(deltas, top=top, device="cpu", budget=budget))
     assert sorted(found) == list(range(len(deltas)))
     assert sum(spectrum.status == "too_large" for spectrum in found.values()) == len(deltas) - len(fitting)
@@ -106,7 +107,7 @@ def test_a_container_is_given_its_share(monkeypatch, tmp_path):
     with torch_threads(128):
         for mix in ("one", "small"):
             watched = Watched(None, 1 if mix == "one" else 4)
-            monkeypatch.setattr(engine, "solve", watched)
+            monkeypatch.setattr(engine, "solve_together", watched)
             list(engine.decompose_indexed(deltas_of(mix), device="cpu"))
             assert watched.threads == 4
         assert torch.get_num_threads() == 128

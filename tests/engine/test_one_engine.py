@@ -43,17 +43,17 @@ def test_only_equal_shapes_are_stacked(monkeypatch):
     shapes = []
     stack = torch.stack
 
-    def stacking(tensors):
+    def stacking(tensors, *where):
         if tensors[0].dim() == 2:  # not the counts of a matrix' entries
             shapes.append(len(tensors))
-        return stack(tensors)
+        return stack(tensors, *where)
 
     monkeypatch.setattr(ladder.torch, "stack", stacking)
     deltas = [_factored("a", 10), _dense("b"), _factored("c", 11), _factored("d", 10), _dense("e", 1)]
     found = _together(deltas)
     assert [spectrum.name for spectrum in found] == list("abcde")
     assert [spectrum.status for spectrum in found] == ["ok"] * 5
-    assert shapes == [2, 2, 2]  # two lefts, two rights, two matrices
+    assert shapes == [2, 2, 2, 2]  # two matrices that are looked at; two lefts, two rights, two matrices
     for spectrum, delta in zip(found, deltas, strict=True):
         assert pytest.approx(solve(delta).S, abs=1e-9) == spectrum.S
 
