@@ -74,12 +74,11 @@ def _say_what_is_read(inspection: Inspection) -> None:
     from spectra.engine.memory import readable_size
     from spectra.files.http import received
 
-    roles = inspection.to_read
-    if not received() or not inspection.is_remote:
+    roles, asked = inspection.from_server, inspection.all_from_server
+    if not received() or not asked:
         return
     each = "" if inspection.modules else f" ({', '.join(f'{role} {readable_size(n)}' for role, n in roles.items())})"
-    total = readable_size(sum(roles.values()))
-    say(f"from the server: {readable_size(received())} read now; a command reads {total}{each}")
+    say(f"from the server: {readable_size(received())} read now; a command reads {readable_size(asked)}{each}")
 
 
 def _print_matrices(inspection: Inspection, view: View) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,16 +72,25 @@ class Inspection:
     @property
     def to_read(self) -> dict[str, int]:
         """Role → how many bytes of files a command reads for its matrices; without a source, for its tensors."""
-        sizes: dict[str, dict[tuple[str, int], int]] = {}
-        for name, refs in self._refs():
-            parts = (part for ref in refs for part in ref.parts)
-            sizes.setdefault(naming.role_of(name), {}).update({(p.path, p.offset): p.bytes_read for p in parts})
-        return {role: sum(sizes[role].values()) for role in naming.in_model_order(sizes)}
+        return self._sizes(lambda part: True)
 
     @property
-    def is_remote(self) -> bool:
-        """Whether something of it lies on a server."""
-        return any(is_remote(part.file) for _, refs in self._refs() for ref in refs for part in ref.parts)
+    def from_server(self) -> dict[str, int]:
+        """Of these bytes those that a server is asked for, which a cache on this machine does not have."""
+        return self._sizes(lambda part: is_remote(part.file))
+
+    @property
+    def all_from_server(self) -> int:
+        """The same for a command for all of it: what two roles share comes once."""
+        parts = (part for _, refs in self._refs() for ref in refs for part in ref.parts)
+        return sum({(p.path, p.offset): p.bytes_read for p in parts if is_remote(p.file)}.values())
+
+    def _sizes(self, counts: Callable[[TensorRef], bool]) -> dict[str, int]:
+        sizes: dict[str, dict[tuple[str, int], int]] = {}
+        for name, refs in self._refs():
+            parts = (part for ref in refs for part in ref.parts if counts(part))
+            sizes.setdefault(naming.role_of(name), {}).update({(p.path, p.offset): p.bytes_read for p in parts})
+        return {role: sum(sizes[role].values()) for role in naming.in_model_order(sizes)}
 
     def _refs(self) -> Iterable[tuple[str, tuple[TensorRef, ...]]]:
         if self.source is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -124,6 +125,23 @@ def test_inspect_tells_what_a_command_reads(server):
     printed, _ = run("inspect", "org/tuned", "--base", "org/base")
     assert "from the server: " in printed
     assert "v_proj 32.0 KiB" in printed
+
+
+def test_inspect_counts_what_roles_share_once_and_not_what_the_cache_has(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    base = {f"transformer.h.{i}.attn.c_attn.weight": torch.randn(64, 192) for i in range(2)}
+    config = {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2}
+    for name, tensors in {"gpt": base, "gpt-tuned": nudged(base)}.items():
+        write_checkpoint(tmp_path / name, tensors, config=config)
+        server.add(f"org/{name}", tmp_path / name)
+    said, one = spectra.inspect("org/gpt-tuned", "org/gpt"), 2 * 64 * 192 * 4
+    before = http.received()
+    assert len([*spectra.decompose(said.source)]) == 6
+    assert http.received() - before == said.all_from_server == 2 * one
+    snapshot = tmp_path / "cache" / "models--org--gpt" / "snapshots" / server.models["org/gpt"].branches["main"]
+    shutil.copytree(tmp_path / "gpt", snapshot)
+    assert said.all_from_server == one
+    assert set(said.from_server.values()) == {one}
 
 
 READ_ONCE = {
