@@ -15,8 +15,8 @@ from spectra.plots.series import left_out_roles, series_curves, series_figure
 from spectra.plots.verdicts import verdicts_figure
 from spectra.results.documents import damaged, read_document
 from spectra.results.series import COLUMNS, MEASURED, TABLE, is_series
-from spectra.results.shelf import write
 from spectra.results.tables import to_csv
+from spectra.results.writing import write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
