@@ -63,6 +63,7 @@ class Pack:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.path = directory / PACK
         self._scanned: tuple[dict[str, Spot], list[str]] | None = None
         self._log: _Log | None = None
 
@@ -84,8 +85,7 @@ class Pack:
                 if _LOG.fullmatch(name):
                     with suppress(OSError):
                         logs.append((os.lstat(self.directory / name).st_mtime_ns, self.directory / name))
-        pack = self.directory / PACK
-        return [pack] * os.path.lexists(pack) + [path for _, path in sorted(logs)]
+        return [self.path] * os.path.lexists(self.path) + [path for _, path in sorted(logs)]
 
     def look_again(self) -> None:
         """Forget where records were: others may have written since."""
@@ -127,7 +127,7 @@ class Pack:
             with suppress(ValueError):
                 return read_spot(spot)
             self.look_again()
-        raise damaged(self.directory / PACK, f"{name} is not in it as it was stored")
+        raise damaged(self.path, f"{name} is not in it as it was stored")
 
     def seal(self, names: Sequence[str]) -> None:
         """Make one pack of all records, and remove the logs that nobody writes to any more.
@@ -144,11 +144,14 @@ class Pack:
         done = [file for file in self.files() if file == mine or _is_left(file)]
         if done or self.faults:
             if names:
-                write(self.directory / PACK, _packed([(name, self.spots[name]) for name in names]))
+                write(self.path, _packed([(name, self.spots[name]) for name in names]))
             self._log = None
             for file in done:
                 file.unlink(missing_ok=True)
             self.look_again()
+
+
+_AT_WORK: weakref.WeakSet[_Log] = weakref.WeakSet()  # of this process
 
 
 class _Log:
@@ -157,6 +160,7 @@ class _Log:
     def __init__(self, directory: Path) -> None:
         self.path, self._file = _begun(directory)
         weakref.finalize(self, os.close, self._file)
+        _AT_WORK.add(self)
         self._length = 0
         self._synced = -_SYNCED_EVERY
 
@@ -322,7 +326,10 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _is_left(file: Path) -> bool:
+    """Whether nobody adds to a log any more."""
     match = _LOG.fullmatch(file.name)
+    if match is not None and (match[1], int(match[2])) == (HOST, os.getpid()):
+        return all(log.path != file for log in _AT_WORK)
     try:
         return match is not None and is_left(file, match[1], int(match[2]))
     except OSError:

@@ -43,7 +43,7 @@ _SAID = "signed"
 _SYNCED_EVERY = 0.2  # seconds
 _AT_ONCE = 2**16  # bytes of a file that is read at once
 _SMALL = 2**14  # bytes of arrays that a pack takes: what is larger took its time to compute, and may have its own file
-MANY = 256  # so many records have files of their own, as people can open them, before small ones go into a pack
+_MANY = 256  # so many records have files of their own, as people can open them, before small ones go into a pack
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 _DAMAGE = (OSError, AttributeError, KeyError, ValueError, TypeError, OverflowError, RecursionError, MemoryError)
 
@@ -73,20 +73,22 @@ class Shelf:
         verify: False takes arrays as they are; what is said of them is always checked.
         packs: whether small records of many are kept together; whoever says so calls `seal` at the end.
 
-    Attributes:
-        many: whether there will be more than `MANY`, so that small ones need not have files of their own first.
     """
 
     def __init__(self, directory: Path, verify: bool = True, *, packs: bool = False) -> None:
         self.directory = directory
         self.verify = verify
-        self.many = False
+        self._many = False
         self._packs = packs
         self._pack = Pack(directory)
         self._own: set[str] | None = None
         self._added = 0
         self._synced = -math.inf
         self._paths: dict[str, Path] = {}
+
+    def expect(self, records: int) -> None:
+        """Say how many there will be: where they are many, small ones need not have files of their own first."""
+        self._many = records > _MANY
 
     def version(self, name: str) -> Version | bytes | None:
         """What changes when the record is written again; None where there is none."""
@@ -189,7 +191,7 @@ class Shelf:
         sums = {key: _sum(array) for key, array in contiguous.items()}
         size = sum(array.nbytes for array in contiguous.values())
         self._added += 1
-        many = self.many or self._added > MANY
+        many = self._many or self._added > _MANY
         if self._packs and many and size <= _SMALL and self.path(name).name not in self._own_files():
             text = json_text({"record": record, "sums": sums}).encode()
             return self._pack.add(name, text, b"".join(array.tobytes() for array in contiguous.values()))
@@ -230,6 +232,8 @@ class Shelf:
                 return _piece_of(name, *self._pack.read(name), only, verify=self.verify)
             except _DAMAGE as problem:
                 raise damaged(self.where(name), f"{name}: {str(problem) or type(problem).__name__}") from None
+        if self._pack.faults and self.path(name).name not in self._own_files():
+            raise damaged(self._pack.path, f"{name} is lost")
         piece = read_piece(self.path(name), only, verify=self.verify)
         if piece.signed and piece.name != name:
             raise damaged(self.path(name), "it is another record, renamed")

@@ -27,7 +27,7 @@ from spectra.files.choice import WEIGHT_SUFFIXES
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.results import measured, records, run_file, tables
 from spectra.results.partners import apart
-from spectra.results.shelf import MANY, Piece, Shelf, json_text, natural, sum_of
+from spectra.results.shelf import Piece, Shelf, json_text, natural, sum_of
 from spectra.results.writing import ANOTHER_PLACE, Version, alone, damaged, sweep, write
 from spectra.spectrum import Spectrum
 
@@ -87,7 +87,8 @@ class Store:
         Raises:
             StoreError: it holds the results of other inputs, or cannot be written to.
         """
-        self.spectra.many = self.similarity.many = len(keys) > MANY
+        for shelf in (self.spectra, self.similarity):
+            shelf.expect(len(keys))
         with alone(self.directory):
             sweep(self.directory)
             stored = self._stored_run(keys)
