@@ -10,6 +10,7 @@ leave a part of one behind the last. Damage costs the record that it strikes; th
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -31,6 +32,7 @@ _MARK, _END = b"\x93spectr1", b"\x93spectr."
 _HEAD = struct.Struct("<8s3I16s")
 _MOST = 2**22  # bytes of a record; a length beyond is damage
 _SYNCED_EVERY = 1.0  # seconds
+_LOOKED_AT = 256  # MiB
 
 
 class Spot(NamedTuple):
@@ -143,6 +145,8 @@ class Pack:
         mine = self._log.path if self._log else None
         done = [file for file in self.files() if file == mine or _is_left(file)]
         if done or self.faults:
+            for file in {self.path, *done}:
+                _read_through(file)  # what cannot be read now may be sound, and must not be replaced
             if names:
                 write(self.path, _packed([(name, self.spots[name]) for name in names]))
             self._log = None
@@ -323,6 +327,20 @@ def _opened(path: Path) -> BinaryIO:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise FileNotFoundError(0, "no such file")
     return open(path, "rb", buffering=2**18)
+
+
+def _read_through(path: Path) -> None:
+    """Raise a StoreError where there is a file, and it cannot be read; the first 256 MiB stand for a longer one."""
+    try:
+        with _opened(path) as file:
+            for _ in range(_LOOKED_AT):
+                if not file.read(2**20):
+                    break
+    except FileNotFoundError:
+        pass
+    except OSError as problem:
+        if problem.errno != errno.ELOOP:
+            raise not_written(path, problem) from None
 
 
 def _is_left(file: Path) -> bool:

@@ -304,6 +304,24 @@ def test_a_finished_run_is_read_where_nothing_can_be_written(tmp_path, source, p
         run(tmp_path / "run", source, top=2)
 
 
+def test_a_pack_that_cannot_be_read_for_now_is_not_replaced(tmp_path, packed, monkeypatch):
+    first, second = made(2)
+    spectra.save([first], tmp_path)
+    opened = pack._opened
+
+    def denied(path):
+        if path.name == pack.PACK:
+            raise PermissionError(13, "Permission denied")
+        return opened(path)
+
+    monkeypatch.setattr(pack, "_opened", denied)
+    with pytest.raises(StoreError, match=r"small.pack cannot be written \(Permission denied\)"):
+        spectra.save([second], tmp_path)
+    monkeypatch.setattr(pack, "_opened", opened)
+    assert set(spectra.load(tmp_path).names) == {first.name, second.name}
+    same_spectrum(spectra.load(tmp_path)[first.name], first)
+
+
 def test_what_another_process_is_adding_is_read_and_stays(tmp_path, packed):
     mine, (a, b, c) = Store(tmp_path), made(3)
     mine.put(a)
