@@ -25,7 +25,7 @@ FAULTS = {
         [f"flip/svd/1-{number}" for number in range(8)],
     ),
     "partial files that nobody removes": (
-        "from spectra.results import shelf\nshelf._sweep = lambda folder: None",
+        "from spectra.results import writing\nwriting._sweep = lambda folder: None",
         [f"kill/svd/1-{number}" for number in range(8)],
     ),
     "a reader that is off by one": (

@@ -181,8 +181,8 @@ def _roles(pairs: Pairs, side: str) -> list[list[Any]]:
 
 def _keep(wanted: Wanted, pairs: Pairs, document: dict[str, Any]) -> None:
     """The tables of all pairs and the figures, beside what is stored of each."""
-    from spectra.results.shelf import write
     from spectra.results.tables import to_csv
+    from spectra.results.writing import write
 
     out = Path(wanted.out or ".")
     write(out / "pairs.csv", to_csv(document["pairs"]).encode())

@@ -179,8 +179,8 @@ def keep_table(out: str, name: str, document: dict[str, Any]) -> None:
     Raises:
         StoreError: it cannot be written to.
     """
-    from spectra.results.shelf import write
     from spectra.results.tables import to_csv
+    from spectra.results.writing import write
 
     paths = Path(out, f"{name}.csv"), Path(out, f"{name}.json")
     write(paths[0], to_csv(document["matrices"]).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -114,12 +115,10 @@ def in_time(stop: Callable[[], object]) -> Iterator[None]:
     timer.start()
     try:
         yield
-    except Exception:
-        if over.is_set():
-            raise TryAgainError(f"no whole answer within {seconds:g} s, though something came") from None
-        raise
     finally:
         timer.cancel()
+        if over.is_set() and isinstance(sys.exception(), Exception):  # which the end of the connection raised
+            raise TryAgainError(f"no whole answer within {seconds:g} s, though something came") from None
 
 
 def origin(url: str) -> str:

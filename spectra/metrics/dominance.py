@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -62,10 +63,15 @@ def gini(spectrum: Spectrum) -> float:
     Reference: Dixon et al. 1987, without their factor n/(n − 1).
     """
     S = np.sort(values(spectrum, "gini")[: spectrum.max_rank])
-    n = len(S)
     if not S.any():
         return math.nan
-    return float(((2 * np.arange(1, n + 1) - n - 1) * S).sum() / (n * S.sum()))
+    return float((_places(len(S)) * S).sum() / (len(S) * S.sum()))
+
+
+@lru_cache(64)  # thousands of matrices have few sizes
+def _places(n: int) -> np.ndarray:
+    """2i − n − 1 for i = 1 … n."""
+    return 2 * np.arange(1, n + 1) - n - 1
 
 
 def gini_all(spectrum: Spectrum) -> float:

@@ -38,7 +38,7 @@ from spectra.plots.places import place_of
 from spectra.plots.similarity import add_colorbar, heading, plot_similarity
 from spectra.plots.sizes import DEFAULT, Layout, arranged, size_of
 from spectra.plots.style import look
-from spectra.results.shelf import write
+from spectra.results.writing import write
 from spectra.spectrum import Spectrum
 
 if TYPE_CHECKING:

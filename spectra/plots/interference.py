@@ -17,8 +17,8 @@ from spectra.plots.sizes import DEFAULT, arranged, size_of
 from spectra.plots.squares import DIVERGING, most_alike, short_names, square_rows, squares_figure
 from spectra.plots.style import curves, marked, new_axes, stroke
 from spectra.printing import in_figure
-from spectra.results.shelf import write
 from spectra.results.tables import to_csv
+from spectra.results.writing import write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,9 +13,9 @@ from spectra.plots.sizes import DEFAULT
 from spectra.plots.squares import pairs_figure, short_names, square_rows
 from spectra.results.all_pairs import PAIRS, pair_folder
 from spectra.results.pairs import Pairs
-from spectra.results.shelf import write
 from spectra.results.store import Store
 from spectra.results.tables import to_csv
+from spectra.results.writing import write
 
 _MOST_ROWS = 3  # roles and sides below each other
 _MOST_SIDE_BY_SIDE = 6  # pairs whose heatmaps fit beside each other

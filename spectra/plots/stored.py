@@ -30,8 +30,8 @@ from spectra.plots.sizes import DEFAULT, size_of
 from spectra.plots.tables import Drawn, Style, draw_tables, file_name, too_many
 from spectra.results import tables
 from spectra.results.collection import Spectra
-from spectra.results.shelf import write
 from spectra.results.store import Store, home_of, nothing_stored
+from spectra.results.writing import write
 from spectra.spectrum import Spectrum
 
 KINDS = ("histogram", "depth", "scree", "kept")  # figures of spectra
@@ -102,7 +102,7 @@ def draw_results(
     for label, directory in rest.items():
         store = _results(directory)
         try:
-            if there := store.spectra.names():
+            if there := store.names():
                 runs[label] = _chosen(store, there, layers, wanted, known)
             if store.similarity.names():
                 comparisons.append(_comparison(label, store, layers, wanted, sides))
@@ -183,7 +183,7 @@ def _of_tables(
         store = Store(directory)
         if drawn is not None:
             files, notes = [*files, *drawn.files], [*notes, *drawn.notes]
-        if drawn is None or store.spectra.files() or store.similarity.files():
+        if drawn is None or not (store.spectra.is_empty and store.similarity.is_empty):
             rest[label] = directory
     return files, notes, rest
 
@@ -207,7 +207,7 @@ def run_labels(directories: Sequence[str | Path], labels: Sequence[str] = ()) ->
 
 def _results(directory: str | Path) -> Store:
     store = Store(directory)
-    if not store.spectra.files() and not store.similarity.files():
+    if store.spectra.is_empty and store.similarity.is_empty:
         raise nothing_stored(directory)
     return store
 

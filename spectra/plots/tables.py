@@ -23,9 +23,9 @@ from spectra.plots.verdicts import verdicts_figure
 from spectra.results.all_pairs import load_pairs
 from spectra.results.documents import damaged, read_document
 from spectra.results.series import COLUMNS, MEASURED, TABLE, is_series
-from spectra.results.shelf import write
 from spectra.results.store import Store
 from spectra.results.tables import to_csv
+from spectra.results.writing import write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,7 +8,7 @@ from typing import Any
 
 from spectra.errors import MissingExtraError, NotFoundError, SourceError, StoreError
 from spectra.reproduce.folders import whole_folder
-from spectra.results.shelf import write
+from spectra.results.writing import write
 
 FOLDER = "base"
 _IDENTITY = "base.sha256"  # of names, sizes and first MiB

@@ -21,7 +21,7 @@ from spectra.reproduce.batches import Tokens, answer_logits, example_losses, pac
 from spectra.reproduce.methods import Method, attach, causal
 from spectra.reproduce.plan import Plan
 from spectra.reproduce.tasks import Example
-from spectra.results.shelf import write
+from spectra.results.writing import write
 
 TOKENS = 512  # of one row; Wang et al. 2023 use 1024
 _COSTS = "costs.json"

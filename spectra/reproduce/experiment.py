@@ -24,7 +24,7 @@ from spectra.reproduce.remaining import LOAD, Remaining, work, work_of_cost, wor
 from spectra.reproduce.tasks import Example, mix
 from spectra.reproduce.train import train
 from spectra.reproduce.wordnet import read_wordnet
-from spectra.results.shelf import write
+from spectra.results.writing import write
 
 Say = Callable[[str], None]
 _BASE_SCORES = "base-scores.json"

@@ -22,7 +22,7 @@ from spectra.reproduce.folders import whole_folder
 from spectra.reproduce.methods import attach, causal, save
 from spectra.reproduce.plan import Plan, Run
 from spectra.reproduce.tasks import Example
-from spectra.results.shelf import write
+from spectra.results.writing import write
 
 WARM_UP = 10  # steps over which the learning rate rises; constant afterwards, so that an early look is a short run
 CLIP = 1.0

@@ -62,7 +62,7 @@ class Spectra(Sequence[Spectrum]):
             verify: False takes arrays without their checksums.
         """
         holder = _OnDisk(Store(directory, verify=verify), vectors)
-        return cls._of(holder, holder.store.spectra.names() if names is None else names)
+        return cls._of(holder, holder.store.names() if names is None else names)
 
     @classmethod
     def _of(cls, holder: _Holder, names: Iterable[str]) -> Spectra:

@@ -18,6 +18,7 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "float64")  # of stored vectors,
 ARRAYS = ("S", "U", "Vh")
 SIMILARITY_ARRAYS = ("grid", "chance", "angles")
 RECORDED = {item.name: item.name for item in fields(Spectrum) if item.name not in ARRAYS}
+_PLAIN = tuple(RECORDED)  # attributes
 RECORDED["unmoved_share"] = "unchanged"  # attribute → key in the record and column of the table
 _FINAL = (*DONE, "nonfinite", "shape_mismatch", "unsupported")  # not worth trying again on the same input
 _COMPARED = ("name", "side", "k_used", "note", "other", "gap")
@@ -61,7 +62,7 @@ class Header:
         for name, array in arrays.items():
             if name not in wanted or array.shape != wanted[name] or array.dtype.kind not in "fiu":
                 raise ValueError(f"{name} {list(array.shape)} of {array.dtype} does not fit the record")
-        said = {item.name: getattr(self.blank, item.name) for item in fields(Spectrum) if item.name not in ARRAYS}
+        said = {attribute: getattr(self.blank, attribute) for attribute in _PLAIN}
         return Spectrum(**said | {name: array.astype(np.float64, copy=False) for name, array in arrays.items()})
 
 

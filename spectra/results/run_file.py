@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spectra.errors import StoreError
-from spectra.results import fingerprint, shelf
+from spectra.results import fingerprint, writing
 from spectra.results.shelf import json_text
 
 _CHECKSUM, _BYTES = "checksum", 16
@@ -65,7 +65,7 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
         StoreError: it cannot be written.
     """
     plain = json.loads(json_text(content))
-    shelf.write(path, json_text({_CHECKSUM: _sum(plain), **plain}, indent=1).encode())
+    writing.write(path, json_text({_CHECKSUM: _sum(plain), **plain}, indent=1).encode())
 
 
 def is_signed(path: Path) -> bool:

@@ -1,6 +1,7 @@
-"""Named records on a disk, one safetensors file each, with checksums over all that they say.
+"""Named records on a disk, with checksums over all that they say: a safetensors file each, or many in a pack.
 
     NAME.safetensors    arrays; in one metadata entry: the name, a JSON object, a checksum per array, and one over these
+    small.pack          small ones where there are many, see `spectra.results.pack`; a record's own file counts first
 
 A file is written beside its place and then renamed, so a reader never sees half of one. What does not fit its checksums
 counts as not stored. Files from before there were checksums have the JSON object alone and are read as they are.
@@ -8,22 +9,19 @@ counts as not stored. Files from before there were checksums have the JSON objec
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import os
 import re
-import socket
 import stat
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -33,21 +31,19 @@ from spectra.files.safetensors_file import read_header
 from spectra.files.storage import Disk, Place, Stamp
 from spectra.files.tensors import TensorRef
 from spectra.printing import strict
+from spectra.results.pack import Pack, read_spot, scan
+from spectra.results.writing import Version, damaged, version_of, write
 
-ANOTHER_PLACE = "another directory (out=, --out)"
 _SUFFIX = ".safetensors"
 _LONGEST = 255 - len(_SUFFIX)  # bytes of a file's name, as common file systems have it
 _SHORTENED = "%~"  # before the digest of a name that is too long; percent-encoding never writes it
 _KEPT = 150  # characters of a shortened name that people can read
 _SIGNED = ("name", "record", "sums")
 _SAID = "signed"
-_ABANDONED = 3600  # seconds after which a partial file of another machine is nobody's
-_HOST = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:32]
-_PARTIAL = re.compile(r"\..*\.([A-Za-z0-9]*)-(\d+)\.partial", re.DOTALL)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SYNCED_EVERY = 0.2  # seconds
-_SMALL = 2**16  # bytes of a file that is read at once
-Version = tuple[int, int, int]  # a file's number, size and time: another one after each writing
+_AT_ONCE = 2**16  # bytes of a file that is read at once
+_SMALL = 2**14  # bytes of arrays that a pack takes: what is larger took its time to compute, and may have its own file
+_MANY = 256  # so many records have files of their own, as people can open them, before small ones go into a pack
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 _DAMAGE = (OSError, AttributeError, KeyError, ValueError, TypeError, OverflowError, RecursionError, MemoryError)
 
@@ -70,36 +66,62 @@ class Piece:
 
 
 class Shelf:
-    """Named records of arrays and a small JSON object, one safetensors file each.
+    """Named records of arrays and a small JSON object.
 
     Args:
         directory: where they lie.
         verify: False takes arrays as they are; what is said of them is always checked.
+        packs: whether small records of many are kept together; whoever says so calls `seal` at the end.
+
     """
 
-    def __init__(self, directory: Path, verify: bool = True) -> None:
+    def __init__(self, directory: Path, verify: bool = True, *, packs: bool = False) -> None:
         self.directory = directory
         self.verify = verify
+        self._many = False
+        self._packs = packs
+        self._pack = Pack(directory)
+        self._own: set[str] | None = None
+        self._added = 0
         self._synced = -math.inf
         self._paths: dict[str, Path] = {}
 
-    def version(self, name: str) -> Version | None:
+    def expect(self, records: int) -> None:
+        """Say how many there will be: where they are many, small ones need not have files of their own first."""
+        self._many = records > _MANY
+
+    def version(self, name: str) -> Version | bytes | None:
         """What changes when the record is written again; None where there is none."""
+        if self._is_packed(name):
+            return self._pack.spots[name].digest
         try:
-            return _version(os.stat(self.path(name)))
+            return version_of(os.stat(self.path(name)))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as problem:
             raise StoreError(f"{self.path(name)} cannot be looked at: {problem.strerror}") from None
 
     def path(self, name: str) -> Path:
-        """Where the record lies."""
+        """The record's own file, if it has one."""
         if name not in self._paths:  # asked for four times in a run
             self._paths[name] = self.directory / f"{_file_name(name)}{_SUFFIX}"
         return self._paths[name]
 
+    def where(self, name: str) -> Path:
+        """The file that the record is in."""
+        return self._pack.spots[name].file if self._is_packed(name) else self.path(name)
+
+    def _is_packed(self, name: str) -> bool:
+        """Whether it is in a pack, as far as is known, and has no file of its own."""
+        return name in self._pack.spots and self.path(name).name not in self._own_files()
+
+    def _own_files(self) -> set[str]:
+        if self._own is None:
+            self._own = {file.name for file in self.files()}
+        return self._own
+
     def files(self) -> list[Path]:
-        """Every file that is named as a record is, sound or not."""
+        """Every file that is named as a single record's is, sound or not."""
         try:
             names = os.listdir(self.directory)
         except (FileNotFoundError, NotADirectoryError):
@@ -108,13 +130,46 @@ class Shelf:
             raise StoreError(f"{self.directory} cannot be listed: {problem.strerror}") from None
         return [self.directory / name for name in names if name.endswith(_SUFFIX) and not name.startswith(".")]
 
+    def packs(self) -> list[Path]:
+        """Every file that holds several records, sound or not."""
+        return self._pack.files()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no file of records, sound or not."""
+        return not self.files() and not self.packs()
+
+    def sound(self) -> Iterator[Piece]:
+        """Every piece that fits its checksums, without its arrays."""
+        for file in self.files():
+            with suppress(StoreError):
+                yield read_piece(file, ())
+        for file in self.packs():
+            yield from (piece for _, piece in read_pack(file, ())[0] if piece is not None)
+
+    def faults(self) -> list[str]:
+        """What in packs is no sound record, in words; which records those were is not known."""
+        return self._pack.faults
+
     def names(self) -> list[str]:
-        """The records that are there, numbers in names in numerical order; a shortened name is read from its file."""
-        return sorted(filter(None, map(self.name_of, self.files())), key=_natural)
+        """The records that are there now, numbers in names in numerical order; shortened names are read from files."""
+        self._pack.look_again()
+        files = self.files()
+        self._own = {file.name for file in files}
+        return sorted({*filter(None, map(self.name_of, files)), *self._pack.spots}, key=natural)
+
+    def seal(self) -> None:
+        """Bring the small records in order: one pack instead of what this run, or killed ones, have added.
+
+        Raises:
+            StoreError: it cannot be written; what was there before is as it was.
+        """
+        self._pack.look_again()
+        self._pack.seal(sorted(self._pack.spots, key=natural))
 
     def name_of(self, file: Path) -> str | None:
-        """The name of the record in a file; None where no record is kept under such a name, or it alone knows it and is
-        damaged."""
+        """The name of the record in its own file; None where no record is kept under such a name, or the file alone
+        knows it and is damaged."""
         stem = file.name.removesuffix(_SUFFIX)
         with suppress(StoreError, UnicodeDecodeError):
             if _SHORTENED in stem:
@@ -122,7 +177,7 @@ class Shelf:
             return unquote(stem, errors="surrogatepass")
         return None
 
-    def put(self, name: str, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> Version:
+    def put(self, name: str, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> Version | bytes:
         """Write one record, and say which it is.
 
         Of many that come quickly only some are waited for until they are on the disk, which takes milliseconds each:
@@ -132,15 +187,26 @@ class Shelf:
         Raises:
             StoreError: the directory cannot be written to.
         """
-        from safetensors.numpy import save
-
         contiguous = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
         sums = {key: _sum(array) for key, array in contiguous.items()}
-        said = {"name": json_text(name), "record": json_text(record), "sums": json_text(sums)}
+        size = sum(array.nbytes for array in contiguous.values())
+        self._added += 1
+        many = self._many or self._added > _MANY
+        if self._packs and many and size <= _SMALL and self.path(name).name not in self._own_files():
+            text = json_text({"record": record, "sums": sums}).encode()
+            return self._pack.add(name, text, b"".join(array.tobytes() for array in contiguous.values()))
+        return self._put_alone(name, contiguous, {"record": json_text(record), "sums": json_text(sums)})
+
+    def _put_alone(self, name: str, arrays: dict[str, np.ndarray], said: dict[str, str]) -> Version:
+        from safetensors.numpy import save
+
         lasting = time.monotonic() - self._synced > _SYNCED_EVERY
-        version = write(self.path(name), save(contiguous, signed(said)), lasting=lasting)
+        content = save(arrays, signed({"name": json_text(name), **said}))
+        version = write(self.path(name), content, lasting=lasting)
         if lasting:
             self._synced = time.monotonic()
+        if self._own is not None:
+            self._own.add(self.path(name).name)
         return version
 
     def record(self, name: str) -> dict[str, Any]:
@@ -161,6 +227,13 @@ class Shelf:
         return piece.arrays, piece.record
 
     def _piece(self, name: str, only: Sequence[str] | None) -> Piece:
+        if self._is_packed(name):
+            try:
+                return _piece_of(name, *self._pack.read(name), only, verify=self.verify)
+            except _DAMAGE as problem:
+                raise damaged(self.where(name), f"{name}: {str(problem) or type(problem).__name__}") from None
+        if self._pack.faults and self.path(name).name not in self._own_files():
+            raise damaged(self._pack.path, f"{name} is lost")
         piece = read_piece(self.path(name), only, verify=self.verify)
         if piece.signed and piece.name != name:
             raise damaged(self.path(name), "it is another record, renamed")
@@ -202,6 +275,48 @@ def read_piece(path: Path, only: Sequence[str] | None = None, *, verify: bool = 
         raise damaged(path, str(problem) or type(problem).__name__) from None
 
 
+def _piece_of(name: str, text: bytes, data: bytes, only: Sequence[str] | None, *, verify: bool) -> Piece:
+    """What a record of a pack holds.
+
+    Raises:
+        ValueError: an array does not fit its checksum.
+    """
+    said = _DECODER.decode(text.decode())
+    arrays: dict[str, np.ndarray] = {}
+    place = 0
+    for key, checksum in said["sums"].items():
+        kind, shape = checksum.split(":")[0].removesuffix(")").split("(")
+        sizes = [int(size) for size in shape.split(",") if size]
+        array = np.frombuffer(data, kind, math.prod(sizes), place).reshape(sizes)
+        place += array.nbytes
+        if only is None or key in only:
+            arrays[key] = array
+            if verify and _sum(array) != checksum:
+                raise ValueError(f"the checksum of {key} does not fit its numbers")
+    if not isinstance(said["record"], dict):
+        raise ValueError("it holds no record")
+    return Piece(name, arrays, said["record"], signed=True)
+
+
+def read_pack(path: Path, only: Sequence[str] | None = None) -> tuple[Iterator[tuple[str, Piece | None]], str]:
+    """Name and content of every record in a pack, None of a damaged one; and what is wrong with the rest, if it is.
+
+    Args:
+        path: the pack.
+        only: as for `read_piece`.
+    """
+    spots, fault = scan(path)
+
+    def pieces() -> Iterator[tuple[str, Piece | None]]:
+        for name, spot in spots.items():
+            try:
+                yield name, _piece_of(name, *read_spot(spot), only, verify=True)
+            except _DAMAGE:
+                yield name, None
+
+    return pieces(), fault
+
+
 def number_of(digits: str) -> int | float:
     """A whole number of JSON as int64 where that holds it, else as float64: numpy's functions know no other.
 
@@ -209,6 +324,9 @@ def number_of(digits: str) -> int | float:
     (-7, 1e+30)
     """
     return int(digits) if len(digits) < 19 else float(digits)
+
+
+_DECODER = json.JSONDecoder(parse_int=number_of)
 
 
 @dataclass(frozen=True)
@@ -234,7 +352,7 @@ def _opened_to_read(path: Path) -> Place:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
         raise FileNotFoundError("no such file")
-    if status.st_size > _SMALL:
+    if status.st_size > _AT_ONCE:
         return Place.of(path)
     with open(path, "rb", buffering=0) as file:
         return Place(_Held(file.read(), status.st_mtime_ns), str(path))
@@ -244,13 +362,6 @@ def _array(ref: TensorRef) -> np.ndarray:
     """The stored entries."""
     content = ref.file.read(ref.offset, ref.bytes_read)
     return np.frombuffer(content, _NUMPY[ref.dtype]).reshape(ref.stored)
-
-
-def damaged(path: Path, why: str) -> StoreError:
-    """What to say of a file that is not what was stored."""
-    return StoreError(
-        f"{path} is missing or damaged ({why}); the same run again computes it anew, and nothing else has to be"
-    )
 
 
 def sum_of(content: bytes) -> str:
@@ -294,123 +405,20 @@ def _file_name(name: str) -> str:
     return f"{quoted[:_KEPT]}{_SHORTENED}{digest}"
 
 
-def write(path: Path, content: bytes, *, lasting: bool = True) -> Version:
-    """Put a file in its place in one step.
-
-    Args:
-        path: its place; folders above it are made.
-        content: what it holds.
-        lasting: wait until it is on the disk.
-
-    Raises:
-        StoreError: it cannot be written; what was there before is as it was.
-    """
-    partial = f"{path.parent}/.{path.name[-100:]}.{_HOST}-{os.getpid()}.partial"
-    _sweep_once(path.parent)
-    try:
-        with _opened(partial) as file:
-            try:
-                file.write(content)
-                file.flush()
-                if lasting:
-                    os.fsync(file.fileno())
-                os.replace(partial, path)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(partial)
-                raise
-            return _version(os.fstat(file.fileno()))
-    except (OSError, ValueError) as problem:  # ValueError: a NUL in the path
-        full = isinstance(problem, OSError) and problem.errno in _FULL
-        why = problem.strerror if isinstance(problem, OSError) else str(problem)
-        raise StoreError(
-            f"{path} cannot be written ({why}); what was stored before is unharmed: "
-            f"{'make room' if full else 'let this user write there'} or choose {ANOTHER_PLACE}, "
-            "and run the same again to go on"
-        ) from None
-
-
-def _opened(partial: str) -> BinaryIO:
-    """A new file, in a folder that is made if it is not there."""
-    try:
-        return open(partial, "wb")
-    except FileNotFoundError:
-        os.makedirs(os.path.dirname(partial), exist_ok=True)
-        return open(partial, "wb")
-
-
-def _version(status: os.stat_result) -> Version:
-    return (status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-@contextmanager
-def alone(directory: Path) -> Iterator[None]:
-    """Hold a directory against other processes while what is in it is looked at and claimed; made where it is not.
-
-    Where the system has no such lock, or the file system none, nothing is held.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    descriptor = None
-    with suppress(OSError):
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def sweep(directory: Path) -> None:
-    """Remove the partial files that killed processes left: of this machine at once, of others when they are old."""
-    for folder in (directory, directory / "spectra", directory / "similarity"):
-        _sweep(folder)
-
-
-@cache
-def _sweep_once(folder: Path) -> None:
-    """The same of any folder that this process writes into: figures, pages and tables leave partial files, too."""
-    _sweep(folder)
-
-
-def _sweep(folder: Path) -> None:
-    with suppress(OSError):
-        for file in [folder / name for name in os.listdir(folder) if name.endswith(".partial")]:
-            if _is_abandoned(file):
-                file.unlink(missing_ok=True)
-
-
-def _is_abandoned(partial: Path) -> bool:
-    match = _PARTIAL.fullmatch(partial.name)
-    if not match:
-        return False  # another program's
-    if match[1] == _HOST:
-        try:
-            os.kill(int(match[2]), 0)
-        except ProcessLookupError:
-            return True
-        except (OSError, OverflowError):
-            return False  # another user's
-        return False
-    return time.time() - partial.stat().st_mtime > _ABANDONED
-
-
 def json_text(content: Any, indent: int | None = None) -> str:
     """Strict JSON, readable; half a surrogate pair is escaped, since no UTF-8 holds it.
 
     >>> json_text({"σ": float("nan"), "name": chr(0xD800)})
     '{"σ": null, "name": "\\\\ud800"}'
     """
-    text = json.dumps(strict(content), indent=indent, allow_nan=False, ensure_ascii=False)
+    try:
+        text = json.dumps(content, indent=indent, allow_nan=False, ensure_ascii=False)
+    except (ValueError, TypeError):
+        text = json.dumps(strict(content), indent=indent, allow_nan=False, ensure_ascii=False)
     return text if text.isascii() else re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """Numbers in names in numerical order, however many digits they have."""
     pieces = re.split(r"([0-9]+)", name)
     numbers = [piece.lstrip("0") for piece in pieces]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from spectra.errors import StoreError
 from spectra.results import run_file
-from spectra.results.shelf import Shelf, read_piece
+from spectra.results.shelf import Shelf, read_pack, read_piece
 from spectra.results.store import RUN, Store, nothing_stored, sum_of_table
+from spectra.results.writing import damaged
 
 State = Literal["sound", "damaged", "no checksum"]
 _PAIRS = "pairs"
@@ -83,6 +84,8 @@ def _pieces(store: Store) -> Iterator[Finding]:
     for shelf in (store.spectra, store.similarity):
         for file in sorted(shelf.files()):
             yield _piece(store, shelf, file)
+        for file in shelf.packs():
+            yield _pack(store, shelf, file)
 
 
 def _piece(store: Store, shelf: Shelf, file: Path) -> Finding:
@@ -92,10 +95,22 @@ def _piece(store: Store, shelf: Shelf, file: Path) -> Finding:
         name = piece.name if piece.signed else shelf.name_of(file) or ""
         if shelf.path(name) != file:
             return Finding(where, "damaged", "it is another record, renamed")
-        if shelf is store.spectra:
-            store.get(name)
-        else:
-            store.compared(name)
+        fault = store.fault_of(shelf, replace(piece, name=name))
     except StoreError as problem:
         return Finding(where, "damaged", str(problem))
+    if fault:
+        return Finding(where, "damaged", str(damaged(file, fault)))
     return Finding(where, "sound" if piece.signed else "no checksum")
+
+
+def _pack(store: Store, shelf: Shelf, file: Path) -> Finding:
+    """A pack, all of whose records have to be sound; the first that is not is named."""
+    where = f"{shelf.directory.name}/{file.name}"
+    pieces, fault = read_pack(file)
+    if fault:
+        return Finding(where, "damaged", fault)
+    for name, piece in pieces:
+        said = "the checksum of its arrays does not fit" if piece is None else store.fault_of(shelf, piece)
+        if said:
+            return Finding(where, "damaged", str(damaged(file, f"{name}: {said}")))
+    return Finding(where, "sound")

@@ -4,6 +4,7 @@
     DIR/summary.csv           one row per matrix
     DIR/spectra/NAME.safetensors     S in float64, and U and Vh where they were asked for
     DIR/similarity/NAME.safetensors  φ, chance and angles, for a comparison
+    DIR/spectra/small.pack, DIR/similarity/small.pack  the small ones together, in runs of many
 
 What is stored carries checksums; what does not fit them counts as not stored, is said, and is computed again.
 """
@@ -14,11 +15,13 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from spectra.errors import StoreError
 from spectra.files.choice import WEIGHT_SUFFIXES
@@ -26,19 +29,8 @@ from spectra.files.remote import is_url
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.results import measured, records, run_file, tables
 from spectra.results.partners import apart
-from spectra.results.shelf import (
-    ANOTHER_PLACE,
-    Piece,
-    Shelf,
-    Version,
-    alone,
-    damaged,
-    json_text,
-    read_piece,
-    sum_of,
-    sweep,
-    write,
-)
+from spectra.results.shelf import Piece, Shelf, json_text, natural, sum_of
+from spectra.results.writing import ANOTHER_PLACE, Version, alone, damaged, sweep, write
 from spectra.spectrum import Spectrum
 
 RUN = "run.json"
@@ -62,11 +54,11 @@ class Store:
 
     def __init__(self, directory: str | Path, *, verify: bool = True, notes: list[str] | None = None) -> None:
         self.directory = home_of(directory)
-        self.spectra = Shelf(self.directory / "spectra", verify)
-        self.similarity = Shelf(self.directory / "similarity", verify)
+        self.spectra = Shelf(self.directory / "spectra", verify, packs=True)
+        self.similarity = Shelf(self.directory / "similarity", verify, packs=True)
         self.notes: list[str] = [] if notes is None else notes
         self._claimed: Mapping[str, Any] | None = None
-        self._seen: dict[str, tuple[Version, tables.Row]] = {}
+        self._seen: dict[str, tuple[Version | bytes, tables.Row]] = {}
         self._wrote = False
 
     def run(self) -> dict[str, Any]:
@@ -97,9 +89,12 @@ class Store:
         Raises:
             StoreError: it holds the results of other inputs, or cannot be written to.
         """
+        for shelf in (self.spectra, self.similarity):
+            shelf.expect(len(keys))
         with alone(self.directory):
             sweep(self.directory)
             stored = self._stored_run(keys)
+            self.notes += [*self.spectra.faults(), *self.similarity.faults()]
             before = stored.get("inputs")
             wanted = json.loads(json_text(inputs))
             changed = run_file.differences(before, wanted) if before is not None else []
@@ -126,7 +121,8 @@ class Store:
         try:
             return self.run()
         except StoreError as problem:
-            stored = {str(piece.record.get("key")) for _, piece in self.pieces() if piece is not None}
+            pieces = [piece for shelf in (self.spectra, self.similarity) for piece in shelf.sound()]
+            stored = {str(piece.record.get("key")) for piece in pieces}
             if not stored <= set(keys):
                 raise StoreError(
                     f"{problem}; and not all that is stored there is of these inputs and matrices, so it cannot be "
@@ -135,14 +131,19 @@ class Store:
             self.notes.append(f"{self.directory / RUN} was damaged and is written anew")
             return {"damaged": str(problem)}
 
-    def pieces(self) -> Iterator[tuple[Path, Piece | None]]:
-        """Every stored file, and what it says; None where it is damaged."""
-        for shelf in (self.spectra, self.similarity):
-            for file in shelf.files():
-                try:
-                    yield file, read_piece(file, ())
-                except StoreError:
-                    yield file, None
+    def names(self) -> list[str]:
+        """The matrices whose spectra are stored; where a pack is damaged, also those of which it lost the names."""
+        there = self.spectra.names()
+        if not self.spectra.faults():
+            return there
+        return sorted({*there, *self._methods()}, key=natural)
+
+    def _methods(self) -> Mapping[str, str]:
+        """The method of every matrix that was there when the last run ended; nothing where that is not known."""
+        try:
+            return dict(self.run().get("methods", {}))
+        except StoreError:
+            return {}
 
     def stored(
         self, name: str, key: str, top: int | None, only_top: bool, precision: records.Precision = "float32"
@@ -181,7 +182,7 @@ class Store:
         try:
             return records.parse(self.spectra.record(name), name)
         except ValueError as problem:
-            raise damaged(self.spectra.path(name), str(problem)) from None
+            raise damaged(self.spectra.where(name), str(problem)) from None
 
     def put(self, spectrum: Spectrum, key: str = NO_KEY, precision: records.Precision = "float32") -> Spectrum:
         """Store one spectrum in its final place, with the vectors that are loaded, and give what will come back."""
@@ -208,17 +209,14 @@ class Store:
     def _read(self, name: str, vectors: bool = True) -> tuple[records.Header, Spectrum]:
         arrays, record = self.spectra.get(name, None if vectors else ("S",))
         try:
-            header = records.parse(record, name)
-            spectrum = header.with_arrays(arrays)
+            return _spectrum_of(name, arrays, record)
         except ValueError as problem:
-            raise damaged(self.spectra.path(name), str(problem)) from None
-        measured.remember(spectrum, record)
-        return header, spectrum
+            raise damaged(self.spectra.where(name), f"{name}: {problem}") from None
 
     def similarity_of(self, name: str, side: str, key: str, other: str = "") -> SubspaceSimilarity | None:
         """A stored comparison, of another weight where `other` is its name, if it was made from the same inputs."""
         label = _label(name, side, other)
-        if not self.similarity.path(label).exists():
+        if self.similarity.version(label) is None:
             return None
         try:
             similarity, made_from = self.compared(label)
@@ -250,12 +248,18 @@ class Store:
         """
         arrays, record = self.similarity.get(label)
         try:
-            found = records.parse_similarity(arrays, record)
-            if _label(found.name, found.side, found.other) != label:
-                raise ValueError("it is the record of another comparison")
-            return found, str(record.get("key"))
+            return _comparison_of(label, arrays, record), str(record.get("key"))
         except ValueError as problem:
-            raise damaged(self.similarity.path(label), str(problem)) from None
+            raise damaged(self.similarity.where(label), str(problem)) from None
+
+    def fault_of(self, shelf: Shelf, piece: Piece) -> str:
+        """What is wrong with a piece of one of the two shelves whose checksums fit; "" for nothing."""
+        try:
+            made = _spectrum_of if shelf is self.spectra else _comparison_of
+            made(piece.name, piece.arrays, piece.record)
+        except ValueError as problem:
+            return str(problem)
+        return ""
 
     def finish(self) -> None:
         """Write the tables from everything that is stored and sound, and the methods into `run.json`.
@@ -263,18 +267,30 @@ class Store:
         Raises:
             StoreError: what this run stored is not there any more, or the directory cannot be written to.
         """
-        rows = list(self._sound(self.spectra, self._row))
+        rows = list(self._sound(self.names(), self._row))
         gone = self._seen.keys() - {row["name"] for row in rows}
         if gone:
             raise StoreError(
                 f"{len(gone)} of the {len(self._seen)} results that this run stored in {self.directory} are not there "
                 f"any more, {min(gone)} for one: run the same again, with nobody else at work in that directory"
             )
-        compared = list(self._sound(self.similarity, lambda name: tables.similarity_row(self.compared(name)[0])))
+        labels = self.similarity.names()
+        compared = list(self._sound(labels, lambda label: tables.similarity_row(self.compared(label)[0])))
+        self._seal()
         sums = {
             name: self._write_table(name, lines) for name, lines in ((SUMMARY, rows), (COMPARED, compared)) if lines
         }
         self._close(sums, {line["name"]: line["method"] for line in rows})
+
+    def _seal(self) -> None:
+        """Bring packs in order, if there are any."""
+        with alone(self.directory):
+            for shelf in (self.spectra, self.similarity):
+                try:
+                    shelf.seal()
+                except StoreError:
+                    if self._wrote:
+                        raise
 
     def _row(self, name: str) -> tables.Row:
         """A stored result's row in the table; what this run stored or read is not read again while its file is that."""
@@ -307,9 +323,9 @@ class Store:
             write(self.directory / name, content)
         return sum_of(content)
 
-    def _sound(self, shelf: Shelf, row: Callable[[str], tables.Row]) -> Iterator[tables.Row]:
+    def _sound(self, names: Iterable[str], row: Callable[[str], tables.Row]) -> Iterator[tables.Row]:
         """A row for every record that is whole; the others are said."""
-        for name in shelf.names():
+        for name in names:
             try:
                 yield row(name)
             except StoreError as problem:
@@ -322,6 +338,23 @@ def sum_of_table(path: Path) -> str | None:
         return sum_of(path.read_bytes()) if path.is_file() else None
     except OSError:
         return None
+
+
+def _spectrum_of(
+    name: str, arrays: Mapping[str, np.ndarray], record: dict[str, Any]
+) -> tuple[records.Header, Spectrum]:
+    """What a record and its arrays say, with the metrics stored beside them; a ValueError tells what is wrong."""
+    header = records.parse(record, name)
+    spectrum = header.with_arrays(arrays)
+    measured.remember(spectrum, record)
+    return header, spectrum
+
+
+def _comparison_of(label: str, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> SubspaceSimilarity:
+    found = records.parse_similarity(arrays, record)
+    if _label(found.name, found.side, found.other) != label:
+        raise ValueError("it is the record of another comparison")
+    return found
 
 
 def _label(name: str, side: str, other: str) -> str:

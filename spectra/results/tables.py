@@ -269,13 +269,14 @@ def to_csv(rows: list[Row]) -> str:
     """Rows as CSV text, names as they are printed; empty cells for None and NaN."""
     buffer = io.StringIO()
     if rows:
-        writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: _blank(value) for key, value in line.items()} for line in rows)
+        columns = list(rows[0])
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([_blank(line.get(column)) for column in columns] for line in rows)
     return buffer.getvalue()
 
 
 def _blank(value: Any) -> Any:
-    if isinstance(value, str):
-        return printed(value)
-    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value
+    if isinstance(value, float):  # most are
+        return "" if math.isnan(value) else value
+    return "" if value is None else printed(value) if isinstance(value, str) else value

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from support.checkpoints import llama_tensors, nudged, write_checkpoint
 from support.command_line import lora_folder
 
@@ -35,6 +36,7 @@ COMMANDS = {
     "svd": Command("svd {a} --base {base} --top 3 --out out --no-figures"),
     "svd-figures": Command("svd {a} --base {base} --out out"),
     "svd-workers": Command("svd {a} --base {base} --top 2 --out out --no-figures --workers 2"),
+    "svd-many": Command("svd {many} --base {experts} --out out --no-figures"),
     "svd-lora": Command("svd {lora} --top 3 --out out --no-figures"),
     "similarity": Command("similarity {a} {b} --base {base} --top 4 --side both --out out --no-figures"),
     "similarity-figures": Command("similarity {lora} {other} --top 4 --out out"),
@@ -64,6 +66,8 @@ class Bench:
     def __post_init__(self) -> None:
         base = llama_tensors()
         models = {"base": base} | {name: nudged(base, seed=seed) for seed, name in enumerate("abc", 1)}
+        experts = {f"layers.0.experts.{i}.v_proj.weight": torch.full((4, 3), float(i)) for i in range(300)}
+        models |= {"experts": experts, "many": nudged(experts, seed=4)}
         self.inputs = {name: self.shelf / "models" / name for name in (*models, "lora", "other")}
         for name, tensors in models.items():
             if not self.inputs[name].exists():

@@ -15,7 +15,7 @@ from campaign.commands import OUT, TIME, OfCommands, spectra_command
 from spectra.errors import StoreError
 from spectra.results.store import Store
 
-KINDS = ("svd", "svd-lora", "similarity", "similarity-many", "series", "alignment")
+KINDS = ("svd", "svd-many", "svd-lora", "similarity", "similarity-many", "series", "alignment")
 _SIGNED = ("run.json", "summary.csv", "similarity.csv")
 
 
@@ -54,7 +54,7 @@ class Flips(OfCommands):
 
 def is_signed(path: Path) -> bool:
     """Whether the file carries a checksum, or its run.json has it."""
-    return path.is_file() and (path.suffix == ".safetensors" or path.name in _SIGNED)
+    return path.is_file() and (path.suffix in (".safetensors", ".pack") or path.name in _SIGNED)
 
 
 def is_a_result(path: Path) -> bool:

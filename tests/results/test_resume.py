@@ -16,7 +16,7 @@ from support.spectra_kinds import slow_deltas
 import spectra
 from spectra.deltas.source import Source
 from spectra.errors import StoreError
-from spectra.results import shelf
+from spectra.results import writing
 
 TESTS = Path(__file__).resolve().parents[1]
 COUNT = 12
@@ -98,7 +98,7 @@ def test_a_disk_that_fills_up_ends_in_one_message_and_loses_nothing(tmp_path, mo
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replace(partial, path)
 
-    monkeypatch.setattr(shelf.os, "replace", full)
+    monkeypatch.setattr(writing.os, "replace", full)
     with pytest.raises(StoreError, match="No space left on device") as raised:
         list(spectra.decompose(_source(), device="cpu", out=tmp_path / "run"))
     assert "run the same again" in str(raised.value)

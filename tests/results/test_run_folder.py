@@ -15,7 +15,7 @@ from support.checkpoints import llama_tensors, nudged, write_checkpoint
 import spectra
 from spectra.cli.main import main
 from spectra.errors import StoreError
-from spectra.results import shelf
+from spectra.results import writing
 from spectra.results.store import Store
 
 
@@ -109,7 +109,7 @@ def nothing_can_be_written(monkeypatch):
         raise PermissionError(30, "Read-only file system")
 
     def forbid():
-        monkeypatch.setattr(shelf.os, "replace", refused)
+        monkeypatch.setattr(writing.os, "replace", refused)
 
     return forbid
 
@@ -133,8 +133,8 @@ def test_partial_files_of_killed_runs_are_removed_and_those_of_living_ones_kept(
     (out / "spectra").mkdir(parents=True)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    orphan = out / "spectra" / f".a.safetensors.{shelf._HOST}-{dead.pid}.partial"
-    own = out / "spectra" / f".b.safetensors.{shelf._HOST}-{os.getpid()}.partial"
+    orphan = out / "spectra" / f".a.safetensors.{writing.HOST}-{dead.pid}.partial"
+    own = out / "spectra" / f".b.safetensors.{writing.HOST}-{os.getpid()}.partial"
     far = out / "spectra" / ".c.safetensors.elsewhere-1.partial"
     for path in (orphan, own, far):
         path.write_bytes(b"half")
@@ -148,11 +148,11 @@ def test_partial_files_of_killed_runs_are_removed_and_those_of_living_ones_kept(
 def test_partial_files_beside_a_figure_or_a_page_are_removed_and_those_of_other_programs_kept(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    orphan, stranger = tmp_path / f".depth.csv.{shelf._HOST}-{dead.pid}.partial", tmp_path / "film.mp4.partial"
+    orphan, stranger = tmp_path / f".depth.csv.{writing.HOST}-{dead.pid}.partial", tmp_path / "film.mp4.partial"
     for path in (orphan, stranger):
         path.write_bytes(b"half")
         os.utime(path, (0, 0))
-    shelf.write(tmp_path / "page.html", b"whole")
+    writing.write(tmp_path / "page.html", b"whole")
     assert [path.exists() for path in (orphan, stranger)] == [False, True]
 
 

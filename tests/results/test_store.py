@@ -14,7 +14,7 @@ from support.spectra_kinds import same_spectrum
 import spectra
 from spectra.deltas.delta import WeightDelta
 from spectra.errors import StoreError
-from spectra.results import records, shelf
+from spectra.results import records, shelf, writing
 from spectra.results.store import Store
 from spectra.spectrum import Spectrum
 
@@ -156,7 +156,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shelf.os, "replace", full)
+    monkeypatch.setattr(writing.os, "replace", full)
     with pytest.raises(StoreError, match=r"cannot be written \(No space left on device\)"):
         spectra.save([Spectrum("w", (1, 1), S=[2.0])], tmp_path / "run")
     monkeypatch.undo()
@@ -185,7 +185,7 @@ def test_many_small_results_are_not_read_again_for_the_table_unless_they_are_oth
 
 def test_of_results_that_come_quickly_few_wait_for_the_disk_and_the_slow_ones_all_do(tmp_path, source, monkeypatch):
     waited = []
-    monkeypatch.setattr(shelf.os, "fsync", waited.append)
+    monkeypatch.setattr(writing.os, "fsync", waited.append)
     list(spectra.decompose(source, out=tmp_path / "quick"))
     quick = len(waited)
     monkeypatch.setattr(shelf, "_SYNCED_EVERY", -1.0)

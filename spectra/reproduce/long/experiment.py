@@ -22,7 +22,7 @@ from spectra.reproduce.long.page import tables
 from spectra.reproduce.long.plan import LongPlan, LongRun
 from spectra.reproduce.long.train import PROGRESS, base_run, refuse_other_plan, run_folder, train_base, train_run
 from spectra.reproduce.train import DONE
-from spectra.results.shelf import write
+from spectra.results.writing import write
 
 Say = Callable[[str], None]
 PROCESSES = 2

@@ -16,7 +16,7 @@ from spectra.reproduce.long.pairs import compare_runs, run_pairs
 from spectra.reproduce.long.plan import START, LongPlan, LongRun
 from spectra.reproduce.long.sequences import TASKS
 from spectra.reproduce.long.train import losses_of
-from spectra.results.shelf import write
+from spectra.results.writing import write
 
 if TYPE_CHECKING:
     import pandas as pd

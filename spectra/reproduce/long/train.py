@@ -29,7 +29,7 @@ from spectra.reproduce.long.sequences import (
 )
 from spectra.reproduce.methods import Method, attach, causal, save
 from spectra.reproduce.train import CHECKPOINT, CLIP, DONE, WARM_UP, keep, read_finished, resume
-from spectra.results.shelf import write
+from spectra.results.writing import write
 
 KEEP_EVERY = 30.0  # seconds between points to resume from
 _SHOW_EVERY = 5.0  # seconds between notes of how far the run is
