@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from support import reading
 
 import spectra
 from spectra.deltas.delta import WeightDelta
@@ -265,7 +266,7 @@ def test_displaying_reads_no_tensor(source, monkeypatch):
     from spectra.files.tensors import TensorRef
 
     monkeypatch.setattr(TensorRef, "read_real", lambda *_: pytest.fail("a tensor was read"))
-    monkeypatch.setattr(WeightDelta, "read", lambda *_: pytest.fail("an update was read"))
+    reading.refuse(monkeypatch)
     for thing in (source, source.coverage, *source.deltas):
         assert repr(thing)
         shown(thing)

@@ -34,8 +34,8 @@ def update_cosines(updates: Sequence[LowRank]) -> list[list[float]]:
 
     Example:
         >>> eye = torch.eye(2, dtype=torch.float64)
-        >>> update_cosines([LowRank(eye, eye), LowRank(2 * eye[:, :1], -eye[:1])])[0]
-        [1.0, -0.7071067811865475]
+        >>> update_cosines([LowRank(eye, eye), LowRank(2 * eye[:, :1], -eye[:1])])[0][1]  # -1/√2
+        -0.70710678...
     """
     inner = [[float(((s.left.mT @ t.left) * (s.right @ t.right.mT)).sum()) for t in updates] for s in updates]
     return _cosines(torch.tensor(inner, dtype=torch.float64))

@@ -86,6 +86,8 @@ def draw_tables(
         StoreError: a table is damaged.
     """
     drawn: list[Drawn] = []
+    store = Store(directory)
+    directory = store.directory  # which is a place that can be
     style = replace(style, title=": ".join(filter(None, [style.title, label])))
     end = f"-{file_name(label)}" if label else ""
     for table, draw in _DRAWERS.items():
@@ -97,7 +99,7 @@ def draw_tables(
                 drawn.append(Drawn((), (f"no figure of {directory / table}: {problem}",)))
     if is_series(directory):
         drawn.append(_draw_series(directory, Path(target), layers, end, style))
-    if Store(directory).run().get("pairs"):
+    if store.run().get("pairs"):
         drawn.append(_draw_pairs(directory, Path(target), layers, sides, end, style))
     if not drawn:
         return None

@@ -6,6 +6,7 @@ import csv
 
 import numpy as np
 import pytest
+from support import reading
 from support.command_line import lora_folder, run, table, titles
 
 import spectra
@@ -28,7 +29,7 @@ def test_plot_redraws_and_overlays_without_computing(llama, monkeypatch):
         name = tuned.split("/")[-1]
         lora_folder(llama / f"lora-{name}", seed=3)
         run("svd", "--tuned", f"lora-{name}", "--out", f"run-{name}", "--no-figures")
-    monkeypatch.setattr(spectra.deltas.delta.WeightDelta, "read", None)
+    reading.refuse(monkeypatch)
     out, _ = run("plot", "run-ckpt", "--per-layer")
     assert out.split() == [f"run-ckpt/histogram.{kind}" for kind in ("png", "pdf", "csv")]
     out, _ = run("plot", "run-ckpt", "run-llama-7b", "--label", "a", "--label", "b", "--out", "both")

@@ -7,6 +7,7 @@ import csv
 import numpy as np
 import pytest
 import torch
+from support import reading
 from support.checkpoints import llama_tensors, nudged, write_adapter, write_checkpoint
 from support.command_line import lora_folder, run, strict, table, titles
 
@@ -40,7 +41,7 @@ def test_similarity_resumes_and_is_never_replaced_by_less(llama, monkeypatch):
     arguments = ["similarity", "ckpt", "other", "--base", "llama-7b", "--out", "sim", "--no-figures"]
     first, _ = run(*arguments, "--layer", "v_proj", "--top", 5)
     with monkeypatch.context() as patch:
-        patch.setattr(spectra.deltas.delta.WeightDelta, "read", None)
+        reading.refuse(patch)
         assert run(*arguments, "--layer", "v_proj", "--top", 5)[0] == first
     _, err = run(*arguments, "--layer", "v_proj", "--top", 2, status=1)
     assert "different: top" in err

@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import pytest
+from support import reading
 from support.checkpoints import llama_tensors, nudged, write_checkpoint
 from support.command_line import lora_folder, run
 
 import spectra
 from spectra.deltas.base import BaseWeight
-from spectra.deltas.delta import WeightDelta
 
 PAIR = ("--base", "llama-7b", "--tuned", "ckpt")
 
@@ -23,13 +23,14 @@ def stopping(*given, **named):
 
 def stop_at_the_fifth(patch):
     """Ctrl-C while the fifth matrix is read."""
-    read, reads = WeightDelta.read, []
+    reads = []
 
-    def stop(self, device="cpu"):
-        reads.append(self.name)
-        return stopping() if len(reads) == 5 else read(self, device)
+    def stop(delta):
+        reads.append(delta.name)
+        if len(reads) == 5:
+            stopping()
 
-    patch.setattr(WeightDelta, "read", stop)
+    reading.watch(patch, stop)
 
 
 @pytest.fixture

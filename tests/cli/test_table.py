@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import reading
 from support.checkpoints import llama_tensors, nudged, write_adapter, write_checkpoint
 from support.command_line import lora_folder, run
 
@@ -159,7 +160,7 @@ def test_columns_sort_and_all(llama):
 
 @pytest.mark.parametrize("command", ["svd", "alignment"])
 def test_a_column_that_is_not_there_is_refused_before_anything_is_computed(llama, monkeypatch, command):
-    monkeypatch.setattr(spectra.deltas.delta.WeightDelta, "read", None)
+    reading.refuse(monkeypatch)
     assert "'nrm' is no column (--columns, --sort): " in run(command, *PAIR, "--columns", "nrm", status=2)[1]
     assert "'rol' is no column" in run(command, *PAIR, "--sort", "rol", status=2)[1]
 

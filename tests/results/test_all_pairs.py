@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from support import reading
 from support.checkpoints import llama_tensors, nudged, write_checkpoint
 from support.command_line import lora_folder, run, strict, table
 
@@ -24,10 +25,7 @@ LABELS = "abcd"
 def reads(monkeypatch):
     """How often each matrix of each file is read from now on."""
     seen = Counter()
-    read = WeightDelta.read
-    monkeypatch.setattr(
-        WeightDelta, "read", lambda self, device="cpu": seen.update([self.refs[0]]) or read(self, device)
-    )
+    reading.watch(monkeypatch, lambda delta: seen.update([delta.refs[0]]))
     return seen
 
 

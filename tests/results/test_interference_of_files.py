@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import reading
 from support.command_line import lora_folder, run, strict, table
 
 import spectra
@@ -100,8 +101,7 @@ def test_workers_and_an_executor_give_the_same_rows_in_order(folders):
 def test_what_is_left_waiting_when_the_rows_are_given_up_is_not_computed(folders, monkeypatch):
     deltas = [[WeightDelta.from_tensor(f"layers.{i}.w", torch.eye(3) * scale) for i in range(20)] for scale in (1, 2)]
     seen = []
-    read = WeightDelta.read
-    monkeypatch.setattr(WeightDelta, "read", lambda self, device="cpu": seen.append(self.name) or read(self, device))
+    reading.watch(monkeypatch, lambda delta: seen.append(delta.name))
     with thread_executor(1) as executor:
         rows = interference_rows(deltas, executor=executor)
         assert next(rows)["name"] == "layers.0.w"

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from support import reading
 from support.checkpoints import llama_tensors, nudged, write_checkpoint
 from support.spectra_kinds import same_spectrum
 
@@ -22,13 +23,7 @@ from spectra.spectrum import Spectrum
 def computed(monkeypatch):
     """Names of the deltas that are read from now on."""
     names = []
-    read = WeightDelta.read
-
-    def watched(self, device="cpu"):
-        names.append(self.name)
-        return read(self, device)
-
-    monkeypatch.setattr(WeightDelta, "read", watched)
+    reading.watch(monkeypatch, lambda delta: names.append(delta.name))
     return names
 
 

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from support import reading
 from support.checkpoints import llama_tensors, nudged, write_checkpoint
 from support.command_line import lora_folder, run
 from support.spectra_kinds import SlowMatrix, same_spectrum, slow_deltas
@@ -23,8 +24,7 @@ NAME = "model.layers.0.self_attn.v_proj.weight"
 def reads(monkeypatch):
     """Names of the deltas that are read from now on."""
     names = []
-    read = WeightDelta.read
-    monkeypatch.setattr(WeightDelta, "read", lambda self, device="cpu": names.append(self.name) or read(self, device))
+    reading.watch(monkeypatch, lambda delta: names.append(delta.name))
     return names
 
 
@@ -168,7 +168,7 @@ def test_matrices_of_one_update_only_are_told(source, other):
 
 def test_comparing_goes_on_where_the_command_stopped(tmp_path, source, other, monkeypatch):
     first = similar(source, other, top=4, out=tmp_path / "sim")
-    monkeypatch.setattr(WeightDelta, "read", None)
+    reading.refuse(monkeypatch)
     again = similar(source, other, top=4, out=tmp_path / "sim")
     assert {key: item.phi for key, item in again.items()} == {key: item.phi for key, item in first.items()}
     run("similarity", tmp_path / "tuned", tmp_path / "other", "--base", tmp_path / "base", "--top", 4, "--no-figures",
