@@ -20,12 +20,15 @@ from campaign.case import Case, HarmError
 from campaign.commands import OUT, TIME, OfCommands, spectra_command
 from spectra.errors import SpectraError, StoreError
 from spectra.results import run_file, shelf
+from spectra.results.pack import PACK, Pack
 
 _NESTED = [[[]], {"a": {"b": [1]}}, [None], "\x1b]0;x\x07", "\u202ex", "x" * 5000, 10**30, -(10**30), 1e-320]
 _ARRAYS = [
     np.zeros(0), np.zeros((3, 3)), np.full(4, np.nan), np.array([np.inf, 1.0]), np.arange(5), np.ones(3, np.float16),
     -np.ones(2), np.array(1.0), np.zeros((2, 0)), np.ones(3, np.uint8), np.array([1.0, 2.0, 3.0]),
 ]  # fmt: skip
+_SUMS = ["float64(-1):0", "object(3):0", "float64(9999999999999):0", "(", "float64(3)", "<U3(2):x", ":", 7]
+_HOLE = 2**36  # bytes, of which hardly any are there
 _READING = (
     "inspect out --verify",
     "plot out --format png",
@@ -43,7 +46,7 @@ class Stores(OfCommands):
     memory = 2 * 2**30
 
     def kinds(self) -> tuple[str, ...]:
-        return ("svd", "similarity", "similarity-many", "series")
+        return ("svd", "svd-many", "similarity", "similarity-many", "series")
 
     def run(self, case: Case, home: Path) -> str:
         rng = case.rng
@@ -93,7 +96,8 @@ def _one_line(problem: SpectraError) -> None:
 def forge(out: Path, rng: random.Random) -> str:
     """Change one file so that its checksums fit; says what."""
     # Not the pipes and links that an earlier forgery put there: reading those waits for ever.
-    records = sorted(path for path in out.rglob("*.safetensors") if path.is_file() and not path.is_symlink())
+    files = [path for path in out.rglob("*.safetensors") if path.is_file() and not path.is_symlink()]
+    records = sorted(path for path in files if path.stat().st_size < _HOLE)
     runs = sorted(out.rglob("run.json"))
     what = rng.choice(["record", "record", "record", "array", "array", "run", "run", "file", "table"])
     if what == "run":
@@ -106,8 +110,11 @@ def forge(out: Path, rng: random.Random) -> str:
             rng.choice([b"", b"name\n", b"\xff\xfe", b"name,S\n" + b"x," * 10_000, path.read_bytes()[:-40]])
         )
         return path.name
-    path = rng.choice(records)
-    if what == "file":
+    packs = sorted(path for path in out.rglob(PACK) if path.is_file() and not path.is_symlink())
+    if packs and what != "file":
+        return _forge_packed(rng.choice(packs), rng)
+    path = rng.choice(packs or records or runs)
+    if what == "file" or not records:
         return _odd_file(path, rng)
     with safe_open(path, framework="np") as file:
         arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -132,6 +139,25 @@ def forge(out: Path, rng: random.Random) -> str:
     said.pop("checksum")
     save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, path, shelf.signed(said))
     return f"{path.name}: {changed}"
+
+
+def _forge_packed(path: Path, rng: random.Random) -> str:
+    """A record of a pack that says something else, or a new one; sealed or added."""
+    pack = Pack(path.parent)
+    name = rng.choice([*sorted(pack.spots), "more", "../x", "\udcff"])
+    text, data = pack.read(name) if name in pack.spots else (b'{"record": {}, "sums": {}}', b"")
+    said = json.loads(text)
+    where = rng.choice([said, *(part for part in said.values() if isinstance(part, dict))])
+    key, value = rng.choice([*where, "more"]), rng.choice([*ODD, *_NESTED, *_SUMS])
+    if rng.random() < 0.2:
+        where.pop(key, None)
+    else:
+        where[key] = value
+    changed = rng.choice([json.dumps(said).encode(), json.dumps(said).encode(), b"", b"[]", b"\xff", b"{" * 2000])
+    pack.add(name, changed, rng.choice([data, data, b"", data[:-3], data * 50]))
+    if rng.random() < 0.5:
+        pack.seal(sorted(pack.spots))
+    return f"{path.name}, {name!r}: {key} = {value!r}"[:200]
 
 
 def _change(path: Path, content: dict[str, Any], rng: random.Random) -> str:
@@ -172,5 +198,5 @@ def _odd_file(path: Path, rng: random.Random) -> str:
         os.mkfifo(path)
     elif what == "big":
         path.write_bytes(content)
-        os.truncate(path, 2**36)  # a hole
+        os.truncate(path, _HOLE)
     return f"{what} for {path.name}"
