@@ -16,6 +16,7 @@ from spectra.deltas.at_work import Account, AtWork, at_work, watched
 from spectra.printing import printed
 
 _EVERY = 1.0  # seconds
+_AT_ONCE = 0.05  # seconds within which nobody reads more than one thing
 _LONG = 3e11  # operations: about ten seconds, of which a quarter of a second may go into measuring the pace
 _AT_START = "measuring this machine's pace"
 _LONGEST = 40  # characters of a matrix's name
@@ -47,7 +48,7 @@ class Progress:
         self._total, self._done = total, 0
         self._kept, self._otherwise, self._parts = kept, otherwise, parts
         self._start, self._before = time.monotonic(), _received()
-        self._count, self._latest = 0, self._start
+        self._count, self._latest, self._told = 0, self._start, -_AT_ONCE
         self._bar = _bar(total, what)
         self._over = threading.Event()
         self._account: Account | None = None
@@ -70,7 +71,10 @@ class Progress:
     def update(self) -> None:
         """One more is done."""
         self._done += 1
-        self._tell()
+        now = time.monotonic()
+        if not self._bar.disable and (now - self._told > _AT_ONCE or self._done == self._total):
+            self._told = now
+            self._tell()
         self._bar.update()
 
     def _tell(self) -> None:
