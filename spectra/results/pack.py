@@ -18,11 +18,11 @@ import stat
 import struct
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from spectra.results.writing import HOST, damaged, is_left, not_written, write
 
@@ -31,6 +31,8 @@ _LOG = re.compile(r"small\.([A-Za-z0-9]*)-(\d+)-\d+\.log")
 _MARK, _END = b"\x93spectr1", b"\x93spectr."
 _HEAD = struct.Struct("<8s3I16s")
 _MOST = 2**22  # bytes of a record; a length beyond is damage
+_BLOCK = 2**12  # bytes that are searched for a mark at once
+_TRIED = 16  # times a file's size, and as much as a record's, is read where there are marks and no records
 _SYNCED_EVERY = 1.0  # seconds
 _LOOKED_AT = 256  # MiB
 
@@ -131,24 +133,25 @@ class Pack:
             self.look_again()
         raise damaged(self.path, f"{name} is not in it as it was stored")
 
-    def seal(self, names: Sequence[str]) -> None:
+    def seal(self, order: Callable[[str], Any]) -> None:
         """Make one pack of all records, and remove the logs that nobody writes to any more.
 
         Whoever calls it keeps other processes from doing the same at once.
 
         Args:
-            names: in which order.
+            order: the sort key of their names.
 
         Raises:
             StoreError: it cannot be written; what was there before is as it was.
         """
         mine = self._log.path if self._log else None
         done = [file for file in self.files() if file == mine or _is_left(file)]
+        self.look_again()  # only now: whoever is gone adds no more
         if done or self.faults:
             for file in {self.path, *done}:
                 _read_through(file)  # what cannot be read now may be sound, and must not be replaced
-            if names:
-                write(self.path, _packed([(name, self.spots[name]) for name in names]))
+            if self.spots:
+                write(self.path, _packed([(name, self.spots[name]) for name in sorted(self.spots, key=order)]))
             self._log = None
             for file in done:
                 file.unlink(missing_ok=True)
@@ -219,13 +222,15 @@ def scan(path: Path) -> tuple[dict[str, Spot], str]:
     try:
         with _opened(path) as file:
             size = os.fstat(file.fileno()).st_size
-            place = 0
+            most = _MOST + _TRIED * size
+            place = spent = 0
             while place < size:
-                mark, spot, name = _record_at(file, path, place, size)
+                mark, spot, name, tried = _record_at(file, path, place, size)
                 if spot is None or ended:
+                    spent += _BLOCK + tried
                     following = _next_mark(file, place + 1)
                     gaps += bool(following) or path.name == PACK
-                    if not following:
+                    if not following or spent > most:
                         break
                     place = following
                     continue
@@ -244,28 +249,36 @@ def scan(path: Path) -> tuple[dict[str, Spot], str]:
     return spots, ""
 
 
-def _record_at(file: BinaryIO, path: Path, place: int, size: int) -> tuple[bytes, Spot | None, bytes]:
-    """The mark, spot and name of the record or the end at a place; None for the spot where there is no sound one."""
+def _record_at(file: BinaryIO, path: Path, place: int, size: int) -> tuple[bytes, Spot | None, bytes, int]:
+    """The mark, spot and name of the record or the end at a place, and the bytes that were read to see it.
+
+    None for the spot where there is no sound one.
+    """
     file.seek(place)
     head = file.read(_HEAD.size)
     if len(head) < _HEAD.size or head[: len(_MARK)] not in (_MARK, _END):
-        return b"", None, b""
+        return b"", None, b"", len(head)
     mark, *sizes, digest = _HEAD.unpack(head)
     spot = Spot(path, place, (sizes[0], sizes[1], sizes[2]), digest)
     if spot.size > min(_MOST, size - place):
-        return mark, None, b""
+        return mark, None, b"", len(head)
     said = file.read(sizes[0] + sizes[1])
     if _digest(spot.lengths, said) != digest:
-        return mark, None, b""
-    return mark, spot, said[: sizes[0]]
+        return mark, None, b"", len(head) + len(said)
+    return mark, spot, said[: sizes[0]], len(head) + len(said)
 
 
 def _next_mark(file: BinaryIO, start: int) -> int:
     """Where the next record or end may begin; 0 where none does within a record's length."""
-    file.seek(start)
-    block = file.read(_MOST)
-    places = [place for place in (block.find(_MARK), block.find(_END)) if place >= 0]
-    return start + min(places) if places else 0
+    for place in range(start, start + _MOST, _BLOCK):  # no more than it takes: marks may stand close together
+        file.seek(place)
+        block = file.read(_BLOCK + len(_MARK) - 1)  # a mark may lie across two blocks
+        places = [found for found in (block.find(_MARK), block.find(_END)) if found >= 0]
+        if places:
+            return place + min(places)
+        if len(block) < _BLOCK:
+            break
+    return 0
 
 
 def _packed(records: Sequence[tuple[str, Spot]]) -> Iterator[bytes]:

@@ -164,8 +164,7 @@ class Shelf:
         Raises:
             StoreError: it cannot be written; what was there before is as it was.
         """
-        self._pack.look_again()
-        self._pack.seal(sorted(self._pack.spots, key=natural))
+        self._pack.seal(natural)
 
     def name_of(self, file: Path) -> str | None:
         """The name of the record in its own file; None where no record is kept under such a name, or the file alone

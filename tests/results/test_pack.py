@@ -408,3 +408,66 @@ def test_what_the_version_before_packs_stored_is_read_checked_and_added_to(tmp_p
     }
     assert len(spectra.load(tmp_path / "run")) == 4
     assert {item.state for item in spectra.check_results(tmp_path / "run")} == {"sound"}
+
+
+@pytest.mark.parametrize("claimed", [(0, 0, 0), (4, 2**19, 4)])
+def test_marks_without_records_take_a_time_that_grows_as_the_file_does(tmp_path, monkeypatch, claimed):
+    # Each mark was followed by a search through four MiB, or by a checksum of as much: half an hour for some MiB.
+    read = 0
+    opened = pack._opened
+
+    class Counting:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *problem):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def read(self, size):
+            nonlocal read
+            content = self.file.read(size)
+            read += len(content)
+            return content
+
+    monkeypatch.setattr(pack, "_opened", lambda path: Counting(opened(path)))
+    head = pack._MARK if not any(claimed) else pack._HEAD.pack(pack._MARK, *claimed, 16 * b"x")
+    file = tmp_path / pack.PACK
+    file.write_bytes(head * (2**20 // len(head)))
+    spots, fault = pack.scan(file)
+    assert not spots
+    assert "0 of its records are sound" in fault
+    assert read < 2 * (pack._MOST + pack._TRIED * file.stat().st_size)
+
+
+def test_a_mark_across_two_searched_blocks_is_found(tmp_path, packed):
+    for gap in range(pack._BLOCK - 10, pack._BLOCK + 3):
+        folder = tmp_path / str(gap)
+        spectra.save(made(), folder)
+        file = folder / PACK
+        file.write_bytes(bytes(gap) + file.read_bytes())
+        assert len(pack.scan(file)[0]) == 5
+
+
+def test_what_another_process_adds_before_it_is_killed_is_kept_by_whoever_seals_meanwhile(tmp_path, monkeypatch):
+    # Its records were listed while it was at work, and its file removed once it was gone.
+    other = pack.Pack(tmp_path)
+    other.add("first", b"{}", b"")
+    log = other._log.path
+    mine = pack.Pack(tmp_path)
+    assert set(mine.spots) == {"first"}
+
+    def killed(file):
+        if file == log and "second" not in other.spots:
+            other.add("second", b"{}", b"")
+        return file == log
+
+    monkeypatch.setattr(pack, "_is_left", killed)
+    mine.seal(str)
+    assert not log.exists()
+    assert set(pack.Pack(tmp_path).spots) == {"first", "second"}
