@@ -19,7 +19,12 @@ ANOTHER_PLACE = "another directory (out=, --out)"
 HOST = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:32]
 _ABANDONED = 3600  # seconds after which a partial file of another machine is nobody's
 _PARTIAL = re.compile(r"\..*\.([A-Za-z0-9]*)-(\d+)\.partial", re.DOTALL)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CURES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
+    errno.ENAMETOOLONG: "shorten the path",
+}
 Version = tuple[int, int, int]  # a file's number, size and time: another one after each writing
 
 
@@ -62,11 +67,11 @@ def write(path: Path, content: bytes | Iterable[bytes], *, lasting: bool = True)
 
 def not_written(path: Path, problem: OSError | ValueError) -> StoreError:
     """What to do where the disk refuses."""
-    full = isinstance(problem, OSError) and problem.errno in _FULL
+    cure = _CURES.get(getattr(problem, "errno", None) or 0, "let this user write there")
     why = problem.strerror if isinstance(problem, OSError) else str(problem)
     return StoreError(
         f"{path} cannot be written ({why}); what was stored before is unharmed: "
-        f"{'make room' if full else 'let this user write there'} or choose {ANOTHER_PLACE}, "
+        f"{cure} or choose {ANOTHER_PLACE}, "
         "and run the same again to go on"
     )
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,3 +189,11 @@ def test_of_results_that_come_quickly_few_wait_for_the_disk_and_the_slow_ones_al
     monkeypatch.setattr(shelf, "_SYNCED_EVERY", -1.0)
     list(spectra.decompose(source, out=tmp_path / "slow"))
     assert len(waited) - quick == len(source) + 3 > quick  # run.json twice, and the table
+
+
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [(errno.ENOSPC, "make room"), (errno.EFBIG, "ulimit -f"), (errno.ENAMETOOLONG, "shorten"), (errno.EACCES, "user")],
+)
+def test_a_disk_that_refuses_is_answered_by_what_helps(number, cure):
+    assert cure in str(writing.not_written(Path("out/run.json"), OSError(number, os.strerror(number))))
