@@ -24,7 +24,7 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from spectra.results.writing import HOST, damaged, is_left, not_written, write
+from spectra.results.writing import HOST, damaged, is_left, not_written, version_of, write
 
 PACK = "small.pack"
 _LOG = re.compile(r"small\.([A-Za-z0-9]*)-(\d+)-\d+\.log")
@@ -33,6 +33,8 @@ _HEAD = struct.Struct("<8s3I16s")
 _MOST = 2**22  # bytes of a record; a length beyond is damage
 _SYNCED_EVERY = 1.0  # seconds
 _LOOKED_AT = 256  # MiB
+_SETTLES = 2 * 10**9  # nanoseconds: file systems tell times of writing apart by this at worst
+_MOST_KNOWN = 2
 
 
 class Spot(NamedTuple):
@@ -98,7 +100,7 @@ class Pack:
             spots: dict[str, Spot] = {}
             faults: list[str] = []
             for file in self.files():
-                found, fault = scan(file)
+                found, fault = _scanned(file)
                 spots.update(found)
                 faults += [fault] * bool(fault)
             self._scanned = spots, faults
@@ -131,6 +133,15 @@ class Pack:
             self.look_again()
         raise damaged(self.path, f"{name} is not in it as it was stored")
 
+    def is_open(self) -> bool:
+        """Whether sealing would change anything."""
+        return bool(self._done() or self.faults)
+
+    def _done(self) -> list[Path]:
+        """The logs to which nobody adds any more once this process has done."""
+        mine = self._log.path if self._log else None
+        return [file for file in self.files() if file == mine or _is_left(file)]
+
     def seal(self, names: Sequence[str]) -> None:
         """Make one pack of all records, and remove the logs that nobody writes to any more.
 
@@ -142,8 +153,7 @@ class Pack:
         Raises:
             StoreError: it cannot be written; what was there before is as it was.
         """
-        mine = self._log.path if self._log else None
-        done = [file for file in self.files() if file == mine or _is_left(file)]
+        done = self._done()
         if done or self.faults:
             for file in {self.path, *done}:
                 _read_through(file)  # what cannot be read now may be sound, and must not be replaced
@@ -206,6 +216,28 @@ def _begun(directory: Path) -> tuple[Path, int]:
         except (OSError, ValueError) as problem:  # ValueError: a NUL in the path
             raise not_written(path, problem) from None
     raise AssertionError
+
+
+_KNOWN: dict[Path, tuple[tuple[int, ...], dict[str, Spot], str]] = {}  # what packs held that nobody has written to since
+
+
+def _scanned(path: Path) -> tuple[dict[str, Spot], str]:
+    """As `scan`; a pack that is as it was before is not read again, unless it was written just then."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return scan(path)
+    version = *version_of(status), status.st_ctime_ns
+    if path in _KNOWN and _KNOWN[path][0] == version:
+        return _KNOWN[path][1:]
+    _KNOWN.pop(path, None)
+    settled = time.time_ns() - max(version[2:]) > _SETTLES  # else what is written next may have the same time
+    found = scan(path)
+    if settled and path.name == PACK and not found[1]:
+        while len(_KNOWN) >= _MOST_KNOWN:
+            del _KNOWN[next(iter(_KNOWN))]
+        _KNOWN[path] = version, *found
+    return found
 
 
 def scan(path: Path) -> tuple[dict[str, Spot], str]:

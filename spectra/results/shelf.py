@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -113,7 +114,8 @@ class Shelf:
 
     def _is_packed(self, name: str) -> bool:
         """Whether it is in a pack, as far as is known, and has no file of its own."""
-        return name in self._pack.spots and self.path(name).name not in self._own_files()
+        own = self._own_files()
+        return name in self._pack.spots and (not own or self.path(name).name not in own)
 
     def _own_files(self) -> set[str]:
         if self._own is None:
@@ -165,7 +167,8 @@ class Shelf:
             StoreError: it cannot be written; what was there before is as it was.
         """
         self._pack.look_again()
-        self._pack.seal(sorted(self._pack.spots, key=natural))
+        if self._pack.is_open():
+            self._pack.seal(sorted(self._pack.spots, key=natural))
 
     def name_of(self, file: Path) -> str | None:
         """The name of the record in its own file; None where no record is kept under such a name, or the file alone
@@ -418,6 +421,7 @@ def json_text(content: Any, indent: int | None = None) -> str:
     return text if text.isascii() else re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
+@lru_cache(2**15)  # names are put in order several times in a run
 def natural(name: str) -> list[tuple[int, str]]:
     """Numbers in names in numerical order, however many digits they have."""
     pieces = re.split(r"([0-9]+)", name)

@@ -272,8 +272,20 @@ def to_csv(rows: list[Row]) -> str:
         columns = list(rows[0])
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows([_blank(line.get(column)) for column in columns] for line in rows)
+        cells = [_blanks([line.get(column) for line in rows]) for column in columns]
+        writer.writerows(zip(*cells, strict=True))
     return buffer.getvalue()
+
+
+def _blanks(column: list[Any]) -> list[Any]:
+    """A column's values as its cells; of thousands of equal texts one is looked through."""
+    kinds = set(map(type, column))
+    if kinds <= {float}:
+        return ["" if value != value else value for value in column]
+    if kinds <= {str}:
+        cells = {text: printed(text) for text in set(column)}
+        return [cells[text] for text in column]
+    return [*map(_blank, column)]
 
 
 def _blank(value: Any) -> Any:
