@@ -218,7 +218,9 @@ def _begun(directory: Path) -> tuple[Path, int]:
     raise AssertionError
 
 
-_KNOWN: dict[Path, tuple[tuple[int, ...], dict[str, Spot], str]] = {}  # what packs held that nobody has written to since
+_KNOWN: dict[
+    Path, tuple[tuple[int, ...], dict[str, Spot], str]
+] = {}  # what packs held that nobody has written to since
 
 
 def _scanned(path: Path) -> tuple[dict[str, Spot], str]:

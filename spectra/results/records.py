@@ -34,6 +34,7 @@ class Header:
         k: how many vectors of each side are.
         key: the fingerprint of what it was made from.
         precision: of the vectors that are stored; what an older version stored is float64.
+        measured_by: which code made the metrics beside it; "" where there are none.
     """
 
     blank: Spectrum
@@ -41,6 +42,7 @@ class Header:
     k: int
     key: str
     precision: Precision = "float64"
+    measured_by: str = ""
 
     def holds(self, key: str, top: int | None, only_top: bool, precision: Precision = "float32") -> bool:
         """Whether this is a final result for this key that holds at least what is asked for."""
@@ -106,7 +108,8 @@ def parse(record: Mapping[str, Any], name: str) -> Header:
     if known.get("resolution", 0.0) is None:  # strict JSON has no infinity
         known["resolution"] = math.inf
     precision: Precision = record.get("vectors", "float64")
-    return Header(Spectrum(**known), record["values"], record["k"], record["key"], precision)
+    by = record.get("measured_by", "")
+    return Header(Spectrum(**known), record["values"], record["k"], record["key"], precision, str(by))
 
 
 def similarity_record(similarity: SubspaceSimilarity, key: str) -> dict[str, Any]:

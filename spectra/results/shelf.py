@@ -93,7 +93,7 @@ class Shelf:
 
     def version(self, name: str) -> Version | bytes | None:
         """What changes when the record is written again; None where there is none."""
-        if self._is_packed(name):
+        if self.is_packed(name):
             return self._pack.spots[name].digest
         try:
             return version_of(os.stat(self.path(name)))
@@ -110,9 +110,9 @@ class Shelf:
 
     def where(self, name: str) -> Path:
         """The file that the record is in."""
-        return self._pack.spots[name].file if self._is_packed(name) else self.path(name)
+        return self._pack.spots[name].file if self.is_packed(name) else self.path(name)
 
-    def _is_packed(self, name: str) -> bool:
+    def is_packed(self, name: str) -> bool:
         """Whether it is in a pack, as far as is known, and has no file of its own."""
         own = self._own_files()
         return name in self._pack.spots and (not own or self.path(name).name not in own)
@@ -200,6 +200,20 @@ class Shelf:
             return self._pack.add(name, text, b"".join(array.tobytes() for array in contiguous.values()))
         return self._put_alone(name, contiguous, {"record": json_text(record), "sums": json_text(sums)})
 
+    def amend(self, name: str, said: Mapping[str, Any]) -> bytes:
+        """Store a record of a pack again with these entries, its arrays as they are, and say which it is.
+
+        Raises:
+            StoreError: it is damaged, or the directory cannot be written to.
+        """
+        text, data = self._pack.read(name)
+        try:
+            stored = _DECODER.decode(text.decode())
+            stored["record"] |= said
+        except _DAMAGE as problem:
+            raise damaged(self.where(name), f"{name}: {str(problem) or type(problem).__name__}") from None
+        return self._pack.add(name, json_text(stored).encode(), data)
+
     def _put_alone(self, name: str, arrays: dict[str, np.ndarray], said: dict[str, str]) -> Version:
         from safetensors.numpy import save
 
@@ -230,7 +244,7 @@ class Shelf:
         return piece.arrays, piece.record
 
     def _piece(self, name: str, only: Sequence[str] | None) -> Piece:
-        if self._is_packed(name):
+        if self.is_packed(name):
             try:
                 return _piece_of(name, *self._pack.read(name), only, verify=self.verify)
             except _DAMAGE as problem:

@@ -15,6 +15,7 @@ import numpy as np
 from spectra import naming
 from spectra.errors import SelectionError, TruncatedSpectrumError, refuse_path_for_spectra
 from spectra.metrics import METRICS
+from spectra.metrics.signal import OfSignal, is_all_signal
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.printing import printed
 from spectra.results.similarities import Compared, pool_by_role
@@ -67,9 +68,23 @@ def without_vectors(spectrum: Spectrum) -> Spectrum:
 
 def _measured(spectrum: Spectrum, metrics: Metrics) -> Row:
     usual, exponent = _of_usual_size(spectrum)
-    columns = {name: _value(metric, usual) for name, metric in metrics.items()}
+    columns = _values(metrics, usual)
     if exponent:
         columns |= {name: math.ldexp(columns[name], exponent) for name in _SIZES if name in columns}
+    return columns
+
+
+def _values(metrics: Metrics, spectrum: Spectrum) -> Row:
+    """Each metric's value; where all is signal, those of the signal are the plain ones and not measured again."""
+    if not is_all_signal(spectrum):
+        return {name: _value(metric, spectrum) for name, metric in metrics.items()}
+    found: dict[Callable[[Spectrum], float], float] = {}
+    columns: Row = {}
+    for name, metric in metrics.items():
+        plain = metric.plain if isinstance(metric, OfSignal) else metric
+        if plain not in found:
+            found[plain] = _value(plain, spectrum)
+        columns[name] = found[plain]
     return columns
 
 
@@ -272,8 +287,7 @@ def to_csv(rows: list[Row]) -> str:
         columns = list(rows[0])
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(columns)
-        cells = [_blanks([line.get(column) for line in rows]) for column in columns]
-        writer.writerows(zip(*cells, strict=True))
+        writer.writerows(zip(*(_blanks([line.get(column) for line in rows]) for column in columns), strict=True))
     return buffer.getvalue()
 
 
