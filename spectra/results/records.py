@@ -156,7 +156,8 @@ def _shape(value: Any) -> bool:
 
 _NEEDED = ("name", "shape", "status", "values", "k", "key")
 # JSON gives exact types: for most fields one look tells, which counts where there are thousands of records.
-_TEXT, _MAYBE_REAL = frozenset({str}), frozenset({int, float, type(None)})
+_TEXT: frozenset[type] = frozenset({str})
+_MAYBE_REAL: frozenset[type] = frozenset({int, float, type(None)})
 _TYPES: dict[str, frozenset[type]] = {
     **dict.fromkeys(("name", "key", "rounding", "method", "reason", "note"), _TEXT),
     **dict.fromkeys(("norm", "noise_edge", "noise_energy", "base_norm", "base_cosine"), _MAYBE_REAL),
