@@ -143,6 +143,8 @@ class Spectrum:
     @property
     def signal_rank(self) -> int:
         """The number of resolved singular values above the storage-rounding edge, where one is known."""
+        if not self.noise_edge and self.resolution >= 0:
+            return self.rank
         return int((self.resolved > (self.noise_edge or 0.0)).sum())
 
     def gap(self, k: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -35,12 +35,17 @@ def signal(spectrum: Spectrum) -> Spectrum:
     Reference: Benaych-Georges & Nadakuditi 2012; Gavish & Donoho 2017, "Optimal shrinkage of singular values".
     """
     edge = spectrum.noise_edge
-    if edge is None or not len(spectrum.S):
+    if edge is None or is_all_signal(spectrum):
         return spectrum
     found = _FOUND.get(spectrum)
     if found is None:
         found = _FOUND[spectrum] = _above(edge, spectrum)
     return found
+
+
+def is_all_signal(spectrum: Spectrum) -> bool:
+    """Whether `signal` gives it back as it is: no edge is known, or there are no values."""
+    return spectrum.noise_edge is None or not len(spectrum.S)
 
 
 def _above(edge: float, spectrum: Spectrum) -> Spectrum:
@@ -61,7 +66,22 @@ def _above(edge: float, spectrum: Spectrum) -> Spectrum:
     )
 
 
-def of_signal(metric: Callable[[Spectrum], float]) -> Callable[[Spectrum], float]:
+@dataclass(frozen=True, eq=False)
+class OfSignal:
+    """A metric of the signal alone.
+
+    Attributes:
+        plain: the same of the whole update, which it equals where all is signal.
+    """
+
+    plain: Callable[[Spectrum], float]
+
+    def __call__(self, spectrum: Spectrum) -> float:
+        """The metric's value."""
+        return self.plain(signal(spectrum))
+
+
+def of_signal(metric: Callable[[Spectrum], float]) -> OfSignal:
     """A metric of the signal alone, from one of the whole update.
 
     Example:
@@ -69,4 +89,4 @@ def of_signal(metric: Callable[[Spectrum], float]) -> Callable[[Spectrum], float
         >>> rank(Spectrum("a", (2, 2), S=[4.0, 0.5], noise_edge=1.0))
         1.0
     """
-    return lambda spectrum: metric(signal(spectrum))
+    return OfSignal(metric)

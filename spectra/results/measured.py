@@ -32,10 +32,9 @@ def remember(spectrum: Spectrum, record: dict[str, Any]) -> None:
     if record.get("measured_by") != code():
         return
     values = record.get("measured")
-    if isinstance(values, list) and len(values) == len(METRICS):
+    if isinstance(values, list) and len(values) == len(METRICS) and set(map(type, values)) <= {float, type(None)}:
         known = [math.nan if value is None else value for value in values]
-        if all(isinstance(value, float) for value in known):
-            tables.remember(spectrum, dict(zip(METRICS, known, strict=True)))
+        tables.remember(spectrum, dict(zip(METRICS, known, strict=True)))
 
 
 @cache

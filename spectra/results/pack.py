@@ -24,7 +24,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from spectra.results.writing import HOST, damaged, is_left, not_written, write
+from spectra.results.writing import HOST, damaged, is_left, not_written, version_of, write
 
 PACK = "small.pack"
 _LOG = re.compile(r"small\.([A-Za-z0-9]*)-(\d+)-\d+\.log")
@@ -35,6 +35,8 @@ _BLOCK = 2**12  # bytes that are searched for a mark at once
 _TRIED = 16  # times a file's size, and as much as a record's, is read where there are marks and no records
 _SYNCED_EVERY = 1.0  # seconds
 _LOOKED_AT = 256  # MiB
+_SETTLES = 2 * 10**9  # nanoseconds: file systems tell times of writing apart by this at worst
+_MOST_KNOWN = 2
 
 
 class Spot(NamedTuple):
@@ -100,7 +102,7 @@ class Pack:
             spots: dict[str, Spot] = {}
             faults: list[str] = []
             for file in self.files():
-                found, fault = scan(file)
+                found, fault = _scanned(file)
                 spots.update(found)
                 faults += [fault] * bool(fault)
             self._scanned = spots, faults
@@ -133,6 +135,15 @@ class Pack:
             self.look_again()
         raise damaged(self.path, f"{name} is not in it as it was stored")
 
+    def is_open(self) -> bool:
+        """Whether sealing would change anything."""
+        return bool(self._done() or self.faults)
+
+    def _done(self) -> list[Path]:
+        """The logs to which nobody adds any more once this process has done."""
+        mine = self._log.path if self._log else None
+        return [file for file in self.files() if file == mine or _is_left(file)]
+
     def seal(self, order: Callable[[str], Any]) -> None:
         """Make one pack of all records, and remove the logs that nobody writes to any more.
 
@@ -144,8 +155,7 @@ class Pack:
         Raises:
             StoreError: it cannot be written; what was there before is as it was.
         """
-        mine = self._log.path if self._log else None
-        done = [file for file in self.files() if file == mine or _is_left(file)]
+        done = self._done()
         self.look_again()  # only now: whoever is gone adds no more
         if done or self.faults:
             for file in {self.path, *done}:
@@ -209,6 +219,30 @@ def _begun(directory: Path) -> tuple[Path, int]:
         except (OSError, ValueError) as problem:  # ValueError: a NUL in the path
             raise not_written(path, problem) from None
     raise AssertionError
+
+
+_KNOWN: dict[
+    Path, tuple[tuple[int, ...], dict[str, Spot], str]
+] = {}  # what packs held that nobody has written to since
+
+
+def _scanned(path: Path) -> tuple[dict[str, Spot], str]:
+    """As `scan`; a pack that is as it was before is not read again, unless it was written just then."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return scan(path)
+    version = *version_of(status), status.st_ctime_ns
+    if path in _KNOWN and _KNOWN[path][0] == version:
+        return _KNOWN[path][1:]
+    _KNOWN.pop(path, None)
+    settled = time.time_ns() - max(version[2:]) > _SETTLES  # else what is written next may have the same time
+    found = scan(path)
+    if settled and path.name == PACK and not found[1]:
+        while len(_KNOWN) >= _MOST_KNOWN:
+            del _KNOWN[next(iter(_KNOWN))]
+        _KNOWN[path] = version, *found
+    return found
 
 
 def scan(path: Path) -> tuple[dict[str, Spot], str]:

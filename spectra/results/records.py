@@ -34,6 +34,7 @@ class Header:
         k: how many vectors of each side are.
         key: the fingerprint of what it was made from.
         precision: of the vectors that are stored; what an older version stored is float64.
+        measured_by: which code made the metrics beside it; "" where there are none.
     """
 
     blank: Spectrum
@@ -41,6 +42,7 @@ class Header:
     k: int
     key: str
     precision: Precision = "float64"
+    measured_by: str = ""
 
     def holds(self, key: str, top: int | None, only_top: bool, precision: Precision = "float32") -> bool:
         """Whether this is a final result for this key that holds at least what is asked for."""
@@ -92,9 +94,10 @@ def parse(record: Mapping[str, Any], name: str) -> Header:
     missing = [key for key in _NEEDED if key not in record]
     if missing:
         raise ValueError(f"its record lacks {', '.join(missing)}")
-    for key, fits in _KINDS.items():
-        if key in record and not fits(record[key]):
-            raise ValueError(f"its record's {key} is {str(record[key])[:40]!r}")
+    strange = [key for key, types in _TYPES.items() if key in record and type(record[key]) not in types]
+    strange += [key for key, fits in _KINDS.items() if key in record and not fits(record[key])]
+    if strange:
+        raise ValueError(f"its record's {strange[0]} is {str(record[strange[0]])[:40]!r}")
     if record["k"] > min(record["shape"], default=0):
         raise ValueError(f"its record says {record['k']} vectors, more than the matrix has")
     if record["name"] != name:
@@ -105,7 +108,8 @@ def parse(record: Mapping[str, Any], name: str) -> Header:
     if known.get("resolution", 0.0) is None:  # strict JSON has no infinity
         known["resolution"] = math.inf
     precision: Precision = record.get("vectors", "float64")
-    return Header(Spectrum(**known), record["values"], record["k"], record["key"], precision)
+    by = record.get("measured_by", "")
+    return Header(Spectrum(**known), record["values"], record["k"], record["key"], precision, str(by))
 
 
 def similarity_record(similarity: SubspaceSimilarity, key: str) -> dict[str, Any]:
@@ -138,10 +142,6 @@ def _real(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _maybe_real(value: Any) -> bool:
-    return value is None or _real(value)
-
-
 def _count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**62
 
@@ -155,27 +155,22 @@ def _shape(value: Any) -> bool:
 
 
 _NEEDED = ("name", "shape", "status", "values", "k", "key")
+# JSON gives exact types: for most fields one look tells, which counts where there are thousands of records.
+_TEXT: frozenset[type] = frozenset({str})
+_MAYBE_REAL: frozenset[type] = frozenset({int, float, type(None)})
+_TYPES: dict[str, frozenset[type]] = {
+    **dict.fromkeys(("name", "key", "rounding", "method", "reason", "note"), _TEXT),
+    **dict.fromkeys(("norm", "noise_edge", "noise_energy", "base_norm", "base_cosine"), _MAYBE_REAL),
+    **dict.fromkeys(("unchanged", "resolution"), _MAYBE_REAL),
+    "base_rounding": frozenset({bool}),
+}
 _KINDS: dict[str, Callable[[Any], bool]] = {
-    "name": _text,
     "shape": _shape,
     "status": lambda value: value in STATUSES,
     "values": _count,
     "k": _count,
-    "key": _text,
     "vectors": lambda value: value in PRECISIONS,
-    "norm": _maybe_real,
     "max_rank": lambda value: value is None or _count(value),
-    "noise_edge": _maybe_real,
-    "noise_energy": _maybe_real,
-    "rounding": _text,
-    "base_rounding": lambda value: isinstance(value, bool),
-    "method": _text,
-    "reason": _text,
-    "note": _text,
-    "base_norm": _maybe_real,
-    "base_cosine": _maybe_real,
-    "unchanged": _maybe_real,
-    "resolution": _maybe_real,
     "moved": lambda value: value is None or (isinstance(value, list) and len(value) == 3 and all(map(_real, value))),
 }
 _COMPARED_KINDS: dict[str, Callable[[Any], bool]] = {
@@ -184,6 +179,6 @@ _COMPARED_KINDS: dict[str, Callable[[Any], bool]] = {
     "k_used": _count,
     "note": _text,
     "other": _text,
-    "gap": _maybe_real,
+    "gap": lambda value: value is None or _real(value),
     "key": _text,
 }

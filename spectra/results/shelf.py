@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -92,7 +93,7 @@ class Shelf:
 
     def version(self, name: str) -> Version | bytes | None:
         """What changes when the record is written again; None where there is none."""
-        if self._is_packed(name):
+        if self.is_packed(name):
             return self._pack.spots[name].digest
         try:
             return version_of(os.stat(self.path(name)))
@@ -109,11 +110,12 @@ class Shelf:
 
     def where(self, name: str) -> Path:
         """The file that the record is in."""
-        return self._pack.spots[name].file if self._is_packed(name) else self.path(name)
+        return self._pack.spots[name].file if self.is_packed(name) else self.path(name)
 
-    def _is_packed(self, name: str) -> bool:
+    def is_packed(self, name: str) -> bool:
         """Whether it is in a pack, as far as is known, and has no file of its own."""
-        return name in self._pack.spots and self.path(name).name not in self._own_files()
+        own = self._own_files()
+        return name in self._pack.spots and (not own or self.path(name).name not in own)
 
     def _own_files(self) -> set[str]:
         if self._own is None:
@@ -164,7 +166,9 @@ class Shelf:
         Raises:
             StoreError: it cannot be written; what was there before is as it was.
         """
-        self._pack.seal(natural)
+        self._pack.look_again()
+        if self._pack.is_open():
+            self._pack.seal(natural)
 
     def name_of(self, file: Path) -> str | None:
         """The name of the record in its own file; None where no record is kept under such a name, or the file alone
@@ -196,6 +200,20 @@ class Shelf:
             return self._pack.add(name, text, b"".join(array.tobytes() for array in contiguous.values()))
         return self._put_alone(name, contiguous, {"record": json_text(record), "sums": json_text(sums)})
 
+    def amend(self, name: str, said: Mapping[str, Any]) -> bytes:
+        """Store a record of a pack again with these entries, its arrays as they are, and say which it is.
+
+        Raises:
+            StoreError: it is damaged, or the directory cannot be written to.
+        """
+        text, data = self._pack.read(name)
+        try:
+            stored = _DECODER.decode(text.decode())
+            stored["record"] |= said
+        except _DAMAGE as problem:
+            raise damaged(self.where(name), f"{name}: {str(problem) or type(problem).__name__}") from None
+        return self._pack.add(name, json_text(stored).encode(), data)
+
     def _put_alone(self, name: str, arrays: dict[str, np.ndarray], said: dict[str, str]) -> Version:
         from safetensors.numpy import save
 
@@ -226,7 +244,7 @@ class Shelf:
         return piece.arrays, piece.record
 
     def _piece(self, name: str, only: Sequence[str] | None) -> Piece:
-        if self._is_packed(name):
+        if self.is_packed(name):
             try:
                 return _piece_of(name, *self._pack.read(name), only, verify=self.verify)
             except _DAMAGE as problem:
@@ -417,6 +435,7 @@ def json_text(content: Any, indent: int | None = None) -> str:
     return text if text.isascii() else re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
+@lru_cache(2**15)  # names are put in order several times in a run
 def natural(name: str) -> list[tuple[int, str]]:
     """Numbers in names in numerical order, however many digits they have."""
     pieces = re.split(r"([0-9]+)", name)

@@ -60,6 +60,7 @@ class Store:
         self._claimed: Mapping[str, Any] | None = None
         self._seen: dict[str, tuple[Version | bytes, tables.Row]] = {}
         self._wrote = False
+        self._refused = False
 
     def run(self) -> dict[str, Any]:
         """What `run.json` says, or {}.
@@ -159,8 +160,24 @@ class Store:
             return None
         if not header.holds(key, top, only_top, precision):
             return None
+        if header.measured_by != measured.code():
+            version = self._measured_anew(spectrum) or version
         self._seen[name] = version, tables.row(spectrum)
         return spectrum
+
+    def _measured_anew(self, spectrum: Spectrum) -> bytes | None:
+        """Store the metrics of today's code with a small result, and give its new version.
+
+        None where it has a file of its own, which is not worth writing again, or nothing can be written.
+        """
+        said = measured.record_of(spectrum)
+        if not said or self._refused or not self.spectra.is_packed(spectrum.name):
+            return None
+        try:
+            return self.spectra.amend(spectrum.name, said)
+        except StoreError:
+            self._refused = True  # these are all there, and can be read as they are
+            return None
 
     def kept(self, name: str) -> tuple[int, int, records.Precision]:
         """How many values and vectors are stored for a matrix, and those how; none if that is missing or damaged."""

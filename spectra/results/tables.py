@@ -15,6 +15,7 @@ import numpy as np
 from spectra import naming
 from spectra.errors import SelectionError, TruncatedSpectrumError, refuse_path_for_spectra
 from spectra.metrics import METRICS
+from spectra.metrics.signal import OfSignal, is_all_signal
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.printing import printed
 from spectra.results.similarities import Compared, pool_by_role
@@ -67,9 +68,23 @@ def without_vectors(spectrum: Spectrum) -> Spectrum:
 
 def _measured(spectrum: Spectrum, metrics: Metrics) -> Row:
     usual, exponent = _of_usual_size(spectrum)
-    columns = {name: _value(metric, usual) for name, metric in metrics.items()}
+    columns = _values(metrics, usual)
     if exponent:
         columns |= {name: math.ldexp(columns[name], exponent) for name in _SIZES if name in columns}
+    return columns
+
+
+def _values(metrics: Metrics, spectrum: Spectrum) -> Row:
+    """Each metric's value; where all is signal, those of the signal are the plain ones and not measured again."""
+    if not is_all_signal(spectrum):
+        return {name: _value(metric, spectrum) for name, metric in metrics.items()}
+    found: dict[Callable[[Spectrum], float], float] = {}
+    columns: Row = {}
+    for name, metric in metrics.items():
+        plain = metric.plain if isinstance(metric, OfSignal) else metric
+        if plain not in found:
+            found[plain] = _value(plain, spectrum)
+        columns[name] = found[plain]
     return columns
 
 
@@ -272,8 +287,19 @@ def to_csv(rows: list[Row]) -> str:
         columns = list(rows[0])
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows([_blank(line.get(column)) for column in columns] for line in rows)
+        writer.writerows(zip(*(_blanks([line.get(column) for line in rows]) for column in columns), strict=True))
     return buffer.getvalue()
+
+
+def _blanks(column: list[Any]) -> list[Any]:
+    """A column's values as its cells; of thousands of equal texts one is looked through."""
+    kinds = set(map(type, column))
+    if kinds <= {float}:
+        return ["" if value != value else value for value in column]
+    if kinds <= {str}:
+        cells = {text: printed(text) for text in set(column)}
+        return [cells[text] for text in column]
+    return [*map(_blank, column)]
 
 
 def _blank(value: Any) -> Any:

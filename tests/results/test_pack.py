@@ -19,7 +19,7 @@ from support.spectra_kinds import same_spectrum
 
 import spectra
 from spectra.errors import StoreError
-from spectra.results import pack, shelf, writing
+from spectra.results import measured, pack, shelf, tables, writing
 from spectra.results.store import Store
 from spectra.spectrum import Spectrum
 
@@ -302,6 +302,62 @@ def test_a_finished_run_is_read_where_nothing_can_be_written(tmp_path, source, p
     assert len(stream.reused) == len(source) == len(again)
     with pytest.raises(StoreError, match="Read-only file system"):
         run(tmp_path / "run", source, top=2)
+
+
+def test_metrics_of_other_code_are_measured_once_and_kept(tmp_path, source, packed, monkeypatch):
+    run(tmp_path / "run", source, top=2)
+    before, frame = contents(tmp_path / "run"), spectra.load(tmp_path / "run").to_frame()
+    usual, asked = tables._measured, []
+    monkeypatch.setattr(tables, "_measured", lambda *given: asked.append(given) or usual(*given))
+    monkeypatch.setattr(measured, "code", lambda: "another")
+    again, stream = run(tmp_path / "run", source, top=2)
+    assert len(asked) == len(stream.reused) == len(source)
+    after = contents(tmp_path / "run")
+    assert set(after) == set(before)
+    assert after["summary.csv"] == before["summary.csv"]
+    assert {item.state for item in spectra.check_results(tmp_path / "run")} == {"sound"}
+    asked.clear()
+    run(tmp_path / "run", source, top=2)
+    assert contents(tmp_path / "run") == after
+    assert spectra.load(tmp_path / "run").to_frame().equals(frame)
+    assert not asked
+    for name, spectrum in again.items():
+        same_spectrum(spectra.load(tmp_path / "run")[name], spectrum)
+
+
+def test_metrics_of_other_code_need_no_room(tmp_path, source, packed, monkeypatch):
+    run(tmp_path / "run", source)
+    before, calls = contents(tmp_path / "run"), []
+
+    def full(*given):
+        calls.append(given)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(measured, "code", lambda: "another")
+    monkeypatch.setattr(pack.os, "write", full)
+    again, stream = run(tmp_path / "run", source)
+    assert len(stream.reused) == len(again) == len(source)
+    assert len(calls) == 1
+    held = {name: content for name, content in contents(tmp_path / "run").items() if not name.endswith(".log")}
+    assert held == before
+
+
+def test_a_pack_is_read_again_whenever_it_was_written_to(tmp_path, packed, monkeypatch):
+    spectra.save(made(3), tmp_path)
+    path = tmp_path / PACK
+    long_ago = time.time() - 3600
+    os.utime(path, (long_ago, long_ago))
+    first = pack._scanned(path)
+    assert pack._scanned(path)[0] is not first[0]  # its time was changed just now
+    monkeypatch.setattr(pack, "_SETTLES", 0)
+    time.sleep(0.05)
+    first = pack._scanned(path)
+    assert pack._scanned(path)[0] is first[0]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, (long_ago, long_ago))  # of the same size and time
+    assert pack._scanned(path)[1] != ""
 
 
 def test_a_pack_that_cannot_be_read_for_now_is_not_replaced(tmp_path, packed, monkeypatch):

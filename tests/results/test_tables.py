@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 import spectra
-from spectra.errors import SelectionError
+from spectra.errors import SelectionError, TruncatedSpectrumError
 from spectra.metrics import METRICS
+from spectra.metrics.signal import of_signal
 from spectra.metrics.similarity import SubspaceSimilarity, pool
 from spectra.results.similarities import NotCompared
-from spectra.results.tables import role_rows, row, without_vectors
+from spectra.results.tables import role_rows, row, to_csv, without_vectors
 from spectra.spectrum import Spectrum
 
 rng = np.random.default_rng(5)
@@ -121,3 +122,40 @@ def test_what_was_measured_is_not_measured_again_for_fewer_columns_or_without_ve
     assert row(bare, metrics) == row(spectrum, metrics) == whole
     assert calls == ["first", "second"]
     assert without_vectors(bare) is bare
+
+
+@pytest.mark.parametrize("edge", [None, 0.3, 5.0])
+def test_every_metric_of_a_row_is_the_function_of_that_name(edge):
+    some = [
+        Spectrum("a", (9, 7), S=np.sort(rng.random(7))[::-1], base_norm=3.0, noise_edge=edge, noise_energy=0.1),
+        Spectrum("b", (9, 7), S=[2.0, 1.0], max_rank=2, resolution=0.5, noise_edge=edge),
+        Spectrum("c", (9, 7), S=[0.7, 0.1], norm=0.8, noise_edge=edge),
+        Spectrum("d", (9, 7), "unchanged", S=np.zeros(7), noise_edge=edge),
+        Spectrum("e", (9, 7), norm=1.0, max_rank=0, noise_edge=edge),
+    ]
+    for spectrum in some:
+        for name, metric in METRICS.items():
+            try:
+                wanted = metric(spectrum)
+            except TruncatedSpectrumError:
+                wanted = np.nan
+            assert np.array_equal(row(spectrum)[name], wanted, equal_nan=True), (spectrum.name, name)
+
+
+def test_where_all_is_signal_nothing_is_measured_twice():
+    calls = []
+    plain = lambda it: calls.append(it) or 1.5  # noqa: E731
+    metrics = {"mine": plain, "signal_mine": of_signal(plain)}
+    assert row(Spectrum("a", (2, 2), S=[2.0, 1.0]), metrics)["signal_mine"] == 1.5
+    assert len(calls) == 1
+    row(Spectrum("a", (2, 2), S=[2.0, 1.0], noise_edge=1.5, noise_energy=0.1), metrics)
+    assert [len(it.S) for it in calls] == [2, 2, 1]
+
+
+def test_cells_of_a_table_are_blank_where_there_is_no_number():
+    rows = [
+        {"name": "a\x1bb", "x": 1.5, "n": None, "mixed": "t"},
+        {"name": "c", "x": float("nan"), "n": 3, "mixed": 0.1},
+        {"name": "c", "x": 0.1, "n": True},
+    ]
+    assert to_csv(rows).splitlines() == ["name,x,n,mixed", "a\\x1bb,1.5,,t", "c,,3,0.1", "c,0.1,True,"]
