@@ -43,6 +43,7 @@ _CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19}|\*)")
 
 _links: dict[str, _Link] = {}
 _tags: dict[tuple[str, str], str] = {}  # URL, what the hub calls the file → what the server that it leads to calls it
+_met: set[str] = set()  # URLs that gave bytes to this process
 _lock = threading.Lock()
 _received = 0
 
@@ -128,6 +129,9 @@ def read_into(url: str, offset: int, buffer: Sink, stamp: Stamp) -> int:
     filled, patience = 0, Patience(url)
     while filled < wanted:
         try:
+            if offset and url not in _met:  # no header that would tell: a second answer has to agree with the first
+                with _answer(url, 0, 0, stamp):
+                    pass
             for chunk in _range(url, offset + filled, offset + wanted, stamp):
                 buffer[filled : filled + len(chunk)] = chunk
                 filled += len(chunk)
@@ -237,6 +241,7 @@ def _answer(url: str, first: int, last: int, stamp: Stamp | None = None) -> Iter
                 _check_tag(url, linked, served)
             if target != url:
                 _links[url] = _Link(target, served, linked)
+            _met.add(url)
             yield _Answer(response, linked or served)
             return
     raise SourceError(f"{url} leads from one address to the next without end; pass the address of the file")

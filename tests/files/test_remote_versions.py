@@ -80,6 +80,29 @@ def test_other_bytes_under_another_tag_behind_a_new_link_are_no_numbers(server, 
     assert all(said in spectrum.reason and "\n" not in spectrum.reason for spectrum in found.values())
 
 
+def test_a_process_that_begins_in_the_middle_of_a_file_is_not_taken_in_by_one_answer(server, tmp_path):
+    """As a worker of a cluster does, which got its recipe from the process that read the header."""
+    source = spectra.open_source("org/tuned", "org/base").select("v_proj")
+    for known in (http._links, http._tags, http._met):
+        known.clear()
+    wrong = []
+
+    def other(handler, seen):
+        if seen.server != "cdn" or seen.range == "bytes=0-0" or len(wrong) == 2:
+            return False
+        wrong.append(seen)
+        body = body_of(handler)
+        first, last = map(int, re.findall(r"\d+", seen.range))
+        head = {"ETag": '"other"', "Content-Range": f"bytes {first}-{last}/{len(body)}"}
+        handler.say(206, head, bytes(255 - byte for byte in body[first : last + 1]))
+        return True
+
+    server.faults.append(other)
+    found = {spectrum.name: spectrum for spectrum in spectra.decompose(source)}
+    assert len(wrong) == 2
+    assert_right(found, tmp_path)
+
+
 @pytest.mark.parametrize(("tag", "size"), [({}, 7), ({"ETag": '"a"'}, 5)])
 def test_a_file_that_changed_this_very_second_is_looked_at_again_where_the_date_is_all(server, tag, size):
     """What it becomes before the second is over would have the same date."""
