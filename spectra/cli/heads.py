@@ -11,7 +11,15 @@ import click
 from spectra import naming
 from spectra.cli import report
 from spectra.cli.heavy import heavy_imports
-from spectra.cli.options import Opening, figures_options, json_option, layer_option, scale_option, table_option
+from spectra.cli.options import (
+    Opening,
+    download_option,
+    figures_options,
+    json_option,
+    layer_option,
+    scale_option,
+    table_option,
+)
 from spectra.cli.table import Layout, View, print_rows, table_view
 
 if TYPE_CHECKING:
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--base", metavar="BASE", help="The model it belongs to, where its names need one.")
 @layer_option
 @scale_option
+@download_option
 @table_option
 @figures_options
 @json_option
@@ -32,6 +41,7 @@ def command(
     base: str | None,
     layers: tuple[str, ...],
     scale: float | None,
+    download: bool,
     out: str | None,
     figures: str | None,
     as_json: bool,
@@ -46,7 +56,7 @@ def command(
         from spectra.results.heads import COLUMNS, head_rows, heads_of
 
     view.check(COLUMNS)
-    source = Opening(layers, "each", scale, split=True).opened(adapter, base)
+    source = Opening(layers, "each", scale, split=True, download=download).opened(adapter, base)
     source = source.select(layers) if layers else source
     modules = heads_of(source)  # an adapter without heads is refused before anything is said of it
     report.coverage_notes({adapter: source.coverage})

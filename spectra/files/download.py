@@ -16,6 +16,9 @@ from spectra.errors import NotFoundError
 BUSY = {408, 425, 429, 500, 502, 503, 504}  # what a server answers that may do better the next time
 _TIMEOUT = 5.0  # seconds for the first answer; once it has come, the hub is there
 _WEIGHTS_AND_JSON = ["*.safetensors", "*.json", "*.bin"]
+_STALLED = (
+    "the download stalled again and again; run the same again, it goes on ($HF_HUB_DOWNLOAD_TIMEOUT waits longer)"
+)
 # What the client says in several lines, by the class of its error.
 SAID = {
     "GatedRepoError": "it is gated: accept its terms on the hub, then `hf auth login`",
@@ -45,7 +48,8 @@ def download(repo: str, revision: str, only: Collection[str] | None = None) -> P
         wanted = wanted if only is None else [*map(escape, only), "*.json"]
         there = client.snapshot_download(repo, revision=revision, allow_patterns=wanted, etag_timeout=_seconds())
     except _families(errors) as problem:
-        raise NotFoundError(_reason(problem, _seconds())) from None
+        stalled = any("Timeout" in cls.__name__ for cls in type(problem).__mro__)  # the hub itself has answered
+        raise NotFoundError(_STALLED if stalled else _reason(problem, _seconds())) from None
     return Path(there)
 
 

@@ -42,6 +42,8 @@ _NUMBER = re.compile(r"\d{1,19}")
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19}|\*)")
 
 _links: dict[str, _Link] = {}
+_tags: dict[tuple[str, str], str] = {}  # URL, what the hub calls the file → what the server that it leads to calls it
+_met: set[str] = set()  # URLs that gave bytes to this process
 _lock = threading.Lock()
 _received = 0
 
@@ -127,6 +129,9 @@ def read_into(url: str, offset: int, buffer: Sink, stamp: Stamp) -> int:
     filled, patience = 0, Patience(url)
     while filled < wanted:
         try:
+            if offset and url not in _met:  # no header that would tell: a second answer has to agree with the first
+                with _answer(url, 0, 0, stamp):
+                    pass
             for chunk in _range(url, offset + filled, offset + wanted, stamp):
                 buffer[filled : filled + len(chunk)] = chunk
                 filled += len(chunk)
@@ -232,8 +237,11 @@ def _answer(url: str, first: int, last: int, stamp: Stamp | None = None) -> Iter
             if link is not None and link.version != served:
                 _forget(url)  # the hub has to say again that this is the file
                 raise TryAgainError("what its link leads to changed", 0.0)
+            if linked and served != linked:
+                _check_tag(url, linked, served)
             if target != url:
                 _links[url] = _Link(target, served, linked)
+            _met.add(url)
             yield _Answer(response, linked or served)
             return
     raise SourceError(f"{url} leads from one address to the next without end; pass the address of the file")
@@ -268,6 +276,18 @@ def _check_version(url: str, version: str, stamp: Stamp | None) -> None:
     if stamp is not None and version != stamp[1]:
         _forget(url)
         raise ChangedError(url)
+
+
+def _check_tag(url: str, linked: str, served: str) -> None:
+    """Raise unless the server that the hub leads to calls a file as it first did: the two names cannot be compared."""
+    if not served:
+        _forget(url)
+        raise TryAgainError(f"the server that the hub leads to tells no version of it: {_BY_HAND}", most=_CONFUSED)
+    if _tags.setdefault((url, linked), served) != served:
+        _forget(url)
+        raise TryAgainError(
+            "the server that the hub leads to has another version than before; run the command again", most=_CONFUSED
+        )
 
 
 def _check_status(url: str, target: str, response: Any, *, renewable: bool) -> None:

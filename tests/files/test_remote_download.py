@@ -132,3 +132,20 @@ def test_a_torch_file_is_downloaded_where_a_command_takes_shards(server, tmp_pat
     server.add("org/torch", tmp_path / "torch")
     downloaded(tmp_path, "extract", "org/torch", "--base", "org/base", "--layer", "v_proj", "--rank", "1", "--dry-run")
     assert [file.name for file in tmp_path.glob("hub/*/snapshots/*/*.bin")] == ["pytorch_model.bin"]
+
+
+def test_heads_of_an_adapter_that_needs_a_download_are_those_of_the_disk(server, tmp_path):
+    prefix = "base_model.model.model.layers.0.self_attn.v_proj"
+    heads = {f"{prefix}.lora_A.weight": torch.randn(2, 64)}
+    heads |= {f"{prefix}.lora_B{i}.weight": torch.randn(32, 2) for i in range(3)}
+    adapter = tmp_path / "multi"
+    adapter.mkdir()
+    torch.save(heads, adapter / "adapter_model.bin")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "lora_nums": 3}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    server.add("org/multi", adapter)
+    here, _ = run("heads", str(adapter), "--base", str(tmp_path / "base"), "--json")
+    there = downloaded(tmp_path, "heads", "org/multi", "--base", "org/base", "--json")
+    assert json.loads(there)["matrices"] == json.loads(here)["matrices"] != []
+    _, err = run("heads", "org/multi", "--base", "org/base", status=1)
+    assert "--download" in err

@@ -8,7 +8,7 @@ from email.utils import formatdate
 import pytest
 from support.checkpoints import llama_tensors, write_checkpoint
 from support.command_line import lora_folder, run
-from support.remote_models import SHARDS, assert_right, data_of, larger, serve_plainly, write_adapter_of
+from support.remote_models import SHARDS, assert_right, body_of, data_of, larger, serve_plainly, write_adapter_of
 
 import spectra
 from spectra.errors import StoreError
@@ -49,6 +49,58 @@ def test_a_file_that_changes_is_an_error(server, tmp_path, kind):
     found = list(spectra.decompose(source.select("v_proj")))
     assert {spectrum.status for spectrum in found} == {"unreadable"}
     assert all("changed after it was opened" in spectrum.reason for spectrum in found), found[0].reason
+
+
+@pytest.mark.parametrize("always", [False, True])
+@pytest.mark.parametrize("tag", [{"ETag": '"other"'}, {}])
+def test_other_bytes_under_another_tag_behind_a_new_link_are_no_numbers(server, tmp_path, tag, always):
+    """The hub's own name of the file is the same throughout; what comes from the other server is not."""
+    source = spectra.open_source("org/tuned", "org/base").select("v_proj")
+    http._links.clear()
+    left = [10**9 if always else 1]
+
+    def other(handler, seen):
+        if seen.server != "cdn" or left[0] == 0:
+            return False
+        left[0] -= 1
+        body = body_of(handler)
+        first, last = map(int, re.findall(r"\d+", seen.range))
+        part = body[first : last + 1]
+        head = tag | {"Content-Range": f"bytes {first}-{first + len(part) - 1}/{len(body)}"}
+        handler.say(206, head, bytes(255 - byte for byte in part))
+        return True
+
+    server.faults.append(other)
+    found = {spectrum.name: spectrum for spectrum in spectra.decompose(source)}
+    if not always:
+        assert_right(found, tmp_path)
+        return
+    assert {spectrum.status for spectrum in found.values()} == {"unreadable"}
+    said = "another version than before" if tag else "tells no version"
+    assert all(said in spectrum.reason and "\n" not in spectrum.reason for spectrum in found.values())
+
+
+def test_a_process_that_begins_in_the_middle_of_a_file_is_not_taken_in_by_one_answer(server, tmp_path):
+    """As a worker of a cluster does, which got its recipe from the process that read the header."""
+    source = spectra.open_source("org/tuned", "org/base").select("v_proj")
+    for known in (http._links, http._tags, http._met):
+        known.clear()
+    wrong = []
+
+    def other(handler, seen):
+        if seen.server != "cdn" or seen.range == "bytes=0-0" or len(wrong) == 2:
+            return False
+        wrong.append(seen)
+        body = body_of(handler)
+        first, last = map(int, re.findall(r"\d+", seen.range))
+        head = {"ETag": '"other"', "Content-Range": f"bytes {first}-{last}/{len(body)}"}
+        handler.say(206, head, bytes(255 - byte for byte in body[first : last + 1]))
+        return True
+
+    server.faults.append(other)
+    found = {spectrum.name: spectrum for spectrum in spectra.decompose(source)}
+    assert len(wrong) == 2
+    assert_right(found, tmp_path)
 
 
 @pytest.mark.parametrize(("tag", "size"), [({}, 7), ({"ETag": '"a"'}, 5)])
