@@ -27,7 +27,6 @@ Kind = Literal["heatmap", "lines"]
 MOST_ROWS = 24
 _WIDE = 30.0  # largest over smallest value from which on a scale is logarithmic
 _WIDTH = 56  # characters that fit over and under axes of the usual size
-_UPRIGHT = 4  # columns that a stack's name needs beside others; over fewer it stands upright
 _LONGEST_LABEL, _LONGEST_LINE = 40, 500  # characters
 _LETTER = 0.47  # ems of a letter of such a name
 _LABELS = 24  # numbers under the columns
@@ -100,8 +99,9 @@ def depth_grid(table_or_spectra: Any, metric: str, *, like: Sequence[str] = ()) 
         [[1.0, 2.0]]
     """
     numbers = _numbers(depth_table(table_or_spectra, (metric,)), metric)
-    inside = [name for name in [*numbers, *like] if place_of(name).index]
-    drawn = list(dict.fromkeys(inside or [*numbers, *like]))
+    named = [*like, *numbers]  # grids with the same `like` have its order, whichever of its matrices are theirs
+    inside = [name for name in named if place_of(name).index]
+    drawn = list(dict.fromkeys(inside or named))
     rows, places = ordered_rows(drawn), ordered_places(drawn)
     row_at = {row: i for i, row in enumerate(rows[:MOST_ROWS])}
     place_at = {place: j for j, place in enumerate(places)}
@@ -228,7 +228,7 @@ def put_title(grid: DepthGrid, ax: Axes, title: str, width: int = _WIDTH, **opti
     """The title in lines of this many characters, clear of the stacks' names above the axes."""
     import matplotlib as mpl
 
-    words = [label for label, _, count in _stacks(grid.places) if count < _UPRIGHT]
+    words = [text.get_text() for text in ax.texts if text.get_rotation()]
     em = float(mpl.rcParams["font.size"])
     above = _LETTER * em * max(map(len, words)) if words else 0.8 * em if _stacks(grid.places) else 0
     pad = (0.9 * em if above else 0.6 * em) + above
@@ -251,7 +251,7 @@ def draw_grid(
         raise SelectionError(f"kind={kind!r} is not one of {', '.join(get_args(Kind))}")
     ax = new_axes(ax)
     (_draw_heatmap if kind == "heatmap" else _draw_lines)(grid, ax, limits or value_range([grid]), colorbar)
-    _number_places(grid, ax)
+    _number_places(grid, ax, width)
     lines = [shortened(line, _LONGEST_LINE) for line in _below(grid, hatched=kind == "heatmap")]
     filled = "\n".join(even_lines(line, width) for line in lines)
     ax.set_xlabel(in_figure(filled))
@@ -260,7 +260,7 @@ def draw_grid(
 
 def ems_around(grid: DepthGrid, letters: int) -> float:
     """How much room the words above and below the axes need, in lines of so many letters."""
-    upright = [_LETTER * len(label) for label, _, count in _stacks(grid.places) if count < _UPRIGHT]
+    upright = [_LETTER * len(label) for label in _upright(grid.places, letters)]
     lines = [shortened(line, _LONGEST_LINE) for line in _below(grid, hatched=True)]
     return max(upright, default=0.0) + 1.2 * sum(math.ceil(len(line) / letters) for line in lines)
 
@@ -358,7 +358,7 @@ def _draw_lines(grid: DepthGrid, ax: Axes, limits: tuple[float, float], colorbar
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _number_places(grid: DepthGrid, ax: Axes) -> None:
+def _number_places(grid: DepthGrid, ax: Axes, width: int) -> None:
     """Layers' numbers below, and the stacks' names with lines between them where there are several."""
     places = grid.places
     step = math.ceil(len(places) / _LABELS)
@@ -366,6 +366,7 @@ def _number_places(grid: DepthGrid, ax: Axes) -> None:
     ax.set_xticks(shown, [_label(places[j].label) for j in shown])
     if any(len(place.index) > 1 for place in places):
         ax.tick_params(axis="x", labelrotation=90)
+    upright = _upright(places, width)
     for label, first, count in _stacks(places):
         if first:
             ax.axvline(first - 0.5, color="white", linewidth=3)
@@ -373,8 +374,13 @@ def _number_places(grid: DepthGrid, ax: Axes) -> None:
         ax.annotate(
             _label(label), (first + (count - 1) / 2, 1.0), (0, 3), xycoords=ax.get_xaxis_transform(),
             textcoords="offset points", ha="center", va="bottom", fontsize="x-small", color="0.25",
-            rotation=90 if count < _UPRIGHT else 0,
+            rotation=90 if label in upright else 0,
         )  # fmt: skip
+
+
+def _upright(places: Sequence[Place], width: int) -> set[str]:
+    """The stacks' names that are longer than their columns, where all columns together hold `width` letters."""
+    return {label for label, _, count in _stacks(places) if len(label) * len(places) > width * count}
 
 
 def _label(name: str) -> str:

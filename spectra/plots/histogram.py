@@ -278,7 +278,7 @@ def _draw_rows(panel: BinnedPanel, ax: Axes) -> None:
     for label in ax.get_yticklabels():
         label.set_verticalalignment("bottom")
     ax.grid(visible=False, axis="y")
-    ax.set_ylabel(f"{STATS[panel.stat]}  (row: {step:.2g})")
+    ax.set_ylabel(f"{STATS[panel.stat]}  (row: 0–{step:.2g})")
 
 
 def _draw_climbs(panel: BinnedPanel, ax: Axes) -> None:

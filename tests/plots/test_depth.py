@@ -15,6 +15,7 @@ import spectra
 from spectra.errors import SelectionError
 from spectra.metrics import METRICS
 from spectra.plots.depth import depth_grid, finding, is_wide
+from spectra.plots.figures import depth_grids
 from spectra.spectrum import Spectrum
 
 
@@ -199,3 +200,24 @@ def test_no_text_of_a_panel_runs_into_anothers(kind):
     for i, box in enumerate(texts):
         assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
         assert not any(box.overlaps(other) for other in texts[i + 1 :])
+
+
+def test_runs_side_by_side_have_the_same_rows_in_the_same_order_whatever_each_holds():
+    names = [f"h.{i}.{role}.weight" for i in range(2) for role in ("first_own", "second_own", "q_proj", "third_own")]
+    full = [Spectrum(name, (2, 2), S=[1.0 + i, 1.0]) for i, name in enumerate(names)]
+    fewer = [spectrum for spectrum in full if "third" in spectrum.name or "q_proj" in spectrum.name]
+    for runs in ({"full": full, "fewer": fewer}, {"fewer": fewer, "full": full}):
+        rows = {grid.rows for grid in depth_grids(runs, ["norm"]).values()}
+        assert len(rows) == 1
+        assert sorted(*rows) == ["first_own", "q_proj", "second_own", "third_own"]
+
+
+def test_a_stacks_name_stands_upright_only_where_its_columns_are_too_narrow_for_it():
+    def turned(*layers):
+        stacks = zip(("encoder", "decoder"), layers, strict=True)
+        names = [f"{s}.block.{i}.layer.0.SelfAttention.q.weight" for s, count in stacks for i in range(count)]
+        ax = drawn([Spectrum(name, (1, 1), S=[1.0]) for name in names], "norm")
+        return {text.get_text(): bool(text.get_rotation()) for text in ax.texts if text.get_text() in "encoder decoder"}
+
+    assert turned(3, 3) == {"encoder": False, "decoder": False}
+    assert turned(60, 4) == {"encoder": False, "decoder": True}, "four columns of many are narrow"
