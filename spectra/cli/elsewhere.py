@@ -17,6 +17,7 @@ _HERE: dict[str, tuple[str, ...]] = {
     "tuned_model": ("--tuned",),
     "checkpoint": ("--tuned",),
     "lora": ("--adapter", "--tuned"),
+    "adapter": ("--tuned",),
     "peft": ("--adapter", "--tuned"),
     "lora_path": ("--adapter", "--tuned"),
     "merged_model": ("--merged",),
@@ -37,6 +38,8 @@ _HERE: dict[str, tuple[str, ...]] = {
     "threads": ("--workers",),
     "jobs": ("--workers",),
     "gpu": ("--device",),
+    "cuda": ("--device",),
+    "cpu": ("--device",),
     "target_modules": ("--layer",),
     "modules": ("--layer",),
     "layers": ("--layer",),
@@ -44,6 +47,9 @@ _HERE: dict[str, tuple[str, ...]] = {
     "alpha": ("--scale",),
     "lora_alpha": ("--scale",),
     "save_precision": ("--dtype",),
+    "dtype": ("--vectors",),
+    "precision": ("--dtype", "--vectors"),
+    "format": ("--json",),
     "max_memory": ("--memory",),
 }
 

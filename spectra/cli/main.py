@@ -71,6 +71,18 @@ class _Commands(click.Group):
             module = importlib.import_module(_COMMANDS[name])
         return talk.add_options(module.command)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click's; an option that stands in front of the command is told its place."""
+        command = next((word for word in args if word in _COMMANDS), "svd")
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as problem:
+            option = problem.option_name
+            if problem.possibilities:
+                raise
+            told = f"No such option {option!r} in front of a command; behind it: spectra {command} … {option}"
+            raise click.NoSuchOption(option, message=told, ctx=ctx) from None
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:

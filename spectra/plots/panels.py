@@ -37,16 +37,26 @@ def panelled(layout: Layout, *, title: str = "", squares: bool = False) -> Itera
         yield figure, axes
         for ax in axes:
             ax.set_visible(ax.has_data())
-        told = _in_lines(title, layout)
+        told = _in_lines(title, layout.whole)
         if squares:
             trim(figure, _TITLE * layout.text / 72 * (told.count("\n") + 1) if told else 0.0)
         if told:
             figure.suptitle(in_figure(told))
 
 
-def _in_lines(title: str, layout: Layout) -> str:
-    """The figure's title, in lines that its width holds."""
-    return "\n".join(even_lines(line, int(layout.whole / 1.2)) for line in title.splitlines())
+def _in_lines(title: str, letters: float) -> str:
+    """The figure's title, in lines that its width holds, in letters of plain text; none is blank."""
+    return "\n".join(even_lines(line, int(letters / 1.2)) for line in title.splitlines() if line.strip())
+
+
+def ems_of_title(title: str, width: float) -> float:
+    """The height of a figure's title where the figure has this width, both in ems.
+
+    >>> ems_of_title("", 56), ems_of_title("a run", 56), ems_of_title("a run\\nand another", 56)
+    (0.0, 1.5, 3.0)
+    """
+    told = _in_lines(title, letters_in(width))
+    return _TITLE * (told.count("\n") + 1) if told else 0.0
 
 
 def above(title: str, finding: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from spectra.errors import SelectionError
 from spectra.merges.report import AS_IT_SHOULD_BE, VERDICTS
-from spectra.plots.panels import ems_of_legend, panelled, put_legend
+from spectra.plots.panels import ems_of_legend, ems_of_title, panelled, put_legend
 from spectra.plots.places import ordered_places, ordered_rows, place_of, row_of
 from spectra.plots.sizes import DEFAULT, arranged, size_of
 from spectra.printing import in_figure, shortened
@@ -58,8 +58,9 @@ def verdicts_figure(rows: Iterable[Mapping[str, Any]], *, title: str = "", size:
     legend = {verdict: _told(verdict, count) for verdict, count in counts.items()}
     widest = _OF_LEGEND * max(map(len, legend.values()))
     width = max(width, min(widest, size_of(size).widest) - names)
-    around = 3.0 + ems_of_legend(legend.values(), names + width + 2.0) + (1.5 if title else 0.0)
-    layout = arranged(size, 1, (names + width + 2.0, 6.0 + 1.5 * len(roles)), above=around)
+    whole = names + width + 2.0
+    around = 3.0 + ems_of_legend(legend.values(), whole) + ems_of_title(title, whole)
+    layout = arranged(size, 1, (whole, 6.0 + 1.5 * len(roles)), above=around)
     good = sum(count for verdict, count in counts.items() if verdict in AS_IT_SHOULD_BE)
     with panelled(layout, title=title) as (figure, [ax]):
         _draw(ax, verdicts, roles, places, signs=width / len(places) >= 1.0)

@@ -92,11 +92,19 @@ def test_the_command_that_contributing_shows_runs(llama):
         ("verify", "--lora", "--adapter"),
         ("similarity", "--output", "--out"),
         ("alignment", "--top-k", "--k"),
+        ("svd", "--adapter", "--tuned"),
+        ("svd", "--cuda", "--device"),
+        ("svd", "--dtype", "--vectors"),
     ],
 )
 def test_an_option_with_another_name_elsewhere_is_answered_with_its_name_here(command, option, meant):
     _, err = run(command, "x", option, "1", status=2)
     assert f"No such option '{option}'. Did you mean '{meant}'?" in err
+
+
+def test_an_option_in_front_of_the_command_is_told_its_place():
+    assert "behind it: spectra inspect … -q" in run("-q", "inspect", "x", status=2)[1]
+    assert "Did you mean '--version'?" in run("--versio", status=2)[1]
 
 
 def test_what_is_answered_exists():
