@@ -11,7 +11,7 @@ import numpy as np
 
 from spectra.errors import SelectionError, refuse_path_for_spectra
 from spectra.plots.ends import name_ends
-from spectra.plots.panels import even_lines
+from spectra.plots.panels import even_lines, unbroken
 from spectra.plots.style import curves, legend_below, new_axes, stroke
 from spectra.printing import in_figure
 from spectra.results.collection import Spectra
@@ -234,7 +234,7 @@ def draw_binned(panel: BinnedPanel, ax: Axes | None = None, *, width: int = _WID
     ax.set_xlim(low, high)
     ax.xaxis.set_major_locator(MaxNLocator(max(min(width // 9, _TICKS), 3)))
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}\n{_sigma(x)}".replace("-", "−"))
-    ax.set_xlabel(even_lines("−ln σ of ΔW (below it σ; large σ at the left)", width))
+    ax.set_xlabel(even_lines(f"−ln σ of ΔW {unbroken('(below it σ;')} large σ at the left)", width))
     ax.set_title(in_figure(_filled(finding(panel), width)))
     return ax
 
@@ -314,7 +314,8 @@ def finding(panel: BinnedPanel) -> str:
     if len(drawn) == 1:
         return f"{panel.name}: {largest}, median {medians[first.label]:.3g}"
     low, high = (choose(medians, key=lambda label: medians[label]) for choose in (min, max))
-    return f"{largest} in {first.label};\nmedians from {medians[low]:.3g} ({low}) to {medians[high]:.3g} ({high})"
+    least, most = (f"{medians[label]:.3g}\u00a0({label})" for label in (low, high))
+    return f"{largest} in {first.label};\nmedians from {least} to {most}"
 
 
 def _window(drawn: Sequence[PooledValues], close_up: float | None) -> tuple[float, float]:
