@@ -145,15 +145,19 @@ def near(weights: Weights, how: Arithmetic, scale: float = 1.0) -> bool:
 def reach(weights: Weights, how: Arithmetic) -> float:
     """How far rounding of its entries, each by itself, may make M lean towards ΔW, as a share of ΔW.
 
-    No further than if all went one way, and than three times what the squares of their bounds add up to.
+    An entry near the edge of two stored numbers may be either. No further than if all went one way, and than three
+    times what the squares of these distances add up to.
     """
     all_alike = alone = norm = 0.0
     for rows in weights.blocks():
         D = weights.change.float32(rows).double()
-        most = weights.change.magnitudes(rows, how.normal).double().mul_(D).abs_()
+        base = weights.base[rows]
+        expected = (how.before(base) + D).to(how.kept).double()
+        low, high = how.interval(base, D, weights.change.magnitudes(rows, how.normal))
+        most = torch.maximum(high - expected, expected - low).mul_(D.abs())
         all_alike, alone = all_alike + float(most.sum()), alone + float(most.square().sum())
         norm += float(D.square().sum())
-    return how.steps * _unit(how.formed) * min(all_alike, 3 * math.sqrt(alone)) / norm if norm else math.inf
+    return min(all_alike, 3 * math.sqrt(alone)) / norm if norm else math.inf
 
 
 def share(weights: Weights, how: Arithmetic) -> float:

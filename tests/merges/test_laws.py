@@ -57,6 +57,21 @@ ORDERS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.dtyp
 }
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [
+        (0.0003185272216796875, -4.485068075155141e-06, 1.4927128553390503),
+        (-0.00054168701171875, 0.00027361660613678396, -0.3715275526046753),
+        (-0.74609375, -3.5703341960906982, 0.023504946380853653),
+        (-0.000263214111328125, 2.3036667698761448e-05, -0.12423001974821091),
+    ],
+)
+def test_one_entry_that_falls_to_the_other_side_of_an_edge_is_no_other_scale(entries):
+    base, left, right = (torch.tensor([[entry]]) for entry in entries)
+    merged = ORDERS["every step"](base.to(BF16), left, right, BF16)
+    assert verdict(weights_of(base.to(BF16), merged, left, right)) in (*AS_IT_SHOULD_BE, "too small to tell")
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @settings(max_examples=300)
 @given(case=cases())
