@@ -50,7 +50,7 @@ def dense_flops(shape: Sequence[int], top: int | None) -> float:
     """The same of a dense matrix (m, n); 0 of what is no matrix.
 
     The Gram matrix, its eigenvalues, and the vectors of the top: by Lanczos where they are few, else all of them.
-    By this count, one core made 20 to 30 billion a second: at 2048 with tops from none to 600, at 4096 with none and 30.
+    By this count, one core made 20 to 30 billion a second: at 2048 with tops of 0 to 600, at 4096 with 0 and 30.
     """
     if len(shape) != 2:
         return 0.0
