@@ -74,9 +74,9 @@ def _say_what_is_read(inspection: Inspection) -> None:
     from spectra.engine.memory import readable_size
     from spectra.files.http import received
 
-    roles, asked = inspection.from_server, inspection.all_from_server
-    if not received() or not asked:
+    if not received() or not (asked := inspection.all_from_server):
         return
+    roles = inspection.from_server
     each = "" if inspection.modules else f" ({', '.join(f'{role} {readable_size(n)}' for role, n in roles.items())})"
     say(f"from the server: {readable_size(received())} read now; a command reads {readable_size(asked)}{each}")
 
@@ -102,7 +102,7 @@ def _print_matrices(inspection: Inspection, view: View) -> None:
 def _print(inspection: Inspection, view: View) -> None:
     from spectra.engine.memory import readable_size
 
-    said = inspection.to_dict()
+    said = inspection.told()
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in said["dtypes"].items())
     say(f"{said['path']}: {said['kind']}" + (f" ({said['model_type']})" if said["model_type"] else ""))
     say(f"{said['tensors']} tensors ({dtypes}), {said['parameters']:,} parameters, {readable_size(said['bytes'])}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from spectra import naming, text
@@ -45,6 +46,10 @@ class Inspection:
     @property
     def matrices(self) -> list[Row]:
         """A row per update; without a base, one per stored matrix of full weights or adapted module of an adapter."""
+        return [dict(row) for row in self._rows]
+
+    @cached_property
+    def _rows(self) -> list[Row]:
         if self.modules:
             names = [f"{module}.weight" for module in self.modules]
             return [
@@ -64,7 +69,7 @@ class Inspection:
     def by_role(self) -> list[Row]:
         """How many matrices there are of each role, shape, largest possible rank and status."""
         keys = ("role", "shape", "max_rank", "status")
-        counts = Counter(tuple(row.get(key) for key in keys) for row in self.matrices)
+        counts = Counter(tuple(row.get(key) for key in keys) for row in self._rows)
         roles = naming.in_model_order(str(role) for role, *_ in counts)
         ordered = sorted(counts.items(), key=lambda item: roles.index(str(item[0][0])))
         return [{**dict(zip(keys, group, strict=True)), "matrices": count} for group, count in ordered]
@@ -97,8 +102,8 @@ class Inspection:
             return ((delta.name, delta.refs) for delta in self.source)
         return ((name, (ref,)) for name, ref in self.folder.tensors.items() if len(ref.shape) >= 2 or self.modules)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values: what `spectra inspect --json` prints."""
+    def told(self) -> dict[str, Any]:
+        """As `to_dict`, of the whole alone: nothing that has an entry for each matrix or role."""
         refs = self.folder.tensors.values()
         document: dict[str, Any] = {
             "path": str(self.folder.path),
@@ -106,16 +111,18 @@ class Inspection:
             "tensors": len(refs),
             "parameters": sum(ref.numel for ref in refs),
             "bytes": sum(ref.nbytes for ref in refs),
-            "bytes_to_read": self.to_read,
             "dtypes": dict(Counter(ref.dtype for ref in refs)),
             "model_type": self.folder.config.get("model_type"),
             "unreadable": self.folder.unusable,
-            "matrices": self.matrices,
         }
         if self.source is None:
             return document | {"warnings": self.folder.warnings, "needs": self.needs}
-        notes = sorted({delta.note for delta in self.source if delta.note})
-        return document | {"coverage": asdict(self.source.coverage), "notes": notes}
+        return document | {"notes": sorted({delta.note for delta in self.source if delta.note})}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values: what `spectra inspect --json` prints."""
+        document = self.told() | {"bytes_to_read": self.to_read, "matrices": self.matrices}
+        return document | ({"coverage": asdict(self.source.coverage)} if self.source else {})
 
     def __repr__(self) -> str:
         return f"Inspection({self.folder.path}, {self.kind}, {len(self.folder.tensors)} tensors)"

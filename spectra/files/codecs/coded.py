@@ -11,6 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from spectra.errors import SourceError
@@ -128,16 +129,13 @@ def modules(tensors: Mapping[str, TensorRef], parts: str, marker: str) -> dict[s
         parts: a regular expression for the last words that belong to the format.
         marker: one for those that tell it.
     """
-    pattern = re.compile(rf"(.+)\.({parts})")
+    pattern, telling = re.compile(rf"(.+)\.({parts})"), re.compile(marker)
+    tells = cache(lambda part: telling.fullmatch(part) is not None)  # of thousands of modules, a few words
     by_module: dict[str, dict[str, TensorRef]] = {}
     for name, ref in tensors.items():
         if match := pattern.fullmatch(name):
             by_module.setdefault(match[1], {})[match[2]] = ref
-    return {
-        module: mine
-        for module, mine in by_module.items()
-        if any(re.fullmatch(marker, part) is not None for part in mine)
-    }
+    return {module: mine for module, mine in by_module.items() if any(map(tells, mine))}
 
 
 def full_names(module: str, parts: Mapping[str, TensorRef], first: str) -> tuple[str, ...]:
