@@ -64,9 +64,18 @@ def command(
 ) -> None:
     """Redraw the figures of stored results; nothing is computed again.
 
-    One directory: a curve per role. Several directories, from svd: one curve each, on shared bins.
-    Beside the histogram: the size and the stable rank of the update over layers and roles.
-    Directories made by similarity: the heatmaps, a panel per directory, role and side.
+    \b
+    Of each DIR it draws what that command left there with --out:
+      svd             histogram, depth (size and stable rank over layers
+                      and roles); with --kind also scree and kept
+      similarity      φ as heatmaps; of three and more, every two as a square
+      alignment       cosines and deciles against W₀, or counts of intruders
+      interference    cosines of every two, and numbers over the layers
+      heads           how alike heads are, over the layers
+      series          metrics along training
+      verify          the verdict of every matrix
+
+    One DIR of svd: a curve per role. Several: a curve each, on shared bins.
     The numbers behind each figure go into a csv file beside it.
     """
     from spectra.errors import SelectionError

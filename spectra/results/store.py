@@ -30,6 +30,7 @@ from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.results import measured, records, run_file, tables
 from spectra.results.partners import apart
 from spectra.results.shelf import Piece, Shelf, json_text, natural, sum_of
+from spectra.results.within import folders_with_results
 from spectra.results.writing import ANOTHER_PLACE, Version, alone, damaged, sweep, write
 from spectra.spectrum import Spectrum
 
@@ -37,6 +38,7 @@ RUN = "run.json"
 SUMMARY = "summary.csv"
 COMPARED = "similarity.csv"
 NO_KEY = ""  # the fingerprint of what was not made from files
+_LISTED = 6  # folders that a message names
 _CONFIGS = ("config.json", "adapter_config.json", "model_index.json")
 
 
@@ -409,6 +411,12 @@ def nothing_stored(directory: str | Path) -> StoreError:
         return StoreError(
             f"{directory} {what}, and results are read from a folder: if it is a model, make its results first, "
             f"with decompose(…, out='results') or spectra svd {directory} … --out results, and give that folder"
+        )
+    if inside := folders_with_results(place):
+        rest = f" and {len(inside) - _LISTED} more" if len(inside) > _LISTED else ""
+        return StoreError(
+            f"{directory} itself holds no results, but folders in it do: {', '.join(inside[:_LISTED])}{rest}; "
+            f"give one of them, such as {Path(directory, inside[0])}"
         )
     if not place.exists():
         said, out = f"{directory} does not exist", Path(directory)

@@ -146,3 +146,32 @@ def test_nothing_to_load_is_an_error(tmp_path):
         StoreError, match=r"(?:holds no results|does not exist); make them with decompose\(…, out=.*or spectra svd"
     ):
         spectra.load(tmp_path)
+
+
+def test_a_folder_of_results_directories_is_told_with_their_names(tmp_path):
+    for i in range(8):
+        spectra.save([Spectrum("w", (1, 1), S=[1.0])], tmp_path / "spectra" / f"run-{i}")
+    with pytest.raises(StoreError) as told:
+        spectra.load(tmp_path)
+    assert str(told.value) == (
+        f"{tmp_path} itself holds no results, but folders in it do: spectra/run-0, spectra/run-1, spectra/run-2, "
+        f"spectra/run-3, spectra/run-4, spectra/run-5 and 2 more; give one of them, such as {tmp_path}/spectra/run-0"
+    )
+    assert spectra.load(tmp_path / "spectra" / "run-0").names == ("w",)
+
+
+def test_folders_inside_results_of_another_kind_are_not_offered(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    spectra.save([Spectrum("w", (1, 1), S=[1.0])], tmp_path / "pairs" / "a-b")
+    with pytest.raises(StoreError, match="holds no results; make them"):
+        spectra.load(tmp_path)
+
+
+def test_every_table_that_is_drawn_tells_a_folder_of_results():
+    from spectra.plots.tables import _DRAWERS
+    from spectra.report.kept import _SECTIONS
+    from spectra.results.series import TABLE
+    from spectra.results.store import RUN
+    from spectra.results.within import KEPT
+
+    assert {RUN, TABLE, *_DRAWERS, *_SECTIONS} == set(KEPT)
