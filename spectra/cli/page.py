@@ -27,7 +27,7 @@ def command(
     from spectra.errors import SelectionError
     from spectra.plots.stored import run_labels
     from spectra.report import write_report
-    from spectra.results.store import home_of, nothing_stored
+    from spectra.results.homes import home_of, nothing_stored
 
     if out is None:
         # What is no folder at all is the first thing to mend.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from spectra.errors import StoreError
 from spectra.files.dtypes import DTYPE_OF_TORCH
 from spectra.lazy import torch
-from spectra.results.store import home_of
+from spectra.results.homes import home_of
 
 if TYPE_CHECKING:
     from torch import Tensor

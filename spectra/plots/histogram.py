@@ -314,8 +314,7 @@ def finding(panel: BinnedPanel) -> str:
     if len(drawn) == 1:
         return f"{panel.name}: {largest}, median {medians[first.label]:.3g}"
     low, high = (choose(medians, key=lambda label: medians[label]) for choose in (min, max))
-    least, most = (f"{medians[label]:.3g}\u00a0({label})" for label in (low, high))
-    return f"{largest} in {first.label};\nmedians from {least} to {most}"
+    return f"{largest} in {first.label};\nmedians from {medians[low]:.3g} ({low}) to {medians[high]:.3g} ({high})"
 
 
 def _window(drawn: Sequence[PooledValues], close_up: float | None) -> tuple[float, float]:

@@ -30,7 +30,8 @@ from spectra.plots.sizes import DEFAULT, size_of
 from spectra.plots.tables import Drawn, Style, draw_tables, file_name, too_many
 from spectra.results import tables
 from spectra.results.collection import Spectra
-from spectra.results.store import Store, home_of, nothing_stored
+from spectra.results.homes import home_of, nothing_stored
+from spectra.results.store import Store
 from spectra.results.writing import write
 from spectra.spectrum import Spectrum
 

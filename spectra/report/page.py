@@ -29,7 +29,7 @@ from spectra.report.paths import shorter, without_places
 from spectra.report.runs import Run, read_runs, run_of
 from spectra.results.collection import Spectra
 from spectra.results.findings import compared_findings, findings, similarity_findings
-from spectra.results.store import home_of
+from spectra.results.homes import home_of
 from spectra.results.tables import Row, role_rows, similarity_row
 from spectra.results.writing import write
 

@@ -19,7 +19,8 @@ from spectra.results import tables
 from spectra.results.all_pairs import PAIRS, load_pairs
 from spectra.results.collection import Spectra
 from spectra.results.fingerprint import version_of
-from spectra.results.store import Store, nothing_stored
+from spectra.results.homes import nothing_stored
+from spectra.results.store import Store
 from spectra.spectrum import Spectrum
 
 _NAMES = 12  # of one reason

@@ -15,8 +15,8 @@ from spectra.engine import check
 from spectra.engine.solvers.dense import svd_top
 from spectra.errors import SpectraError, StoreError
 from spectra.metrics.alignment import Triplets
+from spectra.results.homes import home_of
 from spectra.results.shelf import Shelf
-from spectra.results.store import home_of
 
 _SIDES = ("U", "S", "Vh")
 

@@ -11,8 +11,9 @@ from spectra import naming, text
 from spectra.errors import SelectionError, StoreError, refuse_path_for_spectra
 from spectra.results import tables
 from spectra.results.findings import findings
+from spectra.results.homes import nothing_stored
 from spectra.results.records import Header, Precision, check_precision, loaded_vectors
-from spectra.results.store import RUN, Store, nothing_stored
+from spectra.results.store import RUN, Store
 from spectra.spectrum import Spectrum
 from spectra.text import Row
 

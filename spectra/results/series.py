@@ -26,9 +26,10 @@ from spectra.metrics.start import start_share
 from spectra.models.opening import open_any
 from spectra.results import run_file, tables
 from spectra.results.collection import Spectra
+from spectra.results.homes import home_of
 from spectra.results.start import Start
 from spectra.results.steps import Moment, in_order
-from spectra.results.store import Store, home_of
+from spectra.results.store import Store
 from spectra.results.streams import decompose
 from spectra.results.tables import Row
 from spectra.results.writing import ANOTHER_PLACE, write

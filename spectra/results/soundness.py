@@ -9,8 +9,9 @@ from typing import Literal
 
 from spectra.errors import StoreError
 from spectra.results import run_file
+from spectra.results.homes import nothing_stored
 from spectra.results.shelf import Shelf, read_pack, read_piece
-from spectra.results.store import RUN, Store, nothing_stored, sum_of_table
+from spectra.results.store import RUN, Store, sum_of_table
 from spectra.results.writing import damaged
 
 State = Literal["sound", "damaged", "no checksum"]

@@ -11,10 +11,7 @@ What is stored carries checksums; what does not fit them counts as not stored, i
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,13 +21,11 @@ from typing import Any
 import numpy as np
 
 from spectra.errors import StoreError
-from spectra.files.choice import WEIGHT_SUFFIXES
-from spectra.files.remote import is_url
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.results import measured, records, run_file, tables
+from spectra.results.homes import home_of, model_in
 from spectra.results.partners import apart
 from spectra.results.shelf import Piece, Shelf, json_text, natural, sum_of
-from spectra.results.within import folders_with_results
 from spectra.results.writing import ANOTHER_PLACE, Version, alone, damaged, sweep, write
 from spectra.spectrum import Spectrum
 
@@ -38,8 +33,6 @@ RUN = "run.json"
 SUMMARY = "summary.csv"
 COMPARED = "similarity.csv"
 NO_KEY = ""  # the fingerprint of what was not made from files
-_LISTED = 6  # folders that a message names
-_CONFIGS = ("config.json", "adapter_config.json", "model_index.json")
 
 
 class Store:
@@ -106,7 +99,7 @@ class Store:
                     f"{self.directory} holds results of other inputs (different: {', '.join(changed)}); "
                     f"nothing was changed there: choose {ANOTHER_PLACE}"
                 )
-            if before is None and self.directory.is_dir() and (model := _model_in(self.directory)):
+            if before is None and self.directory.is_dir() and (model := model_in(self.directory)):
                 raise StoreError(f"{self.directory} is a model's folder (it holds {model}): choose {ANOTHER_PLACE}")
             if before is None and not stored and self.spectra.names():
                 raise StoreError(f"{self.directory} holds results without a {RUN}; choose {ANOTHER_PLACE}")
@@ -383,69 +376,6 @@ def _label(name: str, side: str, other: str) -> str:
     'layers.0.q_proj.weight~k_proj.weight.left'
     """
     return f"{name}~{apart(name, other)}.{side}" if other not in ("", name) else f"{name}.{side}"
-
-
-def home_of(directory: str | Path) -> Path:
-    """A directory's path, with the user's home in it.
-
-    Raises:
-        StoreError: there is no such user, or no path can be like that.
-    """
-    try:
-        place = Path(directory).expanduser()
-        os.stat(place)
-    except (RuntimeError, ValueError) as problem:
-        raise StoreError(f"{directory} cannot be a directory: {str(problem).rstrip('.')}") from None
-    except OSError as problem:
-        if problem.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES):
-            raise StoreError(f"{directory} cannot be looked at: {problem.strerror}") from None
-    return place
-
-
-def nothing_stored(directory: str | Path) -> StoreError:
-    """What to do where a directory holds no results; never to write into a folder that holds something else."""
-    place = home_of(directory)
-    model = _model_in(place)
-    if is_url(str(directory)) or _may_be_of_the_hub(str(directory)):
-        what = "is an address" if is_url(str(directory)) else "does not exist on this disk"
-        return StoreError(
-            f"{directory} {what}, and results are read from a folder: if it is a model, make its results first, "
-            f"with decompose(…, out='results') or spectra svd {directory} … --out results, and give that folder"
-        )
-    if inside := folders_with_results(place):
-        rest = f" and {len(inside) - _LISTED} more" if len(inside) > _LISTED else ""
-        return StoreError(
-            f"{directory} itself holds no results, but folders in it do: {', '.join(inside[:_LISTED])}{rest}; "
-            f"give one of them, such as {Path(directory, inside[0])}"
-        )
-    if not place.exists():
-        said, out = f"{directory} does not exist", Path(directory)
-    elif model:
-        said, out = f"{directory} holds a model ({model}) and no results", Path("results", place.resolve().name)
-    else:
-        said, out = f"{directory} holds no results", Path(directory)
-    return StoreError(f"{said}; make them with decompose(…, out={str(out)!r}) or spectra svd … --out {out}")
-
-
-def _may_be_of_the_hub(name: str) -> bool:
-    """Whether a name that leads nowhere may be meant as a hub id: its first part is no folder here.
-
-    >>> _may_be_of_the_hub("no-such-org/name"), _may_be_of_the_hub("no/such/folder"), _may_be_of_the_hub("/no/such")
-    (True, False, False)
-    """
-    found = re.fullmatch(r"(\w[\w.-]*)/\w[\w.-]*(@[\w./-]+)?", name)
-    return found is not None and not Path(found[1]).exists()
-
-
-def _model_in(directory: Path) -> str:
-    """A file that says that a folder is a model's, or that this is a file of weights itself; "" if there is none."""
-    if directory.is_file():
-        return directory.name
-    try:
-        names = sorted(os.listdir(directory)) if directory.is_dir() else []
-    except OSError as problem:
-        raise StoreError(f"{directory} cannot be listed: {problem.strerror}; choose {ANOTHER_PLACE}") from None
-    return next((name for name in names if name in _CONFIGS or name.endswith(WEIGHT_SUFFIXES)), "")
 
 
 def _now() -> str:

@@ -170,8 +170,8 @@ def test_folders_inside_results_of_another_kind_are_not_offered(tmp_path):
 def test_every_table_that_is_drawn_tells_a_folder_of_results():
     from spectra.plots.tables import _DRAWERS
     from spectra.report.kept import _SECTIONS
+    from spectra.results.homes import KEPT
     from spectra.results.series import TABLE
     from spectra.results.store import RUN
-    from spectra.results.within import KEPT
 
     assert {RUN, TABLE, *_DRAWERS, *_SECTIONS} == set(KEPT)
