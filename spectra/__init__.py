@@ -130,7 +130,6 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.report import write_report as write_report
     from spectra.results.alignment import alignment as alignment
     from spectra.results.all_pairs import compare_all as compare_all
-    from spectra.results.all_pairs import load_pairs as load_pairs
     from spectra.results.collection import Spectra as Spectra
     from spectra.results.collection import load as load
     from spectra.results.collection import save as save
@@ -139,6 +138,7 @@ if TYPE_CHECKING:  # the list above for type checkers, which follow imports only
     from spectra.results.inspection import inspect as inspect
     from spectra.results.interference import interference as interference
     from spectra.results.intruders import intruders as intruders
+    from spectra.results.pair_folders import load_pairs as load_pairs
     from spectra.results.pairs import Pair as Pair
     from spectra.results.pairs import Pairs as Pairs
     from spectra.results.series import series as series

@@ -1,12 +1,10 @@
-"""Loading torch, the largest part of a short command, and matplotlib while others work."""
+"""Loading torch, the largest part of a short command."""
 
 from __future__ import annotations
 
 import gc
-import importlib
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from spectra.cli.interrupts import nothing_begun
 
@@ -25,19 +23,3 @@ def heavy_imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def load_drawing() -> threading.Thread:
-    """Begin to import what figures are drawn with: a second that need not be waited for when all is computed.
-
-    Only modules of others, which nobody imports meanwhile; where one cannot be loaded, whoever draws hears of it.
-    """
-    loading = threading.Thread(target=_load_drawing, name="drawing")
-    loading.start()
-    return loading
-
-
-def _load_drawing() -> None:
-    with suppress(ImportError):
-        for name in ("figure", "backends.backend_agg", "backends.backend_pdf"):
-            importlib.import_module(f"matplotlib.{name}")

@@ -17,6 +17,7 @@ from spectra.cli.talk import is_quiet, is_verbose, say
 from spectra.printing import printed, printed_json, strict
 
 if TYPE_CHECKING:
+    from spectra.cli.drawing import DrawingProcess
     from spectra.deltas.source import Coverage, Source
     from spectra.spectrum import Spectrum
 
@@ -54,6 +55,7 @@ def draw(
     sides: Sequence[str] = (),
     finished: bool = False,
     held: Iterable[Spectrum] = (),
+    process: DrawingProcess | None = None,
 ) -> list[Path]:
     """Draw these matrices of a results directory into it, say what does not fit, and give the files.
 
@@ -64,17 +66,27 @@ def draw(
         sides: of comparisons; () for both.
         finished: nothing was computed: where nothing can be written, the figures that are there are left as they are.
         held: spectra that are stored there and are at hand: they are not read again.
+        process: draws them, if it can.
     """
+    from spectra.cli.plot import USUAL
     from spectra.metrics.similarity import SIDES
-    from spectra.plots import draw_results
 
     if finished and not os.access(out, os.W_OK):
         note(f"figures are left as they are: {out} cannot be written to")
         return []
-    drawn = draw_results(out, names=names, sides=sides or SIDES, size=size, held=held)
-    for line in drawn.notes:
+    options = {"names": names, "sides": sides or SIDES, "size": size, "held": held}
+    drawn = process and process.draw(out, [options | {"kinds": (kind,)} for kind in USUAL])
+    files, notes = drawn or _drawn_here(out, options)
+    for line in notes:
         note(line)
-    return list(drawn.files)
+    return files
+
+
+def _drawn_here(out: str, options: dict[str, Any]) -> tuple[list[Path], list[str]]:
+    from spectra.plots import draw_results
+
+    drawn = draw_results(out, **options)
+    return list(drawn.files), list(drawn.notes)
 
 
 def figures(paths: Iterable[Path]) -> None:

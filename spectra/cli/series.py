@@ -80,7 +80,8 @@ def command(
     if not checkpoints and not out:
         raise click.UsageError("give the checkpoints of one run, or --out with what is stored")
     with heavy_imports():
-        from spectra.results.series import COLUMNS, count_new, series_rows
+        from spectra.results.series import count_new, series_rows
+        from spectra.results.series_table import COLUMNS
 
     view.check(COLUMNS)
     rows: list[Row] = []
@@ -109,7 +110,7 @@ def command(
 
 def _stored(out: str | None) -> str:
     """How many matrices are stored, of checkpoints that are finished or not."""
-    from spectra.results.series import stored_steps
+    from spectra.results.series_table import stored_steps
     from spectra.text import matrices
 
     each = [len(list((folder / "spectra").glob("*.safetensors"))) for folder in stored_steps(Path(out or "")).values()]
@@ -163,7 +164,7 @@ def _document(rows: list[Row], base: str | None, options: dict[str, Any]) -> dic
 
 
 def _print(rows: list[Row], view: View) -> None:
-    from spectra.results.series import by_role
+    from spectra.results.series_table import by_role
 
     layout = Layout(
         shown=_SHOWN,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spectra.cli import report
-from spectra.cli.heavy import heavy_imports, load_drawing
+from spectra.cli.drawing import drawing_process
+from spectra.cli.heavy import heavy_imports
 from spectra.cli.options import Compute, Opening, compute_options, result_options, source_options, tuned_argument
 from spectra.cli.table import Layout, View, print_rows, table_view
 
@@ -81,15 +82,16 @@ def command(
     """
     source = opening.open(tuned, base)
     _check(view)
-    with compute.keywords() as keywords:
-        keeping = {"rehash": rehash, "vectors": vectors}
-        shown = None if out or as_json else {*_SHOWN, *view.chosen}
-        drawn = bool(out and figures)
-        rows, held, finished = _run(
-            source, top, out, keywords | keeping, keep=drawn or as_json, draws=drawn, columns=shown
-        )
-    names = [delta.name for delta in source]
-    written = report.draw(out, names=names, size=figures, finished=finished, held=held) if out and figures else []
+    drawn = bool(out and figures)
+    with drawing_process(drawn) as process:
+        with compute.keywords() as keywords:
+            keeping = {"rehash": rehash, "vectors": vectors}
+            shown = None if out or as_json else {*_SHOWN, *view.chosen}
+            rows, held, finished = _run(source, top, out, keywords | keeping, keep=drawn or as_json, columns=shown)
+        written: list[Path] = []
+        if out and figures:
+            names = [delta.name for delta in source]
+            written = report.draw(out, names=names, size=figures, finished=finished, held=held, process=process)
     if as_json:
         report.print_json(_document(source, rows, held))
     else:
@@ -137,7 +139,6 @@ def _run(
     compute: dict[str, Any],
     *,
     keep: bool,
-    draws: bool,
     columns: set[str] | None,
 ) -> tuple[list[Row], list[Spectrum], bool]:
     """Rows in the source's order, the spectra without vectors if they are wanted, and whether all was there before.
@@ -149,8 +150,6 @@ def _run(
         from spectra.results import tables
         from spectra.results.streams import decompose
 
-    if draws:
-        load_drawing()
     metrics = {name: metric for name, metric in METRICS.items() if columns is None or name in columns}
     order = {delta.name: place for place, delta in enumerate(source)}
     rows: list[Row] = []

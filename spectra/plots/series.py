@@ -14,7 +14,7 @@ from spectra.plots.panels import panelled, put_label, put_legend_of, put_title, 
 from spectra.plots.sizes import DEFAULT, arranged
 from spectra.plots.style import curves, marked, name_chance, new_axes, stroke
 from spectra.printing import in_figure
-from spectra.results.series import by_role
+from spectra.results.series_table import by_role
 
 if TYPE_CHECKING:
     import pandas as pd

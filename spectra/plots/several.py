@@ -11,7 +11,7 @@ from spectra.plots.grouping import Comparison, panels_by_role
 from spectra.plots.similarity import grid_rows
 from spectra.plots.sizes import DEFAULT
 from spectra.plots.squares import pairs_figure, short_names, square_rows
-from spectra.results.all_pairs import PAIRS, pair_folder
+from spectra.results.pair_folders import PAIRS, pair_folder
 from spectra.results.pairs import Pairs
 from spectra.results.store import Store
 from spectra.results.tables import to_csv

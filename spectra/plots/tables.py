@@ -20,9 +20,9 @@ from spectra.plots.interference import draw_interference
 from spectra.plots.series import left_out_roles, series_curves, series_figure
 from spectra.plots.several import draw_pairs
 from spectra.plots.verdicts import verdicts_figure
-from spectra.results.all_pairs import load_pairs
 from spectra.results.documents import damaged, read_document
-from spectra.results.series import COLUMNS, MEASURED, TABLE, is_series
+from spectra.results.pair_folders import load_pairs
+from spectra.results.series_table import COLUMNS, MEASURED, TABLE, is_series
 from spectra.results.store import Store
 from spectra.results.tables import to_csv
 from spectra.results.writing import write

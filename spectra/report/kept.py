@@ -20,8 +20,8 @@ from spectra.report import cells
 from spectra.results.documents import Document, damaged, read_document
 from spectra.results.pairs import Pairs
 from spectra.results.run_file import is_coverage
-from spectra.results.series import TABLE as SERIES
-from spectra.results.series import by_role
+from spectra.results.series_table import TABLE as SERIES
+from spectra.results.series_table import by_role
 from spectra.results.tables import Row
 
 

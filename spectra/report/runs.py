@@ -16,10 +16,10 @@ from spectra.plots.squares import short_names
 from spectra.report.kept import Section, kept_sections, pairs_section
 from spectra.report.paths import shorter, without_places
 from spectra.results import tables
-from spectra.results.all_pairs import PAIRS, load_pairs
 from spectra.results.collection import Spectra
 from spectra.results.fingerprint import version_of
 from spectra.results.homes import nothing_stored
+from spectra.results.pair_folders import PAIRS, load_pairs
 from spectra.results.store import Store
 from spectra.spectrum import Spectrum
 

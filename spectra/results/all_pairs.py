@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -11,23 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spectra import naming
 from spectra.deltas.delta import WeightDelta
 from spectra.deltas.source import Source
 from spectra.errors import SelectionError, StoreError, refuse_path_for_source
-from spectra.metrics.similarity import SIDES, Side, SubspaceSimilarity
+from spectra.metrics.similarity import Side
 from spectra.results import fingerprint
 from spectra.results.collection import Spectra
 from spectra.results.comparison import check_vectors, compare_links, compare_spectra_links
-from spectra.results.pairs import Pair, Pairs
+from spectra.results.pair_folders import PAIRS, pair_folder
+from spectra.results.pairs import Pair
 from spectra.results.partners import Link, links_of
 from spectra.results.resume import Kept, check_files, delta_keys
 from spectra.results.similarities import NotCompared
 from spectra.results.store import NO_KEY, Store
 from spectra.results.streams import opened
-
-PAIRS = "pairs"  # the folder in a results directory that has a results directory for each pair
-_LONGEST = 60  # characters of an update's name in a folder's
 
 
 def compare_all(
@@ -88,39 +84,6 @@ def compare_all(
         return _of_spectra(labels, sources, top, sides, out, notes)  # type: ignore[arg-type]
     compute: dict[str, Any] = {"device": device, "executor": executor, "memory_budget": memory_budget}
     return _of_weights(labels, sources, top, sides, out, notes, reused, compute)  # type: ignore[arg-type]
-
-
-def load_pairs(directory: str | Path, *, layers: str | Sequence[str] = (), sides: Sequence[Side] = SIDES) -> Pairs:
-    """What `compare_all(…, out=directory)` stored, pooled anew without computing.
-
-    Args:
-        directory: where it is.
-        layers: only the matrices that these patterns mean; () for all.
-        sides: which of the stored sides.
-
-    Raises:
-        StoreError: it holds no comparison of several updates, or one of its files is damaged.
-        SelectionError: layers select nothing.
-    """
-    folders: dict[str, list[str]] = Store(directory).run().get("pairs", {})
-    kept = [
-        Pair(a, b, item)
-        for folder, (a, b) in folders.items()
-        for item in Store(Path(directory) / PAIRS / folder).similarities()
-    ]
-    if not kept:
-        raise StoreError(
-            f"{directory} holds no comparison of several updates; make one with compare_all(…, out={str(directory)!r}) "
-            f"or spectra similarity A B C --out {directory}"
-        )
-    names = dict.fromkeys(pair.outcome.name for pair in kept)
-    chosen = set(naming.select(layers, names)) if layers else set(names)
-    labels = dict.fromkeys(label for pair in folders.values() for label in pair)
-    wanted = (pair for pair in kept if pair.outcome.name in chosen)
-    return Pairs(
-        (pair for pair in wanted if isinstance(pair.outcome, SubspaceSimilarity) and pair.outcome.side in sides),
-        labels=list(labels),
-    )
 
 
 def _of_weights(
@@ -261,14 +224,3 @@ def _known(whole: Store) -> Mapping[str, Sequence[str]]:
                 inputs = Store(folder).run().get("inputs", {})
                 found[folder.name] = [inputs["a"], inputs["b"]] if {"a", "b"} <= inputs.keys() else []
         return {folder: labels for folder, labels in found.items() if labels}
-
-
-def pair_folder(a: str, b: str) -> str:
-    """What the directory of a pair is called: the last folders' names, and a few digits that tell equal ones apart.
-
-    >>> pair_folder("runs/a", "runs/b")
-    'runs-a~runs-b~96f49a'
-    """
-    ends = ("-".join(Path(label).parts[-2:]).replace("/", "")[-_LONGEST:] or "update" for label in (a, b))
-    digest = hashlib.sha256(f"{a}|{b}".encode()).hexdigest()[:6]
-    return "~".join((*ends, digest))

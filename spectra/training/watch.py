@@ -18,7 +18,8 @@ from spectra.engine.devices import device_named
 from spectra.engine.solve import Wanted, out_of_memory, solve_forms
 from spectra.errors import StoreError
 from spectra.results.homes import home_of
-from spectra.results.series import KIND, by_role, row, series_rows, step_folder, stored_steps
+from spectra.results.series import KIND, row, series_rows
+from spectra.results.series_table import by_role, step_folder, stored_steps
 from spectra.results.start import Start
 from spectra.results.store import Store
 from spectra.results.tables import Row

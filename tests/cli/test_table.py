@@ -35,8 +35,8 @@ from spectra.results.intruders import COLUMNS as INTRUDERS
 from spectra.results.intruders import intruder_rows
 from spectra.results.pairs import COLUMNS as PAIRS
 from spectra.results.pairs import Pair, Pairs
-from spectra.results.series import COLUMNS as SERIES
 from spectra.results.series import series_rows
+from spectra.results.series_table import COLUMNS as SERIES
 from spectra.results.tables import SIMILARITY_COLUMNS as SIMILARITY
 from spectra.results.tables import row as row_of
 from spectra.results.tables import similarity_row

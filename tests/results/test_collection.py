@@ -171,7 +171,7 @@ def test_every_table_that_is_drawn_tells_a_folder_of_results():
     from spectra.plots.tables import _DRAWERS
     from spectra.report.kept import _SECTIONS
     from spectra.results.homes import KEPT
-    from spectra.results.series import TABLE
+    from spectra.results.series_table import TABLE
     from spectra.results.store import RUN
 
     assert {RUN, TABLE, *_DRAWERS, *_SECTIONS} == set(KEPT)

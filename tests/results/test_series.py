@@ -17,7 +17,8 @@ import spectra
 from spectra.cli import main
 from spectra.errors import BaseRequiredError, SelectionError, SourceError, StoreError
 from spectra.results import streams
-from spectra.results.series import by_role, series_rows, step_folder
+from spectra.results.series import series_rows
+from spectra.results.series_table import by_role, step_folder
 from spectra.results.shelf import Shelf
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
