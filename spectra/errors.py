@@ -22,8 +22,10 @@ def escaped(text: str) -> str:
     >>> escaped("layers.0\x1b[2J\nweight")
     'layers.0\\x1b[2J\\nweight'
     """
-    signs = (sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text[:_LOOKED_AT])
-    return shortened(_LONG_WORD.sub(lambda word: shortened(word[0], _LONGEST_WORD), "".join(signs)), _LONGEST)
+    line = text[:_LOOKED_AT]
+    if not line.isprintable():  # most are, and errors are made for every metric that a short spectrum does not have
+        line = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line)
+    return shortened(_LONG_WORD.sub(lambda word: shortened(word[0], _LONGEST_WORD), line), _LONGEST)
 
 
 class SpectraError(Exception):

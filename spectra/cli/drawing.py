@@ -14,6 +14,7 @@ from typing import Any
 
 from spectra.errors import SpectraError
 
+USUAL = ("histogram", "depth")  # as in spectra.plots, which is not imported to print a help; a test holds them together
 # Run with this process's own path, so that both read the same package, and nothing else of the folder they stand in.
 _BEGIN = "import sys; sys.path[:] = sys.argv[1:]; from spectra.cli.drawing import serve; serve()"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from spectra.cli import report
+from spectra.cli.drawing import USUAL
 from spectra.cli.options import layer_option, size_option
 from spectra.cli.talk import say
 
@@ -13,7 +14,6 @@ BINS = 100
 CLOSE_UP = 0.05
 FORMATS = ("png", "pdf", "svg")
 KINDS = ("histogram", "depth", "scree", "kept")
-USUAL = ("histogram", "depth")
 
 
 @click.command("plot", short_help="Redraw figures from stored results.")

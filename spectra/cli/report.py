@@ -68,7 +68,7 @@ def draw(
         held: spectra that are stored there and are at hand: they are not read again.
         process: draws them, if it can.
     """
-    from spectra.cli.plot import USUAL
+    from spectra.cli.drawing import USUAL
     from spectra.metrics.similarity import SIDES
 
     if finished and not os.access(out, os.W_OK):
