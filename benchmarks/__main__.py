@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import programs
-from benchmarks.cases import cases, cost_of_figures
+from benchmarks.cases import cases
 from benchmarks.growth import Point, points
 from benchmarks.measure import Outcome, compare
 
@@ -47,7 +47,6 @@ def main() -> None:
     for how in programs.missing():
         print(f"left out, not installed: {how}")
     if not options.only:
-        write_table(out, outcomes, cost_of_figures(options.repeats))
         grown = list(points(options.repeats))
         write_csv(out / "growth.csv", grown)
         draw(out / "benchmarks.png", outcomes, grown)
@@ -83,12 +82,11 @@ def line(outcome: Outcome) -> str:
     )
 
 
-def write_table(out: Path, outcomes: list[Outcome], below: str = "") -> None:
-    """The table as Markdown and as CSV, and what else is to be said below it."""
+def write_table(out: Path, outcomes: list[Outcome]) -> None:
+    """The table as Markdown and as CSV."""
     write_csv(out / "table.csv", [asdict(outcome) for outcome in outcomes])
     rows = "\n".join(map(line, outcomes))
-    text = f"{machine()}; medians of runs in turn\n\n{_HEADER}\n{rows}\n"
-    (out / "table.md").write_text(f"{text}\n{below}\n" if below else text)
+    (out / "table.md").write_text(f"{machine()}; medians of runs in turn\n\n{_HEADER}\n{rows}\n")
 
 
 def write_csv(path: Path, rows: list[Point]) -> None:

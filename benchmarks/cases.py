@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import statistics
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +94,15 @@ def _resize(folder: Path) -> tuple[Way, Way]:
     return emptied(out, ours), process(*SPECTRA, "svd", "--tuned", adapter, "--top", "16")
 
 
+def _keep(figures: str) -> Callable[[Path], tuple[Way, Way]]:
+    def make(folder: Path) -> tuple[Way, Way]:
+        adapter, out = str(inputs.write_lora(folder / "lora")), folder / "results"
+        without = (*SPECTRA, "svd", "--tuned", adapter, "--top", "30")
+        return emptied(out, process(*without, "--out", str(out), figures)), process(*without)
+
+    return make
+
+
 def _verify(folder: Path) -> tuple[Way, Way]:
     base, adapter, merged = map(str, inputs.write_merge(folder / "merge", _VERIFIED))
     ours = timed(lambda: spectra.verify_merge(base, adapter, merged))
@@ -126,25 +132,6 @@ def cases(layers: int) -> Iterator[Case]:
     yield Case(full, "naive script", 4.0, _pair(layers), most_repeats=1 if layers >= 16 else None)
     yield Case(f"verify, rank 64 on 4096², bf16 × {_VERIFIED}", "reading the two weights", 1 / 3, _verify)
     yield Case("process: rank-64 LLaMA-7B LoRA resized to 16", "spectra svd --top 16", 0.5, _resize)
-
-
-def cost_of_figures(repeats: int) -> str:
-    """What figures add to a run that keeps its results, in seconds."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        adapter = str(inputs.write_lora(folder / "lora"))
-
-        def seconds(figures: str) -> float:
-            out = folder / "results"
-            run = process(*SPECTRA, "svd", "--tuned", adapter, "--top", "30", "--out", str(out), figures)
-            spent = run().seconds
-            shutil.rmtree(out)  # else the next run would find everything done
-            return spent
-
-        pairs = [(seconds("--figures"), seconds("--no-figures")) for _ in range(repeats)]
-    more = [drawn - plain for drawn, plain in pairs]
-    total, spread = statistics.median(drawn for drawn, _ in pairs), f"{min(more):.1f}–{max(more):.1f}"
-    return (
-        f"Rank-64 LLaMA-7B LoRA, top 30, kept with --out: {total:.1f} s, of which the figures take "
-        f"{statistics.median(more):.1f} s ({spread}; at most 3 s wanted)."
-    )
+    kept = "process: rank-64 LLaMA-7B LoRA, top 30, kept with --out"
+    yield Case(kept, "the same without --out", 1 / 1.4, _keep("--figures"))
+    yield Case(f"{kept} --no-figures", "the same without --out", 1 / 1.4, _keep("--no-figures"))

@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from spectra.results.tables import Row
 
 _SHARE_OF_TOPS = 0.55  # of a matrix' time, what all but W₀'s decomposition takes (384 to 1,024 rows)
-_COPIES = 7  # of a matrix that are there at once: W₀, ΔW, W, all of W₀'s vectors, and what LAPACK works on
+# What is there at once (measured, 409×6544 to 1660²): copies of a matrix, as W₀, ΔW, W and all of W₀'s vectors, and what
+# LAPACK works on, squares of the shorter side.
+_COPIES, _SQUARES = 7, 4
 
 
 def alignment(
@@ -176,7 +178,7 @@ def _side_by_side(executor: Executor, work: Work, deltas: Sequence[WeightDelta])
 
 
 def _bytes_for(delta: WeightDelta) -> int:
-    return _COPIES * 8 * math.prod(delta.shape)
+    return 8 * (_COPIES * math.prod(delta.shape) + _SQUARES * min(delta.shape, default=0) ** 2)
 
 
 class UndoneError(Exception):
