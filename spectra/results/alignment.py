@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from spectra.results.tables import Row
 
 _SHARE_OF_TOPS = 0.55  # of a matrix' time, what all but W₀'s decomposition takes (384 to 1,024 rows)
-# What is there at once (measured, 409×6544 to 1660²): copies of a matrix, as W₀, ΔW, W and all of W₀'s vectors, and what
-# LAPACK works on, squares of the shorter side.
+# What is there at once (measured, 409×6544 to 1660²): copies of a matrix, as W₀, ΔW, W and all of W₀'s vectors, and
+# squares of its shorter side, which LAPACK works on.
 _COPIES, _SQUARES = 7, 4
 
 

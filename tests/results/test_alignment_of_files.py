@@ -125,7 +125,7 @@ def test_as_many_matrices_are_at_work_as_the_budget_holds_and_rows_come_in_order
     source = spectra.open_source(write_checkpoint(tmp_path / "tuned", nudged(llama_tensors())), base)
     source = source.select("self_attn")
     plain = spectra.alignment(source, k=3)
-    largest = 7 * 8 * 16 * 16
+    largest = (7 + 4) * 8 * 16 * 16
     for budget, most in ((largest, 2), (100 * largest, 3)):  # k and v are half as large as q and o
         with CountingPool(3) as pool:
             found = spectra.alignment(source, k=3, executor=pool, memory_budget=budget)
