@@ -140,6 +140,7 @@ _KINDS: Mapping[str, Callable[[Any], bool]] = {
     "versions": _object_of(_text),
     "methods": _object_of(_text),
     "tables": _object_of(_text),
+    "made_from": _object_of(_text),
     "pairs": _object_of(lambda labels: _texts(labels) and len(labels) == 2),
     "coverage": is_coverage,
 }

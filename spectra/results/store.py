@@ -23,6 +23,7 @@ import numpy as np
 from spectra.errors import StoreError
 from spectra.metrics.similarity import SubspaceSimilarity
 from spectra.results import measured, records, run_file, tables
+from spectra.results.belonging import LISTED, Belonging
 from spectra.results.homes import home_of, model_in
 from spectra.results.partners import apart
 from spectra.results.shelf import Piece, Shelf, json_text, natural, sum_of
@@ -52,6 +53,7 @@ class Store:
         self.spectra = Shelf(self.directory / "spectra", verify, packs=True)
         self.similarity = Shelf(self.directory / "similarity", verify, packs=True)
         self.notes: list[str] = [] if notes is None else notes
+        self.belonging = Belonging(self.directory / RUN)
         self._claimed: Mapping[str, Any] | None = None
         self._seen: dict[str, tuple[Version | bytes, tables.Row]] = {}
         self._wrote = False
@@ -108,6 +110,7 @@ class Store:
             self._claimed = wanted
             try:
                 run_file.write(self.directory / RUN, {"inputs": wanted, "started": started, **details})
+                self.belonging.look_again()
             except StoreError:
                 if before is None or stored.get("finished") is None:
                     raise  # else it may all be there: what has to be written raises anew
@@ -158,6 +161,7 @@ class Store:
         if header.measured_by != measured.code():
             version = self._measured_anew(spectrum) or version
         self._seen[name] = version, tables.row(spectrum)
+        self.belonging.see(name, key)
         return spectrum
 
     def _measured_anew(self, spectrum: Spectrum) -> bytes | None:
@@ -205,8 +209,10 @@ class Store:
         kept = replace(spectrum, **back) if back else spectrum
         arrays |= narrow
         record = records.record_of(kept, key, precision) | measured.record_of(kept)
+        self._unlist(kept.name, key)
         version = self.spectra.put(kept.name, arrays, record)
         self._seen[kept.name] = version, tables.row(kept)
+        self.belonging.see(kept.name, key)
         self._wrote = True
         return kept
 
@@ -221,9 +227,22 @@ class Store:
     def _read(self, name: str, vectors: bool = True) -> tuple[records.Header, Spectrum]:
         arrays, record = self.spectra.get(name, None if vectors else ("S",))
         try:
-            return _spectrum_of(name, arrays, record)
+            found = _spectrum_of(name, arrays, record)
+            self._refuse_foreign(name, found[0].key)
+            return found
         except ValueError as problem:
             raise damaged(self.spectra.where(name), f"{name}: {problem}") from None
+
+    def _refuse_foreign(self, name: str, key: str) -> None:
+        if self.belonging.is_foreign(name, key):
+            raise ValueError("it is of another run, copied here")
+
+    def _unlist(self, name: str, key: str) -> None:
+        """Before a piece takes the place of another one: say no more what belongs here, until the run ends."""
+        if self.belonging.is_foreign(name, key):
+            with alone(self.directory):
+                run_file.write(self.directory / RUN, {k: said for k, said in self.run().items() if k != LISTED})
+            self.belonging.look_again()
 
     def similarity_of(self, name: str, side: str, key: str, other: str = "") -> SubspaceSimilarity | None:
         """A stored comparison, of another weight where `other` is its name, if it was made from the same inputs."""
@@ -241,6 +260,7 @@ class Store:
         """Store one comparison."""
         arrays = {name: getattr(similarity, name) for name in records.SIMILARITY_ARRAYS}
         label = _label(similarity.name, similarity.side, similarity.other)
+        self._unlist(label, key)
         self.similarity.put(label, arrays, records.similarity_record(similarity, key))
         self._wrote = True
 
@@ -260,7 +280,9 @@ class Store:
         """
         arrays, record = self.similarity.get(label)
         try:
-            return _comparison_of(label, arrays, record), str(record.get("key"))
+            found, key = _comparison_of(label, arrays, record), str(record.get("key"))
+            self._refuse_foreign(label, key)
+            return found, key
         except ValueError as problem:
             raise damaged(self.similarity.where(label), str(problem)) from None
 
@@ -269,6 +291,9 @@ class Store:
         try:
             made = _spectrum_of if shelf is self.spectra else _comparison_of
             made(piece.name, piece.arrays, piece.record)
+            self._refuse_foreign(piece.name, str(piece.record.get("key")))
+            if not self.belonging.is_listed(piece.name):
+                raise ValueError("the run that ended here has no such piece: it was copied here")
         except ValueError as problem:
             return str(problem)
         return ""
@@ -287,12 +312,13 @@ class Store:
                 f"any more, {min(gone)} for one: run the same again, with nobody else at work in that directory"
             )
         labels = self.similarity.names()
-        compared = list(self._sound(labels, lambda label: tables.similarity_row(self.compared(label)[0])))
+        compared = list(self._sound(labels, self._compared_row))
         self._seal()
         sums = {
             name: self._write_table(name, lines) for name, lines in ((SUMMARY, rows), (COMPARED, compared)) if lines
         }
-        self._close(sums, {line["name"]: line["method"] for line in rows})
+        listed = self.belonging.list_of([*(row["name"] for row in rows), *labels])
+        self._close({"tables": sums, "methods": {line["name"]: line["method"] for line in rows}, LISTED: listed})
 
     def _seal(self) -> None:
         """Bring packs in order, if there are any."""
@@ -309,10 +335,17 @@ class Store:
         version, row = self._seen.get(name, (None, {}))
         if version is not None and self.spectra.version(name) == version:
             return row
-        return tables.row(self.get(name, vectors=False))
+        header, spectrum = self._read(name, vectors=False)
+        self.belonging.see(name, header.key)
+        return tables.row(spectrum)
 
-    def _close(self, sums: Mapping[str, str], methods: Mapping[str, str]) -> None:
-        """Say in `run.json` that all is there, unless it says so."""
+    def _compared_row(self, label: str) -> tables.Row:
+        found, key = self.compared(label)
+        self.belonging.see(label, key)
+        return tables.similarity_row(found)
+
+    def _close(self, said: dict[str, Any]) -> None:
+        """Say this in `run.json`, and that all is there, unless it says so."""
         with alone(self.directory):
             run = self.run()
             if self._claimed is not None and run_file.differences(run.get("inputs") or {}, self._claimed):
@@ -320,7 +353,6 @@ class Store:
                     f"{self.directory} was claimed by another run while this one was at work: "
                     f"run the same again with {ANOTHER_PLACE}"
                 )
-            said = {"methods": dict(methods), "tables": dict(sums)}
             if self._wrote or "finished" not in run or run | said != run:
                 try:
                     run_file.write(self.directory / RUN, run | {"finished": _now(), **said})
