@@ -263,7 +263,7 @@ def scan(path: Path) -> tuple[dict[str, Spot], str]:
                 if spot is None or ended:
                     spent += _BLOCK + tried
                     following = _next_mark(file, place + 1)
-                    gaps += bool(following) or path.name == PACK
+                    gaps += bool(following) or path.name == PACK or size - place > _MOST  # no part of one record
                     if not following or spent > most:
                         break
                     place = following

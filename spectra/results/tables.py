@@ -280,6 +280,9 @@ def _check_by(by: str, known: Any) -> None:
         raise SelectionError(f"by={by!r} is not one of {', '.join(get_args(known))}")
 
 
+_FORMULAS = ("=", "+", "-", "@")
+
+
 def to_csv(rows: list[Row]) -> str:
     """Rows as CSV text, names as they are printed; empty cells for None and NaN."""
     buffer = io.StringIO()
@@ -297,7 +300,7 @@ def _blanks(column: list[Any]) -> list[Any]:
     if kinds <= {float}:
         return ["" if value != value else value for value in column]
     if kinds <= {str}:
-        cells = {text: printed(text) for text in set(column)}
+        cells = {text: _cell(text) for text in set(column)}
         return [cells[text] for text in column]
     return [*map(_blank, column)]
 
@@ -305,4 +308,14 @@ def _blanks(column: list[Any]) -> list[Any]:
 def _blank(value: Any) -> Any:
     if isinstance(value, float):  # most are
         return "" if math.isnan(value) else value
-    return "" if value is None else printed(value) if isinstance(value, str) else value
+    return "" if value is None else _cell(value) if isinstance(value, str) else value
+
+
+def _cell(text: str) -> str:
+    r"""A text as it is printed; its first sign is escaped where a spreadsheet would take it for the begin of a formula.
+
+    >>> _cell("=1+1"), _cell("layers.0.q_proj.weight")
+    ('\\x3d1+1', 'layers.0.q_proj.weight')
+    """
+    said = printed(text)
+    return f"\\x{ord(said[0]):02x}{said[1:]}" if said[:1] in _FORMULAS else said

@@ -527,3 +527,21 @@ def test_what_another_process_adds_before_it_is_killed_is_kept_by_whoever_seals_
     mine.seal(str)
     assert not log.exists()
     assert set(pack.Pack(tmp_path).spots) == {"first", "second"}
+
+
+def test_a_hole_that_is_longer_than_a_record_is_told(tmp_path, packed):
+    """Behind it nothing is looked for, so that nobody waits for a file of nothing; but it is not silent."""
+    store = Store(tmp_path)
+    for spectrum in made(3):
+        store.put(spectrum)
+    (log,) = tmp_path.glob("spectra/small.*.log")
+    sound = log.read_bytes()
+    hole = 2 * pack._MOST
+    with log.open("r+b") as file:
+        file.seek(len(sound) + hole)
+        file.write(sound)
+    spots, fault = pack.scan(log)
+    assert len(spots) == 3
+    assert "not all that were stored" in fault
+    os.truncate(log, len(sound) + 100)  # a part of one record, as a killed process leaves it
+    assert pack.scan(log)[1] == ""

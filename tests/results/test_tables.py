@@ -159,3 +159,12 @@ def test_cells_of_a_table_are_blank_where_there_is_no_number():
         {"name": "c", "x": 0.1, "n": True},
     ]
     assert to_csv(rows).splitlines() == ["name,x,n,mixed", "a\\x1bb,1.5,,t", "c,,3,0.1", "c,0.1,True,"]
+
+
+@pytest.mark.parametrize("sign", "=+-@")
+def test_no_cell_is_a_formula(sign):
+    rows = [{"name": f"{sign}cmd|x.weight", "norm": -1.0}, {"name": "a.weight", "norm": 2.0}]
+    named = to_csv(rows).splitlines()
+    assert named[1:] == [f"\\x{ord(sign):02x}cmd|x.weight,-1.0", "a.weight,2.0"]
+    mixed = to_csv([{"name": None}, *rows[:1]]).splitlines()
+    assert mixed[2].startswith("\\x")
