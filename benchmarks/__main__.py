@@ -76,8 +76,9 @@ def line(outcome: Outcome) -> str:
     """One row of the table."""
     o = outcome
     sizes = f"{o.ours_mib:.0f} | {o.peer_mib:.0f}" if o.ours_mib else "– | –"
+    spread = f"{o.ratio_low:.2f}–{o.ratio_high:.2f}"
     return (
-        f"| {o.case} | {o.peer} | {o.wanted:g}× | {o.ratio:.2f}× | {o.ratio_low:.2f}–{o.ratio_high:.2f} | {o.repeats} "
+        f"| {o.case} | {o.peer} | {o.wanted:.3g}× | {o.ratio:.2f}× | {spread} | {o.repeats} "
         f"| {o.ours_s:.3f} s | {o.peer_s:.3f} s | {sizes} |"
     )
 
