@@ -30,6 +30,7 @@ _WIDTH = 56  # characters that fit over and under axes of the usual size
 _LONGEST_LABEL, _LONGEST_LINE = 40, 500  # characters
 _LETTER = 0.47  # ems of a letter of such a name
 _LABELS = 24  # numbers under the columns
+_OF_PANEL, _SCALE = 0.75, 8  # the share of a panel that `width` is, and the letters that a colour bar takes of it
 _OUTSIDE = 4  # matrices in no layer that are told
 _PLACES = ("layer", "out", "in")  # columns of numbers that say which matrix it is
 _APART = ("side", "step")  # columns of tables that hold a matrix several times
@@ -293,9 +294,12 @@ def finding(grid: DepthGrid) -> str:
 
 
 def _where(grid: DepthGrid, name: str) -> str:
-    place = place_of(name)
+    """Which matrix it is; of a cell of several, whose median is drawn, that it is one of them."""
+    place, row = place_of(name), row_of(name)
     stack = stack_labels(grid.places)[place.stack]
-    return f"{row_of(name)} of {stack + ' ' if stack else ''}layer {place.label}" if place.index else row_of(name)
+    several = int(grid.matrices[grid.rows.index(row), grid.places.index(place)]) if row in grid.rows else 1
+    called = f"{row} of {stack + ' ' if stack else ''}layer {place.label}" if place.index else row
+    return f"{called} (one of {several:,})" if several > 1 else called
 
 
 def value_range(grids: Iterable[DepthGrid]) -> tuple[float, float]:
@@ -361,10 +365,11 @@ def _draw_lines(grid: DepthGrid, ax: Axes, limits: tuple[float, float], colorbar
 def _number_places(grid: DepthGrid, ax: Axes, width: int) -> None:
     """Layers' numbers below, and the stacks' names with lines between them where there are several."""
     places = grid.places
-    step = math.ceil(len(places) / _LABELS)
+    turned = any(len(place.index) > 1 for place in places)
+    step = max(math.ceil(len(places) / _LABELS), 1 if turned else _every(grid, width))
     shown = [j for j, place in enumerate(places) if place.index and (place.index[-1] if step > 1 else 0) % step == 0]
     ax.set_xticks(shown, [_label(places[j].label) for j in shown])
-    if any(len(place.index) > 1 for place in places):
+    if turned:
         ax.tick_params(axis="x", labelrotation=90)
     upright = _upright(places, width)
     for label, first, count in _stacks(places):
@@ -376,6 +381,14 @@ def _number_places(grid: DepthGrid, ax: Axes, width: int) -> None:
             textcoords="offset points", ha="center", va="bottom", fontsize="x-small", color="0.25",
             rotation=90 if label in upright else 0,
         )  # fmt: skip
+
+
+def _every(grid: DepthGrid, width: int) -> int:
+    """Of how many columns one is numbered, so that numbers do not touch: the names of roles and the scale take room."""
+    names = max((len(_label(row)) for row in grid.rows), default=0)
+    room = max(width / _OF_PANEL - names - _SCALE, 4.0)
+    longest = max((len(_label(place.label)) for place in grid.places), default=0)
+    return math.ceil((longest + 0.8) * len(grid.places) / room)
 
 
 def _upright(places: Sequence[Place], width: int) -> set[str]:

@@ -20,6 +20,7 @@ from spectra.text import matrices
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.ticker import Formatter
 
 BINS = 100
 _ROOM = 1.08  # height of a row, by that of the tallest bar
@@ -281,10 +282,19 @@ def _draw_rows(panel: BinnedPanel, ax: Axes) -> None:
     ax.set_ylabel(f"{STATS[panel.stat]}  (row: 0–{step:.2g})")
 
 
-def _draw_climbs(panel: BinnedPanel, ax: Axes) -> None:
-    """A line per curve on a logarithmic axis, from the largest value on, with its name at its end."""
+def _plain_log() -> Formatter:
+    """Numbers between powers of ten as people write them, and only where there is no more than a decade."""
     from matplotlib.ticker import LogFormatter
 
+    class PlainLog(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    return PlainLog()
+
+
+def _draw_climbs(panel: BinnedPanel, ax: Axes) -> None:
+    """A line per curve on a logarithmic axis, from the largest value on, with its name at its end."""
     ends = []
     for binned, (colour, _) in zip(panel.curves, curves(), strict=False):
         ax.stairs(
@@ -297,7 +307,7 @@ def _draw_climbs(panel: BinnedPanel, ax: Axes) -> None:
     ax.set_yscale("log")
     ax.set_ylim(0.8 * least, 1.5 * max(float(curve.heights.max()) for curve in panel.curves))
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-    ax.yaxis.set_minor_formatter(LogFormatter())  # which writes numbers only where there is no more than a decade
+    ax.yaxis.set_minor_formatter(_plain_log())
     ax.set_ylabel(STATS[panel.stat])
     if len(ends) > 1:
         name_ends(ax, ends, height=ROW * max(len(ends), LEAST_ROWS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_experts_of_a_layer_are_one_cell_with_their_median():
     assert grid.rows == ("up_proj, experts",)
     assert grid.values.tolist() == [[2.0, 6.0]]
     assert grid.matrices.tolist() == [[3, 3]]
-    assert finding(grid) == "norm: median 5.5, largest 9 in up_proj, experts of layer 0"
+    assert finding(grid) == "norm: median 5.5, largest 9 in up_proj, experts of layer 0 (one of 3)"
     figure = spectra.depth_figure(experts, ["norm"])
     assert "median of up to 3 matrices" in figure.axes[-1].get_ylabel()
 
@@ -221,3 +222,21 @@ def test_a_stacks_name_stands_upright_only_where_its_columns_are_too_narrow_for_
 
     assert turned(3, 3) == {"encoder": False, "decoder": False}
     assert turned(60, 4) == {"encoder": False, "decoder": True}, "four columns of many are narrow"
+
+
+@pytest.mark.parametrize("size", ["column", "page", "slide"])
+@pytest.mark.parametrize("layers", [12, 32, 101])
+def test_the_layers_numbers_do_not_touch(size, layers):
+    names = [f"model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight" for i in range(layers) for e in range(2)]
+    drawn = spectra.depth_figure([Spectrum(name, (1, 1), S=[2.0]) for name in names], size=size)
+    FigureCanvasAgg(drawn).draw()
+    for ax in drawn.axes:
+        boxes = [label.get_window_extent() for label in ax.get_xticklabels() if label.get_text()]
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+        assert not boxes or len(boxes) > 4
+
+
+def test_the_largest_of_a_cell_of_several_is_told_as_one_of_them():
+    names = [f"model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight" for i in range(2) for e in range(3)]
+    grid = depth_grid([Spectrum(name, (1, 1), S=[at + 1.0]) for at, name in enumerate(names)], "norm")
+    assert finding(grid).endswith("largest 6 in down_proj, experts of layer 1 (one of 3)")

@@ -178,6 +178,15 @@ def test_the_close_up_means_the_same_for_a_curve_of_few_values():
         assert panel.edges[-1] == pytest.approx(last + 0.02 * (last - low))
 
 
+def test_the_climbs_axis_of_less_than_a_decade_has_numbers_as_people_write_them():
+    run = [Spectrum(f"layers.{i}.q_proj.weight", (8, 8), S=np.linspace(2.0, 0.5, 8) * (1 + i)) for i in range(4)]
+    figure = spectra.histogram_figure({"q_proj": run})
+    FigureCanvasAgg(figure).draw()
+    texts = [label.get_text() for ax in figure.axes for label in ax.get_yticklabels(which="both")]
+    assert not any("e" in text for text in texts)
+    assert any(text.startswith("0.") for text in texts)
+
+
 def test_nothing_to_draw_is_an_error():
     with pytest.raises(SelectionError, match="no nonzero singular value"):
         spectra.plot_histogram([spectrum([0.0], status="unchanged")])
