@@ -94,8 +94,8 @@ class _Commands(click.Group):
             told = f" Did you mean {' or '.join(similar)}?" if similar else f" There are {', '.join(_COMMANDS)}."
             raise click.UsageError(f"No such command {args[0]!r}.{told}", ctx)
         name, command, rest = super().resolve_command(ctx, args)
-        if command is not None:
-            _refuse_repeated(command, name or "", ctx, rest)
+        if command is not None and not ctx.resilient_parsing:  # as a shell that completes words parses
+            _look_over(command, name or "", ctx, rest)
         return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -126,9 +126,14 @@ def _as_here(problem: click.NoSuchOption) -> click.NoSuchOption:
     """The same error, with the name that the option has here if other tools call it so."""
     known = [name for option in problem.ctx.command.params for name in option.opts] if problem.ctx else []
     meant = here(problem.option_name, known)
-    if not meant:
+    ctx = problem.ctx
+    arguments = [param for param in ctx.command.params if isinstance(param, click.Argument)] if ctx else []
+    if meant:
+        told = f"No such option {problem.option_name!r}. Did you mean {meant[0]!r}?"
+    elif problem.option_name.lstrip("-") in _MODELS and arguments and ctx:
+        told = f"No such option {problem.option_name!r}: write {arguments[0].make_metavar(ctx)} without one."
+    else:
         return problem
-    told = f"No such option {problem.option_name!r}. Did you mean {meant[0]!r}?"
     return click.NoSuchOption(problem.option_name, message=told, ctx=problem.ctx)
 
 
@@ -155,19 +160,40 @@ def _one_too_many(problem: click.UsageError) -> click.UsageError:
     return click.UsageError(f"{problem.message}: {told}" if told else problem.message, ctx)
 
 
-def _refuse_repeated(command: click.Command, name: str, parent: click.Context, words: list[str]) -> None:
-    """Raise if an option that takes one value is given twice: of two models, the last would win in silence."""
-    with command.context_class(command, info_name=name, parent=parent, resilient_parsing=True) as ctx:
+def _look_over(command: click.Command, name: str, parent: click.Context, words: list[str]) -> None:
+    """Raise where an option is given twice that takes one value, or where options are missing: all of them at once."""
+    with command.context_class(command, info_name=name, parent=parent) as ctx:
         try:
-            _, _, order = command.make_parser(ctx).parse_args(list(words))
+            _, left, order = command.make_parser(ctx).parse_args(list(words))
         except click.UsageError:
             return  # said by the command itself
-    single = [item for item in order if isinstance(item, click.Option) and not (item.multiple or item.is_flag)]
+        given = [item for item in order if isinstance(item, click.Option)]
+        _refuse_repeated(name, given)
+        if command.get_help_option(ctx) not in given:
+            _refuse_missing(command, ctx, given, left)
+
+
+def _refuse_repeated(name: str, given: list[click.Option]) -> None:
+    """Of two models, the last would win in silence."""
+    single = [option for option in given if not (option.multiple or option.is_flag)]
     for option in single:
         if single.count(option) > 1:
             flag = max(option.opts, key=len)
             hint = f"run spectra {name} once for each" if option.name in _MODELS else "give the one that counts"
             raise click.UsageError(f"{flag} takes one value and is given {single.count(option)} times: {hint}")
+
+
+def _refuse_missing(command: click.Command, ctx: click.Context, given: list[click.Option], left: list[str]) -> None:
+    """Say the whole line where required options are missing, with the words that were given without them."""
+    wanted = [option for option in command.params if isinstance(option, click.Option) and option.required]
+    missing = [option for option in wanted if option not in given]
+    if not missing:
+        return
+    takes = any(isinstance(param, click.Argument) for param in command.params)
+    words = left if len(left) == len(missing) and not takes else [str(option.metavar) for option in missing]
+    line = " ".join(f"{max(option.opts, key=len)} {word}" for option, word in zip(missing, words, strict=True))
+    told = f"its models are options: {line}" if words is left else f"missing: {line}"
+    raise click.UsageError(told, ctx)
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

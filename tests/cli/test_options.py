@@ -111,3 +111,34 @@ def test_what_is_answered_exists():
     found = [main.get_command(click.Context(main), name) for name in main.list_commands(click.Context(main))]
     there = {name for command in found for option in command.params for name in option.opts}
     assert {name for names in elsewhere._HERE.values() for name in names} <= there
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("verify a b c", "its models are options: --base a --adapter b --merged c"),
+        ("verify --base a", "missing: --adapter ADAPTER --merged MERGED"),
+        ("verify --base a x y", "its models are options: --adapter x --merged y"),
+        ("verify", "missing: --base BASE --adapter ADAPTER --merged MERGED"),
+        ("inspect --tuned x", "write PATH without one"),
+        ("plot --tuned x", "write DIR… without one"),
+        ("heads --adapter x", "write ADAPTER without one"),
+    ],
+)
+def test_all_that_is_missing_is_said_at_once_and_models_that_need_no_option(words, told):
+    ended = CliRunner().invoke(main, words.split())
+    assert ended.exit_code == 2
+    assert told in ended.output
+
+
+def test_help_needs_no_options():
+    assert CliRunner().invoke(main, ["verify", "--help"]).exit_code == 0
+
+
+def test_a_shell_completes_words_behind_what_is_no_command_line_yet():
+    from click.shell_completion import ShellComplete
+
+    found = ShellComplete(main, {}, "spectra", "_SPECTRA_COMPLETE").get_completions(["verify"], "--m")
+    assert {item.value for item in found} >= {"--merged", "--memory"}
+    found = ShellComplete(main, {}, "spectra", "_SPECTRA_COMPLETE").get_completions(["svd", "--base", "a"], "--t")
+    assert {item.value for item in found} >= {"--top", "--tuned"}
