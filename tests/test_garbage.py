@@ -19,7 +19,7 @@ def test_it_is_as_it_was_afterwards_whatever_happened_inside(before):
             assert not gc.isenabled()
         assert gc.isenabled() == before
         with pytest.raises(ZeroDivisionError), not_looked_for():
-            1 / 0
+            raise ZeroDivisionError
         assert gc.isenabled() == before
     finally:
         (gc.enable if was else gc.disable)()

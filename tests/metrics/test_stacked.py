@@ -66,8 +66,8 @@ def test_what_the_others_are_has_no_influence_on_one_bit(shape, rank):
     assert repr(measured_together(spectra[::-1])) == repr(together[::-1])
 
 
-def test_every_metric_of_today_has_its_stack_and_a_stack_is_a_metric():
-    assert {name.removeprefix("signal_") for name in METRICS} == STACKED.keys()
+def test_a_stack_is_of_a_metric():
+    assert METRICS.keys() >= STACKED.keys()
 
 
 def test_a_metric_without_a_stack_is_measured_one_by_one():
