@@ -186,12 +186,12 @@ class _Reader:
     """A file of records that stays open as long as this object is there, whatever becomes of its name."""
 
     def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._file)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed with this object)
+        weakref.finalize(self, self._file.close)
 
     def read(self, spot: Spot) -> bytes:
         """The bytes where a record lies; less where the file is shorter."""
-        return os.pread(self._file, spot.size, spot.start)
+        return os.pread(self._file.fileno(), spot.size, spot.start)
 
 
 class _Log:

@@ -56,8 +56,9 @@ def row(spectrum: Spectrum, metrics: Metrics = METRICS) -> Row:
 def measure(spectra: Iterable[Spectrum]) -> None:
     """Make the rows of several beforehand: the same, in a tenth of the time that they take one by one."""
     new = [spectrum for spectrum in spectra if _MADE.get(spectrum, ({}, {}))[0] is not METRICS]
-    for spectrum, found in zip(new, measuring.measured_together(new), strict=True):
-        remember(spectrum, found)
+    if new:
+        for spectrum, found in zip(new, measuring.measured_together(new), strict=True):
+            remember(spectrum, found)
 
 
 def remember(spectrum: Spectrum, measured: Mapping[str, float]) -> None:
