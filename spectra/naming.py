@@ -10,7 +10,8 @@ from functools import lru_cache
 
 from spectra.errors import SelectionError
 
-_ITSELF = ""  # the role is called as it is
+# Modules that are called as their role is.
+_ITSELF = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj")
 # The last path components of a module, and the role that LLaMA's names give it. First match wins.
 # Attention is told apart from the MLP by its parent where both use a word such as `dense`.
 _ROLE_PATTERNS: tuple[tuple[str, str], ...] = (
@@ -20,10 +21,6 @@ _ROLE_PATTERNS: tuple[tuple[str, str], ...] = (
     (r"(?:^|\.)h\.\d+\.mlp\.(?:experts\.\d+\.)?fc_1$", "gate_proj"),
     (r"(?:^|\.)h\.\d+\.mlp\.(?:experts\.\d+\.)?fc(?:_2)?$", "up_proj"),
     (r"(?:^|\.)h\.\d+\.mlp\.(?:experts\.\d+\.)?proj$", "down_proj"),
-    (
-        r"(?:^|\.)(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|qkv_proj|gate_up_proj)$",
-        _ITSELF,
-    ),
     (r"(?:^|\.)(?:query|query_proj|q_lin|to_q|(?:SelfAttention|EncDecAttention)\.q)$", "q_proj"),
     (r"(?:^|\.)(?:key|key_proj|k_lin|to_k|(?:SelfAttention|EncDecAttention)\.k)$", "k_proj"),
     (r"(?:^|\.)(?:value|value_proj|v_lin|to_v|(?:SelfAttention|EncDecAttention)\.v)$", "v_proj"),
@@ -74,6 +71,7 @@ _ANY_NUMBER = re.compile(r"(?:^|\.)([0-9]{1,9})(?=\.|$)")
 
 # What adapters call their factors, as a component of a tensor's name.
 _FACTOR = re.compile(r"(?:^|\.)(?:\w*lora_\w+|lora|hada_w\d_[ab]|lokr_w\d(?:_[ab])?|to_\w+_lora)(?:\.|$)")
+_FACTOR_WORDS = ("lora", "hada_w", "lokr_w")  # of which each such name has one: quicker to look for
 
 
 def is_factor(name: str) -> bool:
@@ -82,7 +80,7 @@ def is_factor(name: str) -> bool:
     >>> is_factor("layers.0.q_proj.lora_A.default.weight"), is_factor("layers.0.q_proj.weight")
     (True, False)
     """
-    return _FACTOR.search(name) is not None
+    return any(word in name for word in _FACTOR_WORDS) and _FACTOR.search(name) is not None
 
 
 def split_parts(name: str) -> tuple[str, tuple[str, ...]]:
@@ -91,7 +89,7 @@ def split_parts(name: str) -> tuple[str, tuple[str, ...]]:
     >>> split_parts("h.0.attn.c_attn.weight[v]")
     ('h.0.attn.c_attn.weight', ('v',))
     """
-    return _PARTS.sub("", name), tuple(_PARTS.findall(name))
+    return (_PARTS.sub("", name), tuple(_PARTS.findall(name))) if "[" in name else (name, ())
 
 
 def module_of(name: str) -> str:
@@ -132,10 +130,12 @@ def role_of(name: str) -> str:
     for part in split_parts(name)[1]:
         if part in _PART_ROLES:
             return _PART_ROLES[part]
+    last = module.rpartition(".")[2]
+    if last in _ITSELF:
+        return last
     for pattern, role in _ROLES:
-        match = pattern.search(module)
-        if match:
-            return match[1] if role == _ITSELF else role
+        if pattern.search(module):
+            return role
     words = [word for word in module.split(".") if word and not word.isdigit()] or [module]
     return ".".join(words[-2:]) if len(words) > 1 and words[-1] in {"dense", "linear", "proj"} else words[-1]
 

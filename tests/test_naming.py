@@ -116,3 +116,24 @@ def test_roles_stand_in_the_models_order():
         *("embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "router", "gate_proj", "up_proj", "down_proj"),
         *("other", "lm_head"),
     ]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "lora_A",
+        "xlora_B",
+        "lora",
+        "hada_w1_a",
+        "lokr_w2",
+        "lokr_w1_b",
+        "to_q_lora",
+        "weight",
+        "lora2",
+        "hada_w",
+        "flora",
+    ],
+)
+def test_a_quick_look_for_factors_is_the_pattern(part):
+    for name in (part, f"layers.0.{part}", f"layers.0.{part}.weight", f"x{part}.weight"):
+        assert naming.is_factor(name) == (naming._FACTOR.search(name) is not None)

@@ -49,6 +49,7 @@ def decompose_indexed(
     budget: int | str | None = None,
     threads: int | None = None,
     account: Account | None = None,
+    look: Callable[[list[Spectrum]], None] | None = None,
 ) -> Iterator[tuple[int, Spectrum]]:
     """Each delta's position in the input and its spectrum, as soon as it is finished: not in the input's order.
 
@@ -61,6 +62,7 @@ def decompose_indexed(
         threads: how many each matrix gets on this machine's CPU; the other cores take other matrices. None: what
             `threads_for` finds best. The last bits of a result can depend on it.
         account: of a plan that these are a part of, which is announced already; None where they are all of it.
+        look: gets the results of small matrices that are solved together here, as soon as they are.
 
     Raises:
         SelectionError: top is not positive, or only_top without top.
@@ -72,7 +74,7 @@ def decompose_indexed(
         raise SelectionError("only_top needs top: how many triplets?")
     if account is None:
         account = announce(account_of(deltas, top, only_top=only_top, device=device, executor=executor))
-    yield from _scheduled(deltas, Work(top, only_top, device), executor, budget, threads, account)
+    yield from _scheduled(deltas, Work(top, only_top, device, look), executor, budget, threads, account)
 
 
 def _scheduled(
@@ -108,7 +110,7 @@ def _in_turn(
 ) -> Generator[tuple[int, Spectrum], None, None]:
     """Those of the plan, where they are to be solved; what is far away is fetched ahead."""
     if executor is not None and not isinstance(executor, ThreadPoolExecutor):
-        yield from _through(executor, deltas, schedule, work)  # others read, each for itself
+        yield from _through(executor, deltas, schedule, replace(work, look=None))  # others read, each for itself
         return
     in_turn = [deltas[task.index].refs for task in schedule.tasks]
     with expected(in_turn, fetches=len(in_turn) > 1):
@@ -159,11 +161,13 @@ class Work:
         top: how many singular vectors; None for none.
         only_top: keep the top values alone, too.
         device: "auto" for the one of the machine where it runs.
+        look: gets the results of those that are solved together, as soon as they are.
     """
 
     top: int | None
     only_top: bool
     device: str
+    look: Callable[[list[Spectrum]], None] | None = None
 
     def __call__(self, delta: WeightDelta) -> Spectrum:
         """Solve it where this runs."""
@@ -174,7 +178,10 @@ class Work:
         """Solve several where this runs, in their order."""
         with expected([delta.refs for delta in deltas]):
             device = resolve_device(self.device)
-            return solve_together(deltas, top=self.top, only_top=self.only_top, device=device)
+            found = solve_together(deltas, top=self.top, only_top=self.only_top, device=device)
+        if self.look is not None:
+            self.look(found)
+        return found
 
 
 def _side_by_side(

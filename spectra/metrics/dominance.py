@@ -65,11 +65,11 @@ def gini(spectrum: Spectrum) -> float:
     S = np.sort(values(spectrum, "gini")[: spectrum.max_rank])
     if not S.any():
         return math.nan
-    return float((_places(len(S)) * S).sum() / (len(S) * S.sum()))
+    return float((places(len(S)) * S).sum() / (len(S) * S.sum()))
 
 
 @lru_cache(64)  # thousands of matrices have few sizes
-def _places(n: int) -> np.ndarray:
+def places(n: int) -> np.ndarray:
     """2i − n − 1 for i = 1 … n."""
     return 2 * np.arange(1, n + 1) - n - 1
 

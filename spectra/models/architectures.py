@@ -35,7 +35,7 @@ def section(config: Config, name: str) -> Config:
     >>> section({"model_type": "llava", "text_config": {"model_type": "phi3"}}, "model.layers.0.mlp.x.weight")
     {'model_type': 'phi3'}
     """
-    if _VISION.search(name):
+    if "vis" in name and _VISION.search(name):  # the first look is the quick one
         inner = config.get("vision_config")
         return {"model_type": str(config.get("model_type")) + "/vision", **inner} if isinstance(inner, Mapping) else {}
     for _ in range(_MAX_NESTING):

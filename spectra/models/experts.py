@@ -24,6 +24,7 @@ _STACKED = re.compile(
     r"|(?P<moe>.*block_sparse_moe\.)(?P<linear>input_linear|output_linear)\.weight"
     r"|(?P<dbrx>.*experts\.)mlp\.(?P<glu>w1|v1|w2)"
 )
+_STACKED_ENDS = ("gate_up_proj", "down_proj", "put_linear.weight", "mlp.w1", "mlp.v1", "mlp.w2")
 # MLX's own: one stack per projection, (experts, out, in) for every architecture.
 _MLX_STACKED = re.compile(r"(?P<before>.*\.)switch_mlp\.(?P<part>gate_proj|up_proj|down_proj)\.weight")
 _UNIT = re.compile(r"(?P<before>.*experts\.)\d+\.(?P<part>gate|up|gate_up|down)_proj\.weight")
@@ -74,9 +75,16 @@ class Expert:
 
 def is_stacked(config: Mapping[str, Any], name: str) -> bool:
     """Whether the name is that of a stack of experts whose layout is known."""
+    match = _stacked(name)
+    if match is None:
+        return False
     kind = model_type(config, name)
-    match = _STACKED.fullmatch(name)
-    return match is not None and (kind == "dbrx" if match["dbrx"] else kind in STACKS)
+    return bool(kind == "dbrx" if match["dbrx"] else kind in STACKS)
+
+
+def _stacked(name: str) -> re.Match[str] | None:
+    """The parts of a stack's name; nearly every name is told from one by its end."""
+    return _STACKED.fullmatch(name) if name.endswith(_STACKED_ENDS) else None
 
 
 def holds_gate_and_up(name: str) -> bool:
@@ -85,7 +93,7 @@ def holds_gate_and_up(name: str) -> bool:
     >>> holds_gate_and_up("model.layers.0.block_sparse_moe.input_linear.weight")
     True
     """
-    match = _STACKED.fullmatch(name)
+    match = _stacked(name)
     return match is not None and (match["part"] == "gate_up_proj" or match["linear"] == "input_linear")
 
 
@@ -116,12 +124,12 @@ def stack_of(key: str) -> str | None:
 
 def unstacked(config: Mapping[str, Any], name: str, ref: TensorRef, *, split: bool) -> Iterator[Expert]:
     """The experts of one stacked tensor, gate and up apart if `split`; nothing if the layout is not known."""
-    match = _STACKED.fullmatch(name)
-    kind = model_type(config, name)
-    if mlx := _MLX_STACKED.fullmatch(name):
+    if "switch_mlp" in name and (mlx := _MLX_STACKED.fullmatch(name)):
         yield from _mlx(mlx["before"], mlx["part"], ref)
+    match = _stacked(name)
     if not match or not ref.numel:
         return
+    kind = model_type(config, name)
     if match["dbrx"]:
         if kind == "dbrx":
             yield from _dbrx(config, name, match["dbrx"], match["glu"], ref)

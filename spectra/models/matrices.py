@@ -58,12 +58,17 @@ def weights_of(folder: Folder, other: Folder, *, split_experts: bool) -> dict[st
         SourceError: two tensors are the same weight in two layouts.
     """
     weights: dict[str, Weight] = {}
-    copies = {name: folder.tensors[first] for name, first in folder.same.items()}
+    same = folder.same
+    copies = {name: folder.tensors[first] for name, first in same.items()}
     named = {**copies, **folder.tensors, **dict.fromkeys(folder.unusable)}
     bare = unwrapped(named)
+    rules: dict[int, renames.Compiled] = {}  # of each config, by its identity
     for name, ref in named.items():
         config = folder.config_of(name) or other.config_of(name)
-        for key, weight in _of_tensor(folder, config, name, bare[name], ref, split_experts):
+        if id(config) not in rules:
+            rules[id(config)] = renames.rules_of(config)
+        renamed = renames.renamed(rules[id(config)], bare[name])
+        for key, weight in _of_tensor(folder, config, name, renamed, ref, split_experts, same.get(name, "")):
             if key in weights:
                 raise SourceError(
                     f"{folder.path} holds {weights[key].name} and {weight.name}, which are one weight in two layouts; "
@@ -82,9 +87,14 @@ def stacks_experts(folder: Folder, other: Folder) -> bool:
 
 
 def _of_tensor(
-    folder: Folder, config: Mapping[str, Any], name: str, bare: str, ref: TensorRef | None, split_experts: bool
+    folder: Folder,
+    config: Mapping[str, Any],
+    name: str,
+    key: str,
+    ref: TensorRef | None,
+    split_experts: bool,
+    same_as: str,
 ) -> Iterator[tuple[str, Weight]]:
-    key = renames.current(config, bare)
     if ref is None:
         status: Status = "unreadable" if name in folder.broken else "unsupported"
         yield experts.single(config, key) or key, Weight(name, None, folder.unusable[name], status)
@@ -94,7 +104,7 @@ def _of_tensor(
         yield expert.key, Weight(name + expert.part, expert.ref, stored=ref)
     if not stacked:
         key = experts.single(config, key) or key
-        yield key, _weight(config, name, ref, folder.same.get(name, ""))
+        yield key, _weight(config, name, ref, same_as)
 
 
 def _weight(config: Mapping[str, Any], name: str, ref: TensorRef, same_as: str) -> Weight:

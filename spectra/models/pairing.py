@@ -31,6 +31,9 @@ def align(tuned: Mapping[str, Shape | None], base: Mapping[str, Shape]) -> tuple
     """
     bare, bare_base = unwrapped(tuned), unwrapped(base)
     canonical = {short: name for name, short in bare_base.items()}
+    as_it_is = {name: canonical.get(short, short) for name, short in bare.items()}
+    if bare and all(_fits(tuned[name], base.get(new)) for name, new in as_it_is.items()):
+        return as_it_is, ""  # no rule can pair more
     rules: dict[str, Callable[[str], str]] = {"": lambda name: name}
     for prefix in sorted(_leading_paths(bare.values())):
         rules[f"dropped the prefix {prefix!r} from the tuned names"] = partial(_dropped, prefix)
@@ -96,6 +99,9 @@ def unwrap(name: str) -> str:
 def unwrapped(names: Iterable[str]) -> dict[str, str]:
     """name → the name without wrappers; all as they are where two would become one."""
     names = list(names)
+    every = "\n".join(names)
+    if not any(wrapper in every for wrapper in _WRAPPERS):
+        return {name: name for name in names}
     bare = {name: unwrap(name) for name in names}
     return bare if len(set(bare.values())) == len(names) else {name: name for name in names}
 

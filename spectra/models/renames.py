@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 Rules = tuple[tuple[str, str], ...]
+Compiled = tuple[tuple[re.Pattern[str], str], ...]
 
 
 def _composite(*towers: str, text: str = "language_model", before: str = "") -> Rules:
@@ -153,11 +154,21 @@ def current(config: Mapping[str, Any], name: str) -> str:
     >>> current({"model_type": "mllama"}, "language_model.model.layers.0.mlp.up_proj.weight")
     'model.language_model.layers.0.mlp.up_proj.weight'
     """
+    return renamed(rules_of(config), name)
+
+
+def rules_of(config: Mapping[str, Any]) -> Compiled:
+    """The rules for all tensors of a config, in order: of thousands of names it is asked once."""
     rules = [*_EVERYWHERE, *_WHOLE.get(str(config.get("model_type")), ())]
     for kind in _types(config):
         rules += _PART.get(kind, ())
+    return tuple((re.compile(pattern), new) for pattern, new in rules)
+
+
+def renamed(rules: Compiled, name: str) -> str:
+    """A name after all rules, one after the other."""
     for pattern, new in rules:
-        name = re.sub(pattern, new, name)
+        name = pattern.sub(new, name)
     return name
 
 

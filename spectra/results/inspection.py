@@ -14,6 +14,7 @@ from spectra.errors import BaseRequiredError
 from spectra.files.far import is_remote
 from spectra.files.folder import Folder
 from spectra.files.tensors import TensorRef
+from spectra.garbage import not_looked_for
 from spectra.models.opening import Openable, open_any
 from spectra.sources import format_of, source_of
 
@@ -133,6 +134,7 @@ class Inspection:
         return text.page(heading, {}, ("role", "matrices", "shape", "status"), rows)
 
 
+@not_looked_for()
 def inspect(
     path: Openable, base: Openable | None = None, *, heads: str | int = "mean", scale: float | None = None
 ) -> Inspection:

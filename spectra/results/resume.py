@@ -17,7 +17,7 @@ from spectra.engine.decompose import decompose_indexed, libraries_for, threads_f
 from spectra.errors import SelectionError, StoreError
 from spectra.files.memory import CONTAINER
 from spectra.metrics.similarity import Side, SubspaceSimilarity
-from spectra.results import fingerprint
+from spectra.results import fingerprint, tables
 from spectra.results.comparison import compare_links, one_sided, pair_links
 from spectra.results.partners import By, Link
 from spectra.results.records import Precision
@@ -84,7 +84,14 @@ def decompose_into(
     for (k, only, precision), places in missing.items():
         deltas = [source.deltas[place] for place in places]
         stream = decompose_indexed(
-            deltas, top=k or None, only_top=only, device=device, executor=executor, budget=budget, threads=threads
+            deltas,
+            top=k or None,
+            only_top=only,
+            device=device,
+            executor=executor,
+            budget=budget,
+            threads=threads,
+            look=tables.measure,
         )
         for index, spectrum in stream:
             yield store.put(spectrum, keys[places[index]], precision)

@@ -8,6 +8,7 @@ from spectra.deltas.source import Source
 from spectra.errors import SelectionError, SourceError, UnsupportedFormatError
 from spectra.files.folder import Folder
 from spectra.files.memory import Memory
+from spectra.garbage import not_looked_for
 from spectra.models.opening import Openable, in_the_same_names, open_any
 from spectra.sources import recognised
 from spectra.sources.formats import FORMATS, Format
@@ -49,7 +50,8 @@ def open_source(
         >>> [delta.read().to_dense().diag().tolist() for delta in open_source(tuned, base)]
         [[3.0, 4.0], [3.0, 4.0]]
     """
-    return source_of(open_any(tuned), base, split=split, heads=heads, scale=scale)
+    with not_looked_for():
+        return source_of(open_any(tuned), base, split=split, heads=heads, scale=scale)
 
 
 def source_of(

@@ -32,9 +32,12 @@ def account_for_rest(ledger: Ledger) -> None:
     for name, why in ledger.tuned.broken.items():
         if name not in ledger.owners:
             ledger.refuse(name, (), "unreadable", why)
-    used = ledger.stored_names(ref for delta in ledger.deltas if delta.recipe for ref in delta.recipe.refs)
-    rest = [name for name in ledger.tuned.tensors if name not in used and name not in ledger.named]
+    unnamed = [name for name in ledger.tuned.tensors if name not in ledger.named]
     lost = [name for name in ledger.tuned.broken if name not in ledger.owners]
+    if not unnamed and not lost:
+        return
+    used = ledger.stored_names(ref for delta in ledger.deltas if delta.recipe for ref in delta.recipe.refs)
+    rest = [name for name in unnamed if name not in used]
     strays = _strays(ledger, [*rest, *lost], used)
     biases = [name for name in rest if name not in strays and name.endswith(".bias")]
     ledger.skipped.update(dict.fromkeys(map(unwrap, biases), "a bias, not a matrix"))

@@ -10,6 +10,7 @@ from support.checkpoints import nudged, write_checkpoint
 
 import spectra
 from spectra.errors import SourceError
+from spectra.models import experts
 
 SMALL = {
     "vocab_size": 16,
@@ -239,3 +240,20 @@ def test_both_layouts_in_one_file_are_refused(tmp_path):
     save_file(twice, base / "model.safetensors")
     with pytest.raises(SourceError, match="one weight in two layouts"):
         spectra.open_source(tmp_path / "tuned" / "apart", base)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.0.mlp.experts.down_proj",
+        "model.layers.0.block_sparse_moe.input_linear.weight",
+        "model.layers.0.block_sparse_moe.output_linear.weight",
+        *(f"blocks.0.ffn.experts.mlp.{part}" for part in ("w1", "v1", "w2")),
+    ],
+)
+def test_the_end_of_a_name_rules_out_no_stack(name):
+    assert experts._STACKED.fullmatch(name)
+    assert experts._stacked(name)
+    assert not experts._stacked(f"{name}.bias")
+    assert not experts._stacked("model.layers.0.mlp.down_proj")

@@ -8,6 +8,7 @@ from support.checkpoints import llama_tensors, nudged, write_checkpoint
 
 import spectra
 from spectra.errors import SourceError
+from spectra.models import pairing
 from spectra.models.pairing import align, unwrap
 
 LLAMA = llama_tensors()
@@ -215,3 +216,17 @@ def test_never_by_part_of_a_name():
 )
 def test_unwrap(wrapped, bare):
     assert unwrap(wrapped) == bare
+
+
+def test_names_that_all_fit_as_they_are_are_not_tried_with_prefixes(monkeypatch):
+    shapes = {f"model.layers.{i}.mlp.up_proj.weight": (4, 4) for i in range(3)}
+    monkeypatch.setattr(pairing, "_leading_paths", None)
+    assert align(shapes, shapes | {"lm_head.weight": (4, 4)}) == ({name: name for name in shapes}, "")
+    with pytest.raises(TypeError):
+        align(shapes | {"lm_head.weight": (4, 5)}, shapes | {"lm_head.weight": (4, 4)})
+
+
+def test_one_look_for_wrappers_finds_what_looking_at_each_name_does():
+    names = ["layers.0.weight", "module.layers.1.weight", "a._orig_mod.b", "submodule.c", "x.base_model.model.y"]
+    for some in (names[:1], names[1:], names, ["submodule.c"]):
+        assert pairing.unwrapped(some) == {name: unwrap(name) for name in some}

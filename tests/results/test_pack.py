@@ -19,7 +19,8 @@ from support.spectra_kinds import same_spectrum
 
 import spectra
 from spectra.errors import StoreError
-from spectra.results import measured, pack, shelf, tables, writing
+from spectra.metrics import measuring
+from spectra.results import measured, pack, shelf, writing
 from spectra.results.store import Store
 from spectra.spectrum import Spectrum
 
@@ -307,8 +308,8 @@ def test_a_finished_run_is_read_where_nothing_can_be_written(tmp_path, source, p
 def test_metrics_of_other_code_are_measured_once_and_kept(tmp_path, source, packed, monkeypatch):
     run(tmp_path / "run", source, top=2)
     before, frame = contents(tmp_path / "run"), spectra.load(tmp_path / "run").to_frame()
-    usual, asked = tables._measured, []
-    monkeypatch.setattr(tables, "_measured", lambda *given: asked.append(given) or usual(*given))
+    usual, asked = measuring.measured_together, []
+    monkeypatch.setattr(measuring, "measured_together", lambda *given: asked.extend(given[0]) or usual(*given))
     monkeypatch.setattr(measured, "code", lambda: "another")
     again, stream = run(tmp_path / "run", source, top=2)
     assert len(asked) == len(stream.reused) == len(source)

@@ -15,7 +15,8 @@ from support.spectra_kinds import same_spectrum
 import spectra
 from spectra.cli.main import main
 from spectra.errors import SelectionError
-from spectra.results import measured, shelf, tables
+from spectra.metrics import measuring
+from spectra.results import measured, shelf
 from spectra.results.store import Store
 
 TOP = 4
@@ -143,8 +144,8 @@ def test_the_command_keeps_either(tmp_path, source):
 def test_stored_metrics_are_those_that_would_be_measured_and_of_this_code_only(tmp_path, source, monkeypatch):
     found = run(tmp_path / "run", source)
     asked = []
-    usual = tables._measured
-    monkeypatch.setattr(tables, "_measured", lambda *a: asked.append(a) or usual(*a))
+    usual = measuring.measured_together
+    monkeypatch.setattr(measuring, "measured_together", lambda *a: asked.extend(a[0]) or usual(*a))
     table = spectra.load(tmp_path / "run").to_frame()
     assert asked == []
     monkeypatch.setattr(measured, "code", lambda: "another")

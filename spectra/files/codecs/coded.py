@@ -129,6 +129,8 @@ def modules(tensors: Mapping[str, TensorRef], parts: str, marker: str) -> dict[s
         parts: a regular expression for the last words that belong to the format.
         marker: one for those that tell it.
     """
+    if not re.search(rf"\.(?:{marker})\n", "\n".join([*tensors, ""])):  # most models have none: one look at all names
+        return {}
     pattern, telling = re.compile(rf"(.+)\.({parts})"), re.compile(marker)
     tells = cache(lambda part: telling.fullmatch(part) is not None)  # of thousands of modules, a few words
     by_module: dict[str, dict[str, TensorRef]] = {}

@@ -141,8 +141,10 @@ def _refuse_other_names(pairs: _Pairs) -> None:
     for name in ledger.base_only:
         there.setdefault(_module_around(name), []).append(name)
     for weight in pairs.tuned.values():
+        if weight.name not in ledger.tuned_only or not weight.name.endswith(".weight") or len(weight.shape) != 2:
+            continue
         others = there.get(_module_around(weight.name), [])
-        if weight.name in ledger.tuned_only and weight.name.endswith(".weight") and len(weight.shape) == 2 and others:
+        if others:
             named = ", ".join(name.removesuffix(".weight").rpartition(".")[2] for name in sorted(others))
             why = f"not in the base, which has {named} there: fused on one side only, or of another architecture"
             ledger.lack(weight.name, why, weight.shape)
