@@ -17,6 +17,7 @@ from urllib.parse import quote, unquote, urlsplit
 from spectra.errors import NotFoundError, SourceError
 from spectra.files import download, http, snapshots
 from spectra.files.choice import KNOWN_NAMES, WEIGHT_SUFFIXES
+from spectra.files.client import endpoint, offline
 from spectra.files.cloud import Cloud, open_cloud
 from spectra.files.far import Far, look_anew
 from spectra.files.lanes import LANES, Sink, lanes
@@ -168,14 +169,14 @@ class Web(Far):
 WEB = Web()
 
 
-def open_hub(repo: str, revision: str, endpoint: str | None = None) -> Place:
+def open_hub(repo: str, revision: str, hub: str | None = None) -> Place:
     """The folder of a model at the commit that a branch, tag or commit means now.
 
     Raises:
         NotFoundError: the hub does not give it; the message says why, without naming the model.
     """
-    at = endpoint or http.endpoint()
-    info = http.retried(at, lambda: download.info(repo, revision, endpoint=at))
+    at = hub or endpoint()
+    info = http.retried(at, lambda: download.info(repo, revision, at))
     storage = Hub(at, repo, info.sha)
     meant.setdefault(storage, set()).add(revision)
     _listings[storage] = {file.rfilename: _stamp_of(storage, file) for file in info.siblings or ()}
@@ -206,13 +207,13 @@ def open_url(url: str) -> Place:
     if parts.scheme == "file":
         return Place.of(unquote(parts.path))
     if parts.scheme == "hf":
-        return _of_page(f"{http.endpoint()}/{_as_page(url)}", http.endpoint())
+        return _of_page(f"{endpoint()}/{_as_page(url)}", endpoint())
     if parts.scheme not in ("http", "https"):
         return open_cloud(url.rstrip("/"))
-    if download.offline():
+    if offline():
         raise NotFoundError(f"{url} is not on this machine, and HF_HUB_OFFLINE is set")
     plain = f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
-    for hub in (http.endpoint(), *_HUBS):
+    for hub in (endpoint(), *_HUBS):
         if plain.startswith(f"{hub}/"):
             return _of_page(plain, hub)
     for known in (_pins, _absent):
