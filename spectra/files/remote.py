@@ -26,6 +26,7 @@ from spectra.files.storage import Place, Stamp
 _ABSENT_FOR = 30.0  # seconds for which a file that was not there is not asked for again
 _PAGE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve|raw)/(?P<revision>[^/]+)(?P<rest>/.*)?)?/?")
 _RESOLVED = re.compile(r"(?P<hub>.+?)/(?P<repo>[\w.-]+/[\w.-]+)/resolve/(?P<commit>[0-9a-f]{40})(?:/(?P<file>.*))?")
+_CACHED = re.compile(r"/models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<file>.*))?$")
 _HUBS = ("https://huggingface.co", "https://hf.co")
 
 _listings: dict[Hub, dict[str, Stamp]] = {}
@@ -279,6 +280,20 @@ def file_of(path: str) -> str:
     """
     match = _RESOLVED.fullmatch(path)
     return unquote(match["file"] or "") if match else ""
+
+
+def commit_of(address: str) -> str:
+    """What commit of which model of the hub an address or a folder of the hub's cache is; "" for any other.
+
+    >>> commit_of("/cache/models--org--name/snapshots/" + 40 * "a" + "/unet") == "org/name@" + 40 * "a" + "/unet"
+    True
+    """
+    found = _CACHED.search(address) or _RESOLVED.fullmatch(address)
+    if not found:
+        return ""
+    said = found.groupdict()
+    repo = said["repo"] if "hub" in said else f"{said['org']}/{said['name']}"
+    return f"{repo}@{said['commit']}/{unquote(said['file'] or '')}".rstrip("/")
 
 
 def _is_a_file(url: str) -> bool:
