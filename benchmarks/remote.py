@@ -1,7 +1,7 @@
 """Models on a server of this machine: reading by ranges against curl, and a command against the same on the disk.
 
 python -m benchmarks.remote serve FOLDER       prints the address, and serves ranges until it is stopped
-python -m benchmarks.remote read TUNED BASE    reads every update, and does nothing with it
+python -m benchmarks.remote read TUNED BASE    reads the bytes of every update, and does nothing with them
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def _read_all(tuned: str, base: str) -> None:
     source = spectra.open_source(tuned, base)
     with expected([delta.refs for delta in source], fetches=True):
         for delta in source:
-            delta.read()
+            for ref in delta.refs:
+                ref.file.read(ref.offset, ref.bytes_read)
             done(delta.refs)
 
 
