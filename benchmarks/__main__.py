@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import programs
+from benchmarks import programs, remote
 from benchmarks.cases import cases
 from benchmarks.growth import Point, points
 from benchmarks.measure import Outcome, compare
@@ -33,7 +33,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     print(machine(), flush=True)
     outcomes = []
-    for case in (*cases(options.layers), *programs.cases()):
+    for case in (*cases(options.layers), *programs.cases(), *remote.cases()):
         if options.only in case.name:
             with tempfile.TemporaryDirectory() as folder:
                 ours, peer = case.make(Path(folder))

@@ -1,15 +1,16 @@
 """Files that fsspec opens: s3://, gs://, az:// and whatever else it knows, with the keys that its packages look up.
 
-The packages make their own requests and retries. What is added here: one version of every file, and every failure in
-one sentence.
+The packages make their own requests and retries. What is added here: one version of every file, every failure in one
+sentence, and an end to waiting.
 Reference: fsspec's documentation, "API Reference" (AbstractFileSystem) and "Features" (listings caching, which is off).
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from spectra.errors import MissingExtraError, NotFoundError, SourceError
 from spectra.files import http
 from spectra.files.far import Far, look_anew
 from spectra.files.lanes import Sink, lanes
+from spectra.files.patience import answer
 from spectra.files.storage import Place, Stamp
 
 _PAUSES = (0.5, 2.0)  # seconds before another attempt: the packages have tried several times by then
@@ -29,6 +31,7 @@ _ERRORS_OF = ("botocore.exceptions", "aiohttp.client_exceptions", "google.auth.e
               "azure.core.exceptions")  # fmt: skip
 
 _pins: dict[str, Stamp] = {}
+_idle: dict[tuple[int, str], list[Any]] = {}  # process and protocol → file systems that nobody is asking
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Cloud(Far):
         """As `Storage.names`."""
         with _told(folder, "listed"):
             inner = folder.rstrip("/")
-            found = {item.rstrip("/").rpartition("/")[2] for item in self._files().ls(inner, detail=False)}
+            listed = self._ask(folder, lambda files: files.ls(inner, detail=False))
+            found = {item.rstrip("/").rpartition("/")[2] for item in listed}
         return sorted(found - {""})
 
     def is_file(self, path: str) -> bool:
@@ -58,7 +62,7 @@ class Cloud(Far):
     def is_folder(self, path: str) -> bool:
         """Whether there is a folder at the URL."""
         with _told(path, "looked at"):
-            return path not in _pins and bool(self._files().isdir(path))
+            return path not in _pins and bool(self._ask(path, lambda files: files.isdir(path)))
 
     def stamp(self, path: str) -> Stamp:
         """Size and version, as they were when the file was first asked for."""
@@ -82,7 +86,9 @@ class Cloud(Far):
         """Bytes of whatever version is there."""
         for pause in (*_PAUSES, None):
             with _told(path, "read", again=pause is not None):
-                content: bytes = self._files().cat_file(path, start=start, end=stop)
+                content: bytes = self._ask(
+                    path, lambda files: files.cat_file(path, start=start, end=stop), stop - start
+                )
                 http.count(len(content))
                 if len(content) == stop - start:
                     return content
@@ -90,12 +96,25 @@ class Cloud(Far):
                 time.sleep(pause)
         raise SourceError(f"{path} cannot be read: fewer bytes come than it has; run the same again later")
 
+    def _ask(self, path: str, what: Callable[[Any], Any], size: int = 0) -> Any:
+        """What fsspec's file system says, within a time; each is asked one thing at a time."""
+        idle = _idle.setdefault((os.getpid(), self.protocol), [])
+
+        def ask() -> Any:
+            files = idle.pop() if idle else self._files()
+            try:
+                return what(files)
+            finally:
+                idle.append(files)
+
+        return answer(path, ask, size)
+
     def _files(self) -> Any:
-        """fsspec's file system; it keeps one per thread."""
+        """A new file system of fsspec's."""
         try:
             import fsspec
 
-            return fsspec.filesystem(self.protocol, use_listings_cache=False)
+            return fsspec.filesystem(self.protocol, use_listings_cache=False, skip_instance_cache=True)
         except ImportError as problem:
             if self.protocol in _IN_THE_EXTRA or problem.name == "fsspec":
                 raise MissingExtraError(f"reading {self.protocol}://", "cloud") from None
@@ -105,7 +124,7 @@ class Cloud(Far):
 
     def _stamp_now(self, path: str) -> Stamp:
         with _told(path, "opened"):
-            said = self._files().info(path)
+            said = self._ask(path, lambda files: files.info(path))
         if said.get("type") == "directory":
             raise NotFoundError(f"{path} is a folder")
         version = next((said[key] for key in _VERSIONS if said.get(key)), None)

@@ -7,7 +7,6 @@ Reference: RFC 9110, §13.1.5 and §14 (conditional and range requests), §10.2.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import threading
@@ -19,9 +18,11 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from spectra.errors import NotFoundError, SourceError
-from spectra.files.download import BUSY, SAID, by_proxy, library, offline
+from spectra.files.client import endpoint, library, offline, session
+from spectra.files.download import BUSY
 from spectra.files.lanes import Sink
 from spectra.files.patience import Patience, TryAgainError, answered, in_time, origin
+from spectra.files.refusals import CODES, GatedError, by_proxy, is_final, of_a_token, of_the_hub, on_the_way
 from spectra.files.storage import Stamp
 from spectra.files.versions import tells_content
 
@@ -29,11 +30,6 @@ _TIMEOUT = 10.0  # seconds of silence after which a request is made again
 _HOPS = 5
 _SKIPPED = 16 * 2**20  # bytes that are read past where a server sends the whole file instead of a range
 _EXPIRED = {400, 401, 403, 404, 410}  # what servers of links that expire say of one that did
-_CODES = {  # what the hub's X-Error-Code says, by the client's names
-    "GatedRepo": "GatedRepoError",
-    "RepoNotFound": "RepositoryNotFoundError",
-    "RevisionNotFound": "RevisionNotFoundError",
-}
 _CONFUSED = 3  # attempts after which a server that answers with other ranges is believed to mean it
 _BY_HAND = "download it and pass the path"
 _CONTRADICTED = "{}: the server sends more or other bytes than the range that it names: " + _BY_HAND
@@ -86,12 +82,6 @@ def count(received: int) -> None:
     global _received
     with _lock:
         _received += received
-
-
-def endpoint() -> str:
-    """The hub: `$HF_ENDPOINT`, or what huggingface_hub says."""
-    client, _ = library()
-    return str(os.environ.get("HF_ENDPOINT") or client.constants.ENDPOINT).rstrip("/")
 
 
 def stat(url: str, *, first: float | None = None) -> Stamp:
@@ -193,7 +183,7 @@ def _body(response: Any) -> Iterator[bytes]:
     try:
         yield from response.iter_raw()
     except _transport_error() as problem:
-        raise TryAgainError(_said(problem)) from None
+        raise TryAgainError(on_the_way(problem, _TIMEOUT)) from None
 
 
 def _to_skip(response: Any, url: str, start: int, stop: int, stamp: Stamp) -> int:
@@ -249,21 +239,32 @@ def _answer(url: str, first: int, last: int, stamp: Stamp | None = None) -> Iter
 
 @contextmanager
 def _streamed(url: str, target: str, headers: dict[str, str]) -> Iterator[Any]:
+    client = session()
     try:
-        stream = (
-            library()[0].get_session().stream("GET", target, headers=headers, follow_redirects=False, timeout=_TIMEOUT)
-        )
+        stream = client.stream("GET", target, headers=headers, follow_redirects=False, timeout=_TIMEOUT)
         with in_time(_hang_up):
             response = stream.__enter__()
     except (_transport_error(), RuntimeError) as problem:  # RuntimeError: another thread closed the session
         _forget(url)  # another link may lead to a server that answers
-        raise TryAgainError(_said(problem) + by_proxy(target)) from None
+        said = on_the_way(problem, _TIMEOUT) + by_proxy(target)
+        if is_final(problem):
+            raise SourceError(f"{_asked(url, target)} cannot be read: {said}") from None
+        raise TryAgainError(said) from None
     except (OSError, ValueError, _no_url()) as problem:
-        raise SourceError(f"{url} cannot be read: {_said(problem)}") from None
+        raise SourceError(f"{url} cannot be read: {on_the_way(problem, _TIMEOUT)}") from None
     try:
         yield response
     finally:
         stream.__exit__(None, None, None)
+
+
+def _asked(url: str, target: str) -> str:
+    """An address, and the server that it leads to, where that is another."""
+    return url if origin(url) == origin(target) else f"{url}, which leads to {_server(target)},"
+
+
+def _server(target: str) -> str:
+    return urlsplit(target).netloc.rpartition("@")[2]
 
 
 def _hang_up() -> None:
@@ -306,8 +307,9 @@ def _check_status(url: str, target: str, response: Any, *, renewable: bool) -> N
         _forget(url)
         raise ChangedError(url)
     if status in (401, 403):
-        code = response.headers.get("X-Error-Code", "")
-        raise NotFoundError(f"{url}: {SAID.get(_CODES.get(code, ''), '') or _no_access(url, target, status)}")
+        code = CODES.get(response.headers.get("X-Error-Code", ""), "")
+        refused = GatedError if code == "GatedRepoError" else NotFoundError
+        raise refused(f"{url}: {of_the_hub(code) or _no_access(url, target, status)}")
     if status in (404, 410):
         raise AbsentError(f"{url}: there is no such file ({status})")
     raise SourceError(f"{url} cannot be read: the server answered {status}{by_proxy(target)}")
@@ -315,9 +317,11 @@ def _check_status(url: str, target: str, response: Any, *, renewable: bool) -> N
 
 def _no_access(url: str, target: str, status: int) -> str:
     if origin(target) == origin(endpoint()):
+        if status == 401:
+            return of_a_token()
         return f"the hub refuses it ({status}): ask for access on the model's page, then `hf auth login`"
     if target != url:
-        return f"the server that it leads to, {urlsplit(target).netloc.rpartition('@')[2]}, refuses it ({status})"
+        return f"the server that it leads to, {_server(target)}, refuses it ({status})"
     return f"the server refuses it ({status}), and no password or token is sent to it: download it and pass the path"
 
 
@@ -391,7 +395,7 @@ def _asked_to_wait(headers: Any) -> float | None:
 
 def _client() -> Any:
     """The HTTP client behind the hub's session."""
-    return sys.modules[type(library()[0].get_session()).__module__.partition(".")[0]]
+    return sys.modules[type(session()).__module__.partition(".")[0]]
 
 
 def _transport_error() -> type[Exception]:
@@ -404,10 +408,3 @@ def _no_url() -> type[Exception]:
     """What it raises where it is told to ask what is no URL."""
     error: type[Exception] = _client().InvalidURL
     return error
-
-
-def _said(problem: Exception) -> str:
-    name = type(problem).__name__
-    if "Timeout" in name:
-        return f"no answer within {_TIMEOUT:g} s"
-    return (str(problem).strip() or name).splitlines()[0]

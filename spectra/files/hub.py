@@ -13,9 +13,11 @@ from typing import Any
 from spectra.errors import NotFoundError, SourceError
 from spectra.files import remote, snapshots
 from spectra.files.choice import WEIGHT_SUFFIXES
+from spectra.files.client import offline
 from spectra.files.copies import Progress, copy
-from spectra.files.download import SAID, download, offline
+from spectra.files.download import download
 from spectra.files.far import Far
+from spectra.files.refusals import GatedError
 from spectra.files.storage import Place
 from spectra.printing import shortened
 
@@ -101,7 +103,10 @@ def fetched(place: Place, progress: Progress | None = None, only: Collection[str
         return place
     if isinstance(place.storage, remote.Hub):
         repo, commit = place.storage.repo, place.storage.commit
-        whole = Place.of(download(repo, commit, _names(repo, only)))
+        try:
+            whole = Place.of(download(repo, commit, _names(repo, only)))
+        except NotFoundError as problem:
+            raise type(problem)(f"{repo}: {problem}") from None
         for revision in remote.meant.get(place.storage, ()):
             snapshots.refer(repo, revision, commit)
         inner = place.path.removeprefix(place.storage.root).strip("/")
@@ -243,9 +248,9 @@ def _from_hub(
         raise _not_found(name, [*tried, f"not the hub, since {meant}"])
     try:
         return download(repo, revision, _names(repo, only)) if fetch else remote.open_hub(repo, revision)
+    except GatedError as problem:
+        raise GatedError(f"{repo}: {problem}") from None
     except NotFoundError as problem:
-        if str(problem) == SAID["GatedRepoError"]:
-            raise NotFoundError(f"{repo}: {problem}") from None
         asked = f"a download of {repo}" if fetch else f"{repo} on the hub"
         raise _not_found(name, [*tried, f"{asked} ({problem})"]) from None
 

@@ -7,17 +7,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from spectra.errors import NotFoundError, SourceError
 
 PATIENCE = 120.0  # seconds that a server which has answered before may go without giving a byte
 FIRST = 5.0  # the same for one that never has
+_Found = TypeVar("_Found")
 LEAST = 2**16  # bytes that count as giving something; where less is left of a range, all of that
 _LONGEST_WAIT = 8.0  # seconds between two attempts, unless the server asks for more
 
 answered: set[str] = set()  # servers that have
+_silent: set[str] = set()  # those of calls without a limit whose last answer did not come
 _given_up = 0  # times
 
 
@@ -119,6 +123,40 @@ def in_time(stop: Callable[[], object]) -> Iterator[None]:
         timer.cancel()
         if over.is_set() and isinstance(sys.exception(), Exception):  # which the end of the connection raised
             raise TryAgainError(f"no whole answer within {seconds:g} s, though something came") from None
+
+
+def answer(url: str, ask: Callable[[], _Found], size: int = 0) -> _Found:
+    """What a call gives that has no limit of its own; where nothing comes, it is left behind in its thread.
+
+    Args:
+        url: what it asks for.
+        ask: the call.
+        size: how many bytes it brings; each 32 KiB have a second more.
+
+    Raises:
+        SourceError: nothing came in time, or nobody waits any more.
+    """
+    future: Future[_Found] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(ask())
+        except BaseException as problem:  # noqa: BLE001 (it is raised where it was asked)
+            future.set_exception(problem)
+
+    threading.Thread(target=work, name="spectra-call", daemon=True).start()
+    server, given_up = origin(url), _given_up
+    seconds = (FIRST if server in _silent else PATIENCE) + size / 2**15
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0 and given_up == _given_up and not future.done():
+        wait([future], timeout=min(left, 0.5))
+    if given_up != _given_up:
+        raise SourceError(f"{url}: reading was given up")
+    if not future.done():
+        _silent.add(server)
+        raise SourceError(f"{url} cannot be read: no answer within {seconds:.3g} s; run the same again later")
+    _silent.discard(server)
+    return future.result()
 
 
 def origin(url: str) -> str:

@@ -17,6 +17,7 @@ from urllib.parse import quote, unquote, urlsplit
 from spectra.errors import NotFoundError, SourceError
 from spectra.files import download, http, snapshots
 from spectra.files.choice import KNOWN_NAMES, WEIGHT_SUFFIXES
+from spectra.files.client import endpoint, offline
 from spectra.files.cloud import Cloud, open_cloud
 from spectra.files.far import Far, look_anew
 from spectra.files.lanes import LANES, Sink, lanes
@@ -25,6 +26,7 @@ from spectra.files.storage import Place, Stamp
 _ABSENT_FOR = 30.0  # seconds for which a file that was not there is not asked for again
 _PAGE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve|raw)/(?P<revision>[^/]+)(?P<rest>/.*)?)?/?")
 _RESOLVED = re.compile(r"(?P<hub>.+?)/(?P<repo>[\w.-]+/[\w.-]+)/resolve/(?P<commit>[0-9a-f]{40})(?:/(?P<file>.*))?")
+_CACHED = re.compile(r"/models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<file>.*))?$")
 _HUBS = ("https://huggingface.co", "https://hf.co")
 
 _listings: dict[Hub, dict[str, Stamp]] = {}
@@ -168,14 +170,14 @@ class Web(Far):
 WEB = Web()
 
 
-def open_hub(repo: str, revision: str, endpoint: str | None = None) -> Place:
+def open_hub(repo: str, revision: str, hub: str | None = None) -> Place:
     """The folder of a model at the commit that a branch, tag or commit means now.
 
     Raises:
         NotFoundError: the hub does not give it; the message says why, without naming the model.
     """
-    at = endpoint or http.endpoint()
-    info = http.retried(at, lambda: download.info(repo, revision, endpoint=at))
+    at = hub or endpoint()
+    info = http.retried(at, lambda: download.info(repo, revision, at))
     storage = Hub(at, repo, info.sha)
     meant.setdefault(storage, set()).add(revision)
     _listings[storage] = {file.rfilename: _stamp_of(storage, file) for file in info.siblings or ()}
@@ -206,13 +208,13 @@ def open_url(url: str) -> Place:
     if parts.scheme == "file":
         return Place.of(unquote(parts.path))
     if parts.scheme == "hf":
-        return _of_page(f"{http.endpoint()}/{_as_page(url)}", http.endpoint())
+        return _of_page(f"{endpoint()}/{_as_page(url)}", endpoint())
     if parts.scheme not in ("http", "https"):
         return open_cloud(url.rstrip("/"))
-    if download.offline():
+    if offline():
         raise NotFoundError(f"{url} is not on this machine, and HF_HUB_OFFLINE is set")
     plain = f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
-    for hub in (http.endpoint(), *_HUBS):
+    for hub in (endpoint(), *_HUBS):
         if plain.startswith(f"{hub}/"):
             return _of_page(plain, hub)
     for known in (_pins, _absent):
@@ -278,6 +280,20 @@ def file_of(path: str) -> str:
     """
     match = _RESOLVED.fullmatch(path)
     return unquote(match["file"] or "") if match else ""
+
+
+def commit_of(address: str) -> str:
+    """What commit of which model of the hub an address or a folder of the hub's cache is; "" for any other.
+
+    >>> commit_of("/cache/models--org--name/snapshots/" + 40 * "a" + "/unet") == "org/name@" + 40 * "a" + "/unet"
+    True
+    """
+    found = _CACHED.search(address) or _RESOLVED.fullmatch(address)
+    if not found:
+        return ""
+    said = found.groupdict()
+    repo = said["repo"] if "hub" in said else f"{said['org']}/{said['name']}"
+    return f"{repo}@{said['commit']}/{unquote(said['file'] or '')}".rstrip("/")
 
 
 def _is_a_file(url: str) -> bool:

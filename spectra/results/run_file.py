@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spectra.errors import StoreError
+from spectra.files.remote import commit_of, is_url
 from spectra.results import fingerprint, writing
 from spectra.results.shelf import json_text
 
@@ -81,6 +82,22 @@ def differences(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
         if not (fingerprint.same(file, new[path]) if path in new else fingerprint.is_as_it_was(path, file)):
             changed.add("files")
     return sorted(changed)
+
+
+def why_refused(before: Mapping[str, Any], changed: Sequence[str], wanted: Mapping[str, Any]) -> str:
+    """What a directory of other inputs holds, and what to do but choose another one."""
+    moved = [key for key in changed if key != "files"]
+    models = [(str(before.get(key)), str(wanted.get(key))) for key in moved]
+    if not models or any(not commit_of(old) or commit_of(old) != commit_of(new) for old, new in models):
+        return f"holds results of other inputs (different: {', '.join(changed)}); nothing was changed there:"
+    (old, new), *_ = models
+    as_then = (
+        "without --download" if is_url(old) else f"with --download and HF_HUB_CACHE={old.partition('/models--')[0]}"
+    )
+    return (
+        f"holds results of the same commits read from another place ({old}, now {new}); nothing was changed there: "
+        f"run it as then ({as_then}), or"
+    )
 
 
 def with_files(before: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,11 +96,9 @@ class Store:
             before = stored.get("inputs")
             wanted = json.loads(json_text(inputs))
             changed = run_file.differences(before, wanted) if before is not None else []
-            if changed:
-                raise StoreError(
-                    f"{self.directory} holds results of other inputs (different: {', '.join(changed)}); "
-                    f"nothing was changed there: choose {ANOTHER_PLACE}"
-                )
+            if before is not None and changed:
+                why = run_file.why_refused(before, changed, wanted)
+                raise StoreError(f"{self.directory} {why} choose {ANOTHER_PLACE}")
             if before is None and self.directory.is_dir() and (model := model_in(self.directory)):
                 raise StoreError(f"{self.directory} is a model's folder (it holds {model}): choose {ANOTHER_PLACE}")
             if before is None and not stored and self.spectra.names():

@@ -49,6 +49,8 @@ def test_workers_read_from_a_server_for_themselves(cluster, tmp_path, monkeypatc
         sent = sum(seen.sent for seen in server.seen[start:] if seen.server == "cdn")
         chosen = sum(ref.nbytes for delta in source for ref in delta.refs)
         assert chosen <= sent - checked <= 1.02 * chosen
+        lists = [seen.path for seen in server.seen[start:] if "/api/" in seen.path]
+        assert len(lists) <= 2 * 2, "each worker asks once for each model's list of files"
     for spectrum in spectra.decompose(spectra.open_source(tmp_path / "tuned", tmp_path / "base")):
         assert found[spectrum.name].status == "ok", found[spectrum.name].reason
         assert pytest.approx(spectrum.S, rel=1e-12) == found[spectrum.name].S

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
+
 import fsspec
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ from support.memory import in_fsspecs_memory
 
 import spectra
 from spectra.errors import MissingExtraError, NotFoundError, SourceError, StoreError
-from spectra.files import cloud, far, hub
+from spectra.files import cloud, far, hub, lanes, patience
 from spectra.files.cloud import open_cloud
 
 
@@ -113,6 +117,60 @@ def test_what_stays_is_one_sentence_in_the_rows(pair, monkeypatch, problem, said
         assert said in spectrum.reason
         assert "memory://" in spectrum.reason
         assert "\n" not in spectrum.reason
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    """Calls that never return are waited for as long as this."""
+    monkeypatch.setattr(patience, "PATIENCE", 0.3)
+    monkeypatch.setattr(patience, "FIRST", 0.05)
+    monkeypatch.setattr(patience, "_silent", set())
+
+
+@pytest.mark.parametrize("method", ["info", "ls", "cat_file"])
+def test_a_file_system_that_never_answers_is_one_message(pair, monkeypatch, silent, method):
+    failing(monkeypatch, method, lambda said: threading.Event().wait())
+    start = time.monotonic()
+    _, printed = run("inspect", pair[0], status=1)
+    assert "memory://" in printed
+    assert "no answer within 0.3" in printed
+    assert printed.count("\n") == 1
+    assert time.monotonic() - start < 10
+
+
+def test_one_that_falls_silent_costs_its_matrices_and_is_not_waited_for_again(pair, monkeypatch, silent):
+    source = spectra.open_source(*pair)
+    failing(monkeypatch, "cat_file", lambda said: threading.Event().wait())
+    start = time.monotonic()
+    reasons = [spectrum.reason for spectrum in spectra.decompose(source)]
+    assert len(reasons) == len(source) > 10
+    assert all("no answer within" in reason for reason in reasons)
+    assert time.monotonic() - start < 2 * 0.1 * len(reasons) + 5, "0.3 s once, and little for each of the others"
+
+
+def test_who_stops_does_not_wait_for_a_call_that_never_returns(pair, silent, monkeypatch):
+    monkeypatch.setattr(patience, "PATIENCE", 60.0)
+    threading.Timer(0.2, patience.give_up).start()
+    start = time.monotonic()
+    with pytest.raises(SourceError, match="reading was given up"):
+        patience.answer("memory://a/b", threading.Event().wait)
+    assert time.monotonic() - start < 10
+
+
+def test_one_file_system_is_never_asked_two_things_at_once(pair, monkeypatch):
+    busy, real = set(), MemoryFileSystem.cat_file
+
+    def read(self, *args, **kwargs):
+        assert id(self) not in busy
+        busy.add(id(self))
+        time.sleep(0.01)
+        busy.discard(id(self))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", read)
+    monkeypatch.setattr(lanes, "PIECE", 100)
+    assert {spectrum.status for spectrum in values(*pair).values()} == {"ok"}
+    assert len(cloud._idle[os.getpid(), "memory"]) <= 20, "they are used again"
 
 
 def test_a_missing_package_is_told_with_the_command_that_installs_it(monkeypatch):

@@ -105,11 +105,14 @@ def fake_hub(files, folder):
     module.HfApi = lambda endpoint: types.SimpleNamespace(model_info=lambda *args, **kw: module.model_info(*args, **kw))
     module.snapshot_download = lambda repo, **options: module.calls.append((repo, options)) or str(folder)
     module.constants = types.SimpleNamespace(ENDPOINT="https://hub.example")
+    module.get_session = lambda: None
+    utils = types.ModuleType("huggingface_hub.utils")
+    utils.build_hf_headers = lambda **_: {}
     errors = types.ModuleType("huggingface_hub.errors")
     errors.HfHubHTTPError = type("HfHubHTTPError", (Exception,), {})
     errors.RepositoryNotFoundError = type("RepositoryNotFoundError", (errors.HfHubHTTPError,), {})
     module.errors = errors
-    return {"huggingface_hub": module, "huggingface_hub.errors": errors}
+    return {"huggingface_hub": module, "huggingface_hub.errors": errors, "huggingface_hub.utils": utils}
 
 
 @pytest.mark.parametrize(
@@ -188,7 +191,7 @@ def test_an_unreachable_hub_is_one_message_at_once(silent, tmp_path):
     assert said.startswith("'llama-7b' was not found. Tried: the path llama-7b;")
     assert f"huggyllama/llama-7b on the hub (http://127.0.0.1:{closed} cannot be reached: " in said
     assert "gave no answer within 1 s" in ask("org/name", f"http://127.0.0.1:{port}", tmp_path)
-    assert "org/name on the hub (Request URL" in ask("org/name", "nonsense", tmp_path)
+    assert "org/name on the hub ($HF_ENDPOINT is no address of a server" in ask("org/name", "nonsense", tmp_path)
 
 
 def test_what_looks_like_a_path_is_never_asked_of_the_hub(monkeypatch, tmp_path):

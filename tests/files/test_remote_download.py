@@ -104,6 +104,27 @@ def test_what_is_recorded_of_a_download_is_that_of_its_folders_and_goes_on_offli
     assert written == {file: file.stat().st_mtime_ns for file in folder.glob("spectra/*.safetensors")} != {}
 
 
+@pytest.mark.parametrize("name", STORED)
+def test_results_of_the_same_commits_read_from_elsewhere_say_how_they_go_on(server, tmp_path, name):
+    words = [word.format("org") for word in STORED[name]]
+    words += ["--base", "org/base", "--layer", ONE, "--no-figures", "--out"]
+    downloaded(tmp_path, *words, tmp_path / "down")
+    run(*words, tmp_path / "ranges")
+    _, err = run(*words, tmp_path / "down", status=1)
+    assert "holds results of the same commits read from another place" in err
+    assert f"run it as then (with --download and HF_HUB_CACHE={tmp_path}/hub), or choose another directory" in err
+    told = downloaded(tmp_path, *words, tmp_path / "ranges", status=1, streams=True)
+    assert f"({server.endpoint}/org/" in told
+    assert "run it as then (without --download), or choose another directory" in told
+    start = len(server.seen)
+    _, err = run(*words, tmp_path / "ranges")
+    assert "reused" in err
+    assert sum(seen.sent for seen in server.seen[start:]) < 20_000
+    server.add("org/tuned", tmp_path / "base")
+    _, err = run(*words, tmp_path / "ranges", status=1)
+    assert "holds results of other inputs (different: " in err
+
+
 def test_a_source_whose_files_were_copied_is_the_one_that_is_opened_here(server, tmp_path, monkeypatch):
     """In its recipes too, by which stored results are known again: fused parts, stacks and codes among them."""
     config = {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2}

@@ -92,8 +92,8 @@ def write_adapter_of(folder, base):
     return write_adapter(folder, tensors, {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["v_proj"]})
 
 
-def downloaded(tmp_path, *words, status=0, offline=False):
-    """stdout of a command in a process of its own, since the client library looks at the environment once."""
+def downloaded(tmp_path, *words, status=0, offline=False, streams=False):
+    """stdout, or that and stderr, of a command in a process of its own: the client looks at the environment once."""
     environment = {**os.environ, "HF_HUB_OFFLINE": f"{offline:d}", "HF_HUB_DISABLE_XET": "1"}
     environment |= {
         "HF_HUB_CACHE": f"{tmp_path}/hub",
@@ -104,4 +104,4 @@ def downloaded(tmp_path, *words, status=0, offline=False):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     assert TOKEN not in done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr if streams else done.stdout
