@@ -16,22 +16,28 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from shutil import which
+from typing import TYPE_CHECKING
 
-from benchmarks import inputs
-from benchmarks.cases import SPECTRA, Case
-from benchmarks.measure import Sample, Way, emptied, process
+if TYPE_CHECKING:  # the processes that are timed load none of it, for it loads torch
+    from benchmarks.cases import Case
+    from benchmarks.measure import Way
 
 _MATRICES = 8  # of 4096², bf16: 32 MiB each, in both models
 
 
 def cases() -> Iterator[Case]:
     """Both; the first needs curl."""
+    from benchmarks.cases import Case
+
     if which("curl"):
         yield Case("process: 512 MiB of updates from a server, read", "curl of the same files", 1 / 1.3, _read)
     yield Case("process: svd of a full fine-tune from a server", "the same from the disk", 1 / 1.3, _svd)
 
 
 def _read(folder: Path) -> tuple[Way, Way]:
+    from benchmarks import inputs
+    from benchmarks.measure import Sample, emptied, process
+
     base, tuned = inputs.write_pair(folder / "pair", _MATRICES)
     fetched = folder / "fetched"
 
@@ -52,6 +58,10 @@ def _read(folder: Path) -> tuple[Way, Way]:
 
 
 def _svd(folder: Path) -> tuple[Way, Way]:
+    from benchmarks import inputs
+    from benchmarks.cases import SPECTRA
+    from benchmarks.measure import Sample, process
+
     base, tuned = inputs.write_pair(folder / "pair", _MATRICES)
     options = ("--layer", "v_proj", "--top", "30")
 
@@ -65,6 +75,8 @@ def _svd(folder: Path) -> tuple[Way, Way]:
 
 def _anew(folder: Path, way: Way) -> Way:
     """A way that finds nothing of what earlier runs read."""
+    from benchmarks.measure import emptied
+
     os.environ["SPECTRA_CACHE"] = str(folder / "cache")
     return emptied(folder / "cache", way)
 
