@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -201,3 +202,15 @@ def _rank_of(spectrum: Spectrum) -> str:
     ('2 of 3', 'at least 2 of 3')
     """
     return f"{'' if spectrum.complete else 'at least '}{spectrum.rank} of {spectrum.max_rank}"
+
+
+def times_power(value: float, exponent: int) -> float:
+    """2^e · value; infinite where that is more than float64 holds, which a ratio of two sizes may be.
+
+    >>> times_power(3.0, 2), times_power(-1.0, 2000)
+    (12.0, -inf)
+    """
+    try:
+        return math.ldexp(value, exponent)
+    except OverflowError:
+        return math.copysign(math.inf, value)

@@ -45,7 +45,8 @@ class _Commands(click.Group):
     """Loads commands lazily and turns the library's errors into one line and exit status 1."""
 
     def main(self, *given: Any, **named: Any) -> Any:
-        """As click's, where stdout may be full, or a terminal that does not know every letter."""
+        """As click's, where stdout may be closed, or full, or a terminal that does not know every letter."""
+        _open_streams()
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")  # σ on a latin-1 terminal is no reason to stop
@@ -120,6 +121,14 @@ class _Commands(click.Group):
         finally:
             if talk.is_verbose():
                 click.echo(f"took {time.monotonic() - start:.1f} s", err=True)
+
+
+def _open_streams() -> None:
+    """Let what was closed (`>&-`) lead nowhere: else the next file that is opened would be taken for stdout."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is that stream's
+            setattr(sys, name, open(nowhere, mode, encoding="utf-8"))  # noqa: SIM115 - until the process ends
 
 
 def _as_here(problem: click.NoSuchOption) -> click.NoSuchOption:

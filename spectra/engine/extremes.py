@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from spectra.deltas.forms import Dense, Form, Kronecker, LowRank
-from spectra.spectrum import Spectrum
+from spectra.spectrum import Spectrum, times_power
 
 _LARGEST, _SMALLEST = 1e70, 1e-70  # of ‖ΔW‖_F whose fourth power is far from both ends
 _FACTORS = {Dense: ("matrix",), LowRank: ("left", "right"), Kronecker: ("first", "second")}
@@ -47,14 +47,14 @@ def put_back(spectrum: Spectrum, exponent: int) -> Spectrum:
         return spectrum
     with np.errstate(over="ignore", under="ignore"):
         S = np.ldexp(spectrum.S, exponent)
-    norm = None if spectrum.norm is None else _ldexp(spectrum.norm, exponent)
+    norm = None if spectrum.norm is None else times_power(spectrum.norm, exponent)
     if not np.isfinite(S).all() or (norm is not None and math.isinf(norm)):
         reason = "‖ΔW‖_F is larger than float64 holds"
         return replace(spectrum, status="nonfinite", reason=reason, S=np.zeros(0), U=None, Vh=None, k=0, norm=None)
     if norm == 0 and spectrum.norm:
         reason = "‖ΔW‖_F is smaller than float64 holds, and not zero"
         return replace(spectrum, status="failed", reason=reason, S=np.zeros(0), U=None, Vh=None, k=0, norm=None)
-    return replace(spectrum, S=S, norm=norm, resolution=_ldexp(spectrum.resolution, exponent))
+    return replace(spectrum, S=S, norm=norm, resolution=times_power(spectrum.resolution, exponent))
 
 
 def _exponent(tensor: Tensor) -> int | None:
@@ -67,10 +67,3 @@ def _shifted(tensor: Tensor, exponent: int) -> Tensor:
     """2^e · tensor, in steps whose factors are in range."""
     half = exponent // 2
     return tensor * 2.0**half * 2.0 ** (exponent - half)
-
-
-def _ldexp(value: float, exponent: int) -> float:
-    try:
-        return math.ldexp(value, exponent)
-    except OverflowError:
-        return math.inf

@@ -32,7 +32,7 @@ _FITS, _FEWEST_FITS = 0.01, 3  # the change of its values at which an update fit
 _MOST_FITS, _MOST_FITS_OF_ONE = 24, 15
 _SLACK = 1.05  # over what comes back of the errors: measured 0 to 3 % less, and the largest value varies by 1 %
 _MOSTLY_UNMOVED = 0.9  # of the entries: artefacts are as large as the update then
-_TINY = 1e-30  # an edge whose squares float32 might lose
+_SINGLE_RANGE = 1e-15, 1e15  # of values whose squares float32 holds, with room
 _FEWEST_HIDE = 3  # directions, from which on they hide one another's errors
 
 
@@ -138,7 +138,8 @@ def _replayed(noise: Noise, form: Dense, k: int, tries: int, largest: float) -> 
     where the edge is far above what that loses.
     """
     assert form.rounded is not None
-    single = noise.edge > max(SINGLE * largest, _TINY)
+    least, most = _SINGLE_RANGE
+    single = noise.edge > max(SINGLE * largest, least) and largest < most
     matrix = form.matrix.to(torch.float32) if single else form.matrix
     U, S, Vh = top_vectors(matrix, k)
     fits = 0

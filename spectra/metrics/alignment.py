@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spectra.deltas.forms import Form
 from spectra.engine.extremes import within_range
+from spectra.spectrum import times_power
 
 _ROUNDING = 1e-14  # float64, with room for the length of the sums
 
@@ -117,7 +118,7 @@ class AgainstBase:
     def norm(self) -> float:
         """‖ΔW‖_F."""
         form, exponent = self.unit
-        return math.ldexp(form.norm, exponent)
+        return times_power(form.norm, exponent)
 
     @cached_property
     def seen_from_left(self) -> Float64[Tensor, "n s"]:
@@ -163,7 +164,7 @@ def length(values: Tensor) -> float:
     largest = float(values.abs().max()) if values.numel() else 0.0
     exponent = math.frexp(largest)[1] if 0 < largest < math.inf else 0
     half = -exponent // 2
-    return math.ldexp(float((values * 2.0**half * 2.0 ** (-exponent - half)).norm()), exponent)
+    return times_power(float((values * 2.0**half * 2.0 ** (-exponent - half)).norm()), exponent)
 
 
 def cosines(seen: AgainstBase) -> list[list[float]]:

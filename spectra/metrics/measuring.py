@@ -12,7 +12,7 @@ from spectra.errors import TruncatedSpectrumError
 from spectra.metrics import METRICS
 from spectra.metrics.signal import OfSignal, is_all_signal
 from spectra.metrics.stacked import OF_SIGNAL, STACKED, Stack, signals
-from spectra.spectrum import DONE, Spectrum
+from spectra.spectrum import DONE, Spectrum, times_power
 
 Metric = Callable[[Spectrum], float]
 Metrics = Mapping[str, Metric]
@@ -25,7 +25,7 @@ def measured(spectrum: Spectrum, metrics: Metrics = METRICS) -> dict[str, float]
     usual, exponent = _of_usual_size(spectrum)
     columns = _values(metrics, usual)
     if exponent:
-        columns |= {name: math.ldexp(columns[name], exponent) for name in _SIZES if name in columns}
+        columns |= {name: times_power(columns[name], exponent) for name in _SIZES if name in columns}
     return columns
 
 
@@ -117,8 +117,8 @@ def _of_usual_size(spectrum: Spectrum) -> tuple[Spectrum, int]:
     if not math.isfinite(largest) or largest == 0 or 1e-70 < largest < 1e70:
         return spectrum, 0
     exponent = math.frexp(largest)[1]
-    norm = None if spectrum.norm is None else math.ldexp(spectrum.norm, -exponent)
-    edge = None if spectrum.noise_edge is None else math.ldexp(spectrum.noise_edge, -exponent)
-    resolution = math.ldexp(spectrum.resolution, -exponent)
+    norm = None if spectrum.norm is None else times_power(spectrum.norm, -exponent)
+    edge = None if spectrum.noise_edge is None else times_power(spectrum.noise_edge, -exponent)
+    resolution = times_power(spectrum.resolution, -exponent)
     S = np.ldexp(spectrum.S, -exponent)
     return replace(spectrum, S=S, norm=norm, noise_edge=edge, noise_energy=None, resolution=resolution), exponent

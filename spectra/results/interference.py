@@ -27,7 +27,7 @@ from spectra.files.tensors import TensorRef
 from spectra.metrics.alignment import Triplets
 from spectra.metrics.interference import INTERFERENCE, Together, sum_of
 from spectra.metrics.sides import Beside
-from spectra.spectrum import DONE, Spectrum
+from spectra.spectrum import DONE, Spectrum, times_power
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -173,8 +173,8 @@ def _done(name: str, there: Mapping[int, WeightDelta], count: int, device: str) 
         return _line(name, there, total.status, f"the sum of the updates: {total.reason}", note)
     seen = Together(values, left, right, _triplets(total, device))
     numbers: Row = {column: metric(seen) for column, metric in INTERFERENCE.items()}
-    numbers["norms"] = [_ldexp(norm, exponent) for norm in numbers["norms"]]
-    numbers["sti_raw"] = _ldexp(numbers["sti_raw"], exponent)
+    numbers["norms"] = [times_power(norm, exponent) for norm in numbers["norms"]]
+    numbers["sti_raw"] = times_power(numbers["sti_raw"], exponent)
     return _line(name, there, "ok", "", note) | _in_their_places(numbers, list(there), count)
 
 
@@ -190,13 +190,6 @@ def _brought_near(values: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], int]:
     half = -exponent // 2
     factors = 2.0**half, 2.0 ** (-exponent - half)
     return tuple(own * factors[0] * factors[1] for own in values), exponent
-
-
-def _ldexp(value: float, exponent: int) -> float:
-    try:
-        return math.ldexp(value, exponent)
-    except OverflowError:
-        return math.inf
 
 
 def _line(name: str, there: Iterable[int], status: str, reason: str, note: str = "") -> Row:

@@ -201,8 +201,8 @@ class Store:
     def put(self, spectrum: Spectrum, key: str = NO_KEY, precision: records.Precision = "float32") -> Spectrum:
         """Store one spectrum in its final place, with the vectors that are loaded, and give what will come back."""
         arrays = {name: getattr(spectrum, name) for name in records.ARRAYS if getattr(spectrum, name) is not None}
-        narrow = {name: arrays[name].astype(precision) for name in arrays if arrays[name].dtype != precision}
-        narrow.pop("S", None)
+        vectors = arrays.keys() - {"S"}  # values stay as they are, which float32 may not hold
+        narrow = {name: arrays[name].astype(precision) for name in vectors if arrays[name].dtype != precision}
         back: dict[str, Any] = {name: array.astype("float64") for name, array in narrow.items()}
         kept = replace(spectrum, **back) if back else spectrum
         arrays |= narrow

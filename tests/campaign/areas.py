@@ -8,9 +8,10 @@ from campaign.kills import Kills
 from campaign.plan import Planned
 from campaign.readers import Readers
 from campaign.room import Room
+from campaign.stops import Stops
 from campaign.stores import Stores
 from campaign.together import Together
 
 AREAS: dict[str, Area] = {
-    area.name: area for area in (Kills(), Flips(), Stores(), Readers(), Together(), Room(), Planned())
+    area.name: area for area in (Kills(), Stops(), Flips(), Stores(), Readers(), Together(), Room(), Planned())
 }

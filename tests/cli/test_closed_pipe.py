@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -58,3 +59,11 @@ def test_what_is_kept_is_kept(name, folder):
     assert file.stat().st_size > 0, done.stderr
     if name not in KEPT and name != "series":
         assert json.loads(file.with_suffix(".json").read_text())["matrices"]
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_one_that_leads_nowhere(closed, folder):
+    words = shlex.join([sys.executable, "-m", "spectra", *COMMANDS["svd"]])
+    done = subprocess.run(["bash", "-c", f"{words} {closed}"], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert bool(done.stdout) == (closed == "2>&-")

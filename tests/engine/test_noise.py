@@ -239,3 +239,16 @@ def test_a_second_rounding_that_nothing_bears_out_is_called_perhaps(tmp_path):
     assert found.rounding == "tuned on the bf16 grid, base (f32) perhaps rounded to it first"
     twice = (weights.bfloat16() + product(weights, 8, 1e-2)).bfloat16()
     assert stored(tmp_path, twice, weights).rounding == "tuned on the bf16 grid, base (f32) rounded to it first"
+
+
+def test_sizes_whose_squares_float32_does_not_hold_are_no_failure(tmp_path):
+    """Every bfloat16 pattern may be stored, and 2⁶⁴ squared is more than float32 has."""
+    generator = torch.Generator().manual_seed(0)
+    for name in ("base", "tuned"):
+        codes = torch.randint(-(2**15), 2**15, (300, 8, 6), generator=generator, dtype=torch.int16)
+        weights = codes.view(torch.bfloat16)
+        weights = torch.where(weights.isfinite(), weights, torch.ones_like(weights))
+        tensors = {f"model.layers.{i}.self_attn.q_proj.weight": weights[i].clone() for i in range(len(weights))}
+        write_checkpoint(tmp_path / name, tensors)
+    found = list(spectra.decompose(spectra.open_source(tmp_path / "tuned", tmp_path / "base")))
+    assert {(item.status, item.reason) for item in found} == {("ok", "")}

@@ -83,3 +83,18 @@ def test_interference_of_two_sizes_that_have_nothing_in_common():
     assert found["cosines"][0][1] == pytest.approx(cosine)
     assert found["norm_ratio"] == pytest.approx(1)
     assert found["norms"][1] == pytest.approx(math.ldexp(float(two.norm()), -700))
+
+
+def test_an_update_that_is_more_times_its_base_than_float64_holds(tmp_path):
+    base, update = matrices()
+    write_checkpoint(tmp_path / "base", {NAME: shifted(base, -400)})
+    write_checkpoint(tmp_path / "tuned", {NAME: shifted(update, 900)})
+    (found,) = spectra.decompose(spectra.open_source(tmp_path / "tuned", tmp_path / "base"), out=tmp_path / "out")
+    row = spectra.summarize([found]).iloc[0]
+    assert row["status"] == "ok", row["reason"]
+    assert row["norm"] == pytest.approx(math.ldexp(float(update.norm()), 900))
+    assert row["relative_norm"] == math.inf
+    kept = spectra.summarize(spectra.load(tmp_path / "out")).iloc[0]
+    assert kept["relative_norm"] == math.inf or math.isnan(kept["relative_norm"])
+    aligned = spectra.alignment(spectra.open_source(tmp_path / "tuned", tmp_path / "base"), k=3).iloc[0]
+    assert aligned["status"] == "ok", aligned["reason"]
