@@ -98,3 +98,17 @@ def test_an_update_that_is_more_times_its_base_than_float64_holds(tmp_path):
     assert kept["relative_norm"] == math.inf or math.isnan(kept["relative_norm"])
     aligned = spectra.alignment(spectra.open_source(tmp_path / "tuned", tmp_path / "base"), k=3).iloc[0]
     assert aligned["status"] == "ok", aligned["reason"]
+
+
+def test_the_edge_of_rounding_of_a_huge_update(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    base = torch.randn((40, 30), generator=generator, dtype=torch.float64) * 2.0**300
+    update = torch.randn((40, 1), generator=generator, dtype=torch.float64) * 2.0**298
+    edges = []
+    for exponent in (0, -300, 300):
+        for name, matrix in (("base", base), ("tuned", base + update)):
+            write_checkpoint(tmp_path / name, {NAME: shifted(matrix, exponent)})
+        (found,) = spectra.decompose(spectra.open_source(tmp_path / "tuned", tmp_path / "base"))
+        assert found.status == "ok", found.reason
+        edges.append(found.noise_edge)
+    assert all(edge is None or math.isfinite(edge) for edge in edges)
