@@ -28,12 +28,6 @@ FAULTS = {
         "from spectra.results import writing\nwriting._sweep = lambda folder: None",
         [f"kill/svd/1-{number}" for number in range(8)],
     ),
-    "a stop that is no stop to a shell": (
-        "import sys\n"
-        "import spectra.cli.main\n"
-        "sys.modules['spectra.cli.main'].STOPPED = 3",
-        [f"stop/svd/1-{number}" for number in range(6)],
-    ),
     "a reader that is off by one": (
         "from spectra.files.tensors import TensorRef\n"
         "read = TensorRef.read\n"
