@@ -28,13 +28,6 @@ FAULTS = {
         "from spectra.results import writing\nwriting._sweep = lambda folder: None",
         [f"kill/svd/1-{number}" for number in range(8)],
     ),
-    "a stop that leaves what it was writing": (
-        "from spectra.results import writing\n"
-        "import os\n"
-        "unlink = os.unlink\n"
-        "os.unlink = lambda path, **named: str(path).endswith('.partial') or unlink(path, **named)",
-        [f"stop/svd/1-{number}" for number in range(4, 9)],
-    ),
     "a reader that is off by one": (
         "from spectra.files.tensors import TensorRef\n"
         "read = TensorRef.read\n"

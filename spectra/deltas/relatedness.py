@@ -50,15 +50,18 @@ def cosine_to_base(base_norm: float, delta_norm: float, inner: float) -> float |
     -1.0
     >>> round(cosine_to_base(1.0, 1.0, 0.0), 4)  # as long as W₀ and orthogonal to it
     0.7071
+    >>> cosine_to_base(1e-200, 1e100, 0.0)
+    1e-300
     """
     if not base_norm:
         return None
-    along, length = inner / base_norm / base_norm, delta_norm / base_norm
+    scale = max(base_norm, delta_norm)  # of all below, so that no square overflows
+    base, along, length = base_norm / scale, inner / base_norm / scale, delta_norm / scale
     across = max(length**2 - along**2, 0.0)
-    kept = (1 + along) ** 2 + across
-    if not math.isfinite(kept) or kept <= _LOST * (1 + length**2):
+    kept = (base + along) ** 2 + across
+    if not math.isfinite(kept) or kept <= _LOST * (base**2 + length**2):
         return None
-    return (1 + along) / math.sqrt(kept)
+    return (base + along) / math.sqrt(kept)
 
 
 def is_unrelated(cosine: float | None) -> bool:

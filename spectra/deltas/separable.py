@@ -37,7 +37,7 @@ def separable_edges(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     there = np.flatnonzero(rows.sum(1) > 0)
     if len(there):
         rows, columns = rows[there], columns[there]
-        most = rows.max(1) * columns.max(1) / rows.sum(1)
+        most = rows.max(1) / rows.sum(1) * columns.max(1)
         least = _least(rows / rows.max(1, keepdims=True), columns / columns.max(1, keepdims=True))
         found[there] = np.sqrt(least * most)
     return found

@@ -11,6 +11,7 @@ from support.checkpoints import write_checkpoint
 
 import spectra
 from spectra.deltas.delta import WeightDelta
+from spectra.deltas.separable import separable_edges
 
 NAME = "model.layers.0.self_attn.v_proj.weight"
 EXPONENTS = [-1030, -600, 600, 1000]
@@ -98,3 +99,10 @@ def test_an_update_that_is_more_times_its_base_than_float64_holds(tmp_path):
     assert kept["relative_norm"] == math.inf or math.isnan(kept["relative_norm"])
     aligned = spectra.alignment(spectra.open_source(tmp_path / "tuned", tmp_path / "base"), k=3).iloc[0]
     assert aligned["status"] == "ok", aligned["reason"]
+
+
+def test_the_edge_of_errors_whose_sums_have_products_beyond_float64():
+    rows, columns = np.linspace(1, 3, 8)[None], np.linspace(1, 2, 6)[None]
+    rows, columns = rows / rows.sum(), columns / columns.sum()
+    plain = separable_edges(rows, columns)[0]
+    assert separable_edges(rows * 2.0**600, columns * 2.0**600)[0] == pytest.approx(plain * 2.0**300)
