@@ -228,12 +228,12 @@ def test_the_table_holds_what_was_measured(tmp_path):
     from benchmarks.measure import Sample, compare
 
     outcome = compare("work", "peer", 2.0, lambda: Sample(1.0), lambda: Sample(3.0), repeats=3)
-    table.write_table(tmp_path, [outcome], "a remark")
+    table.write_table(tmp_path, [outcome])
     (row,) = csv.DictReader((tmp_path / "table.csv").read_text().splitlines())
     assert (float(row["ratio"]), float(row["ours_s"]), float(row["peer_s"])) == (3.0, 1.0, 3.0)
     text = (tmp_path / "table.md").read_text()
     assert "| work | peer | 2× | 3.00× | 3.00–3.00 | 3 |" in text
-    assert text.endswith("|\n\na remark\n")
+    assert text.endswith("|\n")
     assert "torch" in text.splitlines()[0]
 
 
