@@ -9,7 +9,8 @@ a server the version is enough, unless it is no more than date and size: then 4 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from spectra.deltas.source import Source
 from spectra.errors import SourceError
 from spectra.files.lanes import all_of
 from spectra.files.remote import is_url, place_of
-from spectra.files.storage import Place, Stamp
+from spectra.files.storage import DISK, Place, Stamp
+from spectra.files.tensors import TensorRef
 from spectra.files.versions import tells_content
 
 _HEAD = 2**20
@@ -30,8 +32,10 @@ _FEW, _REQUESTS = 2**12, 7
 
 
 def of_delta(delta: WeightDelta) -> str:
-    """A key that changes with the delta's files, its recipe or the code's version."""
+    """A key that changes with the delta's files, its recipe or the code's version; not with how paths were typed."""
     text = f"{__version__}|{delta.name}|{delta.status}|{delta.note}|{delta.recipe!r}|{delta.base!r}"
+    for path in {part.path for part in _parts(delta) if _in_full(part) != part.path}:
+        text = text.replace(f"path={path!r}", f"path={os.path.abspath(path)!r}")
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -47,10 +51,19 @@ def of_files(source: Source, *, rehash: bool = False) -> dict[str, dict[str, Any
         source: whose files.
         rehash: read all of each file, and give the hash of that as well.
     """
-    refs = (ref for delta in source.deltas for ref in delta.refs)
-    stored = (part for ref in refs for part in (ref.codec.refs if ref.codec else (ref,)))
-    one_per_file = {part.path: part for part in stored}
+    one_per_file = {_in_full(part): part for delta in source.deltas for part in _parts(delta)}
     return {path: of_file(ref.file, ref.stamp, rehash=rehash) for path, ref in sorted(one_per_file.items())}
+
+
+def _parts(delta: WeightDelta) -> Iterator[TensorRef]:
+    """The stored tensors that a delta is read from."""
+    return (part for ref in delta.refs for part in (ref.codec.refs if ref.codec else (ref,)))
+
+
+def _in_full(part: TensorRef) -> str:
+    """The path of a tensor's file, from wherever a command is run."""
+    typed = part.path
+    return typed if os.path.isabs(typed) or part.storage != DISK else os.path.abspath(typed)
 
 
 def where(path: str) -> str:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.checkpoints import llama_tensors, nudged, write_checkpoint
 from support.spectra_kinds import slow_deltas
 
 import spectra
@@ -139,3 +140,17 @@ def test_threads_per_matrix_are_those_that_the_run_began_with(tmp_path, monkeypa
     assert len(asked) == 2
     assert asked[0] == asked[1]
     assert spectra.load(tmp_path / "run").run["threads_per_matrix"] == asked[0]
+
+
+def test_the_same_files_typed_from_another_folder_are_the_same_run(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "base", llama_tensors())
+    write_checkpoint(tmp_path / "tuned", nudged(llama_tensors()))
+    (tmp_path / "elsewhere").mkdir()
+    out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    first = spectra.decompose(spectra.open_source("tuned", "base"), out=out)
+    assert len(list(first)) > 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for tuned, base in (("../tuned", "../base"), (tmp_path / "tuned", tmp_path / "base")):
+        again = spectra.decompose(spectra.open_source(tuned, base), out=out)
+        assert len(list(again)) == len(again.reused)
