@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from spectra import text
+from spectra.deltas.lengths import frobenius
 from spectra.deltas.relatedness import cosine_to_base
 from spectra.deltas.thin import times
 from spectra.lazy import torch
@@ -142,7 +143,7 @@ class Form(ABC):
 
     def beside(self, base: Tensor) -> Self:
         """The same ΔW with what W₀ (out, in) says of it: ‖W₀‖_F and ⟨W₀, ΔW⟩."""
-        known = {"base_norm": float(base.norm()), "base_inner": self.inner(base)}
+        known = {"base_norm": frobenius(base), "base_inner": self.inner(base)}
         return cast("Self", replace(cast("Any", self), **known))
 
 

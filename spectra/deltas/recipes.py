@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from spectra.deltas.forms import Dense, Form, LowRank
+from spectra.deltas.lengths import frobenius
 from spectra.deltas.recipe import Recipe
 from spectra.files.far import is_at_hand
 from spectra.files.tensors import TensorRef
@@ -161,7 +162,7 @@ def _difference(
     kept = small or not is_at_hand(recipe.base)
     return Dense(
         matrix=delta,
-        base_norm=math.sqrt(squares),
+        base_norm=frobenius(base, squares),
         base_inner=inner,
         noise_edge=noise[0].edge if noise and noise[0].known else None,
         noise=noise,
