@@ -23,8 +23,8 @@ def frobenius(matrix: Tensor, squares: float | None = None) -> float:
 
     Example:
         >>> import torch
-        >>> frobenius(torch.tensor([[3e200, 4e200]], dtype=torch.float64))
-        5e+200
+        >>> frobenius(torch.tensor([[3.0, 4.0]], dtype=torch.float64) * 2.0**600) / 2.0**600
+        5.0
     """
     squares = float(matrix.to(torch.float64).square().sum()) if squares is None else squares
     if _SAFE[0] < squares < _SAFE[1]:
